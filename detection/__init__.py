@@ -1,0 +1,1 @@
+"""Faster R-CNN: models, training engine, evaluation and reporting."""
