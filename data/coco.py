@@ -1,0 +1,317 @@
+"""COCO annotations, validated once and packed into flat numpy arrays.
+
+A list of dicts would be copied page by page into every worker process; the arrays here are shared by all of them.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+from data.coco_records import AnnotationError, Records, parse_coco
+from data.findings import Finding, examples
+
+NO_CLASS = -1
+
+
+@dataclass(frozen=True, eq=False)
+class CocoAnnotations:
+    """Images and boxes of one COCO file as flat arrays: N images in the file's order, M annotations.
+
+    The annotations of image i are the rows offsets[i] to offsets[i + 1] of the arrays of length M, in the file's
+    order. Boxes are (x, y, width, height) in pixels of the stored picture, unclipped, in float64 so that corners
+    computed from them round to the same float32 as those of other readers.
+    """
+
+    source: str
+    """Path of the file the annotations came from."""
+    image_ids: np.ndarray
+    """int64 [N]"""
+    widths: np.ndarray
+    """int64 [N], pixels, from the file (not from the pictures)"""
+    heights: np.ndarray
+    """int64 [N], pixels"""
+    file_name_bytes: np.ndarray
+    """uint8 [bytes]: all file names in UTF-8, one after another"""
+    file_name_offsets: np.ndarray
+    """int64 [N + 1]"""
+    offsets: np.ndarray
+    """int64 [N + 1]: first row of each image's annotations"""
+    boxes_xywh: np.ndarray
+    """float64 [M, 4]"""
+    areas: np.ndarray
+    """float64 [M], square pixels of the object's mask (or of its box where the file gives none)"""
+    labels: np.ndarray
+    """int64 [M], index into class_names; NO_CLASS (-1) for a category that is not among them"""
+    crowd: np.ndarray
+    """bool [M]"""
+    ignore: np.ndarray
+    """bool [M]"""
+    annotation_ids: np.ndarray
+    """int64 [M]"""
+    category_ids: tuple[int, ...]
+    """Category id of each class, by label."""
+    class_names: tuple[str, ...]
+    """Name of each class, by label."""
+    findings: tuple[Finding, ...] = ()
+    """What was read or left out but is worth a remark."""
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def num_boxes(self) -> int:
+        return len(self.labels)
+
+    @property
+    def has_boxes(self) -> bool:
+        """False for a list of images alone (as COCO's test-dev file), which can be run on but not scored."""
+        return self.num_boxes > 0
+
+    @property
+    def image_indices(self) -> np.ndarray:
+        """int64 [M]: index (not id) of the image of each annotation."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def file_name(self, index: int) -> str:
+        """File name of image `index`, relative to the image folder."""
+        start, end = self.file_name_offsets[index], self.file_name_offsets[index + 1]
+        return self.file_name_bytes[start:end].tobytes().decode()
+
+    def rows(self, index: int) -> slice:
+        """The rows of the annotation arrays that belong to image `index`."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def training_view(self, *, filter_empty: bool = True, min_size: int = 32) -> "CocoAnnotations":
+        """The images and annotations that are trained on, by MMDetection 3.3's rules (CocoDataset.parse_data_info
+        and filter_data).
+
+        Annotations are left out when they have `ignore` set, when their box does not overlap the picture, when the
+        area is not positive or a side is below 1 pixel, or when their category is not a class. Crowd regions stay,
+        marked. Images are left out when no annotation *of the file* has one of the classes (with filter_empty), or
+        when their shorter side is below min_size pixels: a picture whose only annotation was left out is trained on
+        without a box. Without images to filter: filter_empty=False, min_size=0.
+        """
+        image_indices = self.image_indices
+        x, y, w, h = self.boxes_xywh.T
+        overlap_w = np.minimum(x + w, self.widths[image_indices]) - np.maximum(x, 0)
+        overlap_h = np.minimum(y + h, self.heights[image_indices]) - np.maximum(y, 0)
+        faults = (
+            ("ignored-annotation", "with ignore set", self.ignore),
+            ("box-outside-image", "without overlap with the picture", (overlap_w <= 0) | (overlap_h <= 0)),
+            ("degenerate-box", "without area or thinner than a pixel", (self.areas <= 0) | (w < 1) | (h < 1)),
+            ("other-category", "of categories that are not trained", self.labels == NO_CLASS),
+        )
+        findings = list(self.findings)
+        keep = np.ones(self.num_boxes, dtype=bool)
+        for code, text, faulty in faults:
+            left_out = keep & faulty
+            if left_out.any():
+                count = int(left_out.sum())
+                named = examples(self.annotation_ids[left_out][:10], count)
+                text = f"{self.source}: {count:,} annotations {text} are not trained on (ids {named})"
+                findings.append(Finding("info", code, text, count))
+            keep &= ~faulty
+
+        keep_image = np.minimum(self.widths, self.heights) >= min_size
+        if not keep_image.all():
+            count = int((~keep_image).sum())
+            text = f"{self.source}: {count:,} images with a side below {min_size} pixels are not trained on"
+            findings.append(Finding("info", "small-image", text, count))
+        if filter_empty:
+            has_class = np.bincount(image_indices[self.labels != NO_CLASS], minlength=len(self)) > 0
+            if (keep_image & ~has_class).any():
+                count = int((keep_image & ~has_class).sum())
+                text = f"{self.source}: {count:,} images without an annotation are not trained on"
+                findings.append(Finding("info", "image-without-annotation", text, count))
+            keep_image &= has_class
+        return replace(self._select(keep_image, keep), findings=tuple(findings))
+
+    def _select(self, keep_image: np.ndarray, keep: np.ndarray) -> "CocoAnnotations":
+        keep = keep & keep_image[self.image_indices]
+        counts = np.bincount(self.image_indices[keep], minlength=len(self))[keep_image]
+        name_lengths = np.diff(self.file_name_offsets)
+        return replace(
+            self,
+            image_ids=self.image_ids[keep_image],
+            widths=self.widths[keep_image],
+            heights=self.heights[keep_image],
+            file_name_bytes=self.file_name_bytes[np.repeat(keep_image, name_lengths)],
+            file_name_offsets=_offsets(name_lengths[keep_image]),
+            offsets=_offsets(counts),
+            boxes_xywh=self.boxes_xywh[keep],
+            areas=self.areas[keep],
+            labels=self.labels[keep],
+            crowd=self.crowd[keep],
+            ignore=self.ignore[keep],
+            annotation_ids=self.annotation_ids[keep],
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of all that training depends on (not of the path): equal digests mean equal data, but for pixels."""
+        sha = hashlib.sha256()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                sha.update(field.name.encode() + str(value.shape).encode())
+                sha.update(np.ascontiguousarray(value).data)
+        sha.update(repr((self.category_ids, self.class_names)).encode())
+        return sha.hexdigest()
+
+
+def read_coco(
+    file: str | Path, class_names: Sequence[str] | None = None, *, allow_other_categories: bool = False
+) -> CocoAnnotations:
+    """Reads and validates a COCO annotation file; one without "annotations" (a list of images) is taken too.
+
+    The classes are the file's categories by ascending id, with labels 0 to K-1 whatever the gaps between the ids.
+    With class_names, classes are matched by name and take the labels of that list; the file's categories must be
+    just these, or with allow_other_categories at least these (annotations of the others get label NO_CLASS).
+
+    Raises AnnotationError, which names file, record and remedy, for what cannot be used: a file that is no COCO file,
+    ids that are missing, repeated, not whole numbers or refer to nothing, sizes that are missing or not positive,
+    numbers that are not finite, file names that leave the image folder. Boxes without area, outside the picture and
+    the like are read as they are; training_view leaves them out and counts them.
+    """
+    path = Path(file)
+    content = parse_coco(path)
+    for section in ("images", "categories"):
+        if not content.get(section):
+            raise AnnotationError(
+                f'{path}: has no "{section}". Expected COCO\'s format: an object with "images", "annotations" and '
+                '"categories"; is this the right file?'
+            )
+    category_ids, names, label_of_category = _read_categories(
+        Records(path, "categories", content.pop("categories")), class_names, allow_other_categories
+    )
+    images = Records(path, "images", content.pop("images"))
+    image_ids = images.unique_integers("id")
+    widths, heights = images.sides("width"), images.sides("height")
+    encoded_names = _read_file_names(images)
+
+    annotations = Records(path, "annotations", content.pop("annotations", []))
+    annotation_ids = annotations.unique_integers("id")
+    image_indices = _places(annotations, "image_id", image_ids, "images")
+    categories = np.array(sorted(label_of_category), dtype=np.int64)
+    places = _places(annotations, "category_id", categories, "categories")
+    labels = np.array([label_of_category[i] for i in categories.tolist()], dtype=np.int64)[places]
+    boxes_xywh = annotations.boxes("bbox")
+    areas, area_absent = annotations.areas("area")
+    areas[area_absent] = boxes_xywh[area_absent, 2] * boxes_xywh[area_absent, 3]
+    crowd, ignore = annotations.flags("iscrowd"), annotations.flags("ignore")
+    without_rle = crowd & ~annotations.contains("segmentation", dict)
+
+    order = np.argsort(image_indices, kind="stable")
+    return CocoAnnotations(
+        source=str(path),
+        image_ids=image_ids,
+        widths=widths,
+        heights=heights,
+        file_name_bytes=np.frombuffer(b"".join(encoded_names), dtype=np.uint8),
+        file_name_offsets=_offsets(np.array([len(name) for name in encoded_names], dtype=np.int64)),
+        offsets=_offsets(np.bincount(image_indices, minlength=len(image_ids))),
+        boxes_xywh=boxes_xywh[order],
+        areas=areas[order],
+        labels=labels[order],
+        crowd=crowd[order],
+        ignore=ignore[order],
+        annotation_ids=annotation_ids[order],
+        category_ids=category_ids,
+        class_names=names,
+        findings=_reading_findings(path, annotation_ids, area_absent, without_rle),
+    )
+
+
+def _read_categories(
+    records: Records, wanted: Sequence[str] | None, allow_other: bool
+) -> tuple[tuple[int, ...], tuple[str, ...], dict[int, int]]:
+    """Category id and name of each class by label, and the label of every category id of the file."""
+    ids = records.unique_integers("id").tolist()
+    name_of = dict(zip(ids, records.texts("name"), strict=True))
+    id_of: dict[str, int] = {}
+    for index, (category_id, name) in enumerate(name_of.items()):
+        if name in id_of:
+            records.fail(
+                index,
+                f"the name {name!r} is taken by category id {id_of[name]} already",
+                "Give every category a name of its own, or join the two.",
+            )
+        id_of[name] = category_id
+    if wanted is None:
+        class_ids = sorted(ids)
+    else:
+        missing = [name for name in wanted if name not in id_of]
+        other = [name for name in id_of if name not in set(wanted)]
+        if missing or (other and not allow_other):
+            problems = [f"lacks {examples(map(repr, missing))}"] if missing else []
+            problems += [f"has besides {examples(map(repr, other))}"] if other else []
+            raise AnnotationError(
+                f"{records.path}: the categories are not the {len(wanted)} classes asked for: it "
+                f"{' and '.join(problems)}. Give every file of a run the same category names (ids may differ)."
+            )
+        class_ids = [id_of[name] for name in wanted]
+    labels = dict.fromkeys(ids, NO_CLASS) | {
+        category_id: label for label, category_id in enumerate(class_ids)
+    }
+    return tuple(class_ids), tuple(name_of[i] for i in class_ids), labels
+
+
+def _read_file_names(images: Records) -> list[bytes]:
+    names = images.texts("file_name")
+    for index, name in enumerate(names):
+        # The cheap tests spare 118,000 ordinary names the parsing.
+        if ".." in name or "\\" in name or name[0] == "/" or ":" in name:
+            posix, windows = PurePosixPath(name), PureWindowsPath(name)
+            if ".." in posix.parts + windows.parts or posix.is_absolute() or windows.drive or windows.root:
+                images.fail(
+                    index,
+                    f'"file_name" {name!r} leaves the image folder',
+                    "Write it relative to the image folder, without '..' or a drive.",
+                )
+    try:
+        return [name.encode() for name in names]
+    except UnicodeEncodeError as error:
+        images.fail(names.index(error.object), '"file_name" is not valid Unicode', "Rename the file.")
+
+
+def _places(records: Records, key: str, ids: np.ndarray, section: str) -> np.ndarray:
+    """Index into `ids` (int64 [n], unique, any order) of each record's reference; int64 [len(records)]."""
+    values = records.integers(key)
+    order = np.argsort(ids)
+    places = order[np.minimum(np.searchsorted(ids, values, sorter=order), len(ids) - 1)]
+    records.fail_where(
+        ids[places] != values,
+        key,
+        f"none of the {section}",
+        f"Add it to the {section} or delete the annotation.",
+    )
+    return places
+
+
+def _reading_findings(
+    path: Path, annotation_ids: np.ndarray, area_absent: np.ndarray, without_rle: np.ndarray
+) -> tuple[Finding, ...]:
+    """Remarks on what the packed arrays no longer show."""
+    findings = []
+    for faulty, code, text in (
+        (area_absent, "no-area", 'annotations have no "area": the area of the box stands in (ids {})'),
+        (
+            without_rle,
+            "crowd-without-rle",
+            "crowd annotations have no run-length mask: the box stands in (ids {})",
+        ),
+    ):
+        if faulty.any():
+            count = int(faulty.sum())
+            named = examples(annotation_ids[faulty][:10], count)
+            findings.append(Finding("warning", code, f"{path}: {count:,} {text.format(named)}", count))
+    if (annotation_ids == 0).any():
+        text = f"{path}: an annotation has id 0, which plain pycocotools counts as unmatched; here it counts like any"
+        findings.append(Finding("info", "annotation-id-0", text))
+    return tuple(findings)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
