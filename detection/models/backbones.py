@@ -1,0 +1,272 @@
+"""ResNet and ResNeXt backbones that return the four feature maps C2..C5.
+
+Batch norm with frozen statistics is an affine map per channel, so it is folded into the convolution in front of it:
+`conv2d(x, weight * scale, bias=shift)` instead of a convolution and a second pass over its output. Gradients still reach
+the convolution's weight and, where they are trained, the norm's weight and bias, because the fold is part of the graph.
+
+Parameters carry the names that torchvision and MMDetection give them (conv1.weight, bn1.running_mean,
+layer1.0.downsample.0.weight, ...), whatever the normalisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["frozen_bn", "bn", "gn"]
+NORMS: tuple[str, ...] = ("frozen_bn", "bn", "gn")
+GROUPS_OF_GROUP_NORM = 32  # Wu and He, Group Normalization, section 4
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What tells one backbone from another: blocks per stage, kind of block, and the grouping of the 3x3 convolutions."""
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool
+    groups: int = 1
+    width_per_group: int = 64
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
+    "resnet34": Architecture((3, 4, 6, 3), bottleneck=False),
+    "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
+    "resnext101_32x4d": Architecture((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=4),
+}
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm whose running statistics never change, in training mode either.
+
+    It has no forward of its own: `conv_norm` folds it into the convolution before it. `weight` and `bias` (float [C]) are
+    parameters that train only with `train_affine`; `running_mean` and `running_var` (float [C]) are buffers.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, *, train_affine: bool, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=train_affine)
+        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=train_affine)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The map y = scale * x + shift per channel: two tensors [C]."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, self.bias - self.running_mean * scale
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}, train_affine={self.weight.requires_grad}"
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)), folded into one convolution where the norm's statistics are frozen.
+
+    The fold happens in the parameters' own precision; under autocast the convolution then rounds the folded weight once.
+    """
+    if not isinstance(norm, FrozenBatchNorm):
+        return norm(conv(x))
+    scale, shift = norm.scale_and_shift()
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+@dataclass(frozen=True)
+class NormSettings:
+    """How the norms of one stage are made."""
+
+    norm: str
+    train_affine: bool
+    eps: float
+
+    def make(self, channels: int) -> nn.Module:
+        if self.norm == "gn":
+            return nn.GroupNorm(GROUPS_OF_GROUP_NORM, channels, eps=self.eps)
+        if self.norm == "bn":
+            return nn.BatchNorm2d(channels, eps=self.eps)
+        return FrozenBatchNorm(channels, train_affine=self.train_affine, eps=self.eps)
+
+    @property
+    def starts_blocks_as_identity(self) -> bool:
+        # A zero weight in a residual block's last norm steadies training from scratch (Goyal et al. 2017, section 5.1).
+        # Frozen norms come from a trained network, where a zero that nothing overwrites would only silence the block.
+        return self.norm != "frozen_bn"
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, norms: NormSettings) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), norms.make(outputs))
+
+
+def _identity(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
+    if downsample is None:
+        return x
+    conv, norm = downsample[0], downsample[1]
+    assert isinstance(conv, nn.Conv2d)
+    return conv_norm(conv, norm, x)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (ResNet 18 and 34)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, planes: int, stride: int, architecture: Architecture, norms: NormSettings) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, planes, 3, stride)
+        self.bn1 = norms.make(planes)
+        self.conv2 = _conv(planes, planes, 3)
+        self.bn2 = norms.make(planes)
+        self.downsample = _shortcut(inputs, planes, stride, norms)
+        if norms.starts_blocks_as_identity:
+            nn.init.zeros_(self.bn2.get_parameter("weight"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(conv_norm(self.conv1, self.bn1, x))
+        out = conv_norm(self.conv2, self.bn2, out)
+        return F.relu_(out + _identity(self.downsample, x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions. The stride sits in the 3x3 ("pytorch" style), or in the first 1x1 ("caffe" style)."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inputs: int,
+        planes: int,
+        stride: int,
+        architecture: Architecture,
+        norms: NormSettings,
+        stride_in_1x1: bool = False,
+    ) -> None:
+        super().__init__()
+        width = planes * architecture.width_per_group // 64 * architecture.groups
+        outputs = planes * self.expansion
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = _conv(inputs, width, 1, stride_1x1)
+        self.bn1 = norms.make(width)
+        self.conv2 = _conv(width, width, 3, stride_3x3, architecture.groups)
+        self.bn2 = norms.make(width)
+        self.conv3 = _conv(width, outputs, 1)
+        self.bn3 = norms.make(outputs)
+        self.downsample = _shortcut(inputs, outputs, stride, norms)
+        if norms.starts_blocks_as_identity:
+            nn.init.zeros_(self.bn3.get_parameter("weight"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(conv_norm(self.conv1, self.bn1, x))
+        out = F.relu_(conv_norm(self.conv2, self.bn2, out))
+        out = conv_norm(self.conv3, self.bn3, out)
+        return F.relu_(out + _identity(self.downsample, x))
+
+
+class ResNet(nn.Module):
+    """Stem and four stages; make one with `build_backbone`.
+
+    `out_channels` are the channels of C2..C5. Parts up to `frozen_stages` (0 the stem, 1..4 the stages) have
+    requires_grad False and run without a graph.
+    """
+
+    def __init__(
+        self, name: str, norm: str, train_norm_affine: bool, frozen_stages: int, norm_eps: float, stride_in_1x1: bool
+    ) -> None:
+        super().__init__()
+        architecture = ARCHITECTURES[name]
+        self.name = name
+        self.frozen_stages = frozen_stages
+        self.stride_in_1x1 = stride_in_1x1
+
+        def norms(part: int) -> NormSettings:
+            frozen = part <= frozen_stages
+            # Batch norm in a frozen part must not gather statistics: there it is frozen batch norm.
+            return NormSettings(
+                "frozen_bn" if frozen and norm == "bn" else norm, train_norm_affine and not frozen, norm_eps
+            )
+
+        self.conv1 = _conv(3, 64, 7, stride=2)
+        self.bn1 = norms(0).make(64)
+        channels = 64
+        out_channels = []
+        for stage, (planes, num_blocks) in enumerate(zip((64, 128, 256, 512), architecture.blocks, strict=True), 1):
+            blocks: list[nn.Module] = []
+            for index in range(num_blocks):
+                stride = 2 if stage > 1 and index == 0 else 1
+                if architecture.bottleneck:
+                    blocks.append(Bottleneck(channels, planes, stride, architecture, norms(stage), stride_in_1x1))
+                    channels = planes * Bottleneck.expansion
+                else:
+                    blocks.append(BasicBlock(channels, planes, stride, architecture, norms(stage)))
+                    channels = planes
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            out_channels.append(channels)
+        self.out_channels: tuple[int, int, int, int] = (
+            out_channels[0],
+            out_channels[1],
+            out_channels[2],
+            out_channels[3],
+        )
+        for part, modules in enumerate(((self.conv1, self.bn1), *((stage,) for stage in self.stages))):
+            if part <= frozen_stages:
+                for module in modules:
+                    module.requires_grad_(False)
+
+    @property
+    def stages(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        return self.layer1, self.layer2, self.layer3, self.layer4
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Normalised images, float [B, 3, H, W], to C2..C5: float [B, out_channels[i], H / 2**(i+2), W / 2**(i+2)]."""
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and self.frozen_stages < 0):
+            x = F.relu_(conv_norm(self.conv1, self.bn1, x))
+            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        features = []
+        for number, stage in enumerate(self.stages, 1):
+            with torch.set_grad_enabled(grad and self.frozen_stages < number):
+                x = stage(x)
+            features.append(x)
+        return features[0], features[1], features[2], features[3]
+
+
+def build_backbone(
+    name: str,
+    *,
+    norm: str,
+    train_norm_affine: bool,
+    frozen_stages: int,
+    norm_eps: float = 1e-5,
+    stride_in_1x1: bool = False,
+) -> ResNet:
+    """A backbone with fresh weights (He normal, fan out; norms at one and zero).
+
+    name: a key of `ARCHITECTURES`. norm: "frozen_bn" (statistics never change), "bn" (plain batch norm, which an engine may
+    turn into synchronised batch norm) or "gn" (32 groups). train_norm_affine: whether a frozen norm's weight and bias are
+    trained; bn and gn always train theirs. frozen_stages: -1 nothing, 0 the stem, n the stem and stages 1..n.
+    norm_eps: torchvision's COCO_V1 weights want 0. stride_in_1x1: the layout of Detectron2's and Caffe's bottlenecks.
+    Raises ValueError for a name, norm or number of stages that does not exist.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"backbone {name!r} is not known; choose one of {', '.join(ARCHITECTURES)}")
+    if norm not in NORMS:
+        raise ValueError(f"norm {norm!r} is not known; choose one of {', '.join(NORMS)}")
+    if not -1 <= frozen_stages <= 4:
+        raise ValueError(f"frozen_stages is {frozen_stages}; it goes from -1 (nothing) to 4 (the whole backbone)")
+    return ResNet(name, norm, train_norm_affine, frozen_stages, norm_eps, stride_in_1x1)

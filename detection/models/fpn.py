@@ -1,0 +1,59 @@
+"""Feature pyramid network (Lin et al. 2017) over C2..C5, as both recipes have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detection.models.backbones import GROUPS_OF_GROUP_NORM
+
+
+def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d:
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=norm is None)
+    nn.init.xavier_uniform_(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _norms(norm: str | None, count: int, channels: int) -> nn.ModuleList | None:
+    if norm is None:
+        return None
+    return nn.ModuleList(nn.GroupNorm(GROUPS_OF_GROUP_NORM, channels) for _ in range(count))
+
+
+class FPN(nn.Module):
+    """Lateral 1x1 convolutions, a top-down path of nearest-neighbour enlargements, 3x3 output convolutions, and P6.
+
+    norm: None (convolutions with bias, no norm: both recipes) or "gn" (32 groups after every convolution, which then have
+    no bias). There is no activation.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int = 256, norm: str | None = None) -> None:
+        super().__init__()
+        if norm not in (None, "gn"):
+            raise ValueError(f"norm {norm!r} of the FPN is not known; choose None or 'gn'")
+        self.out_channels = out_channels
+        self.lateral = nn.ModuleList(_conv(channels, out_channels, 1, norm) for channels in in_channels)
+        self.output = nn.ModuleList(_conv(out_channels, out_channels, 3, norm) for _ in in_channels)
+        self.lateral_norm = _norms(norm, len(in_channels), out_channels)
+        self.output_norm = _norms(norm, len(in_channels), out_channels)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """C2..C5, float [B, in_channels[i], H_i, W_i], to P2..P6: float [B, out_channels, H_i, W_i].
+
+        P6 is every second row and column of P5.
+        """
+        maps = [conv(feature) for conv, feature in zip(self.lateral, features, strict=True)]
+        if self.lateral_norm is not None:
+            maps = [norm(x) for norm, x in zip(self.lateral_norm, maps, strict=True)]
+        for level in range(len(maps) - 1, 0, -1):
+            finer = maps[level - 1]
+            maps[level - 1] = finer + F.interpolate(maps[level], size=finer.shape[-2:], mode="nearest")
+        outputs = [conv(x) for conv, x in zip(self.output, maps, strict=True)]
+        if self.output_norm is not None:
+            outputs = [norm(x) for norm, x in zip(self.output_norm, outputs, strict=True)]
+        outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))
+        return tuple(outputs)
