@@ -1,6 +1,7 @@
 """COCO annotations, validated once and packed into flat numpy arrays.
 
-A list of dicts would be copied page by page into every worker process; the arrays here are shared by all of them.
+A list of dicts would be copied page by page into every worker process; the arrays here are shared by all of
+them.
 """
 
 import hashlib
@@ -20,9 +21,9 @@ NO_CLASS = -1
 class CocoAnnotations:
     """Images and boxes of one COCO file as flat arrays: N images in the file's order, M annotations.
 
-    The annotations of image i are the rows offsets[i] to offsets[i + 1] of the arrays of length M, in the file's
-    order. Boxes are (x, y, width, height) in pixels of the stored picture, unclipped, in float64 so that corners
-    computed from them round to the same float32 as those of other readers.
+    The annotations of image i are the rows offsets[i] to offsets[i + 1] of the arrays of length M, in the
+    file's order. Boxes are (x, y, width, height) in pixels of the stored picture, unclipped, in float64 so
+    that corners computed from them round to the same float32 as those of other readers.
     """
 
     source: str
@@ -85,14 +86,15 @@ class CocoAnnotations:
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     def training_view(self, *, filter_empty: bool = True, min_size: int = 32) -> "CocoAnnotations":
-        """The images and annotations that are trained on, by MMDetection 3.3's rules (CocoDataset.parse_data_info
-        and filter_data).
+        """The images and annotations that are trained on, by MMDetection 3.3's rules
+        (CocoDataset.parse_data_info and filter_data).
 
-        Annotations are left out when they have `ignore` set, when their box does not overlap the picture, when the
-        area is not positive or a side is below 1 pixel, or when their category is not a class. Crowd regions stay,
-        marked. Images are left out when no annotation *of the file* has one of the classes (with filter_empty), or
-        when their shorter side is below min_size pixels: a picture whose only annotation was left out is trained on
-        without a box. Without images to filter: filter_empty=False, min_size=0.
+        Annotations are left out when they have `ignore` set, when their box does not overlap the picture,
+        when the area is not positive or a side is below 1 pixel, or when their category is not a class. Crowd
+        regions stay, marked. Images are left out when no annotation *of the file* has one of the classes
+        (with filter_empty), or when their shorter side is below min_size pixels: a picture whose only
+        annotation was left out is trained on without a box. Without images to filter: filter_empty=False,
+        min_size=0.
         """
         image_indices = self.image_indices
         x, y, w, h = self.boxes_xywh.T
@@ -150,7 +152,8 @@ class CocoAnnotations:
         )
 
     def digest(self) -> str:
-        """SHA-256 of all that training depends on (not of the path): equal digests mean equal data, but for pixels."""
+        """SHA-256 of all that training depends on (not of the path): equal digests mean equal data, but for
+        pixels."""
         sha = hashlib.sha256()
         for field in fields(self):
             value = getattr(self, field.name)
@@ -166,22 +169,23 @@ def read_coco(
 ) -> CocoAnnotations:
     """Reads and validates a COCO annotation file; one without "annotations" (a list of images) is taken too.
 
-    The classes are the file's categories by ascending id, with labels 0 to K-1 whatever the gaps between the ids.
-    With class_names, classes are matched by name and take the labels of that list; the file's categories must be
-    just these, or with allow_other_categories at least these (annotations of the others get label NO_CLASS).
+    The classes are the file's categories by ascending id, with labels 0 to K-1 whatever the gaps between the
+    ids. With class_names, classes are matched by name and take the labels of that list; the file's categories
+    must be just these, or with allow_other_categories at least these (annotations of the others get label
+    NO_CLASS).
 
-    Raises AnnotationError, which names file, record and remedy, for what cannot be used: a file that is no COCO file,
-    ids that are missing, repeated, not whole numbers or refer to nothing, sizes that are missing or not positive,
-    numbers that are not finite, file names that leave the image folder. Boxes without area, outside the picture and
-    the like are read as they are; training_view leaves them out and counts them.
+    Raises AnnotationError, which names file, record and remedy, for what cannot be used: a file that is no
+    COCO file, ids that are missing, repeated, not whole numbers or refer to nothing, sizes that are missing
+    or not positive, numbers that are not finite, file names that leave the image folder. Boxes without area,
+    outside the picture and the like are read as they are; training_view leaves them out and counts them.
     """
     path = Path(file)
     content = parse_coco(path)
     for section in ("images", "categories"):
         if not content.get(section):
             raise AnnotationError(
-                f'{path}: has no "{section}". Expected COCO\'s format: an object with "images", "annotations" and '
-                '"categories"; is this the right file?'
+                f'{path}: has no "{section}". Expected COCO\'s format, an object of "images", "annotations" '
+                'and "categories": is this the right file?'
             )
     category_ids, names, label_of_category = _read_categories(
         Records(path, "categories", content.pop("categories")), class_names, allow_other_categories
@@ -249,7 +253,7 @@ def _read_categories(
             problems += [f"has besides {examples(map(repr, other))}"] if other else []
             raise AnnotationError(
                 f"{records.path}: the categories are not the {len(wanted)} classes asked for: it "
-                f"{' and '.join(problems)}. Give every file of a run the same category names (ids may differ)."
+                f"{' and '.join(problems)}. Give all files of a run the same category names (ids may differ)."
             )
         class_ids = [id_of[name] for name in wanted]
     labels = dict.fromkeys(ids, NO_CLASS) | {
@@ -308,7 +312,7 @@ def _reading_findings(
             named = examples(annotation_ids[faulty][:10], count)
             findings.append(Finding("warning", code, f"{path}: {count:,} {text.format(named)}", count))
     if (annotation_ids == 0).any():
-        text = f"{path}: an annotation has id 0, which plain pycocotools counts as unmatched; here it counts like any"
+        text = f"{path}: annotation id 0, which plain pycocotools takes for unmatched, counts like any other"
         findings.append(Finding("info", "annotation-id-0", text))
     return tuple(findings)
 

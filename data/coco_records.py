@@ -1,7 +1,8 @@
 """A COCO JSON file as checked columns: the only code that touches the Python objects of the parser.
 
-Each check runs over a whole column at once (a set of types, a numpy comparison), and only a column that fails is
-searched for the record to name. So the checks of 860,000 annotations cost a fraction of what parsing them costs.
+Each check runs over a whole column at once (a set of types, a numpy comparison), and only a column that fails
+is searched for the record to name. So the checks of 860,000 annotations cost a fraction of what parsing them
+costs.
 """
 
 import gc
@@ -54,7 +55,8 @@ class Records:
         raise AnnotationError(f"{self.path}: {self.section}[{index}]{named}: {problem}. {remedy}")
 
     def fail_where(self, bad: np.ndarray, key: str, problem: str, remedy: str) -> None:
-        """Fails at the first true entry of `bad` (bool [n]) and says how many there are; does nothing without one."""
+        """Fails at the first true entry of `bad` (bool [n]) and says how many there are; does nothing without
+        one."""
         if bad.any():
             index = int(np.argmax(bad))
             others = int(bad.sum()) - 1
@@ -102,7 +104,7 @@ class Records:
             first, second = int(order[repeated[0]]), int(order[repeated[0] + 1])
             self.fail(
                 second,
-                f"the {key} is taken by {self.section}[{first}] already ({len(repeated):,} such records in all)",
+                f"the {key} is taken by {self.section}[{first}] already ({len(repeated):,} such records)",
                 f"Give every one of the {self.section} an {key} of its own.",
             )
         return values
@@ -131,7 +133,8 @@ class Records:
         return values
 
     def boxes(self, key: str) -> np.ndarray:
-        """Boxes of four finite numbers (x, y, width, height) in pixels, float64 [n, 4]; sizes may be negative."""
+        """Boxes of four finite numbers (x, y, width, height) in pixels, float64 [n, 4]; sizes may be
+        negative."""
         remedy = "Write it as [x, y, width, height] in pixels."
         values = self.column(key, {list}, "a list of 4 numbers", remedy)
         if not set(map(len, values)) <= {4}:
@@ -150,7 +153,7 @@ class Records:
 
     def areas(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Areas in square pixels, float64 [n], and bool [n] which of them the file leaves out (0 there)."""
-        remedy = "Write the area of the object in square pixels (width x height of the box will do), or leave it out."
+        remedy = "Write the area in square pixels (width x height of the box will do), or leave it out."
         values = self.column(key, {int, float, type(None)}, "a number", remedy, default=None)
         absent = np.array([value is None for value in values], dtype=bool)
         areas = self._floats(key, [0.0 if value is None else value for value in values], remedy)
@@ -172,7 +175,8 @@ class Records:
 
 
 def parse_coco(path: Path) -> dict[str, Any]:
-    """The file's top-level object. Polygons are let go as they are parsed: they are most of the file, and unused here.
+    """The file's top-level object. Polygons are let go as they are parsed: they are most of the file, and
+    unused here.
 
     Raises AnnotationError for a file that is missing, unreadable, not JSON, or not an object.
     """
@@ -182,7 +186,7 @@ def parse_coco(path: Path) -> dict[str, Any]:
         raise AnnotationError(f"{path}: no such file. Check the path of the annotation file.") from None
     except UnicodeDecodeError as error:
         raise AnnotationError(
-            f"{path}: not UTF-8 text (byte {error.start}). Is this an annotation file? Save it as JSON in UTF-8."
+            f"{path}: not UTF-8 text (byte {error.start}). Give the annotation file, JSON in UTF-8."
         ) from None
     except (OSError, ValueError) as error:
         raise AnnotationError(
@@ -204,7 +208,7 @@ def parse_coco(path: Path) -> dict[str, Any]:
         ) from None
     if type(content) is not dict:
         raise AnnotationError(
-            f'{path}: holds {_kind(content)}, expected an object with "images", "annotations" and "categories". '
+            f'{path}: holds {_kind(content)}, expected an object of "images", "annotations", "categories". '
             "A list is COCO's results format: give the annotation file."
         )
     return content

@@ -14,7 +14,8 @@ class Finding:
     """One kind of fault of one file, with the number of times it occurs.
 
     severity: "error" (would break or bias training or its figures), "warning" (handled, but worth a look) or
-    "info". code: stable identifier such as "box-outside-image". text: one line that names file, ids and remedy.
+    "info". code: stable identifier such as "box-outside-image". text: one line that names file, ids and
+    remedy.
     """
 
     severity: Severity
