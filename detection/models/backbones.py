@@ -1,8 +1,9 @@
 """ResNet and ResNeXt backbones that return the four feature maps C2..C5.
 
-Batch norm with frozen statistics is an affine map per channel, so it is folded into the convolution in front of it:
-`conv2d(x, weight * scale, bias=shift)` instead of a convolution and a second pass over its output. Gradients still reach
-the convolution's weight and, where they are trained, the norm's weight and bias, because the fold is part of the graph.
+Batch norm with frozen statistics is an affine map per channel, so it is folded into the convolution in
+front of it: `conv2d(x, weight * scale, bias=shift)` instead of a convolution and a second pass over its
+output. Gradients still reach the convolution's weight and, where they are trained, the norm's weight and
+bias, because the fold is part of the graph.
 
 Parameters carry the names that torchvision and MMDetection give them (conv1.weight, bn1.running_mean,
 layer1.0.downsample.0.weight, ...), whatever the normalisation.
@@ -24,7 +25,7 @@ GROUPS_OF_GROUP_NORM = 32  # Wu and He, Group Normalization, section 4
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one backbone from another: blocks per stage, kind of block, and the grouping of the 3x3 convolutions."""
+    """Blocks per stage, their kind, and the grouping of the 3x3 convolutions."""
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool
@@ -44,8 +45,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 class FrozenBatchNorm(nn.Module):
     """Batch norm whose running statistics never change, in training mode either.
 
-    It has no forward of its own: `conv_norm` folds it into the convolution before it. `weight` and `bias` (float [C]) are
-    parameters that train only with `train_affine`; `running_mean` and `running_var` (float [C]) are buffers.
+    It has no forward of its own: `conv_norm` folds it into the convolution before it. `weight` and `bias`
+    (float [C]) are parameters that train only with `train_affine`; `running_mean` and `running_var` (float
+    [C]) are buffers.
     """
 
     running_mean: Tensor
@@ -71,7 +73,8 @@ class FrozenBatchNorm(nn.Module):
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)), folded into one convolution where the norm's statistics are frozen.
 
-    The fold happens in the parameters' own precision; under autocast the convolution then rounds the folded weight once.
+    The fold happens in the parameters' own precision; under autocast the convolution then rounds the folded
+    weight once.
     """
     if not isinstance(norm, FrozenBatchNorm):
         return norm(conv(x))
@@ -97,8 +100,9 @@ class NormSettings:
 
     @property
     def starts_blocks_as_identity(self) -> bool:
-        # A zero weight in a residual block's last norm steadies training from scratch (Goyal et al. 2017, section 5.1).
-        # Frozen norms come from a trained network, where a zero that nothing overwrites would only silence the block.
+        # A zero weight in a residual block's last norm steadies training from scratch (Goyal et al. 2017,
+        # section 5.1). Frozen norms come from a trained network, where a zero that nothing overwrites
+        # silences the block.
         return self.norm != "frozen_bn"
 
 
@@ -125,9 +129,7 @@ def _identity(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (ResNet 18 and 34)."""
 
-    expansion = 1
-
-    def __init__(self, inputs: int, planes: int, stride: int, architecture: Architecture, norms: NormSettings) -> None:
+    def __init__(self, inputs: int, planes: int, stride: int, norms: NormSettings) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, planes, 3, stride)
         self.bn1 = norms.make(planes)
@@ -144,7 +146,8 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions. The stride sits in the 3x3 ("pytorch" style), or in the first 1x1 ("caffe" style)."""
+    """1x1, 3x3, 1x1 convolutions. The stride sits in the 3x3 ("pytorch" style) or in the first 1x1
+    ("caffe")."""
 
     expansion = 4
 
@@ -186,54 +189,61 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, name: str, norm: str, train_norm_affine: bool, frozen_stages: int, norm_eps: float, stride_in_1x1: bool
+        self,
+        name: str,
+        norm: str,
+        train_norm_affine: bool,
+        frozen_stages: int,
+        norm_eps: float,
+        stride_in_1x1: bool,
     ) -> None:
         super().__init__()
-        architecture = ARCHITECTURES[name]
         self.name = name
         self.frozen_stages = frozen_stages
         self.stride_in_1x1 = stride_in_1x1
 
+        architecture = ARCHITECTURES[name]
+
         def norms(part: int) -> NormSettings:
             frozen = part <= frozen_stages
             # Batch norm in a frozen part must not gather statistics: there it is frozen batch norm.
-            return NormSettings(
-                "frozen_bn" if frozen and norm == "bn" else norm, train_norm_affine and not frozen, norm_eps
-            )
+            kind = "frozen_bn" if frozen and norm == "bn" else norm
+            return NormSettings(kind, train_norm_affine and not frozen, norm_eps)
 
         self.conv1 = _conv(3, 64, 7, stride=2)
         self.bn1 = norms(0).make(64)
         channels = 64
         out_channels = []
-        for stage, (planes, num_blocks) in enumerate(zip((64, 128, 256, 512), architecture.blocks, strict=True), 1):
+        for stage, num_blocks in enumerate(architecture.blocks, 1):
+            planes = 64 * 2 ** (stage - 1)
             blocks: list[nn.Module] = []
             for index in range(num_blocks):
                 stride = 2 if stage > 1 and index == 0 else 1
+                block: nn.Module
                 if architecture.bottleneck:
-                    blocks.append(Bottleneck(channels, planes, stride, architecture, norms(stage), stride_in_1x1))
-                    channels = planes * Bottleneck.expansion
+                    block = Bottleneck(channels, planes, stride, architecture, norms(stage), stride_in_1x1)
                 else:
-                    blocks.append(BasicBlock(channels, planes, stride, architecture, norms(stage)))
-                    channels = planes
+                    block = BasicBlock(channels, planes, stride, norms(stage))
+                blocks.append(block)
+                channels = planes * Bottleneck.expansion if architecture.bottleneck else planes
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             out_channels.append(channels)
-        self.out_channels: tuple[int, int, int, int] = (
-            out_channels[0],
-            out_channels[1],
-            out_channels[2],
-            out_channels[3],
-        )
+        c2, c3, c4, c5 = out_channels
+        self.out_channels: tuple[int, int, int, int] = (c2, c3, c4, c5)
         for part, modules in enumerate(((self.conv1, self.bn1), *((stage,) for stage in self.stages))):
             if part <= frozen_stages:
                 for module in modules:
                     module.requires_grad_(False)
 
     @property
-    def stages(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-        return self.layer1, self.layer2, self.layer3, self.layer4
+    def stages(self) -> list[nn.Module]:
+        return [self.get_submodule(f"layer{stage}") for stage in (1, 2, 3, 4)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalised images, float [B, 3, H, W], to C2..C5: float [B, out_channels[i], H / 2**(i+2), W / 2**(i+2)]."""
+        """Normalised images, float [B, 3, H, W], to C2..C5: float [B, out_channels[i], H_i, W_i].
+
+        H_i and W_i are H and W over 4, 8, 16 and 32, rounded up.
+        """
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and self.frozen_stages < 0):
             x = F.relu_(conv_norm(self.conv1, self.bn1, x))
@@ -243,7 +253,8 @@ class ResNet(nn.Module):
             with torch.set_grad_enabled(grad and self.frozen_stages < number):
                 x = stage(x)
             features.append(x)
-        return features[0], features[1], features[2], features[3]
+        c2, c3, c4, c5 = features
+        return c2, c3, c4, c5
 
 
 def build_backbone(
@@ -257,16 +268,19 @@ def build_backbone(
 ) -> ResNet:
     """A backbone with fresh weights (He normal, fan out; norms at one and zero).
 
-    name: a key of `ARCHITECTURES`. norm: "frozen_bn" (statistics never change), "bn" (plain batch norm, which an engine may
-    turn into synchronised batch norm) or "gn" (32 groups). train_norm_affine: whether a frozen norm's weight and bias are
-    trained; bn and gn always train theirs. frozen_stages: -1 nothing, 0 the stem, n the stem and stages 1..n.
-    norm_eps: torchvision's COCO_V1 weights want 0. stride_in_1x1: the layout of Detectron2's and Caffe's bottlenecks.
-    Raises ValueError for a name, norm or number of stages that does not exist.
+    name: a key of `ARCHITECTURES`. norm: "frozen_bn" (statistics never change), "bn" (plain batch norm,
+    which an engine may turn into synchronised batch norm) or "gn" (32 groups). train_norm_affine: whether a
+    frozen norm's weight and bias are trained; bn and gn always train theirs. frozen_stages: -1 nothing, 0
+    the stem, n the stem and stages 1..n. norm_eps: torchvision's COCO_V1 weights want 0. stride_in_1x1: the
+    bottlenecks of Detectron2's and Caffe's models. Raises ValueError for a name, norm or number of stages
+    that does not exist, and for stride_in_1x1 where blocks have no 1x1 convolution to put it into.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"backbone {name!r} is not known; choose one of {', '.join(ARCHITECTURES)}")
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is not known; choose one of {', '.join(NORMS)}")
     if not -1 <= frozen_stages <= 4:
-        raise ValueError(f"frozen_stages is {frozen_stages}; it goes from -1 (nothing) to 4 (the whole backbone)")
+        raise ValueError(f"frozen_stages is {frozen_stages}; it goes from -1 (nothing) to 4 (all stages)")
+    if stride_in_1x1 and not ARCHITECTURES[name].bottleneck:
+        raise ValueError(f"stride_in_1x1 has no meaning for {name}: its blocks have 3x3 convolutions only")
     return ResNet(name, norm, train_norm_affine, frozen_stages, norm_eps, stride_in_1x1)

@@ -25,10 +25,11 @@ def _norms(norm: str | None, count: int, channels: int) -> nn.ModuleList | None:
 
 
 class FPN(nn.Module):
-    """Lateral 1x1 convolutions, a top-down path of nearest-neighbour enlargements, 3x3 output convolutions, and P6.
+    """Lateral 1x1 convolutions, nearest-neighbour enlargements from the top down, 3x3 output convolutions,
+    and P6.
 
-    norm: None (convolutions with bias, no norm: both recipes) or "gn" (32 groups after every convolution, which then have
-    no bias). There is no activation.
+    norm: None (convolutions with bias, no norm: both recipes) or "gn" (32 groups after every convolution,
+    which then have no bias). There is no activation.
     """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int = 256, norm: str | None = None) -> None:
