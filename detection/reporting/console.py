@@ -1,0 +1,239 @@
+"""What a run says: lines on the terminal and in train.log, and progress as a bar or, where there is no
+terminal, as lines."""
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from detection.reporting.durations import duration
+
+PLAIN_PERCENT = 10  # a plain progress line each so many percent of the work ...
+PLAIN_PERCENT_SECONDS = 5.0  # ... but no sooner than this after the last one,
+PLAIN_SECONDS = 30.0  # and in any case after this long
+
+_YELLOW, _RED, _RESET = "\x1b[33m", "\x1b[31m", "\x1b[0m"
+
+_FIGURE_FORMATS = {
+    "lr": "lr {:.6g}",
+    "loss": "loss {:.4f}",
+    "images_per_second": "{:.1f} images/s",
+    "memory_gb": "{:.1f} GB",
+}
+
+
+class Console:
+    """The voice of one process.
+
+    The main process speaks on `stream` (standard output) and in the log file. Other processes are silent
+    but for warnings and errors, which go to `error_stream` (standard error) with the rank's number. The log
+    file gets every line of the main process and every warning of all, with the time, in single appends, so
+    that processes do not cut into each other's lines; it is created at the first line.
+    """
+
+    def __init__(
+        self,
+        log_file: str | Path | None = None,
+        *,
+        is_main: bool = True,
+        rank: int = 0,
+        stream: TextIO | None = None,
+        error_stream: TextIO | None = None,
+    ) -> None:
+        self.is_main = is_main
+        self.rank = rank
+        self.stream = sys.stdout if stream is None else stream
+        self.error_stream = sys.stderr if error_stream is None else error_stream
+        self.log_file = None if log_file is None else Path(log_file)
+        self._lock = threading.Lock()
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a bar can be drawn: a terminal that is not TERM=dumb."""
+        return self.stream.isatty() and os.environ.get("TERM") != "dumb"
+
+    @property
+    def has_unicode(self) -> bool:
+        """Whether the stream can show block characters."""
+        return (getattr(self.stream, "encoding", None) or "ascii").lower().replace("-", "") == "utf8"
+
+    @property
+    def width(self) -> int:
+        """Columns to fill: the terminal's, at most 120; 100 where there is none."""
+        return min(shutil.get_terminal_size((100, 24)).columns, 120)
+
+    def say(self, text: str = "") -> None:
+        """One or more lines for whoever watches the run."""
+        if self.is_main:
+            self._print(text, self.stream)
+            self._log(text)
+
+    def warn(self, text: str) -> None:
+        """Something that the run survives and its owner should know."""
+        self._raise_voice("warning", text, _YELLOW)
+
+    def error(self, text: str) -> None:
+        """Something that ends the run."""
+        self._raise_voice("error", text, _RED)
+
+    def progress(
+        self, total: int, *, initial: int = 0, description: str = "", unit: str = "it"
+    ) -> "Progress":
+        """A bar over `total` steps of which `initial` are done; silent on other processes than the main
+        one."""
+        return Progress(self, total, initial, description, unit)
+
+    def _raise_voice(self, word: str, text: str, colour: str) -> None:
+        text = f"{word}: {text}" if self.is_main else f"[rank {self.rank}] {word}: {text}"
+        if _may_colour(self.error_stream):
+            self._print(f"{colour}{text}{_RESET}", self.error_stream)
+        else:
+            self._print(text, self.error_stream)
+        self._log(text)
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
+        stream.flush()
+
+    def _log(self, text: str) -> None:
+        if self.log_file is None:
+            return
+        now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        lines = "".join(f"{now}  {line}".rstrip() + "\n" for line in (text.splitlines() or [""]))
+        try:
+            with self._lock, self.log_file.open("ab", buffering=0) as file:
+                file.write(lines.encode())
+        except OSError as error:  # a full disk must not end a run for the sake of its log
+            self._print(
+                f"warning: {self.log_file} cannot be written ({error}); the run goes on without it",
+                self.error_stream,
+            )
+            self.log_file = None
+
+
+class Progress:
+    """Progress over a known number of steps, made by Console.progress; a context manager.
+
+    On a terminal a tqdm bar; elsewhere a line each PLAIN_PERCENT percent or PLAIN_SECONDS seconds, and one
+    at the end. The log file gets the lines in both cases.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        initial: int = 0,
+        description: str = "",
+        unit: str = "it",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.initial, self.done = total, initial, initial
+        self.description, self.unit = description, unit
+        self._console, self._clock = console, clock
+        self._figures: dict[str, Any] = {}
+        self._started = self._last_time = clock()
+        self._last_done = initial
+        self._closed = False
+        self._bar = None
+        if console.is_main and console.is_terminal:
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                desc=description or None,
+                unit=unit,
+                file=console.stream,
+                dynamic_ncols=True,
+                ascii=not console.has_unicode,
+                colour="green" if _may_colour(console.stream) else None,
+                leave=False,
+            )
+
+    def update(self, steps: int = 1, **figures: Any) -> None:
+        """`steps` more are done. Figures given are shown from now on: loss=1.2, lr=0.02,
+        images_per_second=31.5, ..."""
+        self.done += steps
+        self._figures |= figures
+        if not self._console.is_main:
+            return
+        if self._bar is not None:
+            if figures:
+                self._bar.set_postfix_str(", ".join(self._shown_figures()), refresh=False)
+            self._bar.update(steps)
+        if self._line_is_due():
+            self._put_line()
+
+    def close(self) -> None:
+        """Ends the bar, and says how far it came where the last line did not."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._bar is not None:
+            self._bar.close()
+        if self._console.is_main and self.done != self._last_done:
+            self._put_line()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def line(self) -> str:
+        """The progress as one plain line, e.g. "epoch 2/12  500/7330   7%  2:30 < 34:10  loss 0.8123  lr
+        0.02"."""
+        elapsed = self._clock() - self._started
+        percent = 100 * self.done // self.total if self.total else 100
+        times = duration(elapsed)
+        if self.initial < self.done < self.total:
+            times += " < " + duration(elapsed / (self.done - self.initial) * (self.total - self.done))
+        count = f"{self.done:>{len(str(self.total))}}/{self.total} {self.unit}"
+        return "  ".join(
+            [*filter(None, [self.description]), count, f"{percent:3d}%", times, *self._shown_figures()]
+        )
+
+    def _shown_figures(self) -> list[str]:
+        return [_shown_figure(name, value) for name, value in self._figures.items() if value is not None]
+
+    def _line_is_due(self) -> bool:
+        seconds = self._clock() - self._last_time
+        percents = [
+            100 * done // max(self.total, 1) // PLAIN_PERCENT for done in (self._last_done, self.done)
+        ]
+        return (
+            self.done >= self.total
+            or seconds >= PLAIN_SECONDS
+            or (seconds >= PLAIN_PERCENT_SECONDS and percents[0] != percents[1])
+        )
+
+    def _put_line(self) -> None:
+        self._last_time, self._last_done = self._clock(), self.done
+        if self._bar is None:
+            self._console.say(self.line())
+        else:
+            self._console._log(self.line())
+
+
+def _may_colour(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+
+
+def _shown_figure(name: str, value: Any) -> str:
+    if name in _FIGURE_FORMATS:
+        with contextlib.suppress(TypeError, ValueError):
+            return _FIGURE_FORMATS[name].format(value)
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"

@@ -1,0 +1,160 @@
+"""TensorBoard's event files on disk: read to their torn end, and cut back where a run resumes.
+
+An event file is a row of records: length (uint64), masked CRC-32C of the length, the data (an Event
+message), masked CRC-32C of the data. A killed writer leaves a torn last record, after which a reader of the
+file sees nothing more.
+"""
+
+import os
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+_HEADER = struct.Struct("<QI")
+_FOOTER = struct.Struct("<I")
+_MARK = "tfevents."  # TensorBoard takes every file with this in its name; temporary files must not have it
+_TEMPORARY = "merged-events.tmp"
+
+
+@dataclass
+class EventHistory:
+    """What the event files of a run hold after the cut: the last step of each tag and the last text of each
+    text tag."""
+
+    last_steps: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    num_dropped: int = 0
+
+
+def event_files(directory: Path) -> list[Path]:
+    """The event files of a directory in TensorBoard's order, which is that of their names and so of their
+    start times."""
+    return sorted(path for path in directory.iterdir() if _MARK in path.name) if directory.is_dir() else []
+
+
+def read_records(path: Path) -> Iterator[bytes]:
+    """The whole records of an event file, framing included; ends at the first torn or damaged one.
+
+    The checksum of the data is looked at for the last record only, where a kill or a power loss leaves its
+    damage: computing it in Python for every picture would make a resume wait for minutes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        while len(header := file.read(_HEADER.size)) == _HEADER.size:
+            length, length_crc = _HEADER.unpack(header)
+            end = file.tell() + length + _FOOTER.size
+            if masked_crc32c(header[:8]) != length_crc or end > size:
+                return
+            body = file.read(length + _FOOTER.size)
+            if end == size and masked_crc32c(body[:length]) != _FOOTER.unpack(body[length:])[0]:
+                return
+            yield header + body
+
+
+def parse_record(record: bytes) -> Event:
+    """The Event message of a record; DecodeError where the data is none."""
+    return Event.FromString(record[_HEADER.size : -_FOOTER.size])
+
+
+def framed(event: Event) -> bytes:
+    """An Event message as a record."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return length + _FOOTER.pack(masked_crc32c(length)) + data + _FOOTER.pack(masked_crc32c(data))
+
+
+def cut_event_files(directory: Path, *, first_iteration: int, val_from: int) -> EventHistory:
+    """Removes from disk every point that the resumed run will write again, and returns what is left.
+
+    Values whose tag starts with "val/" go from step val_from on, all others from step first_iteration on;
+    so does a value whose step its tag has already passed. What is left is put into one file under the
+    oldest file's name, written beside it and renamed. Killed between the renaming and the removal of the
+    other files, the run finds points doubled at its next resume, and drops them by the same rule.
+    """
+    (directory / _TEMPORARY).unlink(missing_ok=True)
+    files = event_files(directory)
+    history = EventHistory()
+    if not files:
+        return history
+    merged = directory / _TEMPORARY
+    num_kept = 0
+    with merged.open("wb") as output:
+        for number, path in enumerate(files):
+            for record in _kept(path, history, first_iteration, val_from, keep_version=number == 0):
+                output.write(record)
+                num_kept += 1
+        output.flush()
+        os.fsync(output.fileno())
+    if history.last_steps:
+        target = directory / _name_before_now(files[0].name)
+        merged.replace(target)
+        files = [path for path in files if path != target]
+    else:
+        merged.unlink()
+    for path in files:
+        path.unlink()
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return history
+
+
+def _kept(
+    path: Path, history: EventHistory, first_iteration: int, val_from: int, *, keep_version: bool
+) -> Iterator[bytes]:
+    for record in read_records(path):
+        try:
+            event = parse_record(record)
+        except DecodeError:
+            return
+        kind = event.WhichOneof("what")
+        if kind == "file_version" and keep_version:
+            keep_version = False
+            yield record
+        # Other versions and the session marks of earlier resumes say "forget what is past my step" to a
+        # reader. In a file that has been cut they have nothing left to say, and read late they would take
+        # good points away.
+        if kind != "summary":
+            continue
+        values = [
+            v for v in event.summary.value if _is_kept(v.tag, event.step, history, first_iteration, val_from)
+        ]
+        history.num_dropped += len(event.summary.value) - len(values)
+        for value in values:
+            history.last_steps[value.tag] = event.step
+            if value.metadata.plugin_data.plugin_name == "text" and value.tensor.string_val:
+                history.texts[value.tag] = value.tensor.string_val[0].decode()
+        if len(values) == len(event.summary.value):
+            yield record
+        elif values:
+            kept_event = Event(wall_time=event.wall_time, step=event.step)
+            kept_event.summary.value.extend(values)
+            yield framed(kept_event)
+
+
+def _is_kept(tag: str, step: int, history: EventHistory, first_iteration: int, val_from: int) -> bool:
+    limit = val_from if tag.startswith("val/") else first_iteration
+    return history.last_steps.get(tag, -1) < step < limit
+
+
+def _name_before_now(name: str) -> str:
+    """The file's name, its time moved back where it would not sort before a file begun now.
+
+    TensorBoard reads a run's files in the order of the whole seconds in their names, and takes a step that
+    goes backwards for a restart. A resume within the same second, or on a machine whose clock is behind,
+    must not look so.
+    """
+    head, _, tail = name.partition(_MARK)
+    seconds, dot, rest = tail.partition(".")
+    now = int(time.time())
+    if not seconds.isdigit() or int(seconds) < now:
+        return name
+    return f"{head}{_MARK}{now - 1:010d}{dot}{rest}"

@@ -1,0 +1,110 @@
+"""Validation figures as tables of characters."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FIGURES = {
+    "mAP": "IoU 0.50:0.95",
+    "mAP_50": "IoU 0.50",
+    "mAP_75": "IoU 0.75",
+    "mAP_s": "small, area under 32 x 32",
+    "mAP_m": "medium",
+    "mAP_l": "large, area over 96 x 96",
+    "AR_100": "recall, 100 detections an image",
+}
+UNDEFINED = -1.0  # COCO's value where the ground truth has nothing of that kind
+MAX_CLASSES_LISTED = 20
+NUM_EXTREME_CLASSES = 5
+
+
+def validation_table(
+    metrics: Mapping[str, Any],
+    previous: Mapping[str, Any] | None = None,
+    best: Mapping[str, Any] | None = None,
+) -> str:
+    """The figures of a validation, with their change since the previous one and against the best one before.
+
+    A figure that the ground truth does not support (COCO's -1) is shown as "-", and metrics["notes"] below
+    says why. Per-class AP follows: all classes up to MAX_CLASSES_LISTED, else the best and the worst
+    NUM_EXTREME_CLASSES.
+    """
+    rows = [["", "now"]]
+    if previous is not None:
+        rows[0].append("change")
+    if best is not None:
+        rows[0].append("against the best")
+    rows[0].append("")
+    for name, meaning in FIGURES.items():
+        if name in metrics:
+            row = [name, figure(metrics[name])]
+            row += [change(metrics[name], other.get(name)) for other in (previous, best) if other is not None]
+            rows.append([*row, meaning])
+    lines = _aligned(rows, left_columns={0, len(rows[0]) - 1})
+    lines += _class_lines(metrics.get("per_class", {}))
+    lines += [f"note: {note}" for note in metrics.get("notes", [])]
+    if not metrics.get("notes") and any(metrics.get(name) == UNDEFINED for name in FIGURES):
+        lines.append('note: "-" is undefined: the ground truth has no object of that kind (COCO writes -1)')
+    return "\n".join(lines)
+
+
+def summary_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line a validation record (as in metrics.jsonl), the one with the highest mAP marked.
+
+    Epochs are shown as they stand in the records.
+    """
+    if not records:
+        return "no validation has been run"
+    names = [name for name in FIGURES if any(name in record for record in records)]
+    best = max(range(len(records)), key=lambda place: records[place].get("mAP", UNDEFINED))
+    has_best = records[best].get("mAP", UNDEFINED) != UNDEFINED
+    rows = [["epoch", *names, ""]]
+    for place, record in enumerate(records):
+        mark = "<- best" if has_best and place == best else ""
+        rows.append([str(record.get("epoch", "")), *(figure(record.get(name)) for name in names), mark])
+    return "\n".join(_aligned(rows, left_columns={len(rows[0]) - 1}))
+
+
+def figure(value: float | None) -> str:
+    """A figure between 0 and 1 with three decimals; "-" where it is undefined or absent."""
+    return "-" if value is None or value == UNDEFINED else f"{value:.3f}"
+
+
+def change(value: float | None, before: float | None) -> str:
+    """The difference to a figure before, with its sign; "-" where either is undefined."""
+    if value is None or before is None or UNDEFINED in (value, before):
+        return "-"
+    return f"{round(value, 3) - round(before, 3):+.3f}"
+
+
+def _class_lines(per_class: Mapping[str, float]) -> list[str]:
+    if not per_class:
+        return []
+    defined = sorted(((value, name) for name, value in per_class.items() if value != UNDEFINED), reverse=True)
+    undefined = [name for name, value in per_class.items() if value == UNDEFINED]
+    if len(defined) <= MAX_CLASSES_LISTED:
+        lines = ["AP by class: " + _listed(defined)] if defined else []
+    else:
+        lines = [
+            "AP by class, highest: " + _listed(defined[:NUM_EXTREME_CLASSES]),
+            "AP by class, lowest:  " + _listed(defined[-NUM_EXTREME_CLASSES:]),
+        ]
+    if undefined:
+        shown = ", ".join(undefined[:NUM_EXTREME_CLASSES])
+        more = len(undefined) - NUM_EXTREME_CLASSES
+        lines.append(f"AP by class, no ground truth: {shown}" + (f" and {more} more" if more > 0 else ""))
+    return lines
+
+
+def _listed(pairs: Sequence[tuple[float, str]]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for value, name in pairs)
+
+
+def _aligned(rows: Sequence[Sequence[str]], left_columns: set[int]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

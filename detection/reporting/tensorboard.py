@@ -1,0 +1,200 @@
+"""The TensorBoard log of a run: curves, pictures, texts and pages that show them together.
+
+A resumed run continues its curves without a seam: before anything new is written, what lies past the
+checkpoint is taken out of the event files themselves, so that each point is there once for every reader,
+not only for those that understand TensorBoard's restart marks.
+"""
+
+import io
+import json
+import os
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary as summaries
+
+from detection.reporting.event_files import cut_event_files, event_files
+
+PICTURES_TAG = "val/detections"
+UNDEFINED = -1.0  # COCO's value of a figure that no ground truth supports; a curve has no point there
+FLUSH_SECONDS = 10
+JPEG_QUALITY = 92
+
+# Not figures to draw: what the point is about, and what has tags of its own.
+_NOT_CURVES = {"kind", "iteration", "epoch", "per_class", "notes"}
+
+_LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "Overview": {
+        "learning rate": ["Multiline", ["^train/lr$"]],
+        "mAP": ["Multiline", ["^val/mAP$", "^val/mAP_50$", "^val/mAP_75$"]],
+        "loss": ["Multiline", ["^train/loss$"]],
+    },
+    "Losses": {
+        "by part": ["Multiline", ["^train/loss_"]],
+        "gradient norm": ["Multiline", ["^train/grad_norm$"]],
+    },
+    "Validation": {
+        "mAP by object size": ["Multiline", ["^val/mAP_[sml]$"]],
+        "AP by class": ["Multiline", ["^val/AP/"]],
+        "average recall": ["Multiline", ["^val/AR_"]],
+    },
+    "Speed": {
+        "images per second": ["Multiline", ["^train/images_per_second$"]],
+        "seconds waiting for data": ["Multiline", ["^train/data_seconds$"]],
+        "GPU memory (GB)": ["Multiline", ["^train/memory_gb$"]],
+    },
+}
+_LAYOUT_TAG = "custom_scalars__config__"
+_HPARAMS_TAG = "_hparams_/experiment"
+
+
+class TensorBoardLog:
+    """Writes one run's event files. Steps are iterations, counted from 0 over the whole run.
+
+    A validation's step is the index of the last finished iteration. Points become visible within
+    FLUSH_SECONDS seconds; call flush() before a checkpoint is written: a resume can only continue the curve
+    up to what was flushed.
+    """
+
+    def __init__(self, directory: str | Path, *, first_iteration: int = 0, val_from: int = 0) -> None:
+        """Opens the log of a run that goes on at first_iteration and validates next at val_from or later.
+
+        What earlier processes wrote at or past these steps is removed from the event files in the
+        directory, and a torn last record with it. A file begun now continues them.
+        """
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.first_iteration = first_iteration
+        self.history = cut_event_files(self.directory, first_iteration=first_iteration, val_from=val_from)
+        # The restart mark is for a TensorBoard that is open now and holds the removed points in its memory.
+        purge_step = first_iteration if self.history.last_steps or self.history.num_dropped else None
+        self._writer = SummaryWriter(str(self.directory), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
+        self._file_writer = self._writer._get_file_writer()
+        if not self.has(_LAYOUT_TAG):
+            self._write(summaries.custom_scalars(_LAYOUT), first_iteration)
+
+    def has(self, tag: str) -> bool:
+        """Whether the log already holds something under this tag (of this process or an earlier one)."""
+        return tag in self.history.last_steps
+
+    def train(self, record: Mapping[str, Any]) -> None:
+        """Draws a training record of metrics.jsonl: every figure in it as train/<name>, at
+        record["iteration"]."""
+        points = {f"train/{name}": value for name, value in record.items() if _is_figure(name, value)}
+        self._write(_scalars(points), int(record["iteration"]))
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """Draws a validation record of metrics.jsonl: val/<name>, and val/AP/<class> from "per_class".
+
+        A figure of -1 (nothing of that kind in the ground truth) gets no point.
+        """
+        points = {f"val/{name}": value for name, value in record.items() if _is_figure(name, value)}
+        points |= {f"val/AP/{name}": value for name, value in record.get("per_class", {}).items()}
+        points = {tag: value for tag, value in points.items() if value != UNDEFINED}
+        self._write(_scalars(points), int(record["iteration"]))
+
+    def pictures(self, iteration: int, pictures: Sequence[np.ndarray], tag: str = PICTURES_TAG) -> None:
+        """Shows uint8 RGB [H, W, 3] arrays as <tag>/0, <tag>/1, ...; a picture that the log already has is
+        skipped."""
+        for number, picture in enumerate(pictures):
+            name = f"{tag}/{number}"
+            if self.history.last_steps.get(name, -1) < iteration:
+                self._write(_picture(name, picture), iteration)
+
+    def text(self, tag: str, text: str, *, verbatim: bool = False) -> None:
+        """Shows a text (Markdown, or as it stands with verbatim) unless the log already shows this very
+        text."""
+        if verbatim:
+            text = "\n".join("    " + line for line in text.splitlines())
+        name = f"{tag}/text_summary"
+        if self.history.texts.get(name) != text:
+            self.history.texts[name] = text
+            self._write(summaries.text(tag, text), self.first_iteration)
+
+    def hparams(self, settings: Mapping[str, Any], metric: str = "val/mAP") -> None:
+        """Lists the run on the HPARAMS page, once: its settings (numbers, strings, booleans) beside the
+        metric's last value."""
+        if self.has(_HPARAMS_TAG):
+            return
+        plain = {
+            key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+            for key, value in settings.items()
+        }
+        # Of the three messages the last says "finished with success", which is not known at the start of a
+        # run.
+        for summary in summaries.hparams(plain, {metric: None})[:2]:
+            self._write(summary, self.first_iteration)
+
+    def precision_recall(self, iteration: int, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Draws name -> (precision, recall), float arrays of one length (at most 127 points), as
+        val/PR/<name>."""
+        for name, (precision, recall) in curves.items():
+            unknown = np.zeros(len(precision))  # true and false positives; the page draws without them
+            self._write(
+                summaries.pr_curve_raw(
+                    f"val/PR/{name}",
+                    unknown,
+                    unknown,
+                    unknown,
+                    unknown,
+                    precision,
+                    recall,
+                    num_thresholds=len(precision),
+                ),
+                iteration,
+            )
+
+    def flush(self) -> None:
+        """Puts everything written so far on the disk (fsync): a kill or a power loss from here on cannot
+        take it."""
+        self._writer.flush()
+        with event_files(self.directory)[-1].open("rb") as file:
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def __enter__(self) -> "TensorBoardLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write(self, summary: Summary, step: int) -> None:
+        if not summary.value:
+            return
+        self._file_writer.add_summary(summary, step)
+        for value in summary.value:
+            self.history.last_steps[value.tag] = step
+
+
+def _is_figure(name: str, value: Any) -> bool:
+    return (
+        name not in _NOT_CURVES
+        and value is not None
+        and not isinstance(value, (str, bool, Mapping, list, tuple))
+    )
+
+
+def _scalars(points: Mapping[str, Any]) -> Summary:
+    """One message with all points of a step: a twelfth of the records that one message a point would take."""
+    return Summary(value=[Summary.Value(tag=tag, simple_value=float(value)) for tag, value in points.items()])
+
+
+def _picture(tag: str, picture: np.ndarray) -> Summary:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    height, width = picture.shape[:2]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
