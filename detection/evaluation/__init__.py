@@ -1,0 +1,22 @@
+"""Detections and annotations in, COCO metrics out."""
+
+from detection.evaluation.backends import BACKENDS, resolve_backend
+from detection.evaluation.coco_metrics import METRIC_NAMES, CocoEvaluator, evaluate, evaluate_results
+from detection.evaluation.ground_truth import EvaluationError, GroundTruth, read_ground_truth
+from detection.evaluation.results import Detections, ResultsError, read_results, write_results
+
+__all__ = [
+    "BACKENDS",
+    "METRIC_NAMES",
+    "CocoEvaluator",
+    "Detections",
+    "EvaluationError",
+    "GroundTruth",
+    "ResultsError",
+    "evaluate",
+    "evaluate_results",
+    "read_ground_truth",
+    "read_results",
+    "resolve_backend",
+    "write_results",
+]

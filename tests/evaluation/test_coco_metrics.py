@@ -1,0 +1,292 @@
+"""COCO metrics over given images: known values, explanations, and refusals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from detection.evaluation import (
+    METRIC_NAMES,
+    CocoEvaluator,
+    Detections,
+    EvaluationError,
+    ResultsError,
+    evaluate,
+    evaluate_results,
+    read_results,
+    write_results,
+)
+from tests.evaluation.coco_cases import annotation, detections_of, random_case, write_annotations
+
+LARGE = [10, 10, 200, 100]
+MEDIUM = [300, 10, 50, 50]
+SMALL = [400, 400, 20, 20]
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    return write_annotations(
+        tmp_path / "instances.json",
+        [
+            annotation(11, 1, 1, LARGE),
+            annotation(12, 1, 5, MEDIUM),
+            annotation(13, 2, 1, SMALL),
+        ],
+    )
+
+
+PERFECT = [(1, 1, LARGE, 0.9), (1, 5, MEDIUM, 0.8), (2, 1, SMALL, 0.7)]
+
+
+def test_perfect_detections_score_one_everywhere_and_need_no_notes(annotations):
+    metrics = evaluate(annotations, detections_of(PERFECT))
+    assert {name: metrics[name] for name in METRIC_NAMES} == dict.fromkeys(METRIC_NAMES, pytest.approx(1))
+    assert metrics["per_class"] == {"cat": pytest.approx(1), "dog": pytest.approx(1)}
+    assert metrics["notes"] == []
+
+
+def test_the_twelve_figures_equal_cocoeval_run_by_hand(tmp_path, capsys):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    detections = random_case(np.random.default_rng(5), tmp_path / "a.json", crowded_image=True)
+    content = json.loads((tmp_path / "a.json").read_text())
+    for entry in content["annotations"]:
+        entry["id"] += 1  # COCOeval alone does not count id 0
+    (tmp_path / "b.json").write_text(json.dumps(content))
+    write_results(detections, tmp_path / "r.json")
+    truth = COCO(str(tmp_path / "b.json"))
+    judge = COCOeval(truth, truth.loadRes(str(tmp_path / "r.json")), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    metrics = evaluate_results(tmp_path / "a.json", tmp_path / "r.json", backend="pycocotools")
+    assert [metrics[name] for name in METRIC_NAMES] == judge.stats.tolist()
+    for k, category in enumerate(judge.params.catIds):
+        precision = judge.eval["precision"][:, :, k, 0, 2]
+        expected = precision[precision > -1].mean() if (precision > -1).any() else -1
+        assert metrics["per_class"][truth.cats[category]["name"]] == pytest.approx(expected, abs=1e-12)
+    assert 0 < metrics["mAP"] < 1
+
+
+def test_metrics_of_a_written_file_are_those_of_the_detections_in_memory(tmp_path):
+    detections = random_case(np.random.default_rng(8), tmp_path / "a.json", crowded_image=True)
+    write_results(detections, tmp_path / "r.json")
+    assert evaluate_results(tmp_path / "a.json", tmp_path / "r.json") == evaluate(
+        tmp_path / "a.json", detections
+    )
+
+
+def test_a_box_with_annotation_id_zero_counts_like_any_other(tmp_path):
+    path = write_annotations(tmp_path / "a.json", [annotation(0, 1, 1, LARGE)])
+    metrics = evaluate(path, detections_of([(1, 1, LARGE, 0.9)]), backend="pycocotools")
+    assert metrics["mAP"] == pytest.approx(1)
+
+
+def test_boxes_that_share_an_annotation_id_all_count(tmp_path):
+    path = write_annotations(tmp_path / "a.json", [annotation(3, 1, 1, LARGE), annotation(3, 1, 1, MEDIUM)])
+    one_found = evaluate(path, detections_of([(1, 1, LARGE, 0.9)]), backend="pycocotools")
+    assert one_found["AR_100"] == pytest.approx(0.5)
+
+
+def test_only_the_given_images_are_evaluated(annotations):
+    found_on_2 = detections_of([(2, 1, SMALL, 0.7)])
+    assert evaluate(annotations, found_on_2)["AR_100"] < 1
+    metrics = CocoEvaluator(annotations).evaluate(found_on_2, image_ids=[3, 2])
+    assert metrics["AR_100"] == pytest.approx(1)
+    assert metrics["per_class"] == {"cat": pytest.approx(1), "dog": -1}
+
+
+def test_images_without_boxes_count_their_false_detections(annotations):
+    false_first = detections_of([*PERFECT, (3, 1, LARGE, 0.99)])
+    assert evaluate(annotations, false_first)["mAP"] < 1
+    without_3 = CocoEvaluator(annotations).evaluate(detections_of(PERFECT), image_ids=[1, 2])
+    assert without_3["mAP"] == pytest.approx(1)
+
+
+def test_a_detection_on_a_crowd_box_counts_neither_way(tmp_path):
+    path = write_annotations(
+        tmp_path / "a.json", [annotation(1, 1, 1, LARGE), annotation(2, 2, 1, LARGE, iscrowd=1)]
+    )
+    on_crowd = (2, 1, [20, 20, 50, 50], 0.99)
+    assert evaluate(path, detections_of([(1, 1, LARGE, 0.5), on_crowd]))["mAP"] == pytest.approx(1)
+
+
+def test_no_detections_give_zero_where_there_are_boxes_and_a_note(annotations):
+    metrics = evaluate(annotations, Detections.empty())
+    assert [metrics[name] for name in METRIC_NAMES] == [0] * 12
+    assert metrics["per_class"] == {"cat": 0, "dog": 0}
+    assert any(note.startswith("no detections at all") for note in metrics["notes"])
+
+
+def test_each_minus_one_has_its_note(annotations):
+    metrics = CocoEvaluator(annotations).evaluate(detections_of([(2, 1, SMALL, 0.7)]), image_ids=[2])
+    assert (metrics["mAP_m"], metrics["mAP_l"], metrics["AR_m"], metrics["per_class"]["dog"]) == (-1,) * 4
+    notes = "\n".join(metrics["notes"])
+    assert "mAP_m and AR_m are -1" in notes and "mAP_l and AR_l are -1" in notes
+    assert "AP of class 'dog' is -1: no box of it" in notes
+    assert "mAP_s" not in notes and "'cat'" not in notes
+
+
+def test_many_absent_classes_share_one_note(tmp_path):
+    categories = {i: f"kind {i}" for i in range(1, 31)}
+    path = write_annotations(tmp_path / "a.json", [annotation(1, 1, 1, LARGE)], categories=categories)
+    notes = [n for n in evaluate(path, Detections.empty())["notes"] if "classes is -1" in n]
+    assert len(notes) == 1
+    assert notes[0].startswith("AP of 29 classes is -1") and notes[0].endswith("kind 11 and 19 more")
+
+
+@pytest.mark.parametrize("image_ids", [[3], []])
+def test_evaluated_images_without_any_box_give_minus_one_explained(annotations, image_ids):
+    metrics = CocoEvaluator(annotations).evaluate(Detections.empty(), image_ids=image_ids)
+    assert [metrics[name] for name in METRIC_NAMES] == [-1] * 12
+    assert metrics["notes"] == [f"every figure is -1: the {len(image_ids)} evaluated images hold no boxes"]
+
+
+def test_only_crowd_boxes_are_named_as_the_cause(tmp_path):
+    path = write_annotations(tmp_path / "a.json", [annotation(1, 1, 1, LARGE, iscrowd=1)])
+    metrics = evaluate(path, detections_of([(1, 1, LARGE, 0.9)]))
+    assert metrics["mAP"] == -1
+    assert metrics["notes"] == ["every figure is -1: the 3 evaluated images hold only crowd boxes"]
+
+
+def test_missing_area_and_iscrowd_are_filled_in_with_a_note_and_the_file_stays(tmp_path):
+    bare = [annotation(1, 1, 1, SMALL), annotation(2, 1, 1, LARGE)]
+    for entry in bare:
+        del entry["area"], entry["iscrowd"]
+    path = write_annotations(tmp_path / "a.json", bare)
+    before = path.read_bytes()
+    metrics = evaluate(path, detections_of([(1, 1, SMALL, 0.9)]))
+    assert metrics["AR_s"] == pytest.approx(1) and metrics["AR_l"] == 0
+    notes = "\n".join(metrics["notes"])
+    assert "2 annotations have no 'area': width x height" in notes
+    assert "2 annotations have no 'iscrowd'" in notes
+    assert path.read_bytes() == before
+
+
+def test_evaluating_twice_gives_the_same_and_changes_nothing(annotations):
+    evaluator = CocoEvaluator(annotations)
+    detections = detections_of(PERFECT[:2])
+    first = evaluator.evaluate(detections)
+    evaluator.evaluate(detections_of(PERFECT), image_ids=[1, 2])
+    assert evaluator.evaluate(detections) == first
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "auto"])
+def test_evaluation_prints_nothing(annotations, capfd, backend):
+    evaluate(annotations, detections_of(PERFECT), backend=backend)
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+def test_two_classes_of_one_name_stay_apart(tmp_path):
+    path = write_annotations(
+        tmp_path / "a.json", [annotation(1, 1, 1, LARGE)], categories={1: "cat", 2: "cat", 3: "dog"}
+    )
+    metrics = evaluate(path, Detections.empty())
+    assert metrics["per_class"] == {"cat (id 1)": 0, "cat (id 2)": -1, "dog": -1}
+
+
+def test_detections_of_unknown_categories_count_for_nothing_and_are_noted(annotations):
+    metrics = evaluate(annotations, detections_of([*PERFECT, (1, 77, LARGE, 1.0)]))
+    assert metrics["mAP"] == pytest.approx(1)
+    assert metrics["notes"] == [
+        "1 detections have category ids that the annotation file lacks (77): they count for nothing"
+    ]
+
+
+def test_detections_on_other_images_are_refused(annotations):
+    with pytest.raises(EvaluationError, match=r"1 detections are on 1 images .*ids 99"):
+        evaluate(annotations, detections_of([(99, 1, LARGE, 0.9)]))
+    with pytest.raises(EvaluationError, match=r"among the 1 evaluated images .*ids 2"):
+        CocoEvaluator(annotations).evaluate(detections_of(PERFECT), image_ids=[1])
+
+
+def test_an_image_evaluated_twice_is_refused(annotations):
+    with pytest.raises(EvaluationError, match=r"1 images were evaluated more than once \(ids 2\)"):
+        CocoEvaluator(annotations).evaluate(Detections.empty(), image_ids=[1, 2, 2])
+
+
+def test_an_unknown_image_is_refused(annotations):
+    with pytest.raises(EvaluationError, match=r"not in .*instances\.json \(ids 8\)"):
+        CocoEvaluator(annotations).evaluate(Detections.empty(), image_ids=[1, 8])
+
+
+def test_detections_that_are_not_finite_are_refused(annotations):
+    with pytest.raises(ResultsError, match="diverged"):
+        evaluate(annotations, detections_of([(1, 1, [np.inf, 0, 1, 1], 0.9)]))
+
+
+def test_a_file_without_boxes_is_known_beforehand_and_refused(tmp_path):
+    path = tmp_path / "image_info_test.json"
+    path.write_text(json.dumps({"images": [{"id": 1}], "categories": [{"id": 1, "name": "cat"}]}))
+    evaluator = CocoEvaluator(path)
+    assert not evaluator.has_boxes
+    with pytest.raises(EvaluationError, match="holds no boxes"):
+        evaluator.evaluate(Detections.empty())
+
+
+def test_a_file_with_boxes_says_so(annotations):
+    assert CocoEvaluator(annotations).has_boxes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": [1, 2, 3]}, r"annotation 1 .*its id: 12.*\[1, 2, 3\]"),
+        ({"bbox": [1, 2, 3, float("nan")]}, "its id: 12.*must be finite"),
+        ({"bbox": None}, "its id: 12.*bbox None"),
+        ({"image_id": "000001"}, "image_id '000001'"),
+        ({"category_id": None}, "category_id None"),
+        ({"area": "big"}, "area 'big'"),
+    ],
+)
+def test_a_bad_annotation_is_named_with_file_and_id(annotations, change, message):
+    content = json.loads(annotations.read_text())
+    content["annotations"][1].update(change)
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(EvaluationError, match=rf"instances\.json: .*{message}"):
+        CocoEvaluator(annotations)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [', "not JSON"),
+        ("[]", "a results file cannot stand in for it"),
+        ('{"categories": []}', "'images' is missing"),
+        ('{"images": [{"id": 1}, {"id": 1}], "categories": []}', "id 1 occurs twice in 'images'"),
+        ('{"images": [{"file_name": "a"}], "categories": []}', r"images\[0\] has no whole-numbered 'id'"),
+    ],
+)
+def test_a_file_that_is_no_annotation_file_says_why(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(EvaluationError, match=message):
+        CocoEvaluator(path)
+
+
+def test_a_missing_annotation_file_is_an_evaluation_error(tmp_path):
+    with pytest.raises(EvaluationError, match="no such annotation file"):
+        CocoEvaluator(tmp_path / "nowhere.json")
+
+
+def test_annotations_of_unknown_images_or_categories_are_left_out_with_a_note(tmp_path):
+    path = write_annotations(
+        tmp_path / "a.json",
+        [annotation(1, 1, 1, LARGE), annotation(2, 44, 1, LARGE), annotation(3, 1, 44, LARGE)],
+    )
+    metrics = evaluate(path, detections_of([(1, 1, LARGE, 0.9)]))
+    assert metrics["mAP"] == pytest.approx(1)
+    assert "2 annotations name an image or category that the file lacks: left out" in metrics["notes"]
+
+
+def test_results_read_back_are_double_precision_so_that_close_scores_do_not_tie(tmp_path, annotations):
+    rows = [
+        {"image_id": 1, "category_id": 1, "bbox": [500, 300, 50, 50], "score": 0.9},
+        {"image_id": 1, "category_id": 1, "bbox": LARGE, "score": 0.9 + 1e-12},
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    assert len(np.unique(read_results(tmp_path / "r.json").scores)) == 2
+    metrics = CocoEvaluator(annotations).evaluate(read_results(tmp_path / "r.json"), image_ids=[1])
+    assert metrics["per_class"]["cat"] == pytest.approx(1)
