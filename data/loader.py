@@ -1,0 +1,344 @@
+"""Batches for training and evaluation, decoded by worker processes.
+
+The main process plans (which images, which sizes, which flips: a few hundred bytes a batch, computed from the
+annotations alone), workers read and decode, and the training device does the rest (data/batches.py).
+"""
+
+import itertools
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.batches import RawBatch, pad_boxes
+from data.dataset import CocoDataset
+from data.pictures import ImageError
+from data.randomness import hash_key
+from data.samplers import evaluation_batches, iterations_per_epoch, plan_epoch
+from data.transforms import (
+    flip_boxes,
+    flip_decisions,
+    padded_size,
+    resize_boxes,
+    resized_sizes,
+    scale_factors,
+)
+
+BOX_ROWS_MULTIPLE = 16
+"""Rows for boxes are a multiple of this, so that only a few shapes occur (COCO has at most 93 boxes)."""
+
+PLANS_AHEAD_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a worker has to load: b images of one process and micro-step."""
+
+    iteration: int
+    epoch: int
+    indices: np.ndarray
+    """int64 [b], images of the dataset"""
+    places: np.ndarray
+    """int64 [b], places in the global batch"""
+    sample_keys: np.ndarray
+    """int64 [b]"""
+    sizes: np.ndarray
+    """int64 [b, 2] (height, width) after the resize"""
+    flips: np.ndarray
+    """bool [b]"""
+    padded_size: tuple[int, int]
+    """(height, width)"""
+    num_box_rows: int
+
+
+@dataclass(frozen=True)
+class LoadFailure:
+    """A worker's report of a picture that cannot be used. Travels as a value: an exception would reach the
+    user wrapped in the worker's traceback."""
+
+    message: str
+
+
+class _BatchReader(Dataset):
+    """Carries out plans, in a worker process or in place."""
+
+    def __init__(self, dataset: CocoDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, plan: BatchPlan) -> RawBatch | LoadFailure:
+        native_sizes = np.stack(
+            [self.dataset.heights[plan.indices], self.dataset.widths[plan.indices]], axis=1
+        )
+        ends = np.cumsum(native_sizes.prod(axis=1) * 3)
+        pixels = torch.empty(int(ends[-1]), dtype=torch.uint8)
+        flat = pixels.numpy()
+        # The one place where pictures are read: what to do about a broken one is decided here.
+        try:
+            for index, end in zip(plan.indices, ends, strict=True):
+                picture = self.dataset.picture(index)
+                flat[end - picture.size : end] = picture.reshape(-1)
+        except ImageError as error:
+            return LoadFailure(str(error))
+
+        factors = scale_factors(native_sizes, plan.sizes)
+        boxes, labels, valid = zip(
+            *map(self._targets, itertools.repeat(plan), range(len(ends)), factors), strict=True
+        )
+        boxes_xyxy, padded_labels, padded_valid = pad_boxes(boxes, labels, valid, plan.num_box_rows)
+        return RawBatch(
+            pixels=pixels,
+            native_sizes=_pairs(native_sizes),
+            resized_sizes=_pairs(plan.sizes),
+            flips=plan.flips.tolist(),
+            padded_size=plan.padded_size,
+            sizes=torch.from_numpy(plan.sizes),
+            boxes_xyxy=boxes_xyxy,
+            labels=padded_labels,
+            valid=padded_valid,
+            image_ids=torch.from_numpy(self.dataset.image_ids[plan.indices]),
+            places=torch.from_numpy(plan.places),
+            sample_keys=torch.from_numpy(plan.sample_keys),
+            scale_factors=torch.from_numpy(factors),
+            iteration=plan.iteration,
+            epoch=plan.epoch,
+        )
+
+    def _targets(
+        self, plan: BatchPlan, place: int, factors: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        boxes, labels = self.dataset.boxes(plan.indices[place])
+        height, width = plan.sizes[place].tolist()
+        boxes, valid = resize_boxes(boxes, factors, (height, width))
+        if plan.flips[place]:
+            boxes = flip_boxes(boxes, width)
+        return boxes, labels, valid
+
+
+class _Plans(Sampler[BatchPlan]):
+    """The plans that the DataLoader is to work off next; set before each pass."""
+
+    def __init__(self) -> None:
+        self.upcoming: Iterator[BatchPlan] = iter(())
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        return self.upcoming
+
+
+class _BatchStream:
+    """One DataLoader, and so one set of worker processes, for as many passes as are wanted."""
+
+    def __init__(self, dataset: CocoDataset, workers: int, pin: bool) -> None:
+        self._plans = _Plans()
+        # A generator of its own: a DataLoader draws from the global one at each pass otherwise.
+        self._loader: DataLoader | None = DataLoader(
+            _BatchReader(dataset),
+            batch_size=None,
+            sampler=self._plans,
+            num_workers=workers,
+            pin_memory=pin,
+            persistent_workers=workers > 0,
+            prefetch_factor=PLANS_AHEAD_PER_WORKER if workers > 0 else None,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=_worker_context() if workers > 0 else None,
+            generator=torch.Generator(),
+        )
+
+    def run(self, plans: Iterator[BatchPlan]) -> Iterator[RawBatch]:
+        if self._loader is None:
+            raise RuntimeError("The loader is closed.")
+        self._plans.upcoming = plans
+        for batch in self._loader:
+            if isinstance(batch, LoadFailure):
+                raise ImageError(batch.message)
+            yield batch
+
+    def close(self) -> None:
+        # The workers end with the loader's iterator.
+        self._loader = None
+
+
+class TrainLoader:
+    """Batches of one process of a training.
+
+    A global batch is world_size * batch_size * accumulate images; in micro-step a process r gets places
+    (a * world_size + r) * batch_size onward. What a global batch holds, its order, flips, padded size and
+    number of box rows depend on (seed, iteration, global batch size) only, so 1 process with batch 4 and 2
+    processes with batch 2 see the same tensors. For the order and the end of an epoch see
+    data.samplers.plan_epoch. With limit_batches an epoch has that many iterations at most (the first of it).
+
+    min_size, max_size: the keep-ratio resize, see data.transforms. pin: hand over page-locked memory (for
+    GPUs). workers: worker processes; 0 decodes in this one.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        *,
+        min_size: int,
+        max_size: int,
+        batch_size: int,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        flip_probability: float = 0.5,
+        limit_batches: int | None = None,
+        pin: bool = False,
+    ) -> None:
+        assert 0 <= rank < world_size and min(batch_size, accumulate) >= 1
+        self.dataset = dataset
+        self.global_batch_size = world_size * batch_size * accumulate
+        self.iterations_per_epoch = iterations_per_epoch(len(dataset), self.global_batch_size)
+        if limit_batches is not None:
+            self.iterations_per_epoch = min(self.iterations_per_epoch, limit_batches)
+        self._sizes = resized_sizes(dataset.widths, dataset.heights, min_size=min_size, max_size=max_size)
+        self._batch_size, self._accumulate = batch_size, accumulate
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._flip_probability = seed, flip_probability
+        self._stream = _BatchStream(dataset, workers, pin)
+
+    def batches(self, first_iteration: int, last_iteration: int) -> Iterator[RawBatch]:
+        """Batches of the iterations first_iteration to last_iteration - 1 (0-based over the whole run),
+        `accumulate` for each; epochs follow each other without a pause. No image of an earlier iteration is
+        loaded. One iterator at a time: the workers are shared.
+
+        Raises ImageError for a picture that cannot be used.
+        """
+        return self._stream.run(self.plans(first_iteration, last_iteration))
+
+    def plans(self, first_iteration: int, last_iteration: int) -> Iterator[BatchPlan]:
+        """What `batches` loads, without loading it."""
+        epoch, order = -1, np.empty((0, 0), dtype=np.int64)
+        for iteration in range(first_iteration, last_iteration):
+            if iteration // self.iterations_per_epoch != epoch:
+                epoch = iteration // self.iterations_per_epoch
+                order = plan_epoch(
+                    self.dataset.widths,
+                    self.dataset.heights,
+                    seed=self._seed,
+                    epoch=epoch,
+                    global_batch_size=self.global_batch_size,
+                )
+            yield from self._plans_of(iteration, epoch, order[iteration % self.iterations_per_epoch])
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._stream.close()
+
+    def _plans_of(self, iteration: int, epoch: int, images: np.ndarray) -> Iterator[BatchPlan]:
+        sizes = self._sizes[images]
+        height, width = padded_size(sizes).tolist()
+        num_box_rows = _box_rows(self.dataset.box_counts[images])
+        for micro_step in range(self._accumulate):
+            start = (micro_step * self._world_size + self._rank) * self._batch_size
+            places = np.arange(start, start + self._batch_size)
+            indices = images[places]
+            yield BatchPlan(
+                iteration=iteration,
+                epoch=epoch,
+                indices=indices,
+                places=places,
+                sample_keys=hash_key(self._seed, iteration, places),
+                sizes=sizes[places],
+                flips=flip_decisions(self._seed, epoch, indices, self._flip_probability),
+                padded_size=(height, width),
+                num_box_rows=num_box_rows,
+            )
+
+
+class EvalLoader:
+    """Batches of one process of an evaluation: every image exactly once over all processes.
+
+    Images of like shape are batched together and batch i goes to process i mod world_size, so processes may
+    have different numbers of images, or none; what a batch holds does not depend on the number of processes.
+    A batch is padded for its own images. limit_batches: only the first limit_batches * batch_size *
+    world_size images of the file are evaluated.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        *,
+        min_size: int,
+        max_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        limit_batches: int | None = None,
+        pin: bool = False,
+    ) -> None:
+        assert 0 <= rank < world_size and batch_size >= 1
+        self.dataset = dataset
+        num_images = len(dataset)
+        if limit_batches is not None:
+            num_images = min(num_images, limit_batches * batch_size * world_size)
+        self.image_ids = dataset.image_ids[:num_images]
+        """int64: the images evaluated by all processes together"""
+        self._sizes = resized_sizes(
+            dataset.widths[:num_images], dataset.heights[:num_images], min_size=min_size, max_size=max_size
+        )
+        every_batch = evaluation_batches(padded_size(self._sizes[:, None]), batch_size)
+        self._numbers = range(rank, len(every_batch), world_size)
+        self._batches = [every_batch[number] for number in self._numbers]
+        self._stream = _BatchStream(dataset, workers, pin)
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return len(self._batches)
+
+    @property
+    def num_images(self) -> int:
+        """Images of this process."""
+        return sum(map(len, self._batches))
+
+    def batches(self) -> Iterator[RawBatch]:
+        """This process's batches. `iteration` is a batch's number among those of all processes; flips, epoch
+        and sample_keys are zero; boxes (without crowd regions) are those of the annotations, to be shown.
+
+        Raises ImageError for a picture that cannot be used.
+        """
+        return self._stream.run(map(self._plan, self._numbers, self._batches))
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._stream.close()
+
+    def _plan(self, number: int, indices: np.ndarray) -> BatchPlan:
+        height, width = padded_size(self._sizes[indices]).tolist()
+        return BatchPlan(
+            iteration=number,
+            epoch=0,
+            indices=indices,
+            places=np.arange(len(indices)),
+            sample_keys=np.zeros(len(indices), dtype=np.int64),
+            sizes=self._sizes[indices],
+            flips=np.zeros(len(indices), dtype=bool),
+            padded_size=(height, width),
+            num_box_rows=_box_rows(self.dataset.box_counts[indices]),
+        )
+
+
+def _box_rows(box_counts: np.ndarray) -> int:
+    return max(-(-int(box_counts.max()) // BOX_ROWS_MULTIPLE), 1) * BOX_ROWS_MULTIPLE
+
+
+def _pairs(sizes: np.ndarray) -> list[tuple[int, int]]:
+    return [(height, width) for height, width in sizes.tolist()]
+
+
+def _worker_context() -> str | None:
+    # A forked worker has the annotations at once and shares their pages; it never touches a GPU.
+    return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+
+
+def _start_worker(worker_id: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group. The main process decides what becomes of the run, and may still
+    # want batches; a worker whose parent is gone ends by itself (torch's worker loop watches it).
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,86 @@
+"""Picture files to pixels."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+try:
+    import simplejpeg
+except ImportError:  # an optional extra: the same pixels in less time
+    simplejpeg = None
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read or is not the one that was annotated; the message names the file."""
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Pixels of a picture file as stored: uint8 [height, width, 3], RGB.
+
+    - Orientation tags (EXIF) are ignored: COCO's sizes and boxes refer to the stored pixels.
+    - Grey and black-and-white pictures get three equal channels, palettes and CMYK (also the inverted kind
+      that Adobe programs write) become RGB without colour management.
+    - An alpha channel is dropped and not composited on a background, as OpenCV and so MMDetection do:
+      transparent pixels keep the colour that is stored beneath.
+    - 16 bits per channel are cut to the upper 8.
+    - Of several pictures in one file (GIF, TIFF, MPO) the first is taken.
+
+    Raises ImageError for files that are missing, broken, truncated, far too large or of another kind
+    (32-bit grey, floating point).
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+    if simplejpeg is not None and content[:2] == b"\xff\xd8":
+        pixels = _decode_plain_jpeg(content)
+        if pixels is not None:
+            return pixels
+    return _decode(path, content)
+
+
+def _decode_plain_jpeg(content: bytes) -> np.ndarray | None:
+    """Pixels of an ordinary colour JPEG; None for other kinds, and for faulty ones, which Pillow judges."""
+    try:
+        height, width, colour_space, _ = simplejpeg.decode_jpeg_header(content)
+        if colour_space != "YCbCr" or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+            return None
+        # Without the two fast options, which trade exactness for speed, the pixels are Pillow's.
+        return simplejpeg.decode_jpeg(content, colorspace="RGB", fastdct=False, fastupsample=False)
+    except ValueError:
+        return None
+
+
+def _decode(path: str | Path, content: bytes) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            # Transparency of a palette that is dropped anyway; pictures of 90 to 179 megapixels.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{path}: {error} If the picture is meant to be that large, store a smaller copy of it."
+        ) from error
+    except Exception as error:  # broken files make Pillow's readers raise nearly anything
+        kind = "is empty" if not content else "cannot be decoded (broken, truncated or no picture)"
+        raise ImageError(f"{path}: {kind}: {error}. Replace the file or leave it out.") from error
+
+    # Older Pillows open the 16-bit greys of PNG as 32-bit.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F", "LAB"):
+        raise ImageError(
+            f"{path}: pixels of Pillow's mode {image.mode!r} have no known range. Convert it to 8-bit RGB."
+        )
+    if image.mode != "RGB":
+        if image.mode == "P" and "transparency" in image.info or image.mode in ("PA", "La", "RGBa"):
+            image = image.convert("RGBA")
+        image = image.convert("RGB")
+    return np.array(image)
