@@ -1,0 +1,339 @@
+"""Draws one picture of the procedural set, with its boxes.
+
+A picture is a function of its key alone, the same on every machine: random bits come straight from PCG64
+(numpy keeps that stream fixed, unlike the methods built on it), pixels from elementwise arithmetic (sums of
+floats would depend on the order a machine adds in), and sines are rounded before use.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+CLASS_NAMES = ("circle", "ring", "triangle", "square", "star", "cross")
+
+# Radii of the circumscribed circle in pixels, with the share of objects drawn from each range. COCO's
+# small, medium and large (by area, from 32 x 32 and 96 x 96 pixels on) all occur.
+RADII = ((0.25, 11.0, 16.0), (0.47, 18.0, 44.0), (0.28, 48.0, 88.0))
+MIN_VISIBLE = 0.4  # an object is placed only where this share of each one below it stays in sight
+MIN_LABELLED = 0.25  # less than this share in sight (bars may cross it too): not annotated
+MIN_SIDE = 4  # pixels; a visible part smaller than this is not annotated
+EMPTY_SHARE, CROWD_SHARE = 0.05, 0.08  # of the pictures
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """An annotated object: the visible part's tight box and area, in pixels."""
+
+    label: int
+    box_xywh: tuple[int, int, int, int]
+    area: int
+    rle_counts: tuple[int, ...] | None
+    """Run lengths of the mask, column by column, beginning with zeros; None but for a crowd region."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    pixels: np.ndarray
+    """uint8 [H, W, 3] RGB"""
+    objects: tuple[SceneObject, ...]
+
+
+class Dice:
+    """Random numbers as a function of a key."""
+
+    def __init__(self, *key: int) -> None:
+        self._bits = np.random.PCG64(np.random.SeedSequence(key))
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        return low + (high - low) * (int(self._bits.random_raw()) >> 11) * 2.0**-53
+
+    def chance(self, probability: float) -> bool:
+        return self.uniform() < probability
+
+    def below(self, n: int) -> int:
+        return int(self.uniform() * n)
+
+    def pick(self, items: Sequence[_Item]) -> _Item:
+        return items[self.below(len(items))]
+
+    def grid(self, height: int, width: int) -> np.ndarray:
+        """float32 [height, width] in [0, 1), multiples of 1/256."""
+        count = height * width
+        raw = np.asarray(self._bits.random_raw((count + 7) // 8), dtype="<u8").view(np.uint8)[:count]
+        return raw.reshape(height, width).astype(np.float32) / 256
+
+    def angle(self) -> tuple[float, float]:
+        """Cosine and sine of a random angle, rounded so that no library's last digit matters."""
+        turn = self.uniform(0, 2 * math.pi)
+        return round(math.cos(turn) * 4096) / 4096, round(math.sin(turn) * 4096) / 4096
+
+
+class _Canvas:
+    """The picture under construction: float32 RGB, and which object each pixel shows (0: none)."""
+
+    def __init__(self, background: np.ndarray) -> None:
+        self.colours = background
+        self.height, self.width = background.shape[:2]
+        self.owner = np.zeros((self.height, self.width), dtype=np.int32)
+        self.labels: list[int] = []
+        self.crowd: list[bool] = []
+        self.full_areas: list[int] = []
+        """Pixels of each object before anything hid it."""
+
+    def window(self, cx: float, cy: float, reach: float) -> tuple[slice, slice]:
+        top, left = max(0, math.floor(cy - reach)), max(0, math.floor(cx - reach))
+        bottom, right = (
+            min(self.height, math.ceil(cy + reach) + 1),
+            min(self.width, math.ceil(cx + reach) + 1),
+        )
+        return slice(top, max(top, bottom)), slice(left, max(left, right))
+
+    def hides_too_much(self, window: tuple[slice, slice], covered: np.ndarray) -> bool:
+        hit = np.bincount(self.owner[window][covered], minlength=len(self.labels) + 1)[1:]
+        if not hit.any():
+            return False
+        in_sight = np.bincount(self.owner.ravel(), minlength=len(self.labels) + 1)[1:]
+        return any(
+            taken and seen - taken < MIN_VISIBLE * full
+            for taken, seen, full in zip(hit.tolist(), in_sight.tolist(), self.full_areas, strict=True)
+        )
+
+    def paint(self, window: tuple[slice, slice], alpha: np.ndarray, colours: np.ndarray, owner: int) -> None:
+        below = self.colours[window]
+        below += (colours - below) * alpha[..., None]
+        self.owner[window][alpha >= 0.5] = owner
+
+
+def draw_scene(key: Sequence[int], width: int, height: int) -> Scene:
+    """The picture of `key` with its annotated objects, in the order they were painted."""
+    dice = Dice(*key)
+    canvas = _Canvas(_background(dice, width, height))
+    for _ in range(dice.below(3)):
+        _draw_bar(dice, canvas)
+    if not dice.chance(EMPTY_SHARE):
+        if dice.chance(CROWD_SHARE / (1 - EMPTY_SHARE)):
+            _draw_crowd(dice, canvas)
+        for _ in range(dice.pick((1, 2, 3, 3, 4, 4, 5, 6, 7))):
+            _draw_object(dice, canvas)
+    for _ in range(dice.pick((0, 0, 0, 1, 2))):
+        _draw_bar(dice, canvas)
+    pixels = np.clip(np.floor(canvas.colours + 0.5), 0, 255).astype(np.uint8)
+    return Scene(pixels, tuple(_annotate(canvas)))
+
+
+def _background(dice: Dice, width: int, height: int) -> np.ndarray:
+    """Two muted colours mixed by octaves of value noise, by a gradient, or by stripes, with fine grain on
+    top."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    cosine, sine = dice.angle()
+    kind = dice.pick(("noise", "noise", "gradient", "stripes", "checks"))
+    noise = np.zeros((height, width), dtype=np.float32)
+    for cell, weight in ((64, 0.55), (24, 0.3), (8, 0.15)):
+        noise += _value_noise(dice, width, height, cell) * weight
+    along, across = (x * cosine + y * sine), (y * cosine - x * sine)
+    if kind == "noise":
+        mix = noise
+    elif kind == "gradient":
+        mix = 0.3 * noise + 0.7 * np.clip(along / (width + height) + 0.5, 0, 1)
+    else:
+        period = dice.uniform(10, 40)
+        mix = _triangle_wave(along / period)
+        if kind == "checks":
+            mix = np.abs(mix - _triangle_wave(across / period))
+        mix = 0.45 * mix + 0.55 * noise
+    first, second = (_colour(dice, (0.05, 0.45), values) for values in ((0.15, 0.5), (0.45, 0.95)))
+    grain = (dice.grid(height, width) - 0.5) * dice.uniform(4, 14)
+    bands = [a + (b - a) * mix + grain for a, b in zip(first, second, strict=True)]
+    return np.stack(bands, axis=-1)
+
+
+def _value_noise(dice: Dice, width: int, height: int, cell: int) -> np.ndarray:
+    """float32 [height, width] in [0, 1): random values every `cell` pixels, linear in between."""
+    knots = dice.grid(height // cell + 2, width // cell + 2)
+
+    def places(n: int) -> tuple[np.ndarray, np.ndarray]:
+        position = np.arange(n, dtype=np.float32) / cell
+        return position.astype(np.int64), position - np.floor(position)
+
+    (row, down), (column, right) = places(height), places(width)
+    rows = knots[row] + (knots[row + 1] - knots[row]) * down[:, None]
+    return rows[:, column] + (rows[:, column + 1] - rows[:, column]) * right
+
+
+def _triangle_wave(t: np.ndarray) -> np.ndarray:
+    return np.abs((t - np.floor(t)) * 2 - 1)
+
+
+def _colour(
+    dice: Dice, saturation: tuple[float, float], value: tuple[float, float]
+) -> tuple[float, float, float]:
+    """A random RGB colour, 0 to 255, with saturation and value (as in HSV) from the ranges."""
+    hue, s, v = dice.uniform(0, 6), dice.uniform(*saturation), dice.uniform(*value)
+    ramp = [min(1.0, max(0.0, abs((hue + shift) % 6 - 3) - 1)) for shift in (0, 4, 2)]
+    red, green, blue = (255 * v * (1 - s + s * channel) for channel in ramp)
+    return red, green, blue
+
+
+def _signed_distance(label: int, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
+    """About the distance in pixels to the outline, negative inside; u and v are relative to the centre."""
+    name = CLASS_NAMES[label]
+    if name == "circle":
+        return np.sqrt(u * u + v * v) - radius
+    if name == "ring":
+        return np.abs(np.sqrt(u * u + v * v) - 0.78 * radius) - 0.22 * radius
+    if name == "square":
+        return np.maximum(np.abs(u), np.abs(v)) - 0.707 * radius
+    if name == "cross":
+        long, short = 0.94 * radius, 0.34 * radius
+        one = np.maximum(np.abs(u) - long, np.abs(v) - short)
+        other = np.maximum(np.abs(u) - short, np.abs(v) - long)
+        return np.minimum(one, other)
+    corners = 3 if name == "triangle" else 5
+    normals = [(round(math.cos(t) * 4096) / 4096, round(math.sin(t) * 4096) / 4096) for t in
+               (2 * math.pi * k / corners for k in range(corners))]  # fmt: skip
+    planes = np.stack([u * a + v * b for a, b in normals])
+    if name == "triangle":
+        return planes.max(axis=0) - 0.5 * radius
+    # A five-pointed star is where at most one of its five lines has the point on the outer side.
+    return np.sort(planes, axis=0)[-2] - 0.309 * radius
+
+
+@dataclass(frozen=True)
+class _Placed:
+    window: tuple[slice, slice]
+    distance: np.ndarray
+    alpha: np.ndarray
+
+
+def _place(canvas: _Canvas, dice: Dice, label: int, cx: float, cy: float, radius: float) -> _Placed:
+    window = canvas.window(cx, cy, radius + 1)
+    y, x = np.mgrid[window].astype(np.float32)
+    x, y = x - cx, y - cy
+    cosine, sine = dice.angle()
+    stretch = dice.uniform(1.0, 1.3)
+    distance = _signed_distance(label, x * cosine + y * sine, (y * cosine - x * sine) * stretch, radius)
+    return _Placed(window, distance, np.clip(0.5 - distance, 0, 1))
+
+
+def _draw_object(dice: Dice, canvas: _Canvas) -> None:
+    label = dice.below(len(CLASS_NAMES))
+    radius = _radius(dice)
+    inset = radius * (0.35 if dice.chance(0.2) else 1.0)  # one in five may be cut off by the border
+    for _ in range(8):
+        cx, cy = (_coordinate(dice, side, inset) for side in (canvas.width, canvas.height))
+        placed = _place(canvas, dice, label, cx, cy, radius)
+        covered = placed.alpha >= 0.5
+        if not canvas.hides_too_much(placed.window, covered):
+            canvas.labels.append(label)
+            canvas.crowd.append(False)
+            canvas.full_areas.append(int(np.count_nonzero(covered)))
+            colours = _skin(dice, placed, radius, _contrasting_colour(dice, canvas, cx, cy))
+            canvas.paint(placed.window, placed.alpha, colours, owner=len(canvas.labels))
+            return
+
+
+def _radius(dice: Dice) -> float:
+    draw = dice.uniform()
+    low, high = RADII[-1][1:]
+    for share, *between in RADII:
+        if draw < share:
+            low, high = between
+            break
+        draw -= share
+    return round(dice.uniform(low, high) * 16) / 16
+
+
+def _coordinate(dice: Dice, side: int, inset: float) -> float:
+    inset = min(inset, side / 2)
+    return round(dice.uniform(inset, side - inset) * 16) / 16
+
+
+def _contrasting_colour(dice: Dice, canvas: _Canvas, cx: float, cy: float) -> tuple[float, float, float]:
+    below = canvas.colours[min(int(cy), canvas.height - 1), min(int(cx), canvas.width - 1)].tolist()
+    for _ in range(6):
+        colour = _colour(dice, (0.45, 1.0), (0.35, 1.0))
+        if sum(abs(a - b) for a, b in zip(colour, below, strict=True)) > 150:
+            break
+    return colour
+
+
+def _skin(dice: Dice, placed: _Placed, radius: float, colour: tuple[float, float, float]) -> np.ndarray:
+    """float32 [h, w, 3]: the colour with a gradient, stripes or blotches, and a darker or lighter rim."""
+    height, width = placed.distance.shape
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    cosine, sine = dice.angle()
+    along = (x * cosine + y * sine) / (2 * radius)
+    kind = dice.pick(("plain", "gradient", "stripes", "blotches"))
+    if kind == "plain":
+        shade = np.zeros_like(along)
+    elif kind == "gradient":
+        shade = np.clip(along, -1, 1) * 0.35
+    elif kind == "stripes":
+        shade = (_triangle_wave(along * dice.uniform(2, 4)) - 0.5) * 0.5
+    else:
+        shade = (_value_noise(dice, width, height, 6) - 0.5) * 0.6
+    rim = dice.pick((-0.5, -0.35, 0.0, 0.4))
+    shade = np.where(placed.distance > -max(1.5, 0.07 * radius), rim, shade)
+    return np.stack([np.clip(band * (1 + shade), 0, 255) for band in colour], axis=-1)
+
+
+def _draw_crowd(dice: Dice, canvas: _Canvas) -> None:
+    """Many small shapes of one class, too dense to tell apart: one annotation."""
+    label = dice.below(len(CLASS_NAMES))
+    spread = dice.uniform(22, 40)
+    cx, cy = (_coordinate(dice, side, spread + 8) for side in (canvas.width, canvas.height))
+    canvas.labels.append(label)
+    canvas.crowd.append(True)
+    for _ in range(10 + dice.below(10)):
+        (cosine, sine), away = dice.angle(), spread * dice.uniform()
+        radius = round(dice.uniform(6, 10) * 16) / 16
+        placed = _place(canvas, dice, label, cx + cosine * away, cy + sine * away * 0.6, radius)
+        colours = _skin(dice, placed, radius, _contrasting_colour(dice, canvas, cx, cy))
+        canvas.paint(placed.window, placed.alpha, colours, owner=len(canvas.labels))
+    canvas.full_areas.append(int(np.count_nonzero(canvas.owner == len(canvas.labels))))
+
+
+def _draw_bar(dice: Dice, canvas: _Canvas) -> None:
+    """A long thin bar: of no class, behind the objects or across them."""
+    length, half_width = dice.uniform(30, 130), dice.uniform(1.5, 4.5)
+    cx, cy = dice.uniform(0, canvas.width), dice.uniform(0, canvas.height)
+    window = canvas.window(cx, cy, length / 2 + half_width + 1)
+    y, x = np.mgrid[window].astype(np.float32)
+    cosine, sine = dice.angle()
+    along, across = (x - cx) * cosine + (y - cy) * sine, (y - cy) * cosine - (x - cx) * sine
+    distance = np.maximum(np.abs(along) - length / 2, np.abs(across) - half_width)
+    alpha = np.clip(0.5 - distance, 0, 1)
+    if not canvas.hides_too_much(window, alpha >= 0.5):
+        colour = np.array(_colour(dice, (0.1, 0.9), (0.2, 0.95)), dtype=np.float32)
+        canvas.paint(window, alpha, np.broadcast_to(colour, (*alpha.shape, 3)), owner=0)
+
+
+def _annotate(canvas: _Canvas) -> list[SceneObject]:
+    objects = []
+    for index, (label, crowd, full) in enumerate(
+        zip(canvas.labels, canvas.crowd, canvas.full_areas, strict=True), start=1
+    ):
+        mask = canvas.owner == index
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        area = int(np.count_nonzero(mask))
+        if area == 0 or area < MIN_LABELLED * full:
+            continue
+        left, top = int(columns[0]), int(rows[0])
+        w, h = int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
+        if min(w, h) >= MIN_SIDE:
+            counts = _run_lengths(mask) if crowd else None
+            objects.append(SceneObject(label, (left, top, w, h), area, counts))
+    return objects
+
+
+def _run_lengths(mask: np.ndarray) -> tuple[int, ...]:
+    """COCO's uncompressed run lengths of a bool [H, W] mask: column by column, beginning with the zeros."""
+    pixels = mask.T.ravel()
+    ends = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    runs = np.diff(np.concatenate([[0], ends, [len(pixels)]])).tolist()
+    return (0, *runs) if pixels[0] else tuple(runs)
