@@ -1,0 +1,43 @@
+"""What a schedule says: how long to train, how the learning rate moves, when to validate. Standard library
+only.
+"""
+
+from schedules.errors import ScheduleError
+from schedules.paramwise import (
+    ParameterFacts,
+    ParamwiseSettings,
+    parameter_multipliers,
+    unmatched_custom_keys,
+)
+from schedules.reader import load_schedule
+from schedules.schedule import ClipGrad, OptimizerSettings, Schedule
+from schedules.schedulers import (
+    ConstantLR,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LinearLR,
+    MultiStepLR,
+    PolyLR,
+    Scheduler,
+    StepLR,
+)
+
+__all__ = [
+    "ClipGrad",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "ExponentialLR",
+    "LinearLR",
+    "MultiStepLR",
+    "OptimizerSettings",
+    "ParameterFacts",
+    "ParamwiseSettings",
+    "PolyLR",
+    "Schedule",
+    "ScheduleError",
+    "Scheduler",
+    "StepLR",
+    "load_schedule",
+    "parameter_multipliers",
+    "unmatched_custom_keys",
+]

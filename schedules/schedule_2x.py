@@ -1,0 +1,21 @@
+# The 2x schedule: 24 epochs at a global batch of 16 images, in MMDetection's vocabulary.
+# Read as data, never executed: literals, dict(...) and lists only.
+# ruff: noqa: C408
+
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=24, val_interval=1)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")
+
+# A linear warmup over 500 iterations, then a tenth of the learning rate after 16 and after 22 epochs.
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
+    dict(type="MultiStepLR", begin=0, end=24, by_epoch=True, milestones=[16, 22], gamma=0.1),
+]
+
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="SGD", lr=0.02, momentum=0.9, weight_decay=0.0001),
+)
+
+# base_batch_size = 8 GPUs x 2 images: the global batch that lr above belongs to.
+auto_scale_lr = dict(enable=False, base_batch_size=16)
