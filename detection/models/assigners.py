@@ -1,0 +1,91 @@
+"""Which ground-truth box each anchor or proposal is to learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detection.models.boxes import pairwise_iou
+
+POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
+
+# Elements of one overlap matrix. On the CPU a block that stays in the cache is several times faster.
+_BLOCK_ON_CPU = 1 << 19
+_BLOCK_ON_DEVICE = 1 << 25
+
+
+class Assignment(NamedTuple):
+    """kind: int64 [B, N], POSITIVE, NEGATIVE or IGNORED. gt_index: int64 [B, N], a positive's box."""
+
+    kind: Tensor
+    gt_index: Tensor
+
+
+@dataclass(frozen=True)
+class MaxIoUAssigner:
+    """Positive from `positive_iou` on, negative below `negative_iou`, ignored between; the box is the one of
+    best IoU, the first of equal ones.
+
+    With `low_quality_iou`, every candidate that ties for a box's best IoU is positive too if that is at least
+    low_quality_iou: for that box (the last one of several) with `low_quality_takes_own_box`, as in
+    MMDetection, else for the box of the candidate's own best IoU, as in torchvision.
+    """
+
+    positive_iou: float
+    negative_iou: float
+    low_quality_iou: float | None = None
+    low_quality_takes_own_box: bool = True
+
+    @torch.no_grad()
+    def __call__(
+        self, gt_boxes_xyxy: Tensor, gt_valid: Tensor, candidates_xyxy: Tensor, candidate_valid: Tensor | None
+    ) -> Assignment:
+        """Assigns a whole batch.
+
+        gt_boxes_xyxy: float32 [B, G, 4]; gt_valid: bool [B, G]; candidates_xyxy: float32 [B, N, 4] or, the
+        same for every image, [1, N, 4]; candidate_valid: bool [B, N], the others are ignored (None: all are
+        valid).
+        """
+        num_images, num_gt = gt_valid.shape
+        num_candidates = candidates_xyxy.shape[1]
+        device = gt_boxes_xyxy.device
+        shape = (num_images, num_candidates)
+        best_iou = torch.full(shape, -1.0, device=device)
+        best_index = torch.zeros(shape, dtype=torch.int64, device=device)
+        low_quality_index = torch.full(shape, -1, dtype=torch.int64, device=device)
+
+        budget = _BLOCK_ON_CPU if device.type == "cpu" else _BLOCK_ON_DEVICE
+        block = max(1, budget // max(1, num_images * num_candidates))
+        for start in range(0, num_gt, block):
+            stop = min(start + block, num_gt)
+            usable = gt_valid[:, start:stop, None]
+            if candidate_valid is not None:
+                usable = usable & candidate_valid[:, None]
+            iou = pairwise_iou(gt_boxes_xyxy[:, start:stop], candidates_xyxy)
+            iou = torch.where(usable, iou, -1.0)
+            block_iou, block_index = iou.max(dim=1)
+            better = block_iou > best_iou
+            best_iou = torch.where(better, block_iou, best_iou)
+            best_index = torch.where(better, block_index + start, best_index)
+            if self.low_quality_iou is not None:
+                best_of_box = iou.amax(dim=2, keepdim=True)
+                # A box without any usable candidate has -1 everywhere, below every threshold.
+                is_best = (iou == best_of_box) & (best_of_box >= self.low_quality_iou)
+                indices = torch.arange(start, stop, device=device)[:, None]
+                low_quality_index = torch.maximum(
+                    low_quality_index, torch.where(is_best, indices, -1).amax(dim=1)
+                )
+
+        kind = torch.full(shape, IGNORED, dtype=torch.int64, device=device)
+        kind.masked_fill_(best_iou < self.negative_iou, NEGATIVE)
+        kind.masked_fill_(best_iou >= self.positive_iou, POSITIVE)
+        is_low_quality = low_quality_index >= 0
+        kind.masked_fill_(is_low_quality, POSITIVE)
+        if candidate_valid is not None:
+            kind.masked_fill_(~candidate_valid, IGNORED)
+        if self.low_quality_takes_own_box:
+            best_index = torch.where(is_low_quality, low_quality_index, best_index)
+        return Assignment(kind, best_index)

@@ -1,0 +1,165 @@
+"""Faster R-CNN with a feature pyramid: images and targets to losses, images to detections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detection.models.anchors import AnchorGenerator, AnchorGrid
+from detection.models.backbones import build_backbone
+from detection.models.batch import ImageBatch, TargetBatch, batch_images, batch_targets
+from detection.models.detections import Detections, select_detections
+from detection.models.fpn import FPN
+from detection.models.recipes import FasterRCNNConfig, ModelError, config_from_dict, model_config
+from detection.models.roi_align import pool_rois, roi_levels
+from detection.models.roi_head import BoxHead, roi_losses, sample_rois
+from detection.models.rpn import RPNHead, rpn_losses, select_proposals
+
+Images = ImageBatch | Sequence[Tensor]
+Targets = TargetBatch | Sequence[Mapping[str, Tensor]]
+
+
+class FasterRCNN(nn.Module):
+    """Ren et al. 2015 with Lin et al.'s feature pyramid (2017), after the recipe that `config` describes.
+
+    In training mode `model(images, targets)` gives losses, in evaluation mode `model(images)` gives
+    detections. The dense parts (backbone, fpn, rpn, roi_head) run in autocast's precision where that is on,
+    all the rest in float32.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: FasterRCNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = build_backbone(
+            config.backbone,
+            norm=config.norm,
+            train_norm_affine=config.train_norm_affine,
+            frozen_stages=config.frozen_stages,
+            norm_eps=config.norm_eps,
+            stride_in_1x1=config.stride_in_1x1,
+        )
+        self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.fpn_norm)
+        self.rpn = RPNHead(config.fpn_channels, len(config.anchor_ratios))
+        self.roi_head = BoxHead(config)
+        self._anchor_generator = AnchorGenerator(config)
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
+
+    def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
+        """Training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}, float32 scalars.
+
+        Evaluation: for each image {"boxes_xyxy": float32 [D, 4], "scores": float32 [D], "labels": int64 [D]},
+        best first, in pixels of the images as they were given.
+
+        images: an ImageBatch, or a list of uint8 or float [3, H, W], RGB, 0..255. targets, for training only:
+        a TargetBatch, or a list of {"boxes_xyxy": float [N, 4], "labels": int64 [N]}.
+        """
+        device = self.pixel_mean.device
+        if not isinstance(images, ImageBatch):
+            images = batch_images(images, device)
+        if not self.training:
+            return self._detect(images)
+        if targets is None:
+            raise ModelError("training needs targets; call model.eval() first for detections")
+        if not isinstance(targets, TargetBatch):
+            targets = batch_targets(targets, self.config.num_classes, device)
+        if len(targets.labels) != len(images.sizes):
+            raise ModelError(f"there are {len(images.sizes)} images and {len(targets.labels)} targets")
+        return self._losses(images, targets)
+
+    def compile_dense_parts(self, **torch_compile_kwargs: Any) -> None:
+        """Compiles backbone, fpn, rpn and roi_head in place; names in the state dict stay."""
+        for part in (self.backbone, self.fpn, self.rpn, self.roi_head):
+            part.compile(**torch_compile_kwargs)
+
+    def _losses(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
+        config = self.config
+        features = self.extract_features(images)
+        logits, deltas = self.rpn(features)
+        with _full_precision(images.pixels.device):
+            anchors = self._anchors(images, features)
+            loss_rpn_cls, loss_rpn_bbox = rpn_losses(config, logits, deltas, anchors, images.sizes, targets)
+            proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=True)
+            rois = sample_rois(config, proposals, targets)
+            pooled = self._pool(features, rois.boxes_xyxy)
+        class_logits, box_deltas = self.roi_head(pooled)
+        with _full_precision(images.pixels.device):
+            loss_cls, loss_bbox = roi_losses(config, class_logits, box_deltas, rois)
+        return {
+            "loss_rpn_cls": loss_rpn_cls,
+            "loss_rpn_bbox": loss_rpn_bbox,
+            "loss_cls": loss_cls,
+            "loss_bbox": loss_bbox,
+        }
+
+    @torch.no_grad()
+    def _detect(self, images: ImageBatch) -> list[Detections]:
+        config = self.config
+        features = self.extract_features(images)
+        logits, deltas = self.rpn(features)
+        with _full_precision(images.pixels.device):
+            anchors = self._anchors(images, features)
+            proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=False)
+            pooled = self._pool(features, proposals.boxes_xyxy)
+        class_logits, box_deltas = self.roi_head(pooled)
+        with _full_precision(images.pixels.device):
+            return select_detections(
+                config, class_logits, box_deltas, proposals.boxes_xyxy, proposals.valid, images.sizes
+            )
+
+    def extract_features(self, images: ImageBatch) -> tuple[Tensor, ...]:
+        """P2..P6, [B, fpn_channels, H_l, W_l], of images normalised and with zeros outside."""
+        return self.fpn(self.backbone(self._normalised(images)))
+
+    def _normalised(self, images: ImageBatch) -> Tensor:
+        pixels, sizes = images
+        rows = torch.arange(pixels.shape[2], device=pixels.device)
+        columns = torch.arange(pixels.shape[3], device=pixels.device)
+        below = rows >= sizes[:, :1]
+        beside = columns >= sizes[:, 1:]
+        outside = below[:, :, None] | beside[:, None, :]
+        normalised = torch.sub(pixels, self.pixel_mean).div_(self.pixel_std)
+        return normalised.masked_fill_(outside[:, None], 0.0)
+
+    def _anchors(self, images: ImageBatch, features: Sequence[Tensor]) -> AnchorGrid:
+        height, width = images.pixels.shape[-2:]
+        sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
+        return self._anchor_generator((height, width), sizes, images.pixels.device)
+
+    def _pool(self, features: Sequence[Tensor], boxes_xyxy: Tensor) -> Tensor:
+        config = self.config
+        levels = roi_levels(
+            boxes_xyxy, finest_scale=config.roi_finest_scale, eps_inside_log=config.roi_level_eps_inside_log
+        )
+        return pool_rois(
+            features,
+            boxes_xyxy,
+            levels,
+            config.anchor_strides,
+            output_size=config.roi_output_size,
+            sampling_ratio=config.roi_sampling_ratio,
+            aligned=config.roi_aligned,
+        )
+
+
+def build_model(name: str = "faster_rcnn_r50_fpn", num_classes: int = 80, **overrides: Any) -> FasterRCNN:
+    """A fresh model. `overrides` are fields of `FasterRCNNConfig`; num_classes does not count the background.
+
+    Raises ModelError for a model or a setting that does not exist.
+    """
+    return FasterRCNN(model_config(name, num_classes, **overrides))
+
+
+def model_from_config(settings: Mapping[str, Any]) -> FasterRCNN:
+    """A fresh model from `dataclasses.asdict(model.config)`, which may have been through JSON."""
+    return FasterRCNN(config_from_dict(settings))
+
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,110 @@
+"""Second stage: its box head, the RoIs it learns from, and its losses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detection.models.assigners import POSITIVE, MaxIoUAssigner
+from detection.models.batch import TargetBatch
+from detection.models.boxes import encode_boxes
+from detection.models.losses import count_at_least_one, smooth_l1
+from detection.models.recipes import FasterRCNNConfig
+from detection.models.rpn import Proposals
+from detection.models.samplers import ROI_STAGE, sample
+
+_CLASSIFIER_STD, _REGRESSOR_STD = 0.01, 0.001  # Girshick 2015, section 3.1
+
+
+class BoxHead(nn.Module):
+    """Two hidden layers, class logits and class-specific box deltas."""
+
+    def __init__(self, config: FasterRCNNConfig) -> None:
+        super().__init__()
+        inputs = config.fpn_channels * config.roi_output_size**2
+        hidden = config.roi_hidden_channels
+        self.num_classes = config.num_classes
+        num_regressed = config.num_classes + config.regressor_has_background
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.classifier = nn.Linear(hidden, config.num_classes + 1)
+        self.regressor = nn.Linear(hidden, 4 * num_regressed)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(self.classifier.weight, std=_CLASSIFIER_STD)
+        nn.init.normal_(self.regressor.weight, std=_REGRESSOR_STD)
+        for layer in (self.fc1, self.fc2, self.classifier, self.regressor):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """RoI features [R, C, S, S] to logits [R, K + 1], background last, and deltas [R, classes, 4]."""
+        hidden = F.relu_(self.fc1(pooled.flatten(1)))
+        hidden = F.relu_(self.fc2(hidden))
+        return self.classifier(hidden), self.regressor(hidden).view(len(hidden), -1, 4)
+
+
+class RoISample(NamedTuple):
+    """RoIs of a training step in S slots an image, and what they are to learn.
+
+    boxes_xyxy: float32 [B, S, 4], empty boxes at the origin in slots not chosen. chosen, positive: bool [B,
+    S]. labels: int64 [B, S], num_classes for the background. delta_targets: float32 [B, S, 4], 0 where not
+    positive.
+    """
+
+    boxes_xyxy: Tensor
+    chosen: Tensor
+    positive: Tensor
+    labels: Tensor
+    delta_targets: Tensor
+
+
+@torch.no_grad()
+def sample_rois(config: FasterRCNNConfig, proposals: Proposals, targets: TargetBatch) -> RoISample:
+    """Assigns and samples proposals, with the ground-truth boxes among them."""
+    candidates = torch.cat((proposals.boxes_xyxy, targets.boxes_xyxy), dim=1)
+    valid = torch.cat((proposals.valid, targets.valid), dim=1)
+    assigner = MaxIoUAssigner(config.roi_iou, config.roi_iou)
+    kind, gt_index = assigner(targets.boxes_xyxy, targets.valid, candidates, valid)
+    if config.roi_box_matches_itself:
+        num_proposals, num_gt = proposals.valid.shape[1], targets.valid.shape[1]
+        kind[:, num_proposals:].masked_fill_(targets.valid, POSITIVE)
+        gt_index[:, num_proposals:] = torch.arange(num_gt, device=gt_index.device)
+    chosen = sample(
+        kind,
+        targets.sample_keys,
+        stage=ROI_STAGE,
+        num_samples=config.roi_samples_per_image,
+        positive_fraction=config.roi_positive_fraction,
+    )
+    gt_index = chosen.take(gt_index)
+    boxes = torch.where(chosen.chosen[..., None], chosen.take(candidates), 0.0)
+    gt_boxes = targets.boxes_xyxy.gather(1, gt_index[..., None].expand(-1, -1, 4))
+    deltas = encode_boxes(gt_boxes, boxes, config.roi_delta_stds)
+    return RoISample(
+        boxes,
+        chosen.chosen,
+        chosen.positive,
+        torch.where(chosen.positive, targets.labels.gather(1, gt_index), config.num_classes),
+        torch.where(chosen.positive[..., None], deltas, 0.0),
+    )
+
+
+def roi_losses(
+    config: FasterRCNNConfig, class_logits: Tensor, deltas: Tensor, rois: RoISample
+) -> tuple[Tensor, Tensor]:
+    """Classification and box loss, float32 scalars, both divided by the number of sampled RoIs of the batch.
+
+    class_logits [B * S, K + 1], deltas [B * S, classes, 4].
+    """
+    labels = rois.labels.view(-1)
+    normaliser = count_at_least_one(rois.chosen)
+    per_roi = F.cross_entropy(class_logits.float(), labels, reduction="none")
+    # A background RoI has no outputs of its own in MMDetection's recipe; any will do, its weight is 0.
+    own_class = labels.clamp(max=deltas.shape[1] - 1)
+    own_deltas = deltas.gather(1, own_class[:, None, None].expand(-1, 1, 4)).float()[:, 0]
+    differences = own_deltas - rois.delta_targets.view(-1, 4)
+    loss_bbox = (smooth_l1(differences, config.roi_loss_beta) * rois.positive.view(-1, 1)).sum()
+    return (per_roi * rois.chosen.view(-1)).sum() / normaliser, loss_bbox / normaliser

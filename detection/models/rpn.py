@@ -1,0 +1,146 @@
+"""Region proposal network: its head, its losses, and the proposals it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detection.models.anchors import AnchorGrid, anchors_inside_padding
+from detection.models.assigners import MaxIoUAssigner
+from detection.models.batch import TargetBatch
+from detection.models.boxes import clip_boxes, decode_boxes, encode_boxes, sides_above
+from detection.models.losses import count_at_least_one, smooth_l1
+from detection.models.nms import suppress_within_levels
+from detection.models.recipes import FasterRCNNConfig
+from detection.models.samplers import RPN_STAGE, sample
+
+ANCHOR_STDS = (1.0, 1.0, 1.0, 1.0)  # the RPN's deltas are not scaled, in either recipe
+_INIT_STD = 0.01  # Ren et al. 2015, section 3.1.3
+
+
+class RPNHead(nn.Module):
+    """A 3x3 convolution, and for each anchor one objectness logit and four deltas; shared by all levels."""
+
+    def __init__(self, channels: int, anchors_per_cell: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
+        self.deltas = nn.Conv2d(channels, 4 * anchors_per_cell, 1)
+        for conv in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(conv.weight, std=_INIT_STD)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """P2..P6 to logits [B, A] and deltas [B, A, 4], anchors ordered as in `AnchorGrid`."""
+        logits, deltas = [], []
+        for feature in features:
+            hidden = F.relu_(self.conv(feature))
+            num_images = hidden.shape[0]
+            logits.append(self.objectness(hidden).permute(0, 2, 3, 1).reshape(num_images, -1))
+            deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(num_images, -1, 4))
+        return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
+
+
+def rpn_losses(
+    config: FasterRCNNConfig,
+    logits: Tensor,
+    deltas: Tensor,
+    anchors: AnchorGrid,
+    sizes: Tensor,
+    targets: TargetBatch,
+) -> tuple[Tensor, Tensor]:
+    """Objectness and box loss, float32 scalars.
+
+    logits [B, A] and deltas [B, A, 4] of the head, sizes int64 [B, 2]. Both losses are sums over the sampled
+    anchors divided by their number in the whole batch.
+    """
+    assigner = MaxIoUAssigner(
+        config.rpn_positive_iou,
+        config.rpn_negative_iou,
+        config.rpn_low_quality_iou,
+        config.rpn_low_quality_takes_own_box,
+    )
+    usable = anchors_inside_padding(anchors, sizes) if config.anchors_within_own_padding else None
+    anchor_boxes = anchors.boxes_xyxy[None]
+    with torch.no_grad():
+        kind, gt_index = assigner(targets.boxes_xyxy, targets.valid, anchor_boxes, usable)
+        chosen = sample(
+            kind,
+            targets.sample_keys,
+            stage=RPN_STAGE,
+            num_samples=config.rpn_samples_per_image,
+            positive_fraction=config.rpn_positive_fraction,
+        )
+        gt_index = chosen.take(gt_index)
+        gt_boxes = targets.boxes_xyxy.gather(1, gt_index[..., None].expand(-1, -1, 4))
+        references = chosen.take(anchor_boxes.expand(len(kind), -1, -1))
+        positive = chosen.positive[..., None]
+        delta_targets = torch.where(positive, encode_boxes(gt_boxes, references, ANCHOR_STDS), 0.0)
+        num_positive, num_chosen = chosen.positive.sum(dim=1), chosen.chosen.sum(dim=1)
+        if config.rpn_counts_at_least_one:
+            normaliser = (num_positive.clamp(min=1) + (num_chosen - num_positive).clamp(min=1)).sum()
+        else:
+            normaliser = count_at_least_one(num_chosen)
+
+    loss_cls = F.binary_cross_entropy_with_logits(
+        chosen.take(logits).float(), chosen.positive.float(), weight=chosen.chosen.float(), reduction="sum"
+    )
+    differences = chosen.take(deltas).float() - delta_targets
+    loss_bbox = (smooth_l1(differences, config.rpn_loss_beta) * positive).sum()
+    return loss_cls / normaliser, loss_bbox / normaliser
+
+
+class Proposals(NamedTuple):
+    """boxes_xyxy: float32 [B, P, 4]. scores: float32 [B, P], logits, best first. valid: bool [B, P]."""
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    valid: Tensor
+
+
+@torch.no_grad()
+def select_proposals(
+    config: FasterRCNNConfig,
+    logits: Tensor,
+    deltas: Tensor,
+    anchors: AnchorGrid,
+    sizes: Tensor,
+    *,
+    training: bool,
+) -> Proposals:
+    """The best proposals of each image: top of each level, clipped to the image, suppressed within the level,
+    then the top of all levels. logits [B, A], deltas [B, A, 4], sizes int64 [B, 2].
+    """
+    nms_pre = config.rpn_nms_pre_train if training else config.rpn_nms_pre_test
+    max_proposals = config.rpn_proposals_train if training else config.rpn_proposals_test
+    scores, boxes = [], []
+    levels = zip(
+        logits.detach().float().split(anchors.per_level, dim=1),
+        deltas.detach().split(anchors.per_level, dim=1),
+        anchors.boxes_xyxy.split(anchors.per_level),
+        strict=True,
+    )
+    for level_logits, level_deltas, level_anchors in levels:
+        best, index = level_logits.topk(min(nms_pre, level_logits.shape[1]), dim=1)
+        best_deltas = level_deltas.gather(1, index[..., None].expand(-1, -1, 4)).float()
+        scores.append(best)
+        boxes.append(
+            decode_boxes(best_deltas, level_anchors[index], ANCHOR_STDS, clip_shrinking=config.clip_shrinking)
+        )
+    candidate_scores = torch.cat(scores, dim=1)
+    candidates = clip_boxes(torch.cat(boxes, dim=1), sizes)
+    keep = suppress_within_levels(
+        candidates,
+        candidate_scores,
+        sides_above(candidates, config.proposal_min_size),
+        [level.shape[1] for level in scores],
+        config.rpn_nms_iou,
+    )
+    ranking = torch.where(keep, candidate_scores, -torch.inf)
+    top, index = ranking.topk(min(max_proposals, ranking.shape[1]), dim=1)
+    return Proposals(candidates.gather(1, index[..., None].expand(-1, -1, 4)), top, keep.gather(1, index))
