@@ -124,7 +124,7 @@ def _name_place(
     boxes: Sequence[_Rectangle],
     taken: Sequence[_Rectangle],
 ) -> _Rectangle:
-    """Where the name of a box goes: the first place round the box that covers other names and small boxes least."""
+    """Where the name of a box goes: the place round it that covers other names and small boxes least."""
     x0, y0, x1, y1 = boxes[number]
     width, height = size
     candidates = [

@@ -32,7 +32,7 @@ _NOT_CURVES = {"kind", "iteration", "epoch", "per_class", "notes"}
 _LAYOUT: dict[str, dict[str, list[Any]]] = {
     "Overview": {
         "learning rate": ["Multiline", ["^train/lr$"]],
-        "mAP": ["Multiline", ["^val/mAP$", "^val/mAP_50$", "^val/mAP_75$"]],
+        "mAP": ["Multiline", ["^val/mAP$"]],
         "loss": ["Multiline", ["^train/loss$"]],
     },
     "Losses": {
@@ -40,6 +40,7 @@ _LAYOUT: dict[str, dict[str, list[Any]]] = {
         "gradient norm": ["Multiline", ["^train/grad_norm$"]],
     },
     "Validation": {
+        "mAP at IoU 0.50 and 0.75": ["Multiline", ["^val/mAP_50$", "^val/mAP_75$"]],
         "mAP by object size": ["Multiline", ["^val/mAP_[sml]$"]],
         "AP by class": ["Multiline", ["^val/AP/"]],
         "average recall": ["Multiline", ["^val/AR_"]],
@@ -135,20 +136,19 @@ class TensorBoardLog:
         """Draws name -> (precision, recall), float arrays of one length (at most 127 points), as
         val/PR/<name>."""
         for name, (precision, recall) in curves.items():
-            unknown = np.zeros(len(precision))  # true and false positives; the page draws without them
-            self._write(
-                summaries.pr_curve_raw(
-                    f"val/PR/{name}",
-                    unknown,
-                    unknown,
-                    unknown,
-                    unknown,
-                    precision,
-                    recall,
-                    num_thresholds=len(precision),
-                ),
-                iteration,
+            # The page cuts a curve off where no positives are counted; COCO's curves come without counts.
+            counts = np.ones(len(precision))
+            summary = summaries.pr_curve_raw(
+                f"val/PR/{name}",
+                counts,
+                counts,
+                counts,
+                counts,
+                precision,
+                recall,
+                num_thresholds=len(precision),
             )
+            self._write(summary, iteration)
 
     def flush(self) -> None:
         """Puts everything written so far on the disk (fsync): a kill or a power loss from here on cannot
