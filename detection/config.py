@@ -1,0 +1,333 @@
+"""The run's configuration: frozen dataclasses, and the command line that fills them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+MODEL_DEFAULT = "faster_rcnn_r50_fpn"
+EMA_DECAY_DEFAULT = 0.9998
+
+
+class ConfigError(ValueError):
+    """An option that is wrong, or options that contradict each other. The message names them and the remedy."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and annotations are, and the scale the network sees them at."""
+
+    dataset: str = "coco"
+    """coco: a COCO-format set on disk; shapes: the procedural set, made on first use."""
+    data_path: Path | None = None
+    """Folder of the standard layout. None: datasets/coco, or datasets/shapes."""
+    train_images: Path | None = None
+    train_annotations: Path | None = None
+    val_images: Path | None = None
+    val_annotations: Path | None = None
+    test_images: Path | None = None
+    test_annotations: Path | None = None
+    min_size: int = 800
+    """Pixels of the shorter side after the keep-ratio resize, unless max_size binds first."""
+    max_size: int = 1333
+    workers: int | None = None
+    """Loader processes a training process. None: 4 beside a GPU, 1 on a CPU."""
+    limit_train_batches: int | None = None
+    """Iterations an epoch at most (the schedule's epoch is shortened to it)."""
+    limit_val_batches: int | None = None
+    """Batches a process in validation and test at most."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which detector, from which weights, and what of it is trained."""
+
+    model: str = MODEL_DEFAULT
+    weights: str = "imagenet"
+    """none, imagenet, a torchvision weights name, or a file."""
+    norm: str = "auto"
+    """auto, frozen_bn, bn or gn. auto: frozen_bn from pretrained weights, bn from none."""
+    frozen_stages: int | None = None
+    """-1 nothing, 0 the stem, 1 the stem and the first stage, ... None: 1 from pretrained weights, -1 from none."""
+    sync_bn: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the schedule is followed on this machine."""
+
+    schedule: str = "1x"
+    overrides: tuple[str, ...] = ()
+    """KEY=VALUE of --set, in order; --lr, --max-epochs, --val-interval and the like are appended."""
+    batch_size: int = 2
+    """Images a process and micro-step."""
+    auto_scale_lr: bool = False
+    accumulate: int | None = None
+    """Micro-steps an iteration. None: the schedule's accumulative_counts."""
+    clip_grad: float | None = None
+    """Largest gradient norm. None: the schedule's clip_grad."""
+    amp: str | None = None
+    """off, bf16 or fp16. None: the schedule's optim_wrapper."""
+    ema: float | None = None
+    """Decay of the averaged weights an iteration. None: no averaging."""
+    compile: bool = False
+    channels_last: bool = True
+    seed: int = 0
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What is written where, and when."""
+
+    output_dir: Path | None = None
+    resume: str | None = None
+    """None, "auto", or a checkpoint file."""
+    overwrite: bool = False
+    keep_checkpoints: int = 3
+    checkpoint_minutes: float | None = None
+    checkpoint_iterations: int | None = None
+    log_interval: int | None = None
+    """Iterations between two readings of the losses. None: 20 on a GPU, 1 on a CPU."""
+    eval_backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything the command line says."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    device: str = "auto"
+    mode: str = "train"
+    """train, val or test."""
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for config.json and checkpoints."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                return [plain(item) for item in value]
+            return str(value) if isinstance(value, Path) else value
+
+        return plain(dataclasses.asdict(self))
+
+    @property
+    def output_dir(self) -> Path:
+        """The output directory: the one given, or runs/<model>_<schedule>[_<dataset>]."""
+        if self.output.output_dir is not None:
+            return self.output.output_dir
+        parts = [self.model.model, Path(self.train.schedule).stem.removeprefix("schedule_")]
+        if self.data.dataset != "coco":
+            parts.append(self.data.dataset)
+        return Path("runs") / "_".join(parts)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with a suggestion for a mistyped option."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        if message.startswith("unrecognized arguments:"):
+            for word in message.split(":", 1)[1].split():
+                near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+                if near:
+                    message += f" (did you mean {near[0]}?)"
+        self.exit(2, f"{self.prog}: error: {message}\n(--help lists every option)\n")
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def _not_negative_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value
+
+
+def _decay(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of train.py."""
+    parser = _Parser(
+        prog="train.py",
+        description="Train, validate and test Faster R-CNN on COCO-format data. One process: python train.py ...; "
+        "N processes: torchrun --nproc_per_node=N train.py ...",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("schedule (how long, which learning rate, when to validate)")
+    group.add_argument("--schedule", default="1x", metavar="NAME|FILE", help="1x, 2x, 20e, or a schedule file [1x]")
+    group.add_argument("--max-epochs", type=_positive_int, metavar="N", help="override the schedule's epochs")
+    group.add_argument("--val-interval", type=_positive_int, metavar="N", help="validate each N epochs")
+    group.add_argument("--lr", type=_positive_float, metavar="X", help="override the schedule's learning rate")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override any field of the schedule, e.g. optim_wrapper.optimizer.weight_decay=0 (repeatable)",
+    )
+    group.add_argument(
+        "--auto-scale-lr", action="store_true", help="learning rate x (global batch / the schedule's base batch)"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=["coco", "shapes"], default="coco", help="shapes is made on first use [coco]")
+    group.add_argument(
+        "--data-path", type=Path, metavar="DIR", help="standard COCO layout [datasets/coco, or datasets/shapes]"
+    )
+    for split in ("train", "val", "test"):
+        group.add_argument(f"--{split}-images", type=Path, metavar="DIR", help=f"image folder of the {split} set")
+        group.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help=f"COCO JSON of the {split} set")
+    group.add_argument("--min-size", type=_positive_int, default=800, metavar="N", help="shorter side, pixels [800]")
+    group.add_argument("--max-size", type=_positive_int, default=1333, metavar="N", help="longer side at most, pixels [1333]")
+    group.add_argument("--workers", type=_not_negative_int, metavar="N", help="loader processes a process [GPU 4, CPU 1]")
+    group.add_argument("--limit-train-batches", type=_positive_int, metavar="N", help="iterations an epoch at most")
+    group.add_argument("--limit-val-batches", type=_positive_int, metavar="N", help="evaluation batches a process at most")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=MODEL_DEFAULT, metavar="NAME", help=f"[{MODEL_DEFAULT}]")
+    group.add_argument(
+        "--weights",
+        default="imagenet",
+        metavar="SPEC",
+        help="none, imagenet, a torchvision weights name, or a file of ours, torchvision's, MMDetection's [imagenet]",
+    )
+    group.add_argument(
+        "--norm",
+        choices=["auto", "frozen_bn", "bn", "gn"],
+        default="auto",
+        help="auto: frozen_bn from pretrained weights, bn from none [auto]",
+    )
+    group.add_argument(
+        "--frozen-stages",
+        type=int,
+        choices=range(-1, 5),
+        metavar="N",
+        help="-1 none, 0 stem, 1 stem and stage 1, ... 4 [1 from pretrained weights, -1 from none]",
+    )
+    group.add_argument("--sync-bn", action="store_true", help="trained batch norm over all processes")
+
+    group = parser.add_argument_group("training step")
+    group.add_argument("--batch-size", type=_positive_int, default=2, metavar="N", help="images a process [2]")
+    group.add_argument("--accumulate", type=_positive_int, metavar="N", help="micro-steps an iteration [the schedule's, 1]")
+    group.add_argument("--clip-grad", type=_positive_float, metavar="X", help="largest gradient norm [the schedule's, none]")
+    group.add_argument("--amp", choices=["off", "bf16", "fp16"], help="mixed precision [the schedule's, off]")
+    group.add_argument(
+        "--ema",
+        type=_decay,
+        nargs="?",
+        const=EMA_DECAY_DEFAULT,
+        metavar="DECAY",
+        help=f"average the weights; validation uses the average [without a value {EMA_DECAY_DEFAULT}]",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the dense parts")
+    group.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of the images [on]"
+    )
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
+    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="[0]")
+    group.add_argument("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower")
+
+    group = parser.add_argument_group("output and resume")
+    group.add_argument("--output-dir", type=Path, metavar="DIR", help="[runs/<model>_<schedule>]")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="auto|FILE",
+        help="auto: the newest intact checkpoint of the output directory, a fresh start where there is none",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="start anew; what the output directory holds is moved aside first"
+    )
+    group.add_argument("--keep-checkpoints", type=_positive_int, default=3, metavar="N", help="epoch files kept [3]")
+    group.add_argument("--checkpoint-minutes", type=_positive_float, metavar="N", help="also save each N minutes")
+    group.add_argument("--checkpoint-iterations", type=_positive_int, metavar="N", help="also save each N iterations")
+    group.add_argument("--log-interval", type=_positive_int, metavar="N", help="iterations between readings [GPU 20, CPU 1]")
+    group.add_argument(
+        "--eval-backend", choices=["auto", "pycocotools", "hotcoco", "both"], default="auto", help="COCO metrics [auto]"
+    )
+
+    group = parser.add_argument_group("instead of training")
+    group.add_argument("--val-only", action="store_true", help="run the validation loop once")
+    group.add_argument("--test-only", action="store_true", help="run the test loop once")
+    group.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
+    """The configuration that `argv` (default: the process's arguments) asks for.
+
+    Raises ConfigError where options contradict each other; argparse's own errors leave with status 2.
+    """
+    options = build_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+    if options.val_only and options.test_only:
+        raise ConfigError("--val-only and --test-only exclude each other: give one of them")
+    if options.resume is not None and options.overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite starts anew: give one of them")
+    if options.max_size < options.min_size:
+        raise ConfigError(f"--max-size {options.max_size} is below --min-size {options.min_size}")
+    overrides = list(options.set)
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(f"--set {text}: write it as KEY=VALUE, e.g. --set optim_wrapper.optimizer.weight_decay=0")
+    for name, key in (("lr", "lr"), ("max_epochs", "max_epochs"), ("val_interval", "val_interval")):
+        value = getattr(options, name)
+        if value is not None:
+            overrides.append(f"{key}={value}")
+    if options.sync_bn and options.norm not in ("auto", "bn"):
+        raise ConfigError(f"--sync-bn needs trained batch norm, and --norm {options.norm} has none: use --norm bn")
+    for split in ("train", "val", "test"):
+        images, annotations = getattr(options, f"{split}_images"), getattr(options, f"{split}_annotations")
+        if (images is None) != (annotations is None):
+            raise ConfigError(f"--{split}-images and --{split}-annotations go together: give both")
+    if options.test_only and options.test_annotations is None:
+        raise ConfigError("--test-only needs --test-images DIR and --test-annotations FILE")
+    if options.dataset == "shapes" and any(getattr(options, f"{s}_images") for s in ("train", "val")):
+        raise ConfigError("--dataset shapes brings its own images: leave --train-images and --val-images away")
+    data = DataConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(DataConfig)})
+    model = ModelConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(ModelConfig)})
+    train = TrainConfig(
+        overrides=tuple(overrides),
+        **{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig) if f.name != "overrides"},
+    )
+    output = OutputConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(OutputConfig)})
+    mode = "val" if options.val_only else "test" if options.test_only else "train"
+    return RunConfig(data, model, train, output, options.device, mode, options.dry_run)

@@ -1,0 +1,189 @@
+"""Checkpoints: written whole or not at all, found again even when the newest one is broken."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "detection-checkpoint"
+VERSION = 1
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written. The message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """The content of a checkpoint file, tensors on the CPU."""
+
+    path: Path
+    state: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+    """A line for each newer file that was broken."""
+
+
+def load_checkpoint(path: Path) -> LoadedCheckpoint:
+    """Read one checkpoint, with every checksum verified; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: missing, truncated, altered, or no checkpoint of this project.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        # torch.save writes a zip file; its CRC-32 of every entry is what tells a flipped bit.
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise CheckpointError(f"{path}: the checksum of {broken} is wrong, the file was altered")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    # A damaged file can fail anywhere in the zip reader or the unpickler, with whatever error that part has.
+    except (OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    except (zipfile.LargeZipFile, NotImplementedError, AttributeError, TypeError, IndexError, OverflowError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a training checkpoint of this project (give weights with --weights)")
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{path}: checkpoint version {state.get('version')}, this program reads version {VERSION}")
+    return LoadedCheckpoint(path, state)
+
+
+def newest_checkpoint(directory: Path) -> LoadedCheckpoint | None:
+    """The intact checkpoint of `directory` that is furthest on; None where there is no checkpoint file at all.
+
+    Files that are broken are skipped and named in `skipped`.
+
+    Raises:
+        CheckpointError: there are checkpoint files and every one is broken.
+    """
+    skipped: list[str] = []
+    candidates: list[tuple[int, int, int, Path]] = []
+    for path in sorted(directory.glob("*.pt")):
+        try:
+            # mmap: only the small pickled part is read here, the tensors when one is chosen.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            order = (int(state["iteration"]), int(not state["validation_due"]), int(path.name == LAST))
+            candidates.append((*order, path))
+        except Exception as error:  # noqa: BLE001 - whatever a broken file raises, it is skipped and named
+            skipped.append(f"{path}: not a readable checkpoint ({type(error).__name__})")
+    for *_, path in sorted(candidates, reverse=True):
+        try:
+            loaded = load_checkpoint(path)
+        except CheckpointError as error:
+            skipped.append(str(error))
+            continue
+        return LoadedCheckpoint(path, loaded.state, tuple(skipped))
+    if skipped:
+        raise CheckpointError(
+            f"{directory}: no checkpoint is intact:\n  " + "\n  ".join(skipped) + "\nStart anew with --overwrite."
+        )
+    return None
+
+
+class CheckpointStore:
+    """The checkpoints folder of a run.
+
+    last.pt is the newest, previous.pt the one before it, best.pt the one with the highest mAP, epoch_NNNN.pt the
+    ends of epochs, of which the newest `keep` stay. A file appears under its name only when it is complete and on
+    the disk. Writing happens in a thread of its own, one file at a time.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory = directory
+        self.keep = keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: dict[str, Any], names: list[str]) -> str | None:
+        """Copy `state` (tensors and plain types) and start writing it under `names`.
+
+        Returns:
+            What went wrong with the save before this one; None if nothing did.
+        """
+        problem = self.wait()
+        snapshot = _copy_to_cpu(state)
+        self._pending = self._writer.submit(self._write, snapshot, names)
+        return problem
+
+    def wait(self) -> str | None:
+        """Wait for the write that is under way; what went wrong with it, None if nothing did."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        error = pending.exception()
+        if error is None:
+            return None
+        if isinstance(error, (OSError, RuntimeError)):
+            return f"checkpoint not written into {self.directory}: {error}"
+        raise error
+
+    def close(self) -> str | None:
+        problem = self.wait()
+        self._writer.shutdown()
+        return problem
+
+    def _write(self, state: dict[str, Any], names: list[str]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        temporary = self.directory / ".writing"
+        try:
+            with temporary.open("wb") as stream:
+                torch.save({"format": FORMAT, "version": VERSION, **state}, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            last = self.directory / LAST
+            if LAST in names and last.exists():
+                _link(last, self.directory / PREVIOUS)
+            for name in names:
+                _link(temporary, self.directory / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(self.directory)
+        for old in sorted(self.directory.glob("epoch_*.pt"))[: -self.keep]:
+            old.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    """`target` becomes another name of `source`, at once and whole."""
+    staging = target.with_name(f".{target.name}.new")
+    staging.unlink(missing_ok=True)
+    try:
+        os.link(source, staging)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, staging)
+        with staging.open("rb") as stream:
+            os.fsync(stream.fileno())
+    staging.replace(target)
+
+
+def _sync_folder(folder: Path) -> None:
+    # The names themselves must reach the disk too.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy_to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy_to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy_to_cpu(item) for item in value)
+    return value

@@ -1,0 +1,71 @@
+"""The errors that are the user's to mend: shown as one message, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from data import AnnotationError, DatasetError, ImageError, MissingDataset
+from detection.config import ConfigError
+from detection.engine.checkpoint import CheckpointError
+from detection.engine.distributed import DeviceError, Processes
+from detection.engine.output_directory import OutputDirectoryError
+from detection.engine.step_records import NonFiniteLoss
+from detection.evaluation import EvaluationError, ResultsError
+from detection.models import ModelError, WeightsError
+from detection.reporting import MetricsError
+from schedules import ScheduleError
+
+USER_ERRORS = (
+    AnnotationError,
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    DeviceError,
+    EvaluationError,
+    ImageError,
+    MetricsError,
+    MissingDataset,
+    ModelError,
+    NonFiniteLoss,
+    OutputDirectoryError,
+    ResultsError,
+    ScheduleError,
+    WeightsError,
+)
+
+T = TypeVar("T")
+
+
+class RunError(ValueError):
+    """An error that every process of the run knows of; the main one shows it."""
+
+
+def together(processes: Processes, action: Callable[[], T]) -> T:
+    """Do `action` on every process; where it fails on any of them, every process ends with the same RunError.
+
+    `action` must not talk to other processes: one that failed would leave them waiting.
+    """
+    result, error = _attempt(action)
+    return _agreed(result, processes.gather_objects(error))
+
+
+def main_first(processes: Processes, action: Callable[[], T]) -> T:
+    """Do `action` on the main process; its result (plain types) or RunError on every process."""
+    result, error = _attempt(action) if processes.is_main else (None, None)
+    result, error = processes.broadcast((result, error))
+    return _agreed(result, [error])
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return action(), None
+    except USER_ERRORS as error:
+        return None, str(error)
+
+
+def _agreed(result: T | None, errors: list[str | None]) -> T:
+    messages = list(dict.fromkeys(error for error in errors if error is not None))
+    if messages:
+        raise RunError("\n".join(messages))
+    return result  # type: ignore[return-value]

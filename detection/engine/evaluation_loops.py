@@ -1,0 +1,168 @@
+"""Validation and test: every image of a set once, over all processes, without a GPU collective."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import DeviceBatch, DevicePrefetcher, EvalLoader
+from detection.engine.distributed import Processes
+from detection.engine.precision import Precision
+from detection.engine.recorder import Recorder
+from detection.engine.stopping import StopRequest
+from detection.engine.train_loop import Stopped
+from detection.evaluation import CocoEvaluator, Detections, write_results
+from detection.models import ImageBatch
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What both loops need: images, how to run the model, where to write."""
+
+    loader: EvalLoader
+    category_ids: tuple[int, ...]
+    """COCO category id of each label."""
+    precision: Precision
+    processes: Processes
+    recorder: Recorder
+    stop: StopRequest
+    results_file: Path
+    limited: bool
+    """Only a part of the set is run (--limit-val-batches): the figures are over that part."""
+
+
+class ValLoop:
+    """Detections of the validation set, written as a COCO results file, and their metrics."""
+
+    def __init__(self, inputs: EvaluationInputs, evaluator: CocoEvaluator | None) -> None:
+        """
+        Args:
+            evaluator: on rank 0, which computes the metrics; None elsewhere.
+        """
+        self.inputs = inputs
+        self.evaluator = evaluator
+
+    def run(self, model: nn.Module) -> tuple[dict[str, Any], Detections | None]:
+        """Run `model` (not wrapped) over the set; collective.
+
+        Returns:
+            metrics on every process, and on rank 0 all detections (None elsewhere).
+
+        Raises:
+            Stopped: on every process, when a signal came to one of them.
+        """
+        processes = self.inputs.processes
+        started = time.perf_counter()
+        detections, image_ids = detect(self.inputs, model, "validating")
+        forward_seconds = time.perf_counter() - started
+        metrics: dict[str, Any] = {}
+        if detections is not None:
+            assert self.evaluator is not None
+            write_results(detections, self.inputs.results_file)
+            metrics = self.evaluator.evaluate(detections, image_ids.tolist())
+            metrics["num_images"] = len(image_ids)
+            metrics["seconds"] = time.perf_counter() - started
+            metrics["images_per_second"] = len(image_ids) / forward_seconds
+            if self.inputs.limited:
+                metrics["notes"].append(
+                    f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
+                )
+        # The others wait here, on gloo, for as long as rank 0 needs.
+        return processes.broadcast(metrics), detections
+
+
+class TestLoop:
+    """Detections of the test set as a COCO results file ready for an upload; metrics too where there are boxes."""
+
+    def __init__(self, inputs: EvaluationInputs, evaluator: CocoEvaluator | None) -> None:
+        """
+        Args:
+            evaluator: on rank 0, where the annotation file has boxes; else None.
+        """
+        self.inputs = inputs
+        self.evaluator = evaluator
+
+    def run(self, model: nn.Module) -> tuple[dict[str, Any] | None, int]:
+        """Run `model` over the set; collective.
+
+        Returns:
+            on rank 0 the metrics (None without boxes and on other processes), and the number of detections written.
+        """
+        detections, image_ids = detect(self.inputs, model, "testing")
+        if detections is None:
+            return None, 0
+        write_results(detections, self.inputs.results_file)
+        if self.evaluator is None:
+            return None, len(detections)
+        return self.evaluator.evaluate(detections, image_ids.tolist()), len(detections)
+
+
+@torch.no_grad()
+def detect(inputs: EvaluationInputs, model: nn.Module, verb: str) -> tuple[Detections | None, np.ndarray]:
+    """Detections of every image of the loader's set, in pixels of the stored images; collective.
+
+    Returns:
+        On rank 0 all detections, ordered by image id, and the ids int64 [n] of the images run, each of them once.
+        On other processes (None, empty).
+
+    Raises:
+        Stopped: on every process, when a signal came to one of them.
+    """
+    processes, loader = inputs.processes, inputs.loader
+    was_training = model.training
+    model.eval()
+    parts: list[Detections] = []
+    image_ids: list[int] = []
+    # Processes have unequal shards. All go through as many rounds, so that a signal to one is seen by all.
+    rounds = max(processes.gather_objects(len(loader)))
+    batches = DevicePrefetcher(loader.batches(), processes.device)
+    try:
+        with inputs.recorder.evaluation_bar(verb, len(loader)) as bar:
+            for round_index in range(rounds):
+                stop_wanted = processes.largest_later(int(inputs.stop.requested))
+                if round_index < len(loader):
+                    batch = next(batches)
+                    parts.append(_detect_batch(inputs, model, batch))
+                    image_ids += batch.image_ids.tolist()
+                    bar.update(1)
+                if stop_wanted.result():
+                    raise Stopped(f"while {verb}")
+    finally:
+        model.train(was_training)
+    return _collect(inputs, Detections.concatenate(parts), np.asarray(image_ids, np.int64))
+
+
+def _detect_batch(inputs: EvaluationInputs, model: nn.Module, batch: DeviceBatch) -> Detections:
+    with inputs.precision.autocast():
+        found = model(ImageBatch(batch.pixels, batch.sizes))
+    # The network saw the image enlarged by (x, y) factors: boxes go back the same way.
+    scales = batch.scale_factors.cpu().numpy()
+    return Detections.from_lists(
+        batch.image_ids.tolist(),
+        [entry["boxes_xyxy"].float().cpu().numpy() / np.tile(s, 2) for entry, s in zip(found, scales, strict=True)],
+        [entry["scores"].float().cpu().numpy() for entry in found],
+        [entry["labels"].cpu().numpy() for entry in found],
+        category_ids=inputs.category_ids,
+    )
+
+
+def _collect(
+    inputs: EvaluationInputs, mine: Detections, image_ids: np.ndarray
+) -> tuple[Detections | None, np.ndarray]:
+    processes = inputs.processes
+    ids, values = mine.as_arrays()
+    all_ids, all_values = processes.gather_arrays(ids), processes.gather_arrays(values)
+    all_images = processes.gather_arrays(image_ids)
+    if all_ids is None or all_values is None or all_images is None:
+        return None, image_ids[:0]
+    detections = Detections.from_arrays(np.concatenate(all_ids), np.concatenate(all_values))
+    run = np.sort(np.concatenate(all_images))
+    assert np.array_equal(run, np.sort(inputs.loader.image_ids)), "the evaluated images are not those of the set"
+    # The order of the file does not depend on the number of processes.
+    return detections.take(np.argsort(detections.image_ids, kind="stable")), run

@@ -1,0 +1,86 @@
+"""The optimiser that a schedule asks for, its parameter groups, and the learning rate of each iteration."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from schedules import ParameterFacts, Schedule, parameter_multipliers
+
+_NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def build_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
+    """Optimiser over the trainable parameters of `model`.
+
+    Parameters that share their multipliers share a group; a group carries "lr_mult" for
+    `set_learning_rate`. Frozen parameters are in no group, so that neither momentum nor
+    weight decay touches them.
+    """
+    settings = schedule.optimizer
+    facts = parameter_facts(model)
+    multipliers = parameter_multipliers(schedule.paramwise, facts)
+    base_decay = float(settings.kwargs.get("weight_decay", _default_weight_decay(settings.type)))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(multipliers[name], []).append(parameter)
+    optimizer_class = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[settings.type]
+    return optimizer_class(
+        [
+            {"params": parameters, "lr_mult": lr_mult, "weight_decay": base_decay * decay_mult}
+            for (lr_mult, decay_mult), parameters in groups.items()
+        ],
+        lr=schedule.optimizer.lr,
+        fused=True,
+        **settings.kwargs,
+    )
+
+
+def set_learning_rate(optimizer: Optimizer, schedule: Schedule, iteration: int, iterations_per_epoch: int) -> float:
+    """Give every group its learning rate for the step `iteration`; the schedule's own (multiplier 1) is returned."""
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.learning_rate(iteration, iterations_per_epoch, group["lr_mult"])
+    return schedule.learning_rate(iteration, iterations_per_epoch)
+
+
+def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters of the optimiser, in group order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _default_weight_decay(optimizer_type: str) -> float:
+    # PyTorch's own defaults: AdamW decays by 0.01 where nothing is said.
+    return 0.01 if optimizer_type == "AdamW" else 0.0
+
+
+def parameter_facts(model: nn.Module) -> list[ParameterFacts]:
+    """What paramwise_cfg's rules ask of each parameter of `model`."""
+    norms = {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, _NORM_TYPES) or _is_frozen_norm(module)
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+    depthwise = {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+    return [
+        ParameterFacts(
+            name=name,
+            is_norm=name in norms,
+            is_bias=name.endswith(".bias"),
+            is_depthwise=name in depthwise,
+            is_flat=parameter.ndim == 1,
+        )
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    # A norm with frozen statistics is no subclass of torch's norms, and yet its weight and bias count as a norm's.
+    return hasattr(module, "running_mean") and hasattr(module, "running_var")

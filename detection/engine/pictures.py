@@ -1,0 +1,64 @@
+"""Pictures of a run: what the model is fed, and what it finds on the same validation images each time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data import CocoDataset, RawBatch, assemble
+from detection.evaluation import Detections
+from detection.reporting import draw_boxes, mosaic, side_by_side
+
+NUM_VALIDATION_PICTURES = 4
+LONGEST_SIDE = 640
+"""Pixels to which pictures are scaled, so that names can be read on small images too."""
+SHOWN_FROM_SCORE = 0.3
+MOST_BOXES_SHOWN = 30
+
+
+def training_mosaic(batch: RawBatch, class_names: tuple[str, ...]) -> np.ndarray:
+    """The images of a batch as the model gets them (resized, flipped), boxes drawn; uint8 RGB [H, W, 3]."""
+    fed = assemble(batch, "cpu")
+    pictures = []
+    for index, (height, width) in enumerate(batch.resized_sizes):
+        picture = fed.pixels[index, :, :height, :width].permute(1, 2, 0).contiguous().numpy()
+        valid = batch.valid[index].numpy()
+        pictures.append(
+            draw_boxes(
+                picture,
+                batch.boxes_xyxy[index].numpy()[valid],
+                batch.labels[index].numpy()[valid],
+                class_names,
+                longest_side=LONGEST_SIDE,
+            )
+        )
+    return mosaic(pictures)
+
+
+def validation_pictures(dataset: CocoDataset, detections: Detections) -> list[np.ndarray]:
+    """Ground truth beside detections for a few images of the set, the same ones each time; uint8 RGB each.
+
+    The images are spread evenly over the set, those with boxes first.
+    """
+    candidates = np.flatnonzero(dataset.box_counts > 0)
+    if len(candidates) == 0:
+        candidates = np.arange(len(dataset))
+    places = np.linspace(0, len(candidates) - 1, min(NUM_VALIDATION_PICTURES, len(candidates)))
+    return [_compare(dataset, int(candidates[int(place)]), detections) for place in places]
+
+
+def _compare(dataset: CocoDataset, index: int, detections: Detections) -> np.ndarray:
+    picture = dataset.picture(index)
+    true_boxes, true_labels = dataset.boxes(index)
+    rows = np.flatnonzero(
+        (detections.image_ids == dataset.image_ids[index]) & (detections.scores >= SHOWN_FROM_SCORE)
+    )
+    rows = rows[np.argsort(-detections.scores[rows], kind="stable")][:MOST_BOXES_SHOWN]
+    boxes = detections.boxes_xywh[rows].copy()
+    boxes[:, 2:] += boxes[:, :2]
+    label_of = {category: label for label, category in enumerate(dataset.annotations.category_ids)}
+    labels = np.array([label_of[category] for category in detections.category_ids[rows].tolist()], np.int64)
+    names = dataset.class_names
+    return side_by_side(
+        draw_boxes(picture, true_boxes, true_labels, names, longest_side=LONGEST_SIDE),
+        draw_boxes(picture, boxes, labels, names, detections.scores[rows], longest_side=LONGEST_SIDE),
+    )

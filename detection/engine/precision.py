@@ -1,0 +1,75 @@
+"""Mixed precision of the training step: off, bfloat16, or float16 with a loss scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast, backward and optimiser step at the chosen precision.
+
+    Weights, gradients and optimiser state stay float32. float16 alone needs a loss scale: it starts at 2**16, is
+    halved (and the step skipped) when a gradient overflows, and doubled after 2,000 good steps, unless the schedule
+    says otherwise; its state belongs into the checkpoint.
+    """
+
+    def __init__(
+        self, amp: str, device: torch.device, loss_scale: str | float | dict[str, Any] = "dynamic"
+    ) -> None:
+        """
+        Args:
+            amp: off, bf16 or fp16.
+            device: where the step runs.
+            loss_scale: for fp16: "dynamic", a fixed number, or arguments of torch.amp.GradScaler.
+        """
+        self.amp = amp
+        self.device = device
+        self._fixed_scale = float(loss_scale) if isinstance(loss_scale, (int, float)) else None
+        arguments = dict(loss_scale) if isinstance(loss_scale, dict) else {}
+        if self._fixed_scale is not None:
+            arguments["init_scale"] = self._fixed_scale
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16", **arguments)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context of the forward pass."""
+        return torch.autocast(
+            self.device.type, dtype=_DTYPES.get(self.amp, torch.bfloat16), enabled=self.amp != "off"
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss`, scaled where the precision needs it."""
+        self.scaler.scale(loss).backward()
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Bring the gradients back to their true size, before their norm is taken."""
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Optimiser step; skipped by the scaler where a float16 gradient overflowed."""
+        self.scaler.step(optimizer)
+        self.scaler.update(self._fixed_scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], *, norm_type: float = 2.0, clip_to: float | None) -> Tensor:
+    """Norm of all gradients together, a scalar on their device; gradients are scaled down to `clip_to` if above it."""
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, norm_type=norm_type)
+    if clip_to is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_to, norm)
+    return norm

@@ -1,0 +1,122 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard, and the console with train.log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from detection.reporting import (
+    Console,
+    MetricsLog,
+    Progress,
+    TensorBoardLog,
+    read_metrics,
+    summary_table,
+    validation_table,
+)
+
+_MAX_FAILED_WRITES = 3
+
+
+class Recorder:
+    """One process's records. On other processes than the main one it only passes errors on to the console."""
+
+    def __init__(self, console: Console, log: MetricsLog | None = None, board: TensorBoardLog | None = None) -> None:
+        """
+        Args:
+            log, board: on the main process of a run that trains; None elsewhere.
+        """
+        self.console = console
+        self.log = log
+        self.board = board
+        self._bar: Progress | None = None
+        self._failed_writes = 0
+        self._last_validation: dict[str, Any] | None = None
+        self._best_validation: dict[str, Any] | None = None
+        if log is not None:
+            for record in read_metrics(log.path, kind="val"):
+                self._remember(record)
+
+    def say(self, text: str = "") -> None:
+        self.console.say(text)
+
+    def warn(self, text: str) -> None:
+        self.console.warn(text)
+
+    @contextmanager
+    def training_bar(self, total: int, initial: int) -> Iterator[None]:
+        """Show the iterations' progress while inside."""
+        with self.console.progress(total, initial=initial, description="training", unit="it") as bar:
+            self._bar = bar
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    @contextmanager
+    def evaluation_bar(self, verb: str, total: int) -> Iterator[Progress]:
+        """A bar over the batches of an evaluation."""
+        with self.console.progress(total, description=verb, unit="batch") as bar:
+            yield bar
+
+    def train(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the records of iterations just done."""
+        for record in records:
+            if self.log is not None:
+                self._write(self.log.write, record)
+            if self.board is not None:
+                self._write(self.board.train, record)
+        if records and self._bar is not None:
+            last = records[-1]
+            figures = {name: last[name] for name in ("loss", "lr", "images_per_second", "memory_gb") if name in last}
+            self._bar.update(len(records), epoch=last["epoch"] + 1, **figures)
+
+    def validation(self, epoch: int, iteration: int, metrics: dict[str, Any], model_tested: str) -> None:
+        """Write a validation's metrics, and show them beside the previous and the best ones."""
+        record = {"kind": "val", "epoch": epoch, "iteration": iteration, "weights": model_tested, **metrics}
+        if self.log is not None:
+            self._write(self.log.write, record)
+        if self.board is not None:
+            self._write(self.board.validation, record)
+        self.say(f"validation after epoch {epoch + 1} ({model_tested}, {metrics['num_images']} images)")
+        self.say(validation_table(metrics, self._last_validation, self._best_validation))
+        self._remember(record)
+
+    def pictures(self, iteration: int, pictures: Sequence[np.ndarray], tag: str) -> None:
+        """Show pictures, uint8 RGB [H, W, 3] each, in TensorBoard."""
+        if self.board is not None:
+            self._write(lambda record: self.board.pictures(iteration, pictures, tag), None)  # type: ignore[union-attr]
+
+    def flush(self) -> None:
+        """Put on the disk what was written so far; before a checkpoint, which a resume continues from."""
+        if self.log is not None:
+            self._write(lambda record: self.log.flush(), None)  # type: ignore[union-attr]
+        if self.board is not None:
+            self._write(lambda record: self.board.flush(), None)  # type: ignore[union-attr]
+
+    def summary(self) -> str:
+        """All validations of the run as a table."""
+        return summary_table(read_metrics(self.log.path, kind="val")) if self.log is not None else ""
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+        if self.board is not None:
+            self._write(lambda record: self.board.close(), None)  # type: ignore[union-attr]
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        self._last_validation = record
+        if self._best_validation is None or record["mAP"] > self._best_validation["mAP"]:
+            self._best_validation = record
+
+    def _write(self, write: Callable[[Any], None], record: Any) -> None:
+        # A full disk must not end a run for the sake of its curves. It is said a few times, not every iteration.
+        try:
+            write(record)
+        except OSError as error:
+            self._failed_writes += 1
+            if self._failed_writes <= _MAX_FAILED_WRITES:
+                self.warn(f"figures could not be written: {error}; the run goes on without them")

@@ -1,0 +1,113 @@
+"""Going on where a checkpoint stopped: what must agree with it, and what the command line may change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
+from detection.engine.train_loop import Progress
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What of a run decides whether its checkpoints can be gone on from. Part of every checkpoint."""
+
+    model_name: str
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    preprocessing: dict[str, int]
+    seed: int
+    global_batch_size: int
+    world_size: int
+    data_digest: str
+    """Of the training annotations."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain types, under the names that checkpoints use."""
+        return {
+            "class_names": list(self.class_names),
+            "category_ids": list(self.category_ids),
+            "preprocessing": dict(self.preprocessing),
+            "run": {
+                "model_name": self.model_name,
+                "seed": self.seed,
+                "global_batch_size": self.global_batch_size,
+                "world_size": self.world_size,
+                "data_digest": self.data_digest,
+            },
+        }
+
+
+def check_resumable(
+    checkpoint: LoadedCheckpoint, facts: RunFacts, schedule: Mapping[str, Any], iterations_per_epoch: int
+) -> list[str]:
+    """Lines that say what differs from the checkpoint's run; in all of them the command line wins.
+
+    Raises:
+        CheckpointError: a difference that cannot be gone on with; the message names it and the way out.
+    """
+    state, path = checkpoint.state, checkpoint.path
+    run = state["run"]
+    if run["model_name"] != facts.model_name:
+        raise CheckpointError(
+            f"{path} is of {run['model_name']}, the command line says {facts.model_name}: give --model {run['model_name']} "
+            "to resume, or --weights instead of --resume to start a new run from its weights"
+        )
+    if list(facts.class_names) != state["class_names"]:
+        raise CheckpointError(
+            f"{path} was trained on the classes {_short(state['class_names'])}, the data set has "
+            f"{_short(list(facts.class_names))}: give the same data to resume, or --weights instead of --resume to "
+            "start a new run from its weights"
+        )
+    if run["global_batch_size"] != facts.global_batch_size:
+        per_process = facts.global_batch_size // facts.world_size
+        raise CheckpointError(
+            f"{path} was trained with a global batch of {run['global_batch_size']} images on {run['world_size']} "
+            f"processes; this run has {facts.global_batch_size} ({facts.world_size} processes x {per_process}), with which "
+            "epochs, learning rate and image order would not go on where they were. Choose --batch-size and "
+            f"--accumulate so that processes x batch size x accumulate is {run['global_batch_size']}."
+        )
+    if state["iterations_per_epoch"] != iterations_per_epoch:
+        raise CheckpointError(
+            f"{path} has {state['iterations_per_epoch']} iterations an epoch, this run {iterations_per_epoch}: the number of "
+            "training images or --limit-train-batches is another one. Give the same data to resume, or --weights "
+            "instead of --resume to start a new run from its weights."
+        )
+    lines = []
+    if run["world_size"] != facts.world_size:
+        lines.append(f"processes: {run['world_size']} before, now {facts.world_size} (the same images in the same order)")
+    if run["data_digest"] != facts.data_digest:
+        lines.append("training annotations: their content is not that of the checkpoint; the present ones are used")
+    if run["seed"] != facts.seed:
+        lines.append(f"seed: {run['seed']} before, now {facts.seed}")
+    if state["preprocessing"] != facts.preprocessing:
+        lines.append(f"image scale: {state['preprocessing']} before, now {facts.preprocessing}")
+    lines += _differences(state["schedule"], schedule, "")
+    return lines
+
+
+def progress_of(checkpoint: LoadedCheckpoint) -> Progress:
+    """How far the checkpoint's run was."""
+    state = checkpoint.state
+    return Progress(state["iteration"], state["validation_due"], state["best_map"], state["best_epoch"])
+
+
+def _differences(before: Any, now: Any, key: str) -> list[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        lines = []
+        for name in dict.fromkeys([*before, *now]):
+            lines += _differences(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+        return lines
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        lines = []
+        for place, (one, other) in enumerate(zip(before, now, strict=True)):
+            lines += _differences(one, other, f"{key}.{place}")
+        return lines
+    return [] if before == now else [f"schedule {key}: {before} before, now {now}"]
+
+
+def _short(names: list[str]) -> str:
+    shown = ", ".join(names[:6])
+    return f"[{shown}{', ...' if len(names) > 6 else ''}] ({len(names)})"

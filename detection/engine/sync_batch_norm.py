@@ -1,0 +1,59 @@
+"""Batch norm with statistics over all processes.
+
+On GPUs it is torch.nn.SyncBatchNorm, which works on nothing else; on CPUs the plain formula below with
+differentiable all-reduces, slower and with the same results.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class CpuSyncBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose training statistics are those of the batches of all processes together."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float [B, C, H, W] -> the same; B may differ between the processes."""
+        if not self.training:
+            return super().forward(input)
+        values = input.float()
+        count = torch.tensor([values.numel() / values.shape[1]])
+        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count])
+        sums = all_reduce(sums)
+        channels = values.shape[1]
+        total = sums[-1]
+        mean = sums[:channels] / total
+        variance = (sums[channels:-1] / total - mean.square()).clamp(min=0)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * total / (total - 1).clamp(min=1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return (values * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(input.dtype)
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with every nn.BatchNorm2d replaced by one over all processes; names and values stay.
+
+    Returns `model` as it is where there is one process.
+    """
+    if not dist.is_initialized():
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                synchronised = CpuSyncBatchNorm2d(
+                    child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+                )
+                synchronised.load_state_dict(child.state_dict())
+                synchronised.train(child.training)
+                setattr(module, name, synchronised)
+    return model
