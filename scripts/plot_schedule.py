@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import checkout  # noqa: F401
-
 from schedules import LinearLR, MultiStepLR, Schedule, ScheduleError, load_schedule
 
 
@@ -93,7 +92,7 @@ def write_csv(path: Path, rates: list[float], iterations_per_epoch: int) -> None
 
 
 def draw(path: Path, schedule: Schedule, rates: list[float], iterations_per_epoch: int) -> None:
-    """The whole run over epochs with its milestones, and beside it the first iterations where there is a warmup."""
+    """The whole run over epochs with its milestones, and beside it the warmup, if there is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -104,14 +103,14 @@ def draw(path: Path, schedule: Schedule, rates: list[float], iterations_per_epoc
     whole = panels[0]
     whole.plot([i / iterations_per_epoch for i in range(len(rates))], rates, linewidth=1.8)
     whole.set(
-        xlabel="epoch", ylabel="learning rate", ylim=(0, 1.12 * max(rates)), xlim=(0, schedule.max_epochs)
+        xlabel="epoch", ylabel="learning rate", ylim=(0, 1.2 * max(rates)), xlim=(0, schedule.max_epochs)
     )
     whole.set_title("whole run")
     for epoch in milestones(schedule, iterations_per_epoch):
         rate = rates[round(epoch * iterations_per_epoch)]
         whole.axvline(epoch, color="tab:red", linestyle="--", linewidth=1)
         whole.annotate(
-            f"epoch {epoch:g}\n{rate:.3g}",
+            f"after epoch {epoch:g}\nlr {rate:.3g}",
             (epoch, 0.98),
             xycoords=("data", "axes fraction"),
             xytext=(-4, 0),
@@ -137,6 +136,7 @@ def draw(path: Path, schedule: Schedule, rates: list[float], iterations_per_epoc
             ha="right",
             va="bottom",
             fontsize=9,
+            backgroundcolor="white",
         )
         start.set(xlabel="iteration", ylabel="learning rate", xlim=(0, shown), ylim=(0, None))
         start.set_title("warmup")
@@ -152,7 +152,7 @@ def draw(path: Path, schedule: Schedule, rates: list[float], iterations_per_epoc
 
 def milestones(schedule: Schedule, iterations_per_epoch: int) -> list[float]:
     """The milestones inside the run, in epochs."""
-    found = set()
+    found: set[float] = set()
     for scheduler in schedule.param_schedulers:
         if isinstance(scheduler, MultiStepLR):
             unit = 1 if scheduler.by_epoch else iterations_per_epoch
