@@ -83,8 +83,8 @@ class CocoDataset:
         if (width, height) != expected:
             if (height, width) == expected:
                 remedy = (
-                    "The sides are exchanged: boxes refer to the pixels as stored, and orientation tags "
-                    "(EXIF) are ignored. Store the picture turned (Pillow's ImageOps.exif_transpose does it), or "
+                    "The sides are exchanged: boxes refer to the pixels as stored; orientation tags (EXIF) "
+                    "are ignored. Store the picture turned (Pillow's ImageOps.exif_transpose does that), or "
                     "annotate it as it is stored."
                 )
             else:

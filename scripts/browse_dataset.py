@@ -1,0 +1,119 @@
+"""Pictures of what the model is fed: resized, flipped and padded, with the boxes it is trained on.
+
+    python3 scripts/browse_dataset.py --dataset shapes --data-path datasets/shapes --output-dir browse
+
+Boxes are drawn after augmentation, from the very tensors that the training step gets, so a box that is off
+here is off in training.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import checkout  # noqa: F401
+from data import (
+    AnnotationError,
+    CocoDataset,
+    DatasetError,
+    DeviceBatch,
+    EvalLoader,
+    ImageError,
+    MissingDataset,
+    ShapesError,
+    TrainLoader,
+    coco_layout,
+    make_shapes,
+    read_coco,
+)
+from detection.reporting.pictures import draw_boxes, save_png
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        dataset = open_dataset(arguments)
+        count = browse(dataset, arguments)
+    except (AnnotationError, DatasetError, ImageError, MissingDataset, ShapesError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{count} pictures in {arguments.output_dir}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", choices=("coco", "shapes"), default="coco", help="shapes: made if not there"
+    )
+    parser.add_argument("--data-path", type=Path, help="default: datasets/coco or datasets/shapes")
+    parser.add_argument("--images", type=Path, help="folder of pictures of any COCO-format set")
+    parser.add_argument("--annotations", type=Path, help="annotation file of that set")
+    parser.add_argument(
+        "--split", choices=("train", "val"), default="train", help="val: no flips, every image"
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("browse"), help="where the PNG files go")
+    parser.add_argument("--count", type=int, default=32, help="number of pictures")
+    parser.add_argument("--min-size", type=int, default=800, help="shorter side after the resize")
+    parser.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="global batch size: decides order and padding"
+    )
+    parser.add_argument("--epoch", type=int, default=0, help="0-based: which epoch's order and flips")
+    parser.add_argument("--seed", type=int, default=0, help="that of the training to be looked at")
+    return parser
+
+
+def open_dataset(arguments: argparse.Namespace) -> CocoDataset:
+    """Raises what its readers raise: one of the errors that main prints."""
+    images, annotations = arguments.images, arguments.annotations
+    if (images is None) != (annotations is None):
+        raise DatasetError("--images and --annotations go together: give both or none.")
+    if images is None:
+        folder = arguments.data_path or Path("datasets") / arguments.dataset
+        if arguments.dataset == "shapes":
+            make_shapes(folder)
+        layout = coco_layout(folder, train=arguments.split == "train", val=arguments.split == "val")
+        images, annotations = (
+            (layout.train_images, layout.train_annotations)
+            if arguments.split == "train"
+            else (layout.val_images, layout.val_annotations)
+        )
+    return CocoDataset(images, read_coco(annotations), training=arguments.split == "train")
+
+
+def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
+    """Writes the pictures; returns how many."""
+    scale = {"min_size": arguments.min_size, "max_size": arguments.max_size}
+    if arguments.split == "train":
+        loader = TrainLoader(dataset, **scale, batch_size=arguments.batch_size, seed=arguments.seed)
+        first = arguments.epoch * loader.iterations_per_epoch
+        batches = loader.batches(first, first + loader.iterations_per_epoch)
+    else:
+        batches = EvalLoader(dataset, **scale, batch_size=arguments.batch_size).batches()
+    pictures = ((batch, place) for batch in (raw.to("cpu") for raw in batches) for place in range(len(batch)))
+    count = 0
+    for batch, place in itertools.islice(pictures, arguments.count):
+        name = f"{batch.iteration:06d}_{place:02d}_id{int(batch.image_ids[place])}.png"
+        save_png(arguments.output_dir / name, drawn(batch, place, dataset.class_names))
+        count += 1
+    return count
+
+
+def drawn(batch: DeviceBatch, place: int, class_names: tuple[str, ...]) -> np.ndarray:
+    """Picture `place` of the batch with its padding and boxes: uint8 [H, W, 3]."""
+    valid = batch.valid[place]
+    return draw_boxes(
+        np.ascontiguousarray(batch.pixels[place].permute(1, 2, 0).numpy()),
+        batch.boxes_xyxy[place][valid].numpy(),
+        batch.labels[place][valid].numpy(),
+        class_names,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
