@@ -128,8 +128,9 @@ def _draw_image(
     ids."""
     width, height = size[::-1] if Dice(*key, index, 0).chance(PORTRAIT_SHARE) else size
     scene = draw_scene((*key, index, 1), width, height)
-    image = {"id": index + 1, "file_name": f"{index + 1:012d}.png", "width": width, "height": height}
-    Image.fromarray(scene.pixels).save(folder / image["file_name"], compress_level=1)
+    file_name = f"{index + 1:012d}.png"
+    image = {"id": index + 1, "file_name": file_name, "width": width, "height": height}
+    Image.fromarray(scene.pixels).save(folder / file_name, compress_level=1)
     annotations: list[dict[str, Any]] = []
     for item in scene.objects:
         record: dict[str, Any] = {
