@@ -1,16 +1,34 @@
 """Faster R-CNN: tensors to losses or detections. Knows no files of a run, no ranks, no logging."""
 
 from detection.models.batch import ImageBatch, TargetBatch
+from detection.models.detector import Detector, DetectorError, load_detector
 from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
 from detection.models.recipes import MODELS, FasterRCNNConfig, ModelError
+from detection.models.weights import (
+    WeightReport,
+    WeightsError,
+    WeightsUnavailable,
+    export_state_dict,
+    load_weights,
+    prefetch_weights,
+)
 
 __all__ = [
     "MODELS",
+    "Detector",
+    "DetectorError",
     "FasterRCNN",
     "FasterRCNNConfig",
     "ImageBatch",
     "ModelError",
     "TargetBatch",
+    "WeightReport",
+    "WeightsError",
+    "WeightsUnavailable",
     "build_model",
+    "export_state_dict",
+    "load_detector",
+    "load_weights",
     "model_from_config",
+    "prefetch_weights",
 ]

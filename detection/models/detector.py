@@ -1,0 +1,159 @@
+"""A trained detector to use: model, class names and preprocessing from one file, pictures in, boxes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from detection.models.faster_rcnn import FasterRCNN, model_from_config
+from detection.models.recipes import ModelError
+from detection.models.stored_weights import read_weights
+from detection.models.weight_files import WeightsError
+
+Picture: TypeAlias = "np.ndarray | Image.Image | str | Path"
+"""RGB as uint8 [H, W, 3], a PIL image of any mode, or a path to an image file."""
+
+
+class DetectorError(ValueError):
+    """A picture that a detector cannot take."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A model in evaluation mode with what it needs to be used.
+
+    class_names and category_ids: one per label, in label order. min_size, max_size: pictures are enlarged or
+    reduced, keeping their shape, until the shorter side is min_size, or the longer max_size if that comes
+    first.
+    """
+
+    model: FasterRCNN
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    min_size: int
+    max_size: int
+
+    def predict(self, pictures: Picture | list[Picture] | tuple[Picture, ...], batch_size: int = 1) -> Any:
+        """Detections in one picture, or a list of them for a list or tuple of pictures, best first.
+
+        Each is {"boxes_xyxy": float32 [N, 4] in pixels of the picture as it is stored, "scores": float32 [N],
+        "labels": int64 [N], "names": list of N class names}, tensors on the CPU. Any EXIF orientation is
+        ignored. Raises DetectorError for a picture that cannot be read or has another form than `Picture`
+        says.
+        """
+        if not isinstance(pictures, (list, tuple)):
+            return self.predict([pictures])[0]
+        results: list[dict[str, Any]] = []
+        for first in range(0, len(pictures), batch_size):
+            results += self._predict_batch(pictures[first : first + batch_size])
+        return results
+
+    @torch.inference_mode()
+    def _predict_batch(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+        device = self.model.pixel_mean.device
+        originals = [_read(picture) for picture in pictures]
+        resized = [resize(image.to(device), self.min_size, self.max_size) for image in originals]
+        results = []
+        for detection, original, network_input in zip(self.model(resized), originals, resized, strict=True):
+            size, network_size = original.shape[1:], network_input.shape[1:]
+            scale = torch.tensor([network_size[1] / size[1], network_size[0] / size[0]] * 2)
+            limits = torch.tensor([size[1], size[0]] * 2)
+            boxes = torch.minimum((detection["boxes_xyxy"].cpu().float() / scale).clamp(min=0), limits)
+            labels = detection["labels"].cpu()
+            results.append(
+                {
+                    "boxes_xyxy": boxes,
+                    "scores": detection["scores"].cpu(),
+                    "labels": labels,
+                    "names": [self.class_names[label] for label in labels.tolist()],
+                }
+            )
+        return results
+
+
+def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detector:
+    """The detector in a stripped weights file or a checkpoint of ours (of which it takes the EMA weights, if
+    any).
+
+    Raises WeightsError where the file is no such file or is incomplete.
+    """
+    path = Path(path)
+    stored = read_weights(path)
+    if not stored.is_ours:
+        raise WeightsError(
+            f"{path} holds weights alone, without class names and the model's settings; "
+            "make a detector of it with scripts/convert_weights.py"
+        )
+    payload = stored.payload
+    for key in ("model_config", "class_names", "category_ids", "preprocessing"):
+        if payload.get(key) is None:
+            raise WeightsError(f"{path} lacks {key!r}, which a detector needs")
+    try:
+        model = model_from_config(payload["model_config"])
+        model.load_state_dict(stored.state)
+        preprocessing = payload["preprocessing"]
+        detector = Detector(
+            model.eval().to(device),
+            tuple(str(name) for name in payload["class_names"]),
+            tuple(int(number) for number in payload["category_ids"]),
+            int(preprocessing["min_size"]),
+            int(preprocessing["max_size"]),
+        )
+    except (ModelError, RuntimeError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path} does not hold together: {error}") from error
+    if not len(detector.class_names) == len(detector.category_ids) == model.config.num_classes:
+        raise WeightsError(
+            f"{path} names {len(detector.class_names)} classes and {len(detector.category_ids)} category ids for a "
+            f"model of {model.config.num_classes}"
+        )
+    return detector
+
+
+def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
+    """A picture, uint8 [3, H, W], at the network's scale: uint8 [3, h, w].
+
+    The size follows MMDetection's keep-ratio rule; plain bilinear interpolation (no antialiasing), rounded.
+    """
+    height, width = image.shape[1:]
+    scale = min(max_size / max(height, width), min_size / min(height, width))
+    size = (max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1))
+    if size == (height, width):
+        return image
+    pixels = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _read(picture: Picture) -> Tensor:
+    """uint8 [3, H, W], RGB."""
+    if isinstance(picture, (str, Path)):
+        try:
+            with Image.open(picture) as image:
+                return _from_pil(image)
+        except Exception as error:  # broken files make Pillow's readers raise nearly anything
+            raise DetectorError(f"the picture {picture} cannot be read: {error}") from error
+    if isinstance(picture, Image.Image):
+        return _from_pil(picture)
+    if not isinstance(picture, np.ndarray):
+        raise DetectorError(f"a picture is an array, a PIL image or a path, not a {type(picture).__name__}")
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        raise DetectorError(
+            f"an array of {picture.dtype} with the shape {list(picture.shape)} is no picture; "
+            "expected uint8 [height, width, 3], RGB"
+        )
+    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    if image.mode.startswith("I"):
+        # PIL would cut 16-bit grey values off at 255 instead of scaling them.
+        grey = (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
+    return torch.from_numpy(np.array(image.convert("RGB")).transpose(2, 0, 1).copy())
