@@ -59,9 +59,7 @@ class Section:
     def finish(self) -> None:
         for key in self.values:
             if key == "_delete_":
-                raise self.error(
-                    "belongs to inheritance from other files, and a schedule is one flat file", key
-                )
+                raise self.error("belongs to inheritance from other files, and a schedule is one flat file", key)
             if key not in self._known:
                 raise self.error(f"unknown key{nearest(key, self._known)}", key)
 
@@ -77,23 +75,17 @@ def _shown(value: Any) -> str:
 def whole(at_least: int, at_most: int = NO_END) -> Check[int]:
     def check(value: Any) -> int:
         if type(value) is not int or not at_least <= value <= at_most:
-            limit = (
-                "" if at_most == NO_END and type(value) is int and value < at_least else f" and <= {at_most}"
-            )
+            limit = "" if at_most == NO_END and type(value) is int and value < at_least else f" and <= {at_most}"
             raise Unfit(f"must be a whole number >= {at_least}{limit}")
         return value
 
     return check
 
 
-def number(
-    above: float | None = None, at_least: float | None = None, at_most: float | None = None
-) -> Check[float]:
+def number(above: float | None = None, at_least: float | None = None, at_most: float | None = None) -> Check[float]:
     """A finite number within the limits, as a float."""
     limits = [
-        f"{sign} {limit:g}"
-        for sign, limit in ((">", above), (">=", at_least), ("<=", at_most))
-        if limit is not None
+        f"{sign} {limit:g}" for sign, limit in ((">", above), (">=", at_least), ("<=", at_most)) if limit is not None
     ]
 
     def check(value: Any) -> float:
@@ -160,9 +152,7 @@ def _rises(numbers: Sequence[int]) -> bool:
 def pairs_of_whole(value: Any) -> tuple[tuple[int, int], ...]:
     """[(epoch, interval), ...] with rising epochs."""
     message = "must be a list of (epoch, interval) pairs of whole numbers >= 1, epochs rising"
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(p, (list, tuple)) and len(p) == 2 for p in value
-    ):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value):
         raise Unfit(message)
     try:
         result = tuple((whole(1)(epoch), whole(1)(interval)) for epoch, interval in value)

@@ -38,9 +38,7 @@ class Origin:
         return ScheduleError(f"{where}: {dotted(path)}: {message}" if path else f"{where}: {message}")
 
 
-def read_assignments(
-    text: str, origin: Origin, skip: Callable[[str], bool] = lambda key: False
-) -> dict[str, Any]:
+def read_assignments(text: str, origin: Origin, skip: Callable[[str], bool] = lambda key: False) -> dict[str, Any]:
     """The `key = value` lines of a schedule's text as {key: plain value}; origin.lines is filled.
 
     Keys for which `skip(key)` holds are passed over, their values not looked at. Raises ScheduleError.
@@ -112,8 +110,7 @@ def _value(node: ast.expr, path: Path, origin: Origin, depth: int) -> Any:
         return [_value(item, (*path, str(i)), origin, depth + 1) for i, item in enumerate(node.elts)]
     if isinstance(node, ast.Dict):
         pairs = [
-            (_key(key, path, origin, node.lineno), value)
-            for key, value in zip(node.keys, node.values, strict=True)
+            (_key(key, path, origin, node.lineno), value) for key, value in zip(node.keys, node.values, strict=True)
         ]
         return _mapping(pairs, path, origin, depth)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
@@ -133,18 +130,14 @@ def _mapping(pairs: list[tuple[str, ast.expr]], path: Path, origin: Origin, dept
     for key, node in pairs:
         inner = (*path, key)
         if key in values:
-            raise origin.error(
-                f"set twice, first in line {origin.lines[inner]}; keep one", inner, line=node.lineno
-            )
+            raise origin.error(f"set twice, first in line {origin.lines[inner]}; keep one", inner, line=node.lineno)
         values[key] = _value(node, inner, origin, depth + 1)
     return values
 
 
 def _key(node: ast.expr | None, path: Path, origin: Origin, line: int) -> str:
     if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
-        raise origin.error(
-            "every key of a dict must be a text in quotes", path, line=node.lineno if node else line
-        )
+        raise origin.error("every key of a dict must be a text in quotes", path, line=node.lineno if node else line)
     return node.value
 
 

@@ -91,13 +91,7 @@ def _refuse_unless_known(values: dict[str, Any], path: tuple[str, ...], given: s
 def _at(holder: Any, part: str) -> Any:
     if isinstance(holder, dict):
         return holder.get(part)
-    if (
-        isinstance(holder, list)
-        and part.isdecimal()
-        and part.isascii()
-        and len(part) < 6
-        and int(part) < len(holder)
-    ):
+    if isinstance(holder, list) and part.isdecimal() and part.isascii() and len(part) < 6 and int(part) < len(holder):
         return holder[int(part)]
     return None
 
@@ -112,9 +106,7 @@ def _unknown(values: dict[str, Any], given: str, path: tuple[str, ...] = ()) -> 
 
 
 def _keys(value: Any, prefix: str) -> Iterator[str]:
-    items: Any = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    )
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield f"{prefix}{key}"
         yield from _keys(item, f"{prefix}{key}.")

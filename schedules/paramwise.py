@@ -70,9 +70,7 @@ def _matches(key: str, facts: ParameterFacts) -> bool:
     return any(key in (name if "." in name else f".{name}") for name in (facts.name, *facts.aliases))
 
 
-def _multipliers(
-    settings: ParamwiseSettings, keys: Sequence[str], facts: ParameterFacts
-) -> tuple[float, float]:
+def _multipliers(settings: ParamwiseSettings, keys: Sequence[str], facts: ParameterFacts) -> tuple[float, float]:
     for key in keys:
         if _matches(key, facts):
             return settings.custom_keys[key]
@@ -82,9 +80,7 @@ def _multipliers(
         lr_mult = settings.bias_lr_mult
     if facts.is_norm and settings.norm_decay_mult is not None:
         decay_mult = settings.norm_decay_mult
-    elif (
-        facts.is_bias and settings.bias_decay_mult is not None
-    ):  # a norm's bias as well, without norm_decay_mult
+    elif facts.is_bias and settings.bias_decay_mult is not None:  # a norm's bias as well, without norm_decay_mult
         decay_mult = settings.bias_decay_mult
     elif facts.is_depthwise and settings.dwconv_decay_mult is not None:
         decay_mult = settings.dwconv_decay_mult

@@ -139,13 +139,11 @@ class Schedule:
                 "val_cfg": {"type": "ValLoop"},
                 "test_cfg": {"type": "TestLoop"},
                 "param_scheduler": [
-                    {"type": s.kind} | {f.name: getattr(s, f.name) for f in fields(s)}
-                    for s in self.param_schedulers
+                    {"type": s.kind} | {f.name: getattr(s, f.name) for f in fields(s)} for s in self.param_schedulers
                 ],
                 "optim_wrapper": {
                     "type": "AmpOptimWrapper" if self.amp else "OptimWrapper",
-                    "optimizer": {"type": self.optimizer.type, "lr": self.optimizer.lr}
-                    | self.optimizer.kwargs,
+                    "optimizer": {"type": self.optimizer.type, "lr": self.optimizer.lr} | self.optimizer.kwargs,
                     "clip_grad": clip,
                     "accumulative_counts": self.accumulative_counts,
                     "paramwise_cfg": paramwise,
@@ -167,17 +165,13 @@ class Schedule:
 
     def describe(self) -> list[str]:
         """A few lines for people: length, optimiser, learning rate, validation."""
-        settings = ", ".join(
-            f"{key} {_short(value)}" for key, value in self.optimizer.kwargs.items() if value
-        )
+        settings = ", ".join(f"{key} {_short(value)}" for key, value in self.optimizer.kwargs.items() if value)
         lines = [
             f"{self.name}: {self.max_epochs} epochs",
             f"{self.optimizer.type}, lr {self.optimizer.lr:g} at a global batch of {self.base_batch_size}"
             + (f", {settings}" if settings else ""),
         ]
-        lines += [_describe_scheduler(scheduler) for scheduler in self.param_schedulers] or [
-            "constant learning rate"
-        ]
+        lines += [_describe_scheduler(scheduler) for scheduler in self.param_schedulers] or ["constant learning rate"]
         if self.clip_grad is not None:
             lines.append(f"gradients clipped to norm {self.clip_grad.max_norm:g}")
         if self.accumulative_counts > 1:

@@ -277,6 +277,5 @@ class PolyLR(Scheduler):
 
 
 KINDS: dict[str, type[Scheduler]] = {
-    kind.kind: kind
-    for kind in (LinearLR, MultiStepLR, ConstantLR, StepLR, ExponentialLR, CosineAnnealingLR, PolyLR)
+    kind.kind: kind for kind in (LinearLR, MultiStepLR, ConstantLR, StepLR, ExponentialLR, CosineAnnealingLR, PolyLR)
 }

@@ -157,8 +157,7 @@ def _refuse_unknown(key: str, origin: Origin) -> None:
         )
     if key in _OLD_KEYS:
         raise origin.error(
-            "is a key of MMDetection 2.x; write the schedule with 3.x's train_cfg, param_scheduler and "
-            "optim_wrapper",
+            "is a key of MMDetection 2.x; write the schedule with 3.x's train_cfg, param_scheduler and optim_wrapper",
             (key,),
         )
     raise origin.error(f"unknown key{nearest(key, SCHEDULE_KEYS)}", (key,))
@@ -192,10 +191,7 @@ def _scheduler(section: Section, max_epochs: int) -> Scheduler:
         )
     section.take("last_step", choice(-1, hint=" (a resume needs no state here)"), -1)
     section.take("verbose", flag, False)
-    own = {
-        key: section.take(key, check, *default)
-        for key, (check, *default) in _SCHEDULER_FIELDS[kind.kind].items()
-    }
+    own = {key: section.take(key, check, *default) for key, (check, *default) in _SCHEDULER_FIELDS[kind.kind].items()}
     section.finish()
     if own.get("eta_min") is not None and own.get("eta_min_ratio") is not None:
         raise section.error("has both eta_min and eta_min_ratio; keep one")
@@ -253,8 +249,7 @@ def _optimizer(section: Section) -> OptimizerSettings:
     kind = section.take("type", choice(*_OPTIMIZER_DEFAULTS))
     lr = section.take("lr", number(above=0))
     kwargs = {
-        key: section.take(key, _OPTIMIZER_CHECKS[key], default)
-        for key, default in _OPTIMIZER_DEFAULTS[kind].items()
+        key: section.take(key, _OPTIMIZER_CHECKS[key], default) for key, default in _OPTIMIZER_DEFAULTS[kind].items()
     }
     for key in ("foreach", "fused"):
         chosen = section.take(key, optional(flag), None)
@@ -315,9 +310,7 @@ def _loss_scale(value: Any) -> str | float | dict[str, Any]:
 
 def _paramwise(parent: Section) -> ParamwiseSettings:
     values = parent.values.get("paramwise_cfg")
-    section = (
-        parent.section("paramwise_cfg") if values is not None else Section({}, parent.path, parent.origin)
-    )
+    section = parent.section("paramwise_cfg") if values is not None else Section({}, parent.path, parent.origin)
     parent.take("paramwise_cfg", lambda value: value, None)
     mult = optional(number(at_least=0))
     decays = ("norm_decay_mult", "bias_decay_mult", "dwconv_decay_mult", "flat_decay_mult")
@@ -343,9 +336,7 @@ def _paramwise(parent: Section) -> ParamwiseSettings:
     section.finish()
     optimizer = parent.values.get("optimizer")
     if decaying and isinstance(optimizer, dict) and "weight_decay" not in optimizer:
-        raise section.error(
-            "multiplies the weight decay, but optimizer has no weight_decay; add it", decaying[0]
-        )
+        raise section.error("multiplies the weight decay, but optimizer has no weight_decay; add it", decaying[0])
     return ParamwiseSettings(**given, custom_keys=custom_keys)
 
 
@@ -365,7 +356,5 @@ def settings_without_effect(schedule: Schedule) -> list[str]:
         elif isinstance(scheduler, MultiStepLR):
             idle = [str(m) for m in scheduler.milestones if scheduler.begin + m >= end]
             if idle:
-                lines.append(
-                    f"warning: {key}.milestones: {', '.join(idle)} never act, the end is epoch {end}"
-                )
+                lines.append(f"warning: {key}.milestones: {', '.join(idle)} never act, the end is epoch {end}")
     return lines

@@ -39,9 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__)
-    result.add_argument(
-        "--schedule", default="1x", metavar="NAME|FILE", help="1x, 2x, 20e, or a schedule file"
-    )
+    result.add_argument("--schedule", default="1x", metavar="NAME|FILE", help="1x, 2x, 20e, or a schedule file")
     result.add_argument(
         "--iterations-per-epoch",
         type=positive,
@@ -55,9 +53,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images per optimiser step over all processes: scales the learning rate by N / base_batch_size",
     )
-    result.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write iteration,epoch,lr (both counted from 0)"
-    )
+    result.add_argument("--csv", type=Path, metavar="FILE", help="write iteration,epoch,lr (both counted from 0)")
     result.add_argument("--png", type=Path, metavar="FILE", help="draw the curve (needs matplotlib)")
     result.add_argument(
         "--set",
@@ -102,9 +98,7 @@ def draw(path: Path, schedule: Schedule, rates: list[float], iterations_per_epoc
     panels = figure.subplots(1, 2 if warmup else 1, squeeze=False, width_ratios=(5, 3) if warmup else None)[0]
     whole = panels[0]
     whole.plot([i / iterations_per_epoch for i in range(len(rates))], rates, linewidth=1.8)
-    whole.set(
-        xlabel="epoch", ylabel="learning rate", ylim=(0, 1.2 * max(rates)), xlim=(0, schedule.max_epochs)
-    )
+    whole.set(xlabel="epoch", ylabel="learning rate", ylim=(0, 1.2 * max(rates)), xlim=(0, schedule.max_epochs))
     whole.set_title("whole run")
     for epoch in milestones(schedule, iterations_per_epoch):
         rate = rates[round(epoch * iterations_per_epoch)]
@@ -165,11 +159,7 @@ def milestones(schedule: Schedule, iterations_per_epoch: int) -> list[float]:
 def warmup_iterations(schedule: Schedule, total: int, iterations_per_epoch: int) -> int:
     """Number of iterations of the warmup that starts the run, 0 where there is none."""
     for scheduler in schedule.param_schedulers:
-        if (
-            isinstance(scheduler, LinearLR)
-            and scheduler.begin == 0
-            and scheduler.start_factor < scheduler.end_factor
-        ):
+        if isinstance(scheduler, LinearLR) and scheduler.begin == 0 and scheduler.start_factor < scheduler.end_factor:
             unit = iterations_per_epoch if scheduler.by_epoch else 1
             return min(total, total if scheduler.end is None else int(scheduler.end * unit))
     return 0

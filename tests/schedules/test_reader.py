@@ -1,0 +1,308 @@
+"""schedules.reader, literals and vocabulary: what is read, what is refused, and that nothing is executed."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import schedules
+from schedules import Schedule, ScheduleError, load_schedule
+
+MMDETECTION_STYLE = """
+# training schedule for 1x
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+# learning rate
+param_scheduler = [
+    dict(
+        type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
+    dict(
+        type='MultiStepLR',
+        begin=0,
+        end=12,
+        by_epoch=True,
+        milestones=[8, 11],
+        gamma=0.1)
+]
+
+# optimizer
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=0.0001))
+
+# Default setting for scaling LR automatically
+#   - `enable` means enable scaling LR automatically
+auto_scale_lr = dict(enable=False, base_batch_size=16)
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    def reader(text, name="mine.py"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_schedule(path)
+
+    return reader
+
+
+def with_line(text, old, new):
+    assert old in text
+    return text.replace(old, new)
+
+
+def test_an_mmdetection_file_says_the_same_as_the_named_schedule(read):
+    schedule = read(MMDETECTION_STYLE)
+    assert schedule == load_schedule("1x")
+    assert (schedule.name, schedule.notes) == ("mine", ())
+    assert load_schedule("1x").name == "1x"
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "milestones"), [("1x", 12, (8, 11)), ("2x", 24, (16, 22)), ("20e", 20, (16, 19))]
+)
+def test_named_schedules_hold_their_published_settings(name, epochs, milestones):
+    schedule = load_schedule(name)
+    warmup, steps = schedule.param_schedulers
+    assert (schedule.max_epochs, schedule.val_interval, schedule.base_batch_size) == (epochs, 1, 16)
+    assert (warmup.start_factor, warmup.by_epoch, warmup.begin, warmup.end) == (0.001, False, 0, 500)
+    assert (steps.milestones, steps.gamma, steps.by_epoch, steps.end) == (milestones, 0.1, True, epochs)
+    assert schedule.optimizer.lr == 0.02
+    assert schedule.optimizer.kwargs["momentum"] == 0.9
+    assert schedule.optimizer.kwargs["weight_decay"] == 0.0001
+    assert not schedule.auto_scale_lr_enabled
+
+
+def test_everything_the_vocabulary_knows_is_read(read):
+    schedule = read(
+        '''
+"""A docstring."""
+train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": 30, "val_begin": 5, "val_interval": 10,
+             "dynamic_intervals": [(20, 1)]}
+param_scheduler = (
+    dict(type="ConstantLR", factor=0.1, by_epoch=False, begin=0, end=100, verbose=True, last_step=-1),
+    dict(type="StepLR", step_size=3, gamma=.5, end=6),
+    dict(type="ExponentialLR", gamma=0.9, begin=6, end=9),
+    dict(type="CosineAnnealingLR", T_max=5, eta_min_ratio=0.05, begin=10, end=15, convert_to_iter_based=True),
+    dict(type="PolyLR", power=0.9, eta_min=1e-5, begin=20.5, end=30, convert_to_iter_based=True),
+)
+optim_wrapper = dict(
+    type="AmpOptimWrapper", dtype="bfloat16", constructor="DefaultOptimWrapperConstructor",
+    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.98), eps=1e-7, weight_decay=+0.05),
+    clip_grad=dict(max_norm=35, norm_type="inf"),
+    accumulative_counts=4,
+    paramwise_cfg=dict(norm_decay_mult=0, bias_lr_mult=2, bias_decay_mult=0., bypass_duplicate=True,
+                       custom_keys={"backbone": dict(lr_mult=0.1), "backbone.layer4": dict(decay_mult=0.5)}),
+)
+auto_scale_lr = dict(base_batch_size=64, enable=True)
+'''
+    )
+    assert [s.kind for s in schedule.param_schedulers] == [
+        "ConstantLR",
+        "StepLR",
+        "ExponentialLR",
+        "CosineAnnealingLR",
+        "PolyLR",
+    ]
+    assert schedule.optimizer.kwargs == {
+        "betas": (0.9, 0.98),
+        "eps": 1e-7,
+        "weight_decay": 0.05,
+        "amsgrad": False,
+    }
+    assert (schedule.amp, schedule.loss_scale, schedule.accumulative_counts) == ("bf16", "dynamic", 4)
+    assert (schedule.clip_grad.max_norm, schedule.clip_grad.norm_type) == (35.0, float("inf"))
+    assert schedule.paramwise.custom_keys == {"backbone": (0.1, 1.0), "backbone.layer4": (1.0, 0.5)}
+    assert (schedule.auto_scale_lr_enabled, schedule.base_batch_size) == (True, 64)
+    assert [e for e in range(1, 31) if schedule.validates_after(e)] == [10, *range(19, 31)]
+    assert schedule.learning_rate(0, 100) == pytest.approx(1e-5)
+
+
+def test_fp16_with_its_loss_scale_is_read(read):
+    text = with_line(MMDETECTION_STYLE, "type='OptimWrapper'", "type='AmpOptimWrapper', loss_scale=512.")
+    assert (read(text).amp, read(text).loss_scale) == ("fp16", 512.0)
+    text = with_line(text, "512.", "dict(init_scale=1024, growth_interval=100)")
+    assert read(text).loss_scale == {"init_scale": 1024.0, "growth_interval": 100}
+
+
+def test_keys_of_a_whole_configuration_are_ignored_and_named_without_reading_their_values(read):
+    schedule = read(
+        MMDETECTION_STYLE
+        + "default_hooks = dict(timer=dict(type='IterTimerHook'))\nlog_level = 'INFO'\nload_from = None\n"
+        + "train_dataloader = dict(dataset=dict(pipeline=train_pipeline), batch_size=base // 2)\n"
+    )
+    assert schedule == load_schedule("1x")
+    assert len(schedule.notes) == 4
+    assert re.search(r"mine\.py, line \d+: default_hooks is ignored", schedule.notes[0])
+    assert "--weights" in schedule.notes[2]
+
+
+REFUSED = {
+    "unknown top key": ("val_cfg =", "val_confg =", 4, r"val_confg: unknown key; did you mean val_cfg"),
+    "unknown inner key": ("val_interval=1", "val_intervall=1", 3, r"train_cfg\.val_intervall: .*mean val_interval\?"),
+    "unknown scheduler key": ("gamma=0.1", "gama=0.1", 17, r"param_scheduler\.1\.gama: .*did you mean gamma"),
+    "unknown scheduler": ("'MultiStepLR'", "'MultistepLR'", 12, r"param_scheduler\.1\.type: .*mean MultiStepLR"),
+    "unknown optimizer": ("'SGD'", "'Lion'", 23, r"optim_wrapper\.optimizer\.type: must be 'SGD' or"),
+    "name": ("max_epochs=12", "max_epochs=EPOCHS", 3, r"train_cfg\.max_epochs: the name EPOCHS found"),
+    "arithmetic": ("lr=0.02", "lr=0.01*2", 23, r"optim_wrapper\.optimizer\.lr: arithmetic found"),
+    "call": ("lr=0.02", "lr=float('1')", 23, r"optim_wrapper\.optimizer\.lr: a call found"),
+    "f-string": ("'SGD'", "f'SGD'", 23, r"an f-string found"),
+    "import": ("# learning rate", "import os", 7, r"an import found"),
+    "subscript": ("# learning rate", "val_cfg['a'] = 1", 7, r"an assignment to something other"),
+    "reassignment": ("# learning rate", "val_cfg = dict()", 7, r"val_cfg: set twice, first in line 4"),
+    "double star": ("lr=0.02", "**{}, lr=0.02", 23, r"optimizer: dict\(\.\.\.\) may hold only key=value"),
+    "repeated argument": ("lr=0.02", "lr=0.02, lr=0.03", 23, r"set twice|repeated"),
+    "repeated key": (
+        "dict(type='ValLoop')",
+        "{'type': 'ValLoop', 'type': 1}",
+        4,
+        r"val_cfg\.type: set twice, first in",
+    ),
+    "base file": ("# learning rate", "_base_ = ['a.py']", 7, r"_base_: .*one flat file"),
+    "2.x key": ("# learning rate", "lr_config = dict()", 7, r"lr_config: .*MMDetection 2\.x"),
+    "no epochs": ("max_epochs=12, ", "", 3, r"train_cfg: has no max_epochs"),
+    "zero epochs": ("max_epochs=12", "max_epochs=0", 3, r"max_epochs: must be a whole number >= 1, not 0"),
+    "bool epochs": ("max_epochs=12", "max_epochs=True", 3, r"max_epochs: must be a whole number"),
+    "float epochs": ("max_epochs=12", "max_epochs=12.", 3, r"max_epochs: must be a whole number"),
+    "negative lr": ("lr=0.02", "lr=-0.02", 23, r"optimizer\.lr: must be a finite number > 0, not -0\.02"),
+    "infinite lr": ("lr=0.02", "lr=1e999", 23, r"optimizer\.lr: must be a finite number"),
+    "huge lr": ("lr=0.02", "lr=1" + "0" * 400, 23, r"optimizer\.lr: must be a finite number"),
+    "text lr": ("lr=0.02", "lr='0.02'", 23, r"optimizer\.lr: must be a finite number > 0, not '0\.02'"),
+    "falling milestones": ("[8, 11]", "[11, 8]", 16, r"milestones: must be a list .* each larger"),
+    "milestones no list": ("[8, 11]", "8", 16, r"milestones: must be a list"),
+    "zero gamma": ("gamma=0.1", "gamma=0", 17, r"gamma: must be a finite number > 0"),
+    "end before begin": ("end=12", "end=0", 11, r"param_scheduler\.1: ends at 0, which is not after its begin"),
+    "zero start": ("start_factor=0.001", "start_factor=0", 10, r"start_factor: must be a finite number > 0 and <= 1"),
+    "iteration loop": ("'EpochBasedTrainLoop'", "'IterBasedTrainLoop'", 3, r"type: .*training by epoch"),
+    "last_step": ("gamma=0.1", "gamma=0.1, last_step=3", 17, r"last_step: must be -1"),
+    "converting by iteration": (
+        "by_epoch=False",
+        "by_epoch=False, convert_to_iter_based=True",
+        10,
+        r"only by_epoch=True can be converted",
+    ),
+    "momentum of Adam": ("type='SGD'", "type='Adam'", 23, r"momentum: unknown key"),
+    "scaling without base": ("enable=False, base_batch_size=16", "enable=True", 27, r"needs base_batch_size"),
+    "clipping by value": (
+        "type='OptimWrapper',",
+        "type='OptimWrapper', clip_grad=dict(type='value', clip_value=1),",
+        22,
+        r"clip_grad\.type: must be 'norm'",
+    ),
+    "decay multiplier without decay": (
+        "weight_decay=0.0001)",
+        "), paramwise_cfg=dict(norm_decay_mult=0.)",
+        23,
+        r"norm_decay_mult: multiplies the weight decay, but",
+    ),
+    "syntax": ("gamma=0.1)", "gamma=0.1", 18, r"not readable as Python"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_is_not_known_is_refused_with_file_line_and_key(read, case):
+    old, new, line, message = case
+    with pytest.raises(ScheduleError, match=message) as caught:
+        read(with_line(MMDETECTION_STYLE, old, new))
+    assert f"mine.py, line {line}: " in str(caught.value)
+
+
+def test_nothing_in_a_file_is_executed(read, tmp_path):
+    trace = tmp_path / "executed"
+    for text in (
+        f"__import__('pathlib').Path({str(trace)!r}).touch()\n",
+        f"train_cfg = dict(max_epochs=__import__('pathlib').Path({str(trace)!r}).touch())\n",
+        f"log_level = __import__('pathlib').Path({str(trace)!r}).touch()\n",
+        f"train_cfg = [open({str(trace)!r}, 'w') for _ in [1]]\n",
+    ):
+        with pytest.raises(ScheduleError):
+            read(text)
+    assert not trace.exists()
+
+
+HOSTILE = {
+    "brackets": b"a = " + b"[" * 5000,
+    "closed brackets": b"train_cfg = " + b"[" * 90 + b"]" * 90,
+    "minus signs": b"train_cfg = " + b"-" * 100_000 + b"1",
+    "sum": b"train_cfg = 1" + b"+1" * 100_000,
+    "attributes": b"train_cfg = a" + b".b" * 100_000,
+    "calls": b"train_cfg = " + b"dict(a=" * 80 + b"1" + b")" * 80,
+    "long number": b"train_cfg = dict(max_epochs=" + b"9" * 5000 + b")",
+    "hexadecimal number": b"train_cfg = dict(max_epochs=0x" + b"f" * 20000 + b")",
+    "NUL": b"train_cfg = dict(\0)",
+    "latin": "train_cfg = 'é'".encode("latin-1"),
+    "binary": bytes(range(256)) * 10,
+    "surrogate": b"train_cfg = {'\\ud800': '\\ud800'}",
+    "too large": b"#" * 300_000,
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_is_a_schedule_error_that_can_be_printed(read, content):
+    with pytest.raises(ScheduleError) as caught:
+        read(content)
+    assert len(str(caught.value)) < 1000
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("name", ["3x", "no/such/file.py", ".", "a\0b", "/dev/null"])
+def test_a_name_that_is_no_schedule_lists_the_known_ones_or_says_why(name):
+    with pytest.raises(ScheduleError, match=r"1x, 2x, 20e"):
+        load_schedule(name)
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(read):
+    assert read(b"\xef\xbb\xbf" + MMDETECTION_STYLE.replace("\n", "\r\n").encode()) == load_schedule("1x")
+
+
+SOURCES = [MMDETECTION_STYLE] + [
+    (Path(schedules.__file__).parent / f"schedule_{name}.py").read_text() for name in ("1x", "20e")
+]
+SNIPPETS = st.sampled_from(
+    ["(", ")", "[", "]", "{", "}", ",", "=", "dict(", "-", "1e999", "None", "True", "'", '"""', "\n", "\0", "lambda:0",
+     "*", "**", ":", "0x", "\\", "é", "type", "0.5", "99999999999999999999", "end", "by_epoch", "#", "f'{1}'", "-1"]
+)  # fmt: skip
+
+
+@st.composite
+def mutated(draw):
+    text = draw(st.sampled_from(SOURCES))
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(text)))
+        stop = start + draw(st.integers(0, 12))
+        text = text[:start] + draw(st.one_of(SNIPPETS, st.text(max_size=5))) + text[stop:]
+    return text.encode("utf-8", "surrogatepass")
+
+
+@settings(max_examples=600, deadline=None)
+@given(content=mutated())
+def test_a_mutated_file_gives_a_schedule_or_a_schedule_error(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "mutated.py"
+    path.write_bytes(content)
+    try:
+        schedule = load_schedule(path)
+    except ScheduleError as error:
+        assert str(path) in str(error)
+        return
+    assert Schedule.from_dict(schedule.to_dict()) == schedule
+    for iteration in (0, 1, 499, 5000):
+        assert isinstance(schedule.learning_rate(iteration, 50), float)
+
+
+def test_the_package_imports_only_the_standard_library():
+    import subprocess
+
+    code = (
+        "import sys; before = set(sys.modules); import schedules; schedules.load_schedule('1x');"
+        "names = {m.split('.')[0] for m in set(sys.modules) - before} - {'schedules'};"
+        "print(sorted(names - set(sys.stdlib_module_names)))"
+    )
+    root = Path(schedules.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
