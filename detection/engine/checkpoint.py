@@ -59,7 +59,9 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a training checkpoint of this project (give weights with --weights)")
     if state.get("version") != VERSION:
-        raise CheckpointError(f"{path}: checkpoint version {state.get('version')}, this program reads version {VERSION}")
+        raise CheckpointError(
+            f"{path}: checkpoint version {state.get('version')}, this program reads version {VERSION}"
+        )
     return LoadedCheckpoint(path, state)
 
 

@@ -52,9 +52,7 @@ def dataset_files(config: DataConfig, *, mode: str) -> DatasetFiles:
         return DatasetFiles(None, None, test)
     # A train set given by hand without a val set means: train without validation.
     if (mode == "train" and train is None) or (mode == "val" and val is None):
-        layout = coco_layout(
-            config.data_path or (SHAPES_FOLDER if config.dataset == "shapes" else COCO_FOLDER)
-        )
+        layout = coco_layout(config.data_path or (SHAPES_FOLDER if config.dataset == "shapes" else COCO_FOLDER))
         train = train or SplitFiles(layout.train_images, layout.train_annotations)
         val = val or SplitFiles(layout.val_images, layout.val_annotations)
     return DatasetFiles(train if mode == "train" else None, val, test)
@@ -76,3 +74,7 @@ def load_evaluation(files: SplitFiles, class_names: tuple[str, ...]) -> CocoData
         AnnotationError, DatasetError: other classes, or files that are faulty or missing.
     """
     return CocoDataset(files.images, read_coco(files.annotations, class_names), training=False)
+
+
+def _given(images: Path | None, annotations: Path | None) -> SplitFiles | None:
+    return SplitFiles(images, annotations) if images is not None and annotations is not None else None

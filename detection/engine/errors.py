@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from data import AnnotationError, DatasetError, ImageError, MissingDataset
+from data import AnnotationError, DatasetError, ImageError, MissingDataset, ShapesError
 from detection.config import ConfigError
 from detection.engine.checkpoint import CheckpointError
 from detection.engine.distributed import DeviceError, Processes
@@ -31,6 +31,7 @@ USER_ERRORS = (
     OutputDirectoryError,
     ResultsError,
     ScheduleError,
+    ShapesError,
     WeightsError,
 )
 

@@ -152,9 +152,7 @@ def _detect_batch(inputs: EvaluationInputs, model: nn.Module, batch: DeviceBatch
     )
 
 
-def _collect(
-    inputs: EvaluationInputs, mine: Detections, image_ids: np.ndarray
-) -> tuple[Detections | None, np.ndarray]:
+def _collect(inputs: EvaluationInputs, mine: Detections, image_ids: np.ndarray) -> tuple[Detections | None, np.ndarray]:
     processes = inputs.processes
     ids, values = mine.as_arrays()
     all_ids, all_values = processes.gather_arrays(ids), processes.gather_arrays(values)

@@ -49,9 +49,7 @@ def validation_pictures(dataset: CocoDataset, detections: Detections) -> list[np
 def _compare(dataset: CocoDataset, index: int, detections: Detections) -> np.ndarray:
     picture = dataset.picture(index)
     true_boxes, true_labels = dataset.boxes(index)
-    rows = np.flatnonzero(
-        (detections.image_ids == dataset.image_ids[index]) & (detections.scores >= SHOWN_FROM_SCORE)
-    )
+    rows = np.flatnonzero((detections.image_ids == dataset.image_ids[index]) & (detections.scores >= SHOWN_FROM_SCORE))
     rows = rows[np.argsort(-detections.scores[rows], kind="stable")][:MOST_BOXES_SHOWN]
     boxes = detections.boxes_xywh[rows].copy()
     boxes[:, 2:] += boxes[:, :2]

@@ -21,9 +21,7 @@ class Precision:
     says otherwise; its state belongs into the checkpoint.
     """
 
-    def __init__(
-        self, amp: str, device: torch.device, loss_scale: str | float | dict[str, Any] = "dynamic"
-    ) -> None:
+    def __init__(self, amp: str, device: torch.device, loss_scale: str | float | dict[str, Any] = "dynamic") -> None:
         """
         Args:
             amp: off, bf16 or fp16.
@@ -40,9 +38,7 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass."""
-        return torch.autocast(
-            self.device.type, dtype=_DTYPES.get(self.amp, torch.bfloat16), enabled=self.amp != "off"
-        )
+        return torch.autocast(self.device.type, dtype=_DTYPES.get(self.amp, torch.bfloat16), enabled=self.amp != "off")
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of `loss`, scaled where the precision needs it."""

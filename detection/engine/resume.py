@@ -52,8 +52,8 @@ def check_resumable(
     run = state["run"]
     if run["model_name"] != facts.model_name:
         raise CheckpointError(
-            f"{path} is of {run['model_name']}, the command line says {facts.model_name}: give --model {run['model_name']} "
-            "to resume, or --weights instead of --resume to start a new run from its weights"
+            f"{path} is of {run['model_name']}, the command line says {facts.model_name}: "
+            f"give --model {run['model_name']} to resume, or --weights instead of --resume to start a new run from its weights"
         )
     if list(facts.class_names) != state["class_names"]:
         raise CheckpointError(
@@ -65,19 +65,21 @@ def check_resumable(
         per_process = facts.global_batch_size // facts.world_size
         raise CheckpointError(
             f"{path} was trained with a global batch of {run['global_batch_size']} images on {run['world_size']} "
-            f"processes; this run has {facts.global_batch_size} ({facts.world_size} processes x {per_process}), with which "
-            "epochs, learning rate and image order would not go on where they were. Choose --batch-size and "
+            f"processes; this run has {facts.global_batch_size} ({facts.world_size} processes x {per_process}), with "
+            "which epochs, learning rate and image order would not go on where they were. Choose --batch-size and "
             f"--accumulate so that processes x batch size x accumulate is {run['global_batch_size']}."
         )
     if state["iterations_per_epoch"] != iterations_per_epoch:
         raise CheckpointError(
-            f"{path} has {state['iterations_per_epoch']} iterations an epoch, this run {iterations_per_epoch}: the number of "
-            "training images or --limit-train-batches is another one. Give the same data to resume, or --weights "
+            f"{path} has {state['iterations_per_epoch']} iterations an epoch, this run "
+            f"{iterations_per_epoch}: the number of training images or --limit-train-batches is another one. Give the same data to resume, or --weights "
             "instead of --resume to start a new run from its weights."
         )
     lines = []
     if run["world_size"] != facts.world_size:
-        lines.append(f"processes: {run['world_size']} before, now {facts.world_size} (the same images in the same order)")
+        lines.append(
+            f"processes: {run['world_size']} before, now {facts.world_size} (the same images in the same order)"
+        )
     if run["data_digest"] != facts.data_digest:
         lines.append("training annotations: their content is not that of the checkpoint; the present ones are used")
     if run["seed"] != facts.seed:

@@ -44,9 +44,7 @@ class StepRecords:
         """Leave out what happened since the last read (a validation, say) from images per second."""
         self._since = time.perf_counter()
 
-    def add(
-        self, losses: dict[str, Tensor], grad_norm: Tensor, image_ids: Sequence[int], **facts: float | int
-    ) -> None:
+    def add(self, losses: dict[str, Tensor], grad_norm: Tensor, image_ids: Sequence[int], **facts: float | int) -> None:
         """Note one iteration.
 
         Args:

@@ -38,15 +38,16 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         return (values * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(input.dtype)
 
 
-def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with every nn.BatchNorm2d replaced by one over all processes; names and values stay.
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Replace every nn.BatchNorm2d inside `model` by one over all processes; names and values stay.
 
-    Returns `model` as it is where there is one process.
+    Does nothing where there is one process.
     """
     if not dist.is_initialized():
-        return model
+        return
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
@@ -56,4 +57,3 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
                 synchronised.load_state_dict(child.state_dict())
                 synchronised.train(child.training)
                 setattr(module, name, synchronised)
-    return model
