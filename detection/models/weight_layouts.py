@@ -151,6 +151,8 @@ def to_ours(state: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor]
                 our_name = our_prefix + name[len(their_prefix) :]
                 if layout == "detectron2":
                     our_name = _detectron2_block(our_name)
+                if layout == "mmdet":
+                    our_name = re.sub(r"\.gn(\d)\.", r".bn\1.", our_name)
                 ours[our_name], origin[our_name] = tensor, name
                 break
         else:
@@ -186,15 +188,19 @@ def to_layout(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
         _move_background(state, first_to_last=False)
     table = _MMDET if layout == "mmdet" else _TORCHVISION
     result: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    for our_name, tensor in state.items():
+        name = our_name
+        norm = re.fullmatch(r"(backbone(?:\..*)?)\.bn(\d)\.(weight|bias)", name)
+        if layout == "mmdet" and norm and f"{norm[1]}.bn{norm[2]}.running_mean" not in state:
+            name = f"{norm[1]}.gn{norm[2]}.{norm[3]}"  # a group norm, which MMDetection names so
         for our_prefix, their_prefix in table:
             if name.startswith(our_prefix):
                 name = their_prefix + name[len(our_prefix) :]
                 break
         result[name] = tensor
-        counter = name.removesuffix("running_var") + "num_batches_tracked"
-        if name.endswith(".running_var") and counter not in state:
-            result[counter] = torch.zeros((), dtype=torch.int64)
+        module, _, kind = name.rpartition(".")
+        if kind == "running_var" and our_name.replace("running_var", "num_batches_tracked") not in state:
+            result[f"{module}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
     return result
 
 

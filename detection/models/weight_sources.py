@@ -39,11 +39,13 @@ class WeightsUnavailable(WeightsError):
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """One of torchvision's files: its full name, address, and the batch norm epsilon that it was made for."""
+    """One of torchvision's files: its full name, address, and the batch norm epsilon if it needs a particular
+    one.
+    """
 
     name: str
     url: str
-    norm_eps: float
+    norm_eps: float | None
 
     @property
     def cached_file(self) -> Path:
@@ -57,7 +59,7 @@ def find_published(spec: str, backbone: str) -> PublishedWeights | None:
     Raises WeightsError for a name that does not exist or does not fit the backbone.
     """
     path = Path(spec)
-    if path.exists() or path.suffix in _FILE_SUFFIXES or len(path.parts) > 1:
+    if path.is_file() or path.suffix in _FILE_SUFFIXES or len(path.parts) > 1:
         return None
     enumerations = [table[backbone] for table in (_BACKBONE_WEIGHTS, _DETECTOR_WEIGHTS) if backbone in table]
     known = [f"{enum}.{member}" for enum in enumerations for member in _members(enum)]
@@ -65,7 +67,7 @@ def find_published(spec: str, backbone: str) -> PublishedWeights | None:
     for name in known:
         if short in (name, name.partition(".")[2]):
             url = torchvision.models.get_weight(name).url
-            return PublishedWeights(name, url, 0.0 if name in ZERO_EPS_WEIGHTS else 1e-5)
+            return PublishedWeights(name, url, 0.0 if name in ZERO_EPS_WEIGHTS else None)
     if spec == "imagenet" or short.startswith(("IMAGENET1K_", "COCO_")) or "_Weights." in short:
         if not known:
             raise WeightsError(

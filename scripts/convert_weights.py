@@ -1,0 +1,166 @@
+"""Converts detector weights between this project, MMDetection and torchvision.
+
+    python scripts/convert_weights.py runs/mine/checkpoints/best.pt --to ours --output detector.pt python
+    scripts/convert_weights.py detector.pt --to mmdet --output mmdet.pth python scripts/convert_weights.py
+    fasterrcnn_coco.pth --to ours --categories instances_val2017.json --output detector.pt
+
+Reads our checkpoints (their EMA weights where they have them) and stripped files, torchvision's and
+MMDetection's files, and Detectron2's R50-FPN .pkl. "ours" writes a stripped file for scripts/predict.py and
+load_detector: weights, the model's settings, class names and preprocessing. "mmdet" and "torchvision" write
+what those projects load.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkout  # noqa: F401
+from detection.models import MODELS, build_model, load_weights
+from detection.models.stored_weights import StoredWeights, read_weights, stripped_file
+from detection.models.weight_files import WeightsError
+from detection.models.weight_layouts import CLASSIFIER, LAYOUTS, REGRESSOR, to_layout
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("input", metavar="FILE", type=Path, help="the weights to convert")
+    parser.add_argument("--to", required=True, choices=LAYOUTS, help="whose naming to write")
+    parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="the file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    group = parser.add_argument_group("for --to ours, where the input is not ours and does not tell")
+    group.add_argument("--model", choices=sorted(MODELS), help="default: the R50-FPN of the project the file is from")
+    group.add_argument("--categories", metavar="FILE", type=Path, help="COCO annotations: names and ids of the classes")
+    group.add_argument("--min-size", metavar="N", type=int, default=800, help="shorter side of the input (default 800)")
+    group.add_argument(
+        "--max-size", metavar="N", type=int, default=1333, help="limit of the longer side (default 1333)"
+    )
+    arguments = parser.parse_args(argv)
+
+    try:
+        if arguments.output.exists() and not arguments.overwrite:
+            raise WeightsError(f"{arguments.output} exists; give another --output, or --overwrite")
+        stored = read_weights(arguments.input)
+        if arguments.to == "ours":
+            content = _stripped(stored, arguments)
+            count = len(content["model"])
+        else:
+            state = _foreign(stored, arguments.to)
+            count = len(state)
+            content = {"meta": _meta(stored), "state_dict": state} if arguments.to == "mmdet" else state
+        _save(content, arguments.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in stored.notes:
+        print(f"note: {note}")
+    print(f"{arguments.output}: {count} tensors")
+    return 0
+
+
+def _foreign(stored: StoredWeights, layout: str) -> dict[str, torch.Tensor]:
+    extra = [name for name in stored.state if name not in stored.origin]
+    if extra:
+        print(f"note: {len(extra)} tensors without a counterpart are left out, {extra[0]} among them")
+    state = {name: tensor for name, tensor in stored.state.items() if name in stored.origin}
+    classifier, regressor = (state.get(names[0]) for names in (CLASSIFIER, REGRESSOR))
+    if classifier is not None and regressor is not None:
+        has_background = len(regressor) == 4 * len(classifier)
+        if has_background and layout == "mmdet":
+            print("note: the background's box outputs, which nothing uses, are left out: MMDetection has none")
+        if not has_background and layout == "torchvision":
+            print("note: torchvision wants box outputs for the background, which nothing uses: zeros")
+    if stored.norm_eps is not None and stored.norm_eps != 1e-5:
+        print(f"note: these weights need batch norms with an epsilon of {stored.norm_eps:g}, which no file can say")
+    # Rows that were cut or moved are views; a copy keeps what they were cut from out of the file.
+    return {name: tensor.contiguous().clone() for name, tensor in to_layout(state, layout).items()}
+
+
+def _stripped(stored: StoredWeights, arguments: argparse.Namespace) -> dict[str, Any]:
+    payload = stored.payload
+    if stored.is_ours:
+        return stripped_file(
+            stored.state,
+            model_config=payload["model_config"],
+            class_names=payload["class_names"],
+            category_ids=payload["category_ids"],
+            preprocessing=payload["preprocessing"],
+        )
+    if CLASSIFIER[0] not in stored.state:
+        raise WeightsError(f"{arguments.input} has no detection head; a detector cannot be made of it")
+    num_classes = len(stored.state[CLASSIFIER[0]]) - 1
+    names, ids = _categories(stored, arguments.categories, num_classes)
+    torchvision = stored.layout == "torchvision"
+    name = arguments.model or ("fasterrcnn_resnet50_fpn" if torchvision else "faster_rcnn_r50_fpn")
+    overrides = {"stride_in_1x1": True} if stored.stride_in_1x1 else {}
+    model = build_model(name, num_classes, **overrides)
+    report = load_weights(model, arguments.input)
+    if report.missing or report.reshaped:
+        raise WeightsError(f"{arguments.input} is not the whole of a {name}; choose another --model\n{report.table()}")
+    return stripped_file(
+        model.state_dict(),
+        model_config=dataclasses.asdict(model.config),
+        class_names=names,
+        category_ids=ids,
+        preprocessing={"min_size": arguments.min_size, "max_size": arguments.max_size},
+    )
+
+
+def _meta(stored: StoredWeights) -> dict[str, Any]:
+    names = _names_in(stored)
+    return {} if names is None else {"CLASSES": tuple(names), "dataset_meta": {"classes": tuple(names)}}
+
+
+def _names_in(stored: StoredWeights) -> list[str] | None:
+    """Class names that the file itself holds."""
+    if stored.is_ours:
+        return list(stored.payload["class_names"])
+    meta = stored.payload.get("meta")
+    if not isinstance(meta, dict):
+        return None
+    dataset = meta.get("dataset_meta")
+    names = (dataset.get("classes") or dataset.get("CLASSES")) if isinstance(dataset, dict) else meta.get("CLASSES")
+    return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
+
+
+def _categories(stored: StoredWeights, file: Path | None, num_classes: int) -> tuple[list[str], list[int]]:
+    if file is not None:
+        try:
+            categories = json.loads(file.read_text())["categories"]
+            pairs = sorted((int(category["id"]), str(category["name"])) for category in categories)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"no categories could be read from {file}: {error}") from error
+        if len(pairs) != num_classes and stored.layout == "torchvision" and pairs[-1][0] == num_classes:
+            # torchvision's labels are the category ids themselves, unused ones included.
+            known = dict(pairs)
+            pairs = [(number, known.get(number, f"unused {number}")) for number in range(1, num_classes + 1)]
+        names, ids = [name for _, name in pairs], [number for number, _ in pairs]
+    else:
+        found = _names_in(stored)
+        if found is None:
+            raise WeightsError("the file does not name its classes; give --categories with COCO annotations")
+        names, ids = found, list(range(1, len(found) + 1))
+        print(f"note: the file does not tell category ids; they are 1 to {len(found)}. --categories gives them")
+    if len(names) != num_classes:
+        raise WeightsError(f"there are {len(names)} class names for a head of {num_classes} classes")
+    return names, ids
+
+
+def _save(content: dict[str, Any], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        torch.save(content, partial)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
