@@ -4,6 +4,14 @@ from detection.reporting.console import Console, Progress
 from detection.reporting.durations import duration, remaining
 from detection.reporting.metrics_log import CutReport, MetricsError, MetricsLog, read_metrics
 from detection.reporting.pictures import class_colour, draw_boxes, mosaic, save_png, side_by_side
+from detection.reporting.run_comparison import (
+    Run,
+    RunsError,
+    comparison_table,
+    configuration_differences,
+    plot_runs,
+    read_runs,
+)
 from detection.reporting.sparkline import sparkline
 from detection.reporting.tables import summary_table, validation_table
 from detection.reporting.tensorboard import TensorBoardLog
@@ -14,12 +22,18 @@ __all__ = [
     "MetricsError",
     "MetricsLog",
     "Progress",
+    "Run",
+    "RunsError",
     "TensorBoardLog",
     "class_colour",
+    "comparison_table",
+    "configuration_differences",
     "draw_boxes",
     "duration",
     "mosaic",
+    "plot_runs",
     "read_metrics",
+    "read_runs",
     "remaining",
     "save_png",
     "side_by_side",

@@ -85,9 +85,7 @@ class Console:
         """Something that ends the run."""
         self._raise_voice("error", text, _RED)
 
-    def progress(
-        self, total: int, *, initial: int = 0, description: str = "", unit: str = "it"
-    ) -> "Progress":
+    def progress(self, total: int, *, initial: int = 0, description: str = "", unit: str = "it") -> "Progress":
         """A bar over `total` steps of which `initial` are done; silent on other processes than the main
         one."""
         return Progress(self, total, initial, description, unit)
@@ -146,13 +144,16 @@ class Progress:
         self._closed = False
         self._bar = None
         if console.is_main and console.is_terminal:
+            has_size = _has_size(console.stream)
             self._bar = tqdm(
                 total=total,
                 initial=initial,
                 desc=description or None,
                 unit=unit,
                 file=console.stream,
-                dynamic_ncols=True,
+                dynamic_ncols=has_size,
+                ncols=None if has_size else console.width,
+                nrows=None if has_size else 24,
                 ascii=not console.has_unicode,
                 colour="green" if _may_colour(console.stream) else None,
                 leave=False,
@@ -202,18 +203,14 @@ class Progress:
         if self.initial < self.done < self.total:
             times += " < " + duration(elapsed / (self.done - self.initial) * (self.total - self.done))
         count = f"{self.done:>{len(str(self.total))}}/{self.total} {self.unit}"
-        return "  ".join(
-            [*filter(None, [self.description]), count, f"{percent:3d}%", times, *self._shown_figures()]
-        )
+        return "  ".join([*filter(None, [self.description]), count, f"{percent:3d}%", times, *self._shown_figures()])
 
     def _shown_figures(self) -> list[str]:
         return [_shown_figure(name, value) for name, value in self._figures.items() if value is not None]
 
     def _line_is_due(self) -> bool:
         seconds = self._clock() - self._last_time
-        percents = [
-            100 * done // max(self.total, 1) // PLAIN_PERCENT for done in (self._last_done, self.done)
-        ]
+        percents = [100 * done // max(self.total, 1) // PLAIN_PERCENT for done in (self._last_done, self.done)]
         return (
             self.done >= self.total
             or seconds >= PLAIN_SECONDS
@@ -226,6 +223,14 @@ class Progress:
             self._console.say(self.line())
         else:
             self._console._log(self.line())
+
+
+def _has_size(terminal: TextIO) -> bool:
+    """Whether the terminal knows its size: in some containers it says 0 x 0, where tqdm would draw nothing."""
+    try:
+        return 0 not in os.get_terminal_size(terminal.fileno())
+    except (OSError, ValueError):
+        return False
 
 
 def _may_colour(stream: TextIO) -> bool:

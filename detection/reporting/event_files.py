@@ -124,9 +124,7 @@ def _kept(
         # good points away.
         if kind != "summary":
             continue
-        values = [
-            v for v in event.summary.value if _is_kept(v.tag, event.step, history, first_iteration, val_from)
-        ]
+        values = [v for v in event.summary.value if _is_kept(v.tag, event.step, history, first_iteration, val_from)]
         history.num_dropped += len(event.summary.value) - len(values)
         for value in values:
             history.last_steps[value.tag] = event.step

@@ -62,9 +62,7 @@ class MetricsLog:
         try:
             num_written = os.write(self._descriptor, line)
             if num_written != len(line):
-                raise OSError(
-                    f"{self.path}: only {num_written} of {len(line)} bytes of a record could be written"
-                )
+                raise OSError(f"{self.path}: only {num_written} of {len(line)} bytes of a record could be written")
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, length_before)
@@ -175,10 +173,7 @@ def _encoded(record: Mapping[str, Any]) -> dict[str, Any]:
     def finite(value: Any, key: str) -> Any:
         value = _plain(value)
         if isinstance(value, Mapping):
-            return {
-                str(name): finite(inner, f"{key}/{name}" if key else str(name))
-                for name, inner in value.items()
-            }
+            return {str(name): finite(inner, f"{key}/{name}" if key else str(name)) for name, inner in value.items()}
         if isinstance(value, (list, tuple)):
             return [_plain(inner) for inner in value]
         if isinstance(value, float):

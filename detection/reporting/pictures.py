@@ -101,9 +101,7 @@ def save_png(path: str | Path, image: np.ndarray) -> None:
     Image.fromarray(image).save(path, format="PNG")
 
 
-def _draw_frame(
-    draw: ImageDraw.ImageDraw, box_xyxy: np.ndarray, colour: tuple[int, int, int], width: int
-) -> None:
+def _draw_frame(draw: ImageDraw.ImageDraw, box_xyxy: np.ndarray, colour: tuple[int, int, int], width: int) -> None:
     x0, y0, x1, y1 = (float(value) for value in box_xyxy)
     x1, y1 = max(x0, x1 - 1), max(y0, y1 - 1)  # the box ends where its last pixel ends
     # A dark rim keeps a bright frame visible on a bright ground.
@@ -182,10 +180,7 @@ def _grid(images: Sequence[np.ndarray], columns: int, titles: Sequence[str] | No
     font = ImageFont.load_default(max(MIN_LETTER_HEIGHT, round(mean_side * LETTER_FRACTION)))
     title_height = _name_size(font, "Ag")[1] + gap // 2 if titles else 0
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
-    widths = [
-        max(image.shape[1] for image in images[column::columns])
-        for column in range(min(columns, len(images)))
-    ]
+    widths = [max(image.shape[1] for image in images[column::columns]) for column in range(min(columns, len(images)))]
     heights = [max(image.shape[0] for image in row) + title_height for row in rows]
     sheet = Image.new(
         "RGB", (sum(widths) + gap * (len(widths) - 1), sum(heights) + gap * (len(heights) - 1)), BACKGROUND

@@ -39,7 +39,7 @@ def validation_table(
             row = [name, figure(metrics[name])]
             row += [change(metrics[name], other.get(name)) for other in (previous, best) if other is not None]
             rows.append([*row, meaning])
-    lines = _aligned(rows, left_columns={0, len(rows[0]) - 1})
+    lines = aligned(rows, left_columns={0, len(rows[0]) - 1})
     lines += _class_lines(metrics.get("per_class", {}))
     lines += [f"note: {note}" for note in metrics.get("notes", [])]
     if not metrics.get("notes") and any(metrics.get(name) == UNDEFINED for name in FIGURES):
@@ -61,7 +61,7 @@ def summary_table(records: Sequence[Mapping[str, Any]]) -> str:
     for place, record in enumerate(records):
         mark = "<- best" if has_best and place == best else ""
         rows.append([str(record.get("epoch", "")), *(figure(record.get(name)) for name in names), mark])
-    return "\n".join(_aligned(rows, left_columns={len(rows[0]) - 1}))
+    return "\n".join(aligned(rows, left_columns={len(rows[0]) - 1}))
 
 
 def figure(value: float | None) -> str:
@@ -99,7 +99,8 @@ def _listed(pairs: Sequence[tuple[float, str]]) -> str:
     return ", ".join(f"{name} {value:.3f}" for value, name in pairs)
 
 
-def _aligned(rows: Sequence[Sequence[str]], left_columns: set[int]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], left_columns: set[int]) -> list[str]:
+    """Rows of equally many cells as lines with columns of equal width, right-aligned but for left_columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

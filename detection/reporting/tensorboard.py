@@ -180,11 +180,7 @@ class TensorBoardLog:
 
 
 def _is_figure(name: str, value: Any) -> bool:
-    return (
-        name not in _NOT_CURVES
-        and value is not None
-        and not isinstance(value, (str, bool, Mapping, list, tuple))
-    )
+    return name not in _NOT_CURVES and value is not None and not isinstance(value, (str, bool, Mapping, list, tuple))
 
 
 def _scalars(points: Mapping[str, Any]) -> Summary:

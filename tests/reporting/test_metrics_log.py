@@ -75,9 +75,7 @@ def test_numbers_of_numpy_and_torch_are_written_as_plain_numbers(tmp_path):
     assert math.isnan(record["d"])
 
 
-@pytest.mark.parametrize(
-    "torn", [b'{"kind": "train", "iter', b"{", b'{"kind": "train", "iteration": 20, "loss": 1.0}']
-)
+@pytest.mark.parametrize("torn", [b'{"kind": "train", "iter', b"{", b'{"kind": "train", "iteration": 20, "loss": 1.0}'])
 def test_a_torn_last_line_is_dropped_when_the_file_is_opened_again(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     write_run(path, 0, 20)
@@ -134,9 +132,7 @@ def test_cut_removes_doubled_records_and_lines_that_are_no_records(tmp_path):
     write_run(path, 0, 10)
     whole = path.read_bytes()
     first_line = whole.splitlines(keepends=True)[0]
-    path.write_bytes(
-        whole + first_line + b"\0\0\0\n" + b"[1]\n" + b'{"kind": "train"}\n' + b"[" * 100_000 + b"\n"
-    )
+    path.write_bytes(whole + first_line + b"\0\0\0\n" + b"[1]\n" + b'{"kind": "train"}\n' + b"[" * 100_000 + b"\n")
     with MetricsLog(path) as log:
         report = log.cut(100, 100)
     assert (report.kept, report.dropped, report.unreadable) == (11, 1, 4)

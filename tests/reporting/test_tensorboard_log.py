@@ -39,7 +39,6 @@ def val_record(iteration):
 
 
 def write_segment(directory, first, stop, *, val_from=None, configuration="lr: 0.5"):
-    """A process's part of a run that validates each 10 iterations; its file is left as a killed process leaves it."""
     log = TensorBoardLog(directory, first_iteration=first, val_from=first if val_from is None else val_from)
     log.text("configuration", configuration)
     log.hparams({"lr": 0.5, "model": "r50", "amp": None})
@@ -82,12 +81,8 @@ def assert_one_whole_run(directory, num_iterations):
         assert on_disk[tag] == everything, tag
     for tag in ("val/mAP", "val/AP/cat", "val/detections/0", "val/detections/1"):
         assert on_disk[tag] == validations, tag
-    for tag in (
-        "configuration/text_summary",
-        "custom_scalars__config__",
-        "_hparams_/experiment",
-        "train/augmented/0",
-    ):
+    once = ("configuration/text_summary", "custom_scalars__config__", "_hparams_/experiment", "train/augmented/0")
+    for tag in once:
         assert on_disk[tag] == [0], tag
     for purge in (False, True):
         accumulator = read_back(directory, purge=purge)
@@ -190,9 +185,7 @@ def test_points_doubled_by_a_kill_while_files_were_merged_are_dropped(tmp_path):
     (first,) = event_files(tmp_path)
     write_segment(tmp_path, 12, 20).close()
     first, second = event_files(tmp_path)
-    first.write_bytes(
-        first.read_bytes() + second.read_bytes()
-    )  # merged and renamed; the second not yet removed
+    first.write_bytes(first.read_bytes() + second.read_bytes())  # merged and renamed; the second not yet removed
     (tmp_path / "merged-events.tmp").write_bytes(b"half a merge")
     write_segment(tmp_path, 20, 30).close()
     assert_one_whole_run(tmp_path, 30)

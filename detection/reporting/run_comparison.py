@@ -1,0 +1,159 @@
+"""Several runs beside each other: figures, curves, and what differs in their configurations."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detection.reporting.metrics_log import read_metrics
+from detection.reporting.tables import FIGURES, UNDEFINED, aligned, figure
+
+NUM_LAST_LOSSES = 100  # the loss of a table is the mean over so many of the last records
+SMOOTHING_FRACTION = 0.02  # a loss curve is averaged over this part of it
+_ABSENT = object()
+
+
+class RunsError(ValueError):
+    """Output directories that cannot be compared; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an output directory says of its run."""
+
+    name: str
+    config: dict[str, Any]
+    train: list[dict[str, Any]]
+    val: list[dict[str, Any]]
+
+    def best(self) -> dict[str, Any] | None:
+        """The validation record with the highest mAP; None where no mAP is defined."""
+        defined = [record for record in self.val if record.get("mAP", UNDEFINED) != UNDEFINED]
+        return max(defined, key=lambda record: record["mAP"], default=None)
+
+
+def read_runs(directories: Sequence[str | Path]) -> list[Run]:
+    """Reads metrics.jsonl and config.json of output directories; named by the parts of their paths that differ."""
+    paths = [Path(directory) for directory in directories]
+    names = _short_names(paths)
+    return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def comparison_table(runs: Sequence[Run]) -> str:
+    """One line a run: how far it came, its last loss and pace, and the figures of its best validation."""
+    rows = [["run", "iterations", "loss", "images/s", "best epoch", *FIGURES, "last mAP"]]
+    for run in runs:
+        best = run.best() or {}
+        losses = [record["loss"] for record in run.train[-NUM_LAST_LOSSES:] if "loss" in record]
+        paces = [record["images_per_second"] for record in run.train if "images_per_second" in record]
+        row = [
+            run.name,
+            str(run.train[-1]["iteration"] + 1) if run.train else "-",
+            f"{np.mean(losses):.4f}" if losses else "-",
+            f"{np.median(paces):.1f}" if paces else "-",
+            str(best.get("epoch", "-")),
+            *(figure(best.get(name)) for name in FIGURES),
+            figure(run.val[-1].get("mAP")) if run.val else "-",
+        ]
+        rows.append(row)
+    return "\n".join(aligned(rows, left_columns={0}))
+
+
+def configuration_differences(runs: Sequence[Run]) -> str:
+    """One line a setting of config.json (dotted key) that is not the same in all runs; "-" where a run has none."""
+    flat = [_flattened(run.config) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = [["setting", *(run.name for run in runs)]]
+    for key in keys:
+        values = [settings.get(key, _ABSENT) for settings in flat]
+        if any(value != values[0] for value in values):
+            rows.append([key, *("-" if value is _ABSENT else json.dumps(value) for value in values)])
+    if len(rows) == 1:
+        return "no setting differs"
+    return "\n".join(aligned(rows, left_columns=set(range(len(rows[0])))))
+
+
+def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
+    """Loss, learning rate and mAP of the runs over the iterations, as a PNG. Needs matplotlib (the extra "plots")."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise RunsError("a picture needs matplotlib: pip install matplotlib, or leave --png out") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure_, (loss_axes, lr_axes, map_axes) = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
+    for number, run in enumerate(runs):
+        colour = f"C{number % 10}"
+        iterations, losses = _series(run.train, "loss")
+        loss_axes.plot(iterations, losses, color=colour, alpha=0.2, linewidth=0.8)
+        loss_axes.plot(iterations, _smoothed(losses), color=colour, label=run.name)
+        lr_axes.plot(*_series(run.train, "lr"), color=colour, label=run.name)
+        map_axes.plot(*_series(run.val, "mAP"), color=colour, marker="o", markersize=4, label=run.name)
+    for axes, title in ((loss_axes, "loss"), (lr_axes, "learning rate"), (map_axes, "mAP (IoU 0.50:0.95)")):
+        axes.set(title=title, xlabel="iteration")
+        axes.grid(alpha=0.3)
+    all_losses = np.concatenate([_smoothed(_series(run.train, "loss")[1]) for run in runs])
+    if len(all_losses):  # the noise and the first iterations may run out of the picture; the curves may not
+        loss_axes.set_ylim(0, 1.15 * float(np.quantile(all_losses, 0.995)))
+    map_axes.set_ylim(bottom=0)
+    map_axes.legend()
+    figure_.savefig(path, dpi=110)
+    pyplot.close(figure_)
+
+
+def _read_run(path: Path, name: str) -> Run:
+    metrics_file, config_file = path / "metrics.jsonl", path / "config.json"
+    if not metrics_file.is_file():
+        raise RunsError(f"{path}: no metrics.jsonl there; give the output directory of a run (its --output-dir)")
+    records = read_metrics(metrics_file)
+    try:
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    except ValueError as error:
+        raise RunsError(f"{config_file}: not valid JSON ({error})") from error
+    return Run(
+        name,
+        config,
+        [record for record in records if record.get("kind") == "train"],
+        [record for record in records if record.get("kind") == "val"],
+    )
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) != len(resolved):
+        raise RunsError("the same output directory is given twice")
+    num_parts = 1
+    while len({path.parts[-num_parts:] for path in resolved}) < len(resolved):
+        num_parts += 1
+    return ["/".join(path.parts[-num_parts:]) for path in resolved]
+
+
+def _flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations int64 [n] and values float64 [n] of the records where the figure is there, finite and defined."""
+    points = [(record["iteration"], record[name]) for record in records if record.get(name) is not None]
+    points = [point for point in points if np.isfinite(point[1]) and point[1] != UNDEFINED]
+    iterations = np.array([point[0] for point in points], dtype=np.int64)
+    return iterations, np.array([point[1] for point in points], dtype=np.float64)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """The running mean over a window centred on each value, narrower at the ends."""
+    half = int(len(values) * SMOOTHING_FRACTION / 2)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)

@@ -1,0 +1,45 @@
+"""Compares runs: a table, a picture of loss, learning rate and mAP, and the settings that differ.
+
+python scripts/compare_runs.py runs/a runs/b [runs/c ...] --png comparison.png
+"""
+
+import argparse
+import sys
+
+import checkout  # noqa: F401
+from detection.reporting import (
+    MetricsError,
+    RunsError,
+    comparison_table,
+    configuration_differences,
+    plot_runs,
+    read_runs,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Compares the output directories of two or more runs: a table of their figures "
+        "(those of the validation with the highest mAP), the settings that differ, and a picture."
+    )
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="output directory of a run (its --output-dir)")
+    parser.add_argument("--png", metavar="FILE", help="picture of loss, learning rate and mAP (needs matplotlib)")
+    options = parser.parse_args(argv)
+    if len(options.runs) < 2:
+        parser.error("give two or more output directories")
+    try:
+        runs = read_runs(options.runs)
+        print(comparison_table(runs))
+        print("\nconfiguration")
+        print(configuration_differences(runs))
+        if options.png:
+            plot_runs(runs, options.png)
+            print(f"\npicture: {options.png}")
+    except (RunsError, MetricsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detection.reporting import MetricsLog, RunsError, comparison_table, configuration_differences, read_runs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_run(directory, lr, maps, num_iterations=200):
+    with MetricsLog(directory / "metrics.jsonl") as log:
+        for iteration in range(num_iterations):
+            loss = float("nan") if iteration == 3 else 2 / (1 + lr * iteration)
+            log.write(
+                {"kind": "train", "epoch": 0, "iteration": iteration, "lr": lr, "loss": loss, "images_per_second": 9.5}
+            )
+        for epoch, value in enumerate(maps, start=1):
+            log.write({"kind": "val", "epoch": epoch, "iteration": 50 * epoch, "mAP": value, "mAP_s": -1.0})
+    config = {"lr": lr, "seed": 0, "model": {"name": "r50", "norm": "bn"} | ({"width": 2} if lr > 0.05 else {})}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture
+def directories(tmp_path):
+    return [
+        make_run(tmp_path / "a" / "run", 0.02, [0.1, 0.3, 0.25]),
+        make_run(tmp_path / "b" / "run", 0.1, [-1.0, 0.2], num_iterations=120),
+    ]
+
+
+def test_the_table_shows_each_run_with_the_figures_of_its_best_validation(directories):
+    header, first, second = [line.split() for line in comparison_table(read_runs(directories)).splitlines()]
+    assert header[:4] == ["run", "iterations", "loss", "images/s"]
+    mean_loss = np.mean([2 / (1 + 0.02 * iteration) for iteration in range(100, 200)])
+    assert first[:6] == ["a/run", "200", f"{mean_loss:.4f}", "9.5", "2", "0.300"]
+    assert first[-1] == "0.250"
+    assert (second[0], second[1], second[4], second[5]) == ("b/run", "120", "2", "0.200")
+
+
+def test_only_settings_that_differ_are_listed_also_those_of_one_run_alone(directories):
+    lines = configuration_differences(read_runs(directories)).splitlines()
+    assert [line.split() for line in lines] == [
+        ["setting", "a/run", "b/run"],
+        ["lr", "0.02", "0.1"],
+        ["model.width", "-", "2"],
+    ]
+    assert configuration_differences(read_runs(directories)[:1] * 2) == "no setting differs"
+
+
+def test_a_run_without_a_validation_is_compared_too(directories, tmp_path):
+    directories.append(make_run(tmp_path / "c" / "run", 0.3, []))
+    line = comparison_table(read_runs(directories)).splitlines()[3].split()
+    assert (line[0], line[1], line[-1]) == ("c/run", "200", "-")
+
+
+def test_a_directory_that_is_no_run_and_one_given_twice_are_refused(directories, tmp_path):
+    with pytest.raises(RunsError, match="no metrics.jsonl"):
+        read_runs([directories[0], tmp_path])
+    with pytest.raises(RunsError, match="twice"):
+        read_runs([directories[0], directories[0]])
+
+
+def test_the_script_prints_table_and_differences_and_draws_the_picture(directories, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "comparison.png"
+    command = [sys.executable, "scripts/compare_runs.py", *map(str, directories), "--png", str(picture)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "a/run" in result.stdout
+    assert "model.width" in result.stdout
+    with Image.open(picture) as image:
+        assert image.width > 1000
+        # Both runs' colours (matplotlib's first two) stand in all three panels.
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    for colour in ((31, 119, 180), (255, 127, 14)):
+        columns = np.flatnonzero((abs(pixels - colour).sum(axis=2) < 30).any(axis=0))
+        panels = set((columns * 3 // pixels.shape[1]).tolist())
+        assert panels == {0, 1, 2}
