@@ -31,7 +31,8 @@ from data.transforms import (
 BOX_ROWS_MULTIPLE = 16
 """Rows for boxes are a multiple of this, so that only a few shapes occur (COCO has at most 93 boxes)."""
 
-PLANS_AHEAD_PER_WORKER = 4
+PLANS_AHEAD_PER_WORKER = 2
+"""Decoded batches wait in shared memory, of which containers often have 64 MB only."""
 
 
 @dataclass(frozen=True)
