@@ -188,9 +188,7 @@ def _explanations(truth: GroundTruth, detections: Detections) -> list[str]:
         if number not in with_boxes
     ]
     if len(absent) == 1:
-        notes.append(
-            f"AP of class '{absent[0]}' is -1: no box of it (crowds aside) among the evaluated images"
-        )
+        notes.append(f"AP of class '{absent[0]}' is -1: no box of it (crowds aside) among the evaluated images")
     elif absent:
         notes.append(
             f"AP of {len(absent)} classes is -1, no box of theirs (crowds aside) among the evaluated images:"

@@ -62,9 +62,7 @@ class GroundTruth:
         return replace(
             self,
             image_ids=self.image_ids[kept_images],
-            file_names=tuple(
-                n for n, keep in zip(self.file_names, kept_images.tolist(), strict=True) if keep
-            ),
+            file_names=tuple(n for n, keep in zip(self.file_names, kept_images.tolist(), strict=True) if keep),
             box_image_ids=self.box_image_ids[kept_boxes],
             box_category_ids=self.box_category_ids[kept_boxes],
             boxes_xywh=self.boxes_xywh[kept_boxes],
@@ -104,18 +102,14 @@ def read_ground_truth(annotation_file: str | os.PathLike[str]) -> GroundTruth:
     box_image_ids = np.array([a["image_id"] for a in annotations], dtype=np.int64)
     box_category_ids = np.array([a["category_id"] for a in annotations], dtype=np.int64)
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
-    areas = np.array(
-        [math.nan if a.get("area") is None else a["area"] for a in annotations], dtype=np.float64
-    )
+    areas = np.array([math.nan if a.get("area") is None else a["area"] for a in annotations], dtype=np.float64)
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
 
     notes = []
     no_area = np.isnan(areas)
     if no_area.any():
         areas = np.where(no_area, boxes[:, 2] * boxes[:, 3], areas)
-        notes.append(
-            f"{int(no_area.sum())} annotations have no 'area': width x height is used for the size classes"
-        )
+        notes.append(f"{int(no_area.sum())} annotations have no 'area': width x height is used for the size classes")
     num_without_crowd = sum("iscrowd" not in a for a in annotations)
     if num_without_crowd:
         notes.append(f"{num_without_crowd} annotations have no 'iscrowd': taken as 0, ordinary objects")
@@ -124,9 +118,7 @@ def read_ground_truth(annotation_file: str | os.PathLike[str]) -> GroundTruth:
         notes.append(f"{num_ignore} annotations have 'ignore' set: COCO's evaluation goes by 'iscrowd' alone")
     known = np.isin(box_image_ids, image_ids) & np.isin(box_category_ids, category_ids)
     if not known.all():
-        notes.append(
-            f"{int((~known).sum())} annotations name an image or category that the file lacks: left out"
-        )
+        notes.append(f"{int((~known).sum())} annotations name an image or category that the file lacks: left out")
 
     return GroundTruth(
         source=str(source),
@@ -166,9 +158,7 @@ def _entries(source: Path, content: dict[str, Any], key: str) -> list[dict[str, 
     for index, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(number, int):
-            raise EvaluationError(
-                f"{source}: {key}[{index}] has no whole-numbered 'id' (found {number!r:.80})"
-            )
+            raise EvaluationError(f"{source}: {key}[{index}] has no whole-numbered 'id' (found {number!r:.80})")
         if number in seen:
             raise EvaluationError(f"{source}: the id {number} occurs twice in '{key}'; ids must be unique")
         seen.add(number)

@@ -47,9 +47,7 @@ class Detections:
     def __post_init__(self) -> None:
         n = len(self.image_ids)
         shapes = (self.image_ids.shape, self.category_ids.shape, self.boxes_xywh.shape, self.scores.shape)
-        assert shapes == ((n,), (n,), (n, 4), (n,)), (
-            f"shapes of the four arrays do not fit together: {shapes}"
-        )
+        assert shapes == ((n,), (n,), (n, 4), (n,)), f"shapes of the four arrays do not fit together: {shapes}"
         assert self.image_ids.dtype == self.category_ids.dtype == np.int64, "ids are int64"
         assert self.boxes_xywh.dtype in (np.float32, np.float64), self.boxes_xywh.dtype
         assert self.scores.dtype in (np.float32, np.float64), self.scores.dtype
@@ -81,9 +79,7 @@ class Detections:
             labels: B times int [n_b] in 0..K-1.
             category_ids: length K, the category id of each label.
         """
-        assert len(image_ids) == len(boxes_xyxy) == len(scores) == len(labels), (
-            "one entry per image in each list"
-        )
+        assert len(image_ids) == len(boxes_xyxy) == len(scores) == len(labels), "one entry per image in each list"
         if not len(image_ids):
             return Detections.empty()
         counts = [len(np.asarray(s)) for s in scores]
@@ -130,9 +126,7 @@ class Detections:
 
     def take(self, rows: npt.NDArray[Any]) -> Detections:
         """The rows that an index or bool array [n] names."""
-        return Detections(
-            self.image_ids[rows], self.category_ids[rows], self.boxes_xywh[rows], self.scores[rows]
-        )
+        return Detections(self.image_ids[rows], self.category_ids[rows], self.boxes_xywh[rows], self.scores[rows])
 
     def check_finite(self) -> None:
         """Raises ResultsError if a box or a score is NaN or infinite: no ranking is defined then."""
@@ -201,8 +195,7 @@ def read_results(path: str | os.PathLike[str]) -> Detections:
         raise ResultsError(f"{source}: there is no such results file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ResultsError(
-            f"{source}: not JSON ({error}). A file cut short is usually one whose writer was killed:"
-            " write it again."
+            f"{source}: not JSON ({error}). A file cut short is usually one whose writer was killed: write it again."
         ) from error
     if not isinstance(rows, list):
         keys = f" with the keys {sorted(rows)[:6]}" if isinstance(rows, dict) else ""

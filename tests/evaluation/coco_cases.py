@@ -24,9 +24,7 @@ def annotation(number, image, category, box, **more):
 def write_annotations(path, annotations, *, image_ids=(1, 2, 3), categories=None):
     categories = categories or {1: "cat", 5: "dog"}
     content = {
-        "images": [
-            {"id": int(i), "width": 640, "height": 480, "file_name": f"{int(i)}.png"} for i in image_ids
-        ],
+        "images": [{"id": int(i), "width": 640, "height": 480, "file_name": f"{int(i)}.png"} for i in image_ids],
         "categories": [{"id": i, "name": name} for i, name in categories.items()],
         "annotations": annotations,
     }
@@ -47,7 +45,7 @@ def detections_of(rows):
     )
 
 
-def random_case(rng, path, *, crowded_image=False):
+def random_case(rng, path, *, crowded_image=False, crowds=True):
     """Writes random annotations, returns random detections: crowds, areas unlike the box, ties, empty images,
     absent classes, annotation id 0, category ids with gaps, image ids in no order."""
     num_images = int(rng.integers(1, 7))
@@ -68,7 +66,7 @@ def random_case(rng, path, *, crowded_image=False):
                     int(rng.choice(category_ids)),
                     box.tolist(),
                     area=area,
-                    iscrowd=int(rng.random() < 0.15),
+                    iscrowd=int(crowds and rng.random() < 0.15),
                 )
             )
         many = crowded_image and image == image_ids[0]

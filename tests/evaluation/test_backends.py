@@ -34,9 +34,7 @@ def assert_backends_agree(path, detections):
 def test_hotcoco_equals_pycocotools_to_the_last_bit_on_random_cases(tmp_path, block):
     found = 0
     for seed in range(block * 30, block * 30 + 30):
-        detections = random_case(
-            np.random.default_rng(seed), tmp_path / "a.json", crowded_image=seed % 10 == 0
-        )
+        detections = random_case(np.random.default_rng(seed), tmp_path / "a.json", crowded_image=seed % 10 == 0)
         judge = assert_backends_agree(tmp_path / "a.json", detections)
         found += 0 < judge.stats[0] < 1
     assert found >= 5, "the cases were meant to be neither all right nor all wrong"
@@ -45,20 +43,14 @@ def test_hotcoco_equals_pycocotools_to_the_last_bit_on_random_cases(tmp_path, bl
 coordinate = st.integers(0, 6).map(lambda i: 8.0 * i)
 length = st.integers(0, 6).map(lambda i: 16.0 * i)
 box = st.tuples(coordinate, coordinate, length, length)
-truth_row = st.tuples(
-    st.integers(1, 3), st.sampled_from([1, 5]), box, st.booleans(), st.sampled_from([0, 1, 2])
-)
-detection_row = st.tuples(
-    st.integers(1, 3), st.sampled_from([1, 5]), box, st.sampled_from([0.0, 0.25, 0.5, 1.0])
-)
+truth_row = st.tuples(st.integers(1, 3), st.sampled_from([1, 5]), box, st.booleans(), st.sampled_from([0, 1, 2]))
+detection_row = st.tuples(st.integers(1, 3), st.sampled_from([1, 5]), box, st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 
 
 @needs_hotcoco
 @settings(max_examples=150, deadline=None)
 @given(truths=st.lists(truth_row, max_size=8), rows=st.lists(detection_row, max_size=12))
-def test_hotcoco_equals_pycocotools_on_a_coarse_grid_of_boxes_where_everything_ties(
-    tmp_path_factory, truths, rows
-):
+def test_hotcoco_equals_pycocotools_on_a_coarse_grid_of_boxes_where_everything_ties(tmp_path_factory, truths, rows):
     path = tmp_path_factory.mktemp("case") / "a.json"
     write_annotations(
         path,

@@ -72,9 +72,7 @@ def test_the_twelve_figures_equal_cocoeval_run_by_hand(tmp_path, capsys):
 def test_metrics_of_a_written_file_are_those_of_the_detections_in_memory(tmp_path):
     detections = random_case(np.random.default_rng(8), tmp_path / "a.json", crowded_image=True)
     write_results(detections, tmp_path / "r.json")
-    assert evaluate_results(tmp_path / "a.json", tmp_path / "r.json") == evaluate(
-        tmp_path / "a.json", detections
-    )
+    assert evaluate_results(tmp_path / "a.json", tmp_path / "r.json") == evaluate(tmp_path / "a.json", detections)
 
 
 def test_a_box_with_annotation_id_zero_counts_like_any_other(tmp_path):
@@ -105,9 +103,7 @@ def test_images_without_boxes_count_their_false_detections(annotations):
 
 
 def test_a_detection_on_a_crowd_box_counts_neither_way(tmp_path):
-    path = write_annotations(
-        tmp_path / "a.json", [annotation(1, 1, 1, LARGE), annotation(2, 2, 1, LARGE, iscrowd=1)]
-    )
+    path = write_annotations(tmp_path / "a.json", [annotation(1, 1, 1, LARGE), annotation(2, 2, 1, LARGE, iscrowd=1)])
     on_crowd = (2, 1, [20, 20, 50, 50], 0.99)
     assert evaluate(path, detections_of([(1, 1, LARGE, 0.5), on_crowd]))["mAP"] == pytest.approx(1)
 

@@ -1,0 +1,363 @@
+"""Metrics that explain: per class, by score, by kind of error, by confused classes, by image."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from detection.evaluation.backends import Accumulated, accumulate
+from detection.evaluation.coco_metrics import CocoEvaluator, per_class_ap
+from detection.evaluation.error_types import ERRORS, Outcome, Outcomes, sort_outcomes
+from detection.evaluation.ground_truth import GroundTruth
+from detection.evaluation.results import Detections, read_results
+
+RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # COCOeval's recThrs
+IOU_50, IOU_75 = 0, 5  # places among COCOeval's IoU thresholds 0.50:0.05:0.95
+SIZES = ("s", "m", "l")
+CURVES = ("iou_50", "iou_75", "iou_50_95")
+DIGITS = 5
+
+
+def analyze_results(
+    annotation_file: str | os.PathLike[str],
+    results_file: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    score_threshold: float | None = None,
+    num_worst_images: int = 24,
+) -> dict[str, Any]:
+    """Everything about a COCO results file, ours or another program's, in plain types that JSON takes.
+
+    Args:
+        score_threshold: detections from this score on are what the confusion matrix and the list of worst
+            images look at; None: each class has the threshold at which its own F1 is best (classes that have no
+            boxes or no detections: the median of the others).
+        num_worst_images: length of the list of worst images.
+
+    Returns:
+        {"metrics": as CocoEvaluator.evaluate,
+         "classes": a list of {"name", "category_id", "num_boxes", "num_detections", "AP", "AP_50", "AP_75",
+            "AP_s", "AP_m", "AP_l", "AR_100" (-1 where undefined), "best_f1", "best_f1_threshold", "precision"
+            and "recall" at that threshold (IoU 0.5; None where the class has no boxes or no detections),
+            "errors": counts},
+         "precision_recall": {"recall": 101 points, "mean": {"iou_50", "iou_75", "iou_50_95": 101 precisions
+            over the classes that have boxes}, "per_class": {name: the same}},
+         "errors": {"AP_50", "counts", "AP_50_gain": what AP_50 would gain if all errors of a kind were
+         mended;
+            kinds are class, localisation, both, duplicate, background, missed},
+         "confusion_matrix": {"labels": class names and "background" last, "matrix": rows truth, columns
+         found}, "worst_images": a list of {"image_id", "file_name", "correct", "wrong", "missed", "f1",
+         "boxes":
+            [{"box_xywh", "kind": "correct", "missed" or an error, "name", "score", "truth"}]}}
+
+    Raises:
+        EvaluationError, ResultsError: as CocoEvaluator.evaluate and read_results.
+    """
+    evaluator = CocoEvaluator(annotation_file, backend=backend)
+    detections = read_results(results_file)
+    metrics = evaluator.evaluate(detections)
+    truth = evaluator.truth
+    detections = detections.take(np.isin(detections.category_ids, truth.category_ids))
+    accumulated = accumulate(evaluator.backend, truth, detections)
+    outcomes = sort_outcomes(truth, detections)
+    operating = [best_f1(*_ranked(truth, detections, outcomes, k)) for k in range(len(truth.category_ids))]
+    thresholds = _thresholds(operating, score_threshold)
+    labels = np.searchsorted(truth.category_ids, detections.category_ids)
+    shown = (detections.scores >= thresholds[labels]) & (outcomes.kinds != Outcome.IGNORED)
+    return {
+        "metrics": metrics,
+        "classes": _class_rows(truth, detections, accumulated, outcomes, operating),
+        "precision_recall": _curves(truth, accumulated),
+        "errors": error_split(truth, detections, outcomes),
+        "confusion_matrix": {
+            "labels": [*truth.class_names, "background"],
+            "matrix": confusion_matrix(truth, detections, outcomes, shown).tolist(),
+        },
+        "worst_images": _worst_images(truth, detections, outcomes, shown, num_worst_images),
+    }
+
+
+def _thresholds(operating: list[dict[str, float] | None], given: float | None) -> npt.NDArray[np.float64]:
+    own = [np.nan if point is None else point["threshold"] for point in operating]
+    if given is not None:
+        return np.full(len(own), given)
+    known = np.array(own)[~np.isnan(own)]
+    return np.where(np.isnan(own), np.median(known) if len(known) else 0.0, own)
+
+
+def average_precision(scores: npt.NDArray[np.floating[Any]], correct: npt.NDArray[np.bool_], num_boxes: int) -> float:
+    """COCOeval's AP at one IoU threshold: the mean of 101 interpolated precisions.
+
+    Args:
+        scores: [n], ranked surest first, ties in the order they are to keep. correct: bool [n].
+        num_boxes: how many there were to find, more than 0.
+    """
+    if not len(scores):
+        return 0.0
+    hits = np.cumsum(correct)
+    precision = hits / np.arange(1, len(scores) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(hits / num_boxes, RECALL_POINTS, side="left")
+    return float(np.append(envelope, 0.0)[np.minimum(places, len(envelope))].mean())
+
+
+def best_f1(
+    scores: npt.NDArray[np.floating[Any]], correct: npt.NDArray[np.bool_], num_boxes: int
+) -> dict[str, float] | None:
+    """The score threshold (detections at it are kept) whose F1 = 2 correct / (kept + boxes) is highest.
+
+    Args as `average_precision`, num_boxes may be 0. Returns {"f1", "threshold", "precision", "recall"}; of
+    equal F1 the highest threshold; None without boxes or detections.
+    """
+    if not num_boxes or not len(scores):
+        return None
+    cuts = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # a threshold cannot part a tie
+    hits = np.cumsum(correct)[cuts]
+    kept = cuts + 1
+    f1 = 2 * hits / (kept + num_boxes)
+    best = int(f1.argmax())
+    return {
+        "f1": float(f1[best]),
+        "threshold": float(scores[cuts[best]]),
+        "precision": float(hits[best] / kept[best]),
+        "recall": float(hits[best] / num_boxes),
+    }
+
+
+def error_split(truth: GroundTruth, detections: Detections, outcomes: Outcomes) -> dict[str, Any]:
+    """How many errors there are of each kind, and what AP_50 would gain without them, as TIDE defines it.
+
+    Mending a class or localisation error makes the surest detection of each unmatched box correct and
+    removes the others; both, duplicate and background errors are removed; missed boxes are no longer asked
+    for. A gain below 0, which interpolation can give, counts as 0.
+    """
+    counted = ~truth.crowd
+    num_boxes = _count(truth, counted)
+    base = _mean_ap(truth, detections, detections.category_ids, outcomes.kinds, num_boxes)
+    counts: dict[str, int] = {}
+    gains: dict[str, float] = {}
+    surest_answers = _surest_answers(detections, outcomes)
+    for error in ERRORS:
+        rows = np.flatnonzero(outcomes.kinds == error)
+        counts[error.name.lower()] = len(rows)
+        kinds, categories = outcomes.kinds.copy(), detections.category_ids.copy()
+        kinds[rows] = Outcome.IGNORED
+        mended = surest_answers[outcomes.kinds[surest_answers] == error]
+        kinds[mended] = Outcome.CORRECT
+        categories[mended] = truth.box_category_ids[outcomes.targets[mended]]
+        gains[error.name.lower()] = _mean_ap(truth, detections, categories, kinds, num_boxes) - base
+    counts["missed"] = int(outcomes.missed.sum())
+    asked = num_boxes - _count(truth, outcomes.missed)
+    gains["missed"] = _mean_ap(truth, detections, detections.category_ids, outcomes.kinds, asked, num_boxes) - base
+    return {
+        "AP_50": base,
+        "counts": counts,
+        "AP_50_gain": {kind: max(0.0, gain) for kind, gain in gains.items()},
+    }
+
+
+def confusion_matrix(
+    truth: GroundTruth, detections: Detections, outcomes: Outcomes, shown: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """int64 [K + 1, K + 1]: boxes of class (row) found as class (column); the last row and column are
+    background.
+
+    Of the `shown` detections (bool [n]) the correct ones count first. A class error then takes the box it
+    answers to, surest first, if that is still free. What is left is background found as something, or a box
+    found as background, that is missed. Detections on crowds are in no cell.
+    """
+    num_classes = len(truth.category_ids)
+    labels = np.searchsorted(truth.category_ids, detections.category_ids)
+    box_labels = np.searchsorted(truth.category_ids, truth.box_category_ids)
+    matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
+    free = ~truth.crowd
+    correct = np.flatnonzero(shown & (outcomes.kinds == Outcome.CORRECT))
+    np.add.at(matrix, (labels[correct], labels[correct]), 1)
+    free[outcomes.targets[correct]] = False
+    wrong = np.flatnonzero(shown & (outcomes.kinds != Outcome.CORRECT) & (outcomes.kinds != Outcome.IGNORED))
+    for row in wrong[np.argsort(-detections.scores[wrong], kind="stable")].tolist():
+        box = outcomes.targets[row]
+        if outcomes.kinds[row] == Outcome.CLASS and free[box]:
+            free[box] = False
+            matrix[box_labels[box], labels[row]] += 1
+        else:
+            matrix[num_classes, labels[row]] += 1
+    matrix[:num_classes, num_classes] = _count(truth, free)
+    return matrix
+
+
+def _surest_answers(detections: Detections, outcomes: Outcomes) -> npt.NDArray[np.int64]:
+    """For each unmatched box that class or localisation errors answer to, the row of the surest of them."""
+    rows = np.flatnonzero((outcomes.kinds == Outcome.CLASS) | (outcomes.kinds == Outcome.LOCALISATION))
+    rows = rows[~outcomes.matched[outcomes.targets[rows]]]
+    rows = rows[np.argsort(-detections.scores[rows], kind="stable")]
+    return rows[np.unique(outcomes.targets[rows], return_index=True)[1]]
+
+
+def _count(truth: GroundTruth, which: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    labels = np.searchsorted(truth.category_ids, truth.box_category_ids[which])
+    return np.bincount(labels, minlength=len(truth.category_ids))
+
+
+def _mean_ap(
+    truth: GroundTruth,
+    detections: Detections,
+    category_ids: npt.NDArray[np.int64],
+    kinds: npt.NDArray[np.int8],
+    num_boxes: npt.NDArray[np.int64],
+    averaged_over: npt.NDArray[np.int64] | None = None,
+) -> float:
+    """Mean AP over the classes that have boxes; one whose boxes were all taken out has AP 0."""
+    ranking = _ranking(detections, kinds)
+    labels = np.searchsorted(truth.category_ids, category_ids[ranking])
+    correct, scores = kinds[ranking] == Outcome.CORRECT, detections.scores[ranking]
+    by_class = np.argsort(labels, kind="stable")
+    bounds = np.searchsorted(labels[by_class], np.arange(len(num_boxes) + 1))
+    values = []
+    for k in np.flatnonzero(num_boxes if averaged_over is None else averaged_over).tolist():
+        rows = by_class[bounds[k] : bounds[k + 1]]
+        boxes = int(num_boxes[k])
+        values.append(average_precision(scores[rows], correct[rows], boxes) if boxes else 0.0)
+    return float(np.mean(values)) if values else -1.0
+
+
+def _ranking(detections: Detections, kinds: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
+    """Rows that count, surest first; ties by image id, then as they come: COCOeval's order."""
+    rows = np.flatnonzero(kinds != Outcome.IGNORED)
+    return rows[np.lexsort((detections.image_ids[rows], -detections.scores[rows]))]
+
+
+def _ranked(
+    truth: GroundTruth, detections: Detections, outcomes: Outcomes, k: int
+) -> tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.bool_], int]:
+    category = truth.category_ids[k]
+    ranking = _ranking(
+        detections,
+        np.where(detections.category_ids == category, outcomes.kinds, Outcome.IGNORED).astype(np.int8),
+    )
+    num_boxes = int(((truth.box_category_ids == category) & ~truth.crowd).sum())
+    return detections.scores[ranking], outcomes.kinds[ranking] == Outcome.CORRECT, num_boxes
+
+
+def _class_rows(
+    truth: GroundTruth,
+    detections: Detections,
+    accumulated: Accumulated,
+    outcomes: Outcomes,
+    operating: list[dict[str, float] | None],
+) -> list[dict[str, Any]]:
+    precision, recall = accumulated.precision, accumulated.recall
+    ap = per_class_ap(accumulated)
+    num_boxes, num_missed = _count(truth, ~truth.crowd), _count(truth, outcomes.missed)
+    rows = []
+    for k, (name, category) in enumerate(zip(truth.class_names, truth.category_ids.tolist(), strict=True)):
+        kinds = outcomes.kinds[detections.category_ids == category]
+        point = operating[k] or dict.fromkeys(("f1", "threshold", "precision", "recall"))
+        rows.append(
+            {
+                "name": name,
+                "category_id": category,
+                "num_boxes": int(num_boxes[k]),
+                "num_detections": len(kinds),
+                "AP": ap[k],
+                "AP_50": float(precision[IOU_50, :, k, 0, 2].mean()),
+                "AP_75": float(precision[IOU_75, :, k, 0, 2].mean()),
+                **{f"AP_{size}": float(precision[:, :, k, 1 + i, 2].mean()) for i, size in enumerate(SIZES)},
+                "AR_100": float(recall[:, k, 0, 2].mean()),
+                "best_f1": point["f1"],
+                "best_f1_threshold": point["threshold"],
+                "precision": point["precision"],
+                "recall": point["recall"],
+                "errors": {
+                    **{error.name.lower(): int((kinds == error).sum()) for error in ERRORS},
+                    "missed": int(num_missed[k]),
+                },
+            }
+        )
+    return rows
+
+
+def _curves(truth: GroundTruth, accumulated: Accumulated) -> dict[str, Any]:
+    precision = accumulated.precision[:, :, :, 0, 2]
+    curves = np.stack([precision[IOU_50], precision[IOU_75], precision.mean(axis=0)])  # [3, 101, K]
+    defined = np.flatnonzero(curves[0, 0] > -1)
+
+    def named(values: npt.NDArray[np.float64]) -> dict[str, list[float]]:
+        return dict(zip(CURVES, values.round(DIGITS).tolist(), strict=True))
+
+    return {
+        "recall": RECALL_POINTS.round(2).tolist(),
+        "mean": named(curves[:, :, defined].mean(axis=2)) if len(defined) else {},
+        "per_class": {truth.class_names[k]: named(curves[:, :, k]) for k in defined.tolist()},
+    }
+
+
+def _worst_images(
+    truth: GroundTruth,
+    detections: Detections,
+    outcomes: Outcomes,
+    shown: npt.NDArray[np.bool_],
+    num_images: int,
+) -> list[dict[str, Any]]:
+    """Images with most errors (wrong detections shown and boxes not found by a shown one), most first."""
+    correct = shown & (outcomes.kinds == Outcome.CORRECT)
+    found = np.zeros(truth.num_boxes, bool)
+    found[outcomes.targets[correct]] = True
+    lost = ~found & ~truth.crowd
+    size = len(truth.image_ids)
+    places, box_places = (np.searchsorted(truth.image_ids, ids) for ids in (detections.image_ids, truth.box_image_ids))
+    num_correct = np.bincount(places[correct], minlength=size)
+    num_wrong = np.bincount(places[shown & ~correct], minlength=size)
+    num_lost = np.bincount(box_places[lost], minlength=size)
+    num_errors = num_wrong + num_lost
+    worst = []
+    for i in np.argsort(-num_errors, kind="stable")[:num_images].tolist():
+        if not num_errors[i]:
+            break
+        worst.append(
+            {
+                "image_id": int(truth.image_ids[i]),
+                "file_name": truth.file_names[i],
+                "correct": int(num_correct[i]),
+                "wrong": int(num_wrong[i]),
+                "missed": int(num_lost[i]),
+                "f1": float(2 * num_correct[i] / (2 * num_correct[i] + num_errors[i])),
+                "boxes": _boxes_of_image(truth, detections, outcomes, shown & (places == i), lost & (box_places == i)),
+            }
+        )
+    return worst
+
+
+def _boxes_of_image(
+    truth: GroundTruth,
+    detections: Detections,
+    outcomes: Outcomes,
+    shown: npt.NDArray[np.bool_],
+    lost: npt.NDArray[np.bool_],
+) -> list[dict[str, Any]]:
+    names = dict(zip(truth.category_ids.tolist(), truth.class_names, strict=True))
+    boxes: list[dict[str, Any]] = [
+        {
+            "box_xywh": truth.boxes_xywh[row].round(2).tolist(),
+            "kind": "missed",
+            "name": names[int(truth.box_category_ids[row])],
+            "score": None,
+            "truth": names[int(truth.box_category_ids[row])],
+        }
+        for row in np.flatnonzero(lost).tolist()
+    ]
+    for row in np.flatnonzero(shown).tolist():
+        target = int(outcomes.targets[row])
+        boxes.append(
+            {
+                "box_xywh": detections.boxes_xywh[row].round(2).tolist(),
+                "kind": Outcome(int(outcomes.kinds[row])).name.lower(),
+                "name": names[int(detections.category_ids[row])],
+                "score": round(float(detections.scores[row]), 4),
+                "truth": names[int(truth.box_category_ids[target])] if target >= 0 else None,
+            }
+        )
+    return boxes

@@ -1,0 +1,171 @@
+"""What each detection is: correct, or wrong in one of the ways that TIDE tells apart.
+
+Source of the error types: D. Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors",
+ECCV 2020, with the order of its tests; matching is COCOeval's at one IoU threshold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+
+from detection.evaluation.ground_truth import GroundTruth
+from detection.evaluation.results import Detections
+
+MAX_DETECTIONS = 100  # per image and class, as COCOeval's last limit
+NONE = -1
+
+
+class Outcome(IntEnum):
+    """What a detection is. Overlap is IoU; `high` is the matching threshold, `low` that of background."""
+
+    CORRECT = 0  # matched a box of its class
+    CLASS = 1  # overlap high with a box of another class
+    LOCALISATION = 2  # right class, overlap between low and high
+    BOTH = 3  # another class, overlap between low and high
+    DUPLICATE = 4  # overlap high with a box of its class that a surer detection has
+    BACKGROUND = 5  # overlap low with every box
+    IGNORED = 6  # on a crowd box, or beyond the 100 surest of its image and class: counts neither way
+
+
+ERRORS = (
+    Outcome.CLASS,
+    Outcome.LOCALISATION,
+    Outcome.BOTH,
+    Outcome.DUPLICATE,
+    Outcome.BACKGROUND,
+)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Rows are those of the detections and of the ground truth that were compared.
+
+    Attributes:
+        kinds: int8 [n], an Outcome each.
+        targets: int64 [n], the row of the box that the detection matched, or is a wrong answer to (its best
+            overlap of the sort that names the error); -1 for background and ignored.
+        matched: bool [M], boxes that a correct detection has. Crowd boxes never are.
+        missed: bool [M], boxes (crowds aside) that no detection is even a class or localisation error of.
+    """
+
+    kinds: npt.NDArray[np.int8]
+    targets: npt.NDArray[np.int64]
+    matched: npt.NDArray[np.bool_]
+    missed: npt.NDArray[np.bool_]
+
+
+def sort_outcomes(truth: GroundTruth, detections: Detections, *, high: float = 0.5, low: float = 0.1) -> Outcomes:
+    """The outcome of every detection.
+
+    Args:
+        truth: the evaluated images and their boxes.
+        detections: only on images and of categories of `truth`.
+        high: IoU from which a detection matches. low: IoU up to which it is background.
+    """
+    kinds = np.full(len(detections), Outcome.IGNORED, np.int8)
+    targets = np.full(len(detections), NONE, np.int64)
+    matched = np.zeros(truth.num_boxes, bool)
+    order = _surest_first_by_image(detections)
+    box_order = np.argsort(truth.box_image_ids, kind="stable")
+    row_bounds = _bounds(detections.image_ids[order], truth.image_ids)
+    box_bounds = _bounds(truth.box_image_ids[box_order], truth.image_ids)
+    boxes_xywh = detections.boxes_xywh.astype(np.float64)
+    for i in range(len(truth.image_ids)):
+        rows = order[row_bounds[i] : row_bounds[i + 1]]
+        if not len(rows):
+            continue
+        in_image = box_order[box_bounds[i] : box_bounds[i + 1]]
+        boxes, crowds = in_image[~truth.crowd[in_image]], in_image[truth.crowd[in_image]]
+        classes = detections.category_ids[rows]
+        overlaps = _overlaps(boxes_xywh[rows], truth.boxes_xywh[boxes], crowd=False)
+        same_class = classes[:, None] == truth.box_category_ids[boxes]
+        found = _match(np.where(same_class, overlaps, 0.0), high)
+        kind, target = _name_errors(overlaps, same_class, high, low)
+        kind = np.where(found >= 0, Outcome.CORRECT, kind)
+        target = np.where(found >= 0, found, target)
+        if len(crowds):
+            covered = _overlaps(boxes_xywh[rows], truth.boxes_xywh[crowds], crowd=True) >= high
+            covered &= classes[:, None] == truth.box_category_ids[crowds]
+            on_crowd = covered.any(axis=1) & (found < 0)
+            kind = np.where(on_crowd, Outcome.IGNORED, kind)
+            target = np.where(on_crowd, NONE, target)
+        kinds[rows] = kind
+        has_target = target >= 0
+        targets[rows[has_target]] = boxes[target[has_target]]
+        matched[boxes[found[found >= 0]]] = True
+    answered = np.zeros(truth.num_boxes, bool)
+    answered[targets[(kinds == Outcome.CLASS) | (kinds == Outcome.LOCALISATION)]] = True
+    return Outcomes(kinds, targets, matched, missed=~(matched | answered | truth.crowd))
+
+
+def _surest_first_by_image(detections: Detections) -> npt.NDArray[np.int64]:
+    """Rows ordered by image and falling score, ties as they come, the 100 surest of each image and class."""
+    by_class = np.lexsort((-detections.scores, detections.category_ids, detections.image_ids))
+    images, categories = detections.image_ids[by_class], detections.category_ids[by_class]
+    starts = np.flatnonzero(np.diff(images, prepend=NONE) | np.diff(categories, prepend=NONE))
+    if len(by_class):
+        starts = np.union1d([0], starts)
+    lengths = np.diff(starts, append=len(by_class))
+    ranks = np.arange(len(by_class)) - np.repeat(starts, lengths)
+    kept = np.sort(by_class[ranks < MAX_DETECTIONS])
+    return kept[np.lexsort((-detections.scores[kept], detections.image_ids[kept]))]
+
+
+def _bounds(sorted_ids: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where each of the ascending `ids` begins in `sorted_ids`, and the end."""
+    return np.append(np.searchsorted(sorted_ids, ids), len(sorted_ids))
+
+
+def _overlaps(
+    found: npt.NDArray[np.float64], boxes: npt.NDArray[np.float64], *, crowd: bool
+) -> npt.NDArray[np.float64]:
+    """IoU [D, G] of boxes_xywh [D, 4] and [G, 4]; intersection over the found box's area for crowds."""
+    if not len(boxes):
+        return np.zeros((len(found), 0))
+    return coco_mask.iou(np.ascontiguousarray(found), np.ascontiguousarray(boxes), [int(crowd)] * len(boxes))
+
+
+def _match(overlaps: npt.NDArray[np.float64], high: float) -> npt.NDArray[np.int64]:
+    """COCOeval's matching: rows surest first, each takes its best free column of IoU `high` or more."""
+    found = np.full(len(overlaps), NONE, np.int64)
+    free = overlaps.copy()
+    last = overlaps.shape[1] - 1
+    for row in np.flatnonzero((overlaps >= high).any(axis=1)):
+        column = last - int(np.argmax(free[row, ::-1]))  # of equal overlaps COCOeval takes the last
+        if free[row, column] >= high:
+            found[row] = column
+            free[:, column] = NONE
+    return found
+
+
+def _name_errors(
+    overlaps: npt.NDArray[np.float64], same_class: npt.NDArray[np.bool_], high: float, low: float
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]:
+    """The error each row [D] would be if it matched nothing, and the column it is a wrong answer to."""
+    num = len(overlaps)
+    if not overlaps.shape[1]:
+        return np.full(num, Outcome.BACKGROUND, np.int8), np.full(num, NONE, np.int64)
+    same, other = np.where(same_class, overlaps, 0.0), np.where(same_class, 0.0, overlaps)
+    best_same, best_other, best = same.max(axis=1), other.max(axis=1), overlaps.max(axis=1)
+    tests = [
+        (low <= best_same) & (best_same < high),
+        best_other >= high,
+        best_same >= high,
+        best <= low,
+    ]
+    kinds = np.select(
+        tests,
+        [Outcome.LOCALISATION, Outcome.CLASS, Outcome.DUPLICATE, Outcome.BACKGROUND],
+        Outcome.BOTH,
+    )
+    targets = np.select(
+        tests,
+        [same.argmax(axis=1), other.argmax(axis=1), same.argmax(axis=1), np.full(num, NONE)],
+        overlaps.argmax(axis=1),
+    )
+    return kinds.astype(np.int8), targets

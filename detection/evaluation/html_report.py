@@ -1,0 +1,294 @@
+"""An analysis as one HTML page that needs nothing beside it: charts are SVG, pictures are inside."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+# Colours of Okabe and Ito's palette, told apart by the colour-blind as well.
+KIND_COLOURS = {
+    "correct": "#009e73",
+    "class": "#cc79a7",
+    "localisation": "#e69f00",
+    "both": "#d55e00",
+    "duplicate": "#56b4e9",
+    "background": "#c0392b",
+    "missed": "#0072b2",
+}
+KIND_MEANINGS = {
+    "class": "well placed, wrong class",
+    "localisation": "right class, IoU between 0.1 and 0.5",
+    "both": "wrong class, IoU between 0.1 and 0.5",
+    "duplicate": "a surer detection has the box",
+    "background": "no box there (IoU up to 0.1)",
+    "missed": "a box that nothing answers to",
+}
+CURVE_COLOURS = {"iou_50": "#0072b2", "iou_75": "#e69f00", "iou_50_95": "#009e73"}
+CURVE_NAMES = {"iou_50": "IoU 0.50", "iou_75": "IoU 0.75", "iou_50_95": "IoU 0.50 to 0.95"}
+CLASS_COLUMNS = (
+    *("AP", "AP_50", "AP_75", "AP_s", "AP_m", "AP_l", "AR_100"),
+    *("best_f1", "best_f1_threshold", "precision", "recall"),
+)
+PICTURE_SIDE = 720
+MAX_CONFUSIONS = 25
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85em; }
+td, th { padding: .2em .6em; text-align: right; border-bottom: 1px solid #ddd; }
+td:first-child, th:first-child { text-align: left; } th { cursor: pointer; position: sticky; top: 0; background: #fff; }
+.scroll { max-height: 34em; overflow: auto; } .row { display: flex; flex-wrap: wrap; gap: 1.5em; }
+figure { margin: 0; flex: 1 1 340px; max-width: 560px; } figure svg { width: 100%; height: auto; }
+figcaption, .quiet { color: #666; font-size: .9em; } .key { white-space: nowrap; margin-right: 1em; }
+.key i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
+svg text { font: 12px system-ui, sans-serif; fill: #333; }
+"""
+SORT_SCRIPT = """
+for (const head of document.querySelectorAll("table.sortable th")) head.onclick = () => {
+  const body = head.closest("table").tBodies[0], place = head.cellIndex;
+  const sign = head.dataset.sign = -(head.dataset.sign || 1);
+  const value = row => { const text = row.cells[place].textContent, n = parseFloat(text); return isNaN(n) ? text : n; };
+  [...body.rows].sort((a, b) => { const x = value(a), y = value(b);
+    return sign * (typeof x === typeof y ? (x > y) - (x < y) : typeof x === "number" ? 1 : -1);
+  }).forEach(row => body.append(row));
+};
+"""
+
+
+def html_report(
+    analysis: dict[str, Any],
+    *,
+    title: str,
+    picture_of: Callable[[str], npt.NDArray[np.uint8]] | None = None,
+) -> str:
+    """The page.
+
+    Args:
+        analysis: what `analyze_results` returns.
+        title: heading; file names will do.
+        picture_of: gives the uint8 RGB [H, W, 3] pixels of an image's file name; FileNotFoundError and ValueError
+            from it become a line in the page. None: the worst images are listed without pictures.
+    """
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        _headline(analysis["metrics"]),
+        _notes(analysis["metrics"]["notes"]),
+        "<h2>Kinds of error</h2>",
+        _error_bars(analysis["errors"]),
+        "<h2>Precision and recall</h2>",
+        _curves(analysis["precision_recall"]),
+        "<h2>Classes</h2>",
+        _class_table(analysis["classes"]),
+        "<h2>Confusions</h2>",
+        _confusions(analysis["confusion_matrix"]),
+        "<h2>Worst images</h2>",
+        *_worst_images(analysis["worst_images"], picture_of),
+    ]
+    body = "\n".join(sections)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{body}\n<script>{SORT_SCRIPT}</script>\n</body></html>\n"
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None or value < 0 else f"{value:.3f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sortable: bool = False) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = "\n".join(line(row, "td") for row in rows)
+    kind = ' class="sortable"' if sortable else ""
+    return f'<div class="scroll"><table{kind}><thead>{line(head, "th")}</thead><tbody>\n{lines}\n</tbody></table></div>'
+
+
+def _headline(metrics: dict[str, Any]) -> str:
+    names = [name for name in metrics if name not in ("per_class", "notes")]
+    return _table(names, [[_figure(metrics[name]) for name in names]])
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
+
+
+def _error_bars(errors: dict[str, Any]) -> str:
+    gains, counts = errors["AP_50_gain"], errors["counts"]
+    highest = max(*gains.values(), 1e-9)
+    bars = []
+    for i, (kind, gain) in enumerate(gains.items()):
+        y, width = 8 + 30 * i, 330 * gain / highest
+        bars.append(
+            f'<text x="98" y="{y + 15}" text-anchor="end">{kind}</text>'
+            f'<rect x="105" y="{y}" width="{width:.1f}" height="21" fill="{KIND_COLOURS[kind]}"/>'
+            f'<text x="{112 + width:.1f}" y="{y + 15}">+{gain:.3f} ({counts[kind]})</text>'
+        )
+    meanings = "".join(
+        f'<span class="key"><i style="background:{KIND_COLOURS[kind]}"></i>{kind}: {meaning}</span> '
+        for kind, meaning in KIND_MEANINGS.items()
+    )
+    return (
+        f'<svg viewBox="0 0 560 {16 + 30 * len(gains)}" width="560" role="img">{"".join(bars)}</svg>'
+        f'<p class="quiet">What AP at IoU 0.5 (now {_figure(errors["AP_50"])}) would gain if all errors of one kind'
+        f" were mended, and how many there are among all detections, whatever their score. {meanings}</p>"
+    )
+
+
+def _curves(curves: dict[str, Any]) -> str:
+    if not curves["mean"]:
+        return "<p>No class has boxes.</p>"
+    keys = "".join(
+        f'<span class="key"><i style="background:{colour}"></i>{CURVE_NAMES[name]}</span>'
+        for name, colour in CURVE_COLOURS.items()
+    )
+    every = "".join(_curve_figure(curves["recall"], values, name) for name, values in curves["per_class"].items())
+    return (
+        f'<div class="row">{_curve_figure(curves["recall"], curves["mean"], "mean over classes")}</div><p>{keys}</p>'
+        f'<details><summary>each class</summary><div class="row">{every}</div></details>'
+    )
+
+
+def _curve_figure(recall: Sequence[float], values: dict[str, Sequence[float]], name: str) -> str:
+    def points(precision: Sequence[float]) -> str:
+        return " ".join(f"{40 + 300 * r:.0f},{210 - 200 * p:.1f}" for r, p in zip(recall, precision, strict=True))
+
+    grid = "".join(
+        f'<path d="M40 {210 - 200 * t}H340M{40 + 300 * t} 10V210" stroke="#ddd"/>'
+        f'<text x="34" y="{214 - 200 * t}" text-anchor="end">{t}</text>'
+        f'<text x="{40 + 300 * t}" y="226" text-anchor="middle">{t}</text>'
+        for t in (0, 0.5, 1)
+    )
+    lines = "".join(
+        f'<polyline points="{points(values[key])}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        for key, colour in CURVE_COLOURS.items()
+    )
+    return (
+        f'<figure><svg viewBox="0 0 360 245">{grid}{lines}<text x="190" y="242" text-anchor="middle">recall</text>'
+        f"</svg><figcaption>{escape(name)}: precision over recall</figcaption></figure>"
+    )
+
+
+def _class_table(classes: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [
+            row["name"],
+            str(row["num_boxes"]),
+            str(row["num_detections"]),
+            *(_figure(row[column]) for column in CLASS_COLUMNS),
+            *(str(count) for count in row["errors"].values()),
+        ]
+        for row in classes
+    ]
+    heads = [
+        "class",
+        "boxes",
+        "detections",
+        *CLASS_COLUMNS,
+        *(classes[0]["errors"] if classes else ()),
+    ]
+    return (
+        _table(heads, rows, sortable=True)
+        + '<p class="quiet">best_f1_threshold is the score from which on detections are kept for the best F1 at IoU'
+        " 0.5; precision and recall are those at that threshold. A click on a heading sorts.</p>"
+    )
+
+
+def _confusions(confusion: dict[str, Any]) -> str:
+    labels, matrix = confusion["labels"], np.array(confusion["matrix"])
+    size = len(labels)
+    cell = max(5, min(34, 900 // size))
+    margin = 110
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    cells = []
+    for row, column in np.argwhere(matrix).tolist():
+        x, y, share = margin + cell * column, margin + cell * row, shares[row, column]
+        words = f"{labels[row]} found as {labels[column]}: {matrix[row, column]} ({share:.0%})"
+        colour = "0,114,178" if row == column else "213,94,0"
+        cells.append(
+            f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" fill="rgba({colour},{0.08 + 0.92 * share:.2f})">'
+            f"<title>{escape(words)}</title></rect>"
+        )
+        if cell >= 26:
+            cells.append(
+                f'<text x="{x + cell / 2}" y="{y + cell / 2 + 4}" text-anchor="middle">{matrix[row, column]}</text>'
+            )
+    if cell >= 11:
+        for i, label in enumerate(labels):
+            middle = margin + cell * (i + 0.5) + 4
+            cells.append(f'<text x="{margin - 5}" y="{middle}" text-anchor="end">{escape(label[:16])}</text>')
+            cells.append(f'<text transform="translate({middle},{margin - 5}) rotate(-60)">{escape(label[:16])}</text>')
+    side = margin + cell * size + 70
+    wrong = [
+        (int(matrix[r, c]), labels[r], labels[c])
+        for r, c in np.argwhere(matrix).tolist()
+        if r != c and size - 1 not in (r, c)
+    ]
+    pairs = [[truth, found, str(n)] for n, truth, found in sorted(wrong, key=lambda w: -w[0])[:MAX_CONFUSIONS]]
+    return (
+        '<p class="quiet">Rows: the true class; columns: what it was found as. Background in the last column is a box'
+        " not found, in the last row a detection without a box. Each class at the score threshold of its best F1,"
+        " unless another was asked for. Shade: share of the row.</p>"
+        f'<div class="row"><svg viewBox="0 0 {side} {side}" width="{min(side, 1000)}">{"".join(cells)}</svg>'
+        f"{_table(['truth', 'found as', 'times'], pairs) if pairs else ''}</div>"
+    )
+
+
+def _worst_images(
+    images: Sequence[dict[str, Any]], picture_of: Callable[[str], npt.NDArray[np.uint8]] | None
+) -> list[str]:
+    if not images:
+        return ["<p>No image has an error.</p>"]
+    keys = "".join(
+        f'<span class="key"><i style="background:{colour}"></i>{kind}</span>' for kind, colour in KIND_COLOURS.items()
+    )
+    parts = [f"<p>{keys}</p>", '<div class="row">']
+    for image in images:
+        words = (
+            f"{image['file_name']} (id {image['image_id']}): {image['correct']} correct, {image['wrong']} wrong,"
+            f" {image['missed']} not found"
+        )
+        parts.append(f"<figure>{_picture(image, picture_of)}<figcaption>{escape(words)}</figcaption></figure>")
+    return [*parts, "</div>"]
+
+
+def _picture(image: dict[str, Any], picture_of: Callable[[str], npt.NDArray[np.uint8]] | None) -> str:
+    if picture_of is None:
+        return ""
+    try:
+        pixels = picture_of(image["file_name"])
+    except (FileNotFoundError, ValueError) as error:
+        return f'<p class="quiet">{escape(str(error))}</p>'
+    height, width = pixels.shape[:2]
+    small = Image.fromarray(pixels)
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=82)
+    line = max(width, height) / 280
+    frames = []
+    for box in image["boxes"]:
+        x, y, w, h = box["box_xywh"]
+        score = "" if box["score"] is None else f" {box['score']:.2f}"
+        truth = f", truth: {box['truth']}" if box["truth"] not in (None, box["name"]) else ""
+        colour = KIND_COLOURS[box["kind"]]
+        words = box["kind"] + ": " + box["name"] + score + truth
+        dashes = f' stroke-dasharray="{3 * line} {2 * line}"' if box["kind"] == "missed" else ""
+        frames.append(
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="transparent" stroke="{colour}"'
+            f' stroke-width="{line:.1f}"{dashes}><title>{escape(words)}</title>'
+            f'</rect><text x="{x}" y="{max(y - line, 8 * line)}" style="font-size:{7 * line:.1f}px;fill:{colour};'
+            f'paint-order:stroke;stroke:#fff;stroke-width:{1.6 * line:.1f}px">{escape(box["name"] + score)}</text>'
+        )
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return (
+        f'<svg viewBox="0 0 {width} {height}"><image width="{width}" height="{height}"'
+        f' href="data:image/jpeg;base64,{encoded}"/>{"".join(frames)}</svg>'
+    )

@@ -1,0 +1,99 @@
+"""Why is the mAP what it is? A COCO results file and its annotations -> JSON, pictures and an HTML report.
+
+    python scripts/analyze_results.py --annotations instances_val2017.json --results detections_val.json \\
+        --images datasets/coco/val2017 --output-dir analysis
+
+Works on the results of any program that writes COCO's format. Shows AP, AR and the best score threshold of each
+class, precision-recall curves, which kinds of error cost how much, confused classes, and the worst images.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import checkout  # noqa: F401
+from detection.evaluation import BACKENDS, METRIC_NAMES
+from detection.evaluation.analysis import analyze_results
+from detection.evaluation.html_report import html_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO annotations with boxes")
+    parser.add_argument("--results", required=True, metavar="FILE", help="COCO results of a detector")
+    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the images; shows the worst ones")
+    parser.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        type=Path,
+        help="where analysis.json, report.html and the PNG files go (default: <results>_analysis)",
+    )
+    parser.add_argument(
+        "--score-threshold",
+        metavar="X",
+        type=float,
+        help="confusions and worst images of detections from this score on (default: each class at its best F1)",
+    )
+    parser.add_argument("--worst", metavar="N", type=int, default=24, help="how many images to show (default 24)")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes AP (default auto)")
+    arguments = parser.parse_args(argv)
+
+    images: Path | None = arguments.images
+    if images is not None and not images.is_dir():
+        print(f"error: --images {images}: there is no such folder", file=sys.stderr)
+        return 2
+    try:
+        analysis = analyze_results(
+            arguments.annotations,
+            arguments.results,
+            backend=arguments.backend,
+            score_threshold=arguments.score_threshold,
+            num_worst_images=arguments.worst,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    worst = [image["file_name"] for image in analysis["worst_images"]]
+    if images is not None and worst and not any((images / name).is_file() for name in worst):
+        print(f"error: --images {images} holds none of the images to show, for instance {worst[0]}", file=sys.stderr)
+        return 2
+
+    folder = arguments.output_dir or Path(arguments.results).with_name(f"{Path(arguments.results).stem}_analysis")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def picture_of(file_name: str) -> np.ndarray:
+        from data.pictures import read_image  # brings torch along, which takes seconds: only where pictures are wanted
+
+        assert images is not None
+        return read_image(images / file_name)
+
+    files = [folder / "analysis.json", folder / "report.html"]
+    files[0].write_text(json.dumps(analysis, indent=1) + "\n", encoding="utf-8")
+    title = f"{Path(arguments.results).name} on {Path(arguments.annotations).name}"
+    page = html_report(analysis, title=title, picture_of=picture_of if images is not None else None)
+    files[1].write_text(page, encoding="utf-8")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no PNG files: they need matplotlib (pip install matplotlib); report.html has the same charts")
+    else:
+        from detection.evaluation.plots import save_plots
+
+        files += save_plots(analysis, folder)
+
+    metrics = analysis["metrics"]
+    print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRIC_NAMES if metrics[name] >= 0))
+    print("AP_50 gain if mended: ", end="")
+    print(", ".join(f"{kind} +{gain:.3f}" for kind, gain in analysis["errors"]["AP_50_gain"].items()))
+    for line in (*(f"note: {note}" for note in metrics["notes"]), *(f"wrote {file}" for file in files)):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
