@@ -131,9 +131,7 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
         (len(raw), 3, height, width), dtype=torch.uint8, device=device, memory_format=torch.channels_last
     )
     start = 0
-    for target, native, resized, flip in zip(
-        pixels, raw.native_sizes, raw.resized_sizes, raw.flips, strict=True
-    ):
+    for target, native, resized, flip in zip(pixels, raw.native_sizes, raw.resized_sizes, raw.flips, strict=True):
         end = start + native[0] * native[1] * 3
         picture = native_pixels[start:end].view(1, *native, 3).permute(0, 3, 1, 2)
         picture = resize_pixels(picture, resized)[0]

@@ -71,9 +71,7 @@ class _BatchReader(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, plan: BatchPlan) -> RawBatch | LoadFailure:
-        native_sizes = np.stack(
-            [self.dataset.heights[plan.indices], self.dataset.widths[plan.indices]], axis=1
-        )
+        native_sizes = np.stack([self.dataset.heights[plan.indices], self.dataset.widths[plan.indices]], axis=1)
         ends = np.cumsum(native_sizes.prod(axis=1) * 3)
         pixels = torch.empty(int(ends[-1]), dtype=torch.uint8)
         flat = pixels.numpy()
@@ -86,9 +84,7 @@ class _BatchReader(Dataset):
             return LoadFailure(str(error))
 
         factors = scale_factors(native_sizes, plan.sizes)
-        boxes, labels, valid = zip(
-            *map(self._targets, itertools.repeat(plan), range(len(ends)), factors), strict=True
-        )
+        boxes, labels, valid = zip(*map(self._targets, itertools.repeat(plan), range(len(ends)), factors), strict=True)
         boxes_xyxy, padded_labels, padded_valid = pad_boxes(boxes, labels, valid, plan.num_box_rows)
         return RawBatch(
             pixels=pixels,
@@ -108,9 +104,7 @@ class _BatchReader(Dataset):
             epoch=plan.epoch,
         )
 
-    def _targets(
-        self, plan: BatchPlan, place: int, factors: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _targets(self, plan: BatchPlan, place: int, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         boxes, labels = self.dataset.boxes(plan.indices[place])
         height, width = plan.sizes[place].tolist()
         boxes, valid = resize_boxes(boxes, factors, (height, width))

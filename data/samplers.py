@@ -23,9 +23,7 @@ def iterations_per_epoch(num_images: int, global_batch_size: int) -> int:
     return -(-num_images // global_batch_size)
 
 
-def plan_epoch(
-    widths: np.ndarray, heights: np.ndarray, *, seed: int, epoch: int, global_batch_size: int
-) -> np.ndarray:
+def plan_epoch(widths: np.ndarray, heights: np.ndarray, *, seed: int, epoch: int, global_batch_size: int) -> np.ndarray:
     """The global batches of an epoch: image indices, int64 [ceil(N / global_batch_size), global_batch_size].
 
     widths and heights are int64 [N]. Images are taken in epoch_order and grouped by shape, see

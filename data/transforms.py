@@ -49,9 +49,7 @@ def scale_factors(native_sizes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return (sizes / native_sizes)[..., ::-1].astype(np.float32)
 
 
-def resize_boxes(
-    boxes_xyxy: np.ndarray, factors: np.ndarray, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def resize_boxes(boxes_xyxy: np.ndarray, factors: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Boxes after the resize, clipped to the picture, and which of them can be trained on.
 
     boxes_xyxy float32 [N, 4] in stored pixels, factors float32 [2] (x, y), size (height, width)

@@ -47,22 +47,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--dataset", choices=("coco", "shapes"), default="coco", help="shapes: made if not there"
-    )
+    parser.add_argument("--dataset", choices=("coco", "shapes"), default="coco", help="shapes: made if not there")
     parser.add_argument("--data-path", type=Path, help="default: datasets/coco or datasets/shapes")
     parser.add_argument("--images", type=Path, help="folder of pictures of any COCO-format set")
     parser.add_argument("--annotations", type=Path, help="annotation file of that set")
-    parser.add_argument(
-        "--split", choices=("train", "val"), default="train", help="val: no flips, every image"
-    )
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="val: no flips, every image")
     parser.add_argument("--output-dir", type=Path, default=Path("browse"), help="where the PNG files go")
     parser.add_argument("--count", type=int, default=32, help="number of pictures")
     parser.add_argument("--min-size", type=int, default=800, help="shorter side after the resize")
     parser.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
-    parser.add_argument(
-        "--batch-size", type=int, default=16, help="global batch size: decides order and padding"
-    )
+    parser.add_argument("--batch-size", type=int, default=16, help="global batch size: decides order and padding")
     parser.add_argument("--epoch", type=int, default=0, help="0-based: which epoch's order and flips")
     parser.add_argument("--seed", type=int, default=0, help="that of the training to be looked at")
     return parser

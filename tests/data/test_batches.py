@@ -27,9 +27,7 @@ def loader(dataset: CocoDataset, **options: object) -> TrainLoader:
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
-def test_each_picture_is_resized_flipped_and_padded_with_zeros(
-    dataset: CocoDataset, probability: float
-) -> None:
+def test_each_picture_is_resized_flipped_and_padded_with_zeros(dataset: CocoDataset, probability: float) -> None:
     for raw in loader(dataset, flip_probability=probability).batches(0, 2):
         batch = raw.to("cpu")
         assert batch.pixels.dtype == torch.uint8

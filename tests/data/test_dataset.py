@@ -21,9 +21,7 @@ def write_set(tmp_path: Path) -> Callable[..., Path]:
         for name in names:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             Image.new("RGB", (64, 48)).save(tmp_path / name)
-        images = [
-            {"id": i, "file_name": name, "width": 64, "height": 48} for i, name in enumerate(names, start=1)
-        ]
+        images = [{"id": i, "file_name": name, "width": 64, "height": 48} for i, name in enumerate(names, start=1)]
         for i, annotation in enumerate(annotations):
             annotation.update({"id": i + 1})
         content = {

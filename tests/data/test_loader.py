@@ -75,9 +75,7 @@ def test_processes_and_micro_steps_only_divide_the_tensors_of_a_global_batch(
     whole = [raw.to("cpu") for raw in train_loader(dataset, batch_size=4).batches(0, 7)]
     ranks = []
     for rank in range(world_size):
-        loader = train_loader(
-            dataset, batch_size=batch_size, world_size=world_size, accumulate=accumulate, rank=rank
-        )
+        loader = train_loader(dataset, batch_size=batch_size, world_size=world_size, accumulate=accumulate, rank=rank)
         assert loader.iterations_per_epoch == 3
         ranks.append([raw.to("cpu") for raw in loader.batches(0, 7)])
         assert len(ranks[-1]) == 7 * accumulate
@@ -103,9 +101,7 @@ def test_a_resume_continues_the_stream_and_loads_nothing_of_before(
     whole = [facts(raw) for raw in train_loader(dataset).batches(0, 13)]
     loaded = []
     picture = CocoDataset.picture
-    monkeypatch.setattr(
-        CocoDataset, "picture", lambda self, index: (loaded.append(index), picture(self, index))[1]
-    )
+    monkeypatch.setattr(CocoDataset, "picture", lambda self, index: (loaded.append(index), picture(self, index))[1])
     assert [facts(raw) for raw in train_loader(dataset).batches(first, 13)] == whole[first:]
     assert len(loaded) == 2 * (13 - first)
 

@@ -34,9 +34,7 @@ def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 50}])
-def test_colour_jpegs_equal_pillows_pixels(
-    tmp_path: Path, photo: np.ndarray, decoder: str, options: dict
-) -> None:
+def test_colour_jpegs_equal_pillows_pixels(tmp_path: Path, photo: np.ndarray, decoder: str, options: dict) -> None:
     file = tmp_path / "a.jpg"
     noise = np.random.default_rng(0).integers(-20, 20, photo.shape)
     Image.fromarray(np.clip(photo + noise, 0, 255).astype(np.uint8)).save(file, **options)
@@ -66,9 +64,7 @@ def test_grey_gets_three_equal_channels(tmp_path: Path, photo: np.ndarray, decod
 def test_black_and_white_becomes_0_and_255(tmp_path: Path, photo: np.ndarray) -> None:
     mask = photo[..., 0] > 100
     Image.fromarray(mask).convert("1").save(tmp_path / "a.png")
-    assert np.array_equal(
-        read_image(tmp_path / "a.png"), np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
-    )
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))
 
 
 @pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128, 255])])

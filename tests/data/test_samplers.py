@@ -70,9 +70,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len({tuple(order) for order in orders}) == 9
 
 
-CASES = [
-    run for run in json.loads((REFERENCE / "batch_sampler.json").read_text())["runs"] if not run["drop_last"]
-]
+CASES = [run for run in json.loads((REFERENCE / "batch_sampler.json").read_text())["runs"] if not run["drop_last"]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"batch{case['batch_size']}")
