@@ -1,6 +1,7 @@
 """Images and annotations to batches. Knows nothing of models, loops or schedules."""
 
 from data.batches import DeviceBatch, RawBatch, assemble
+from data.checks import check_annotations, check_pair, check_split
 from data.coco import NO_CLASS, AnnotationError, CocoAnnotations, read_coco
 from data.dataset import CocoDataset, DatasetError
 from data.findings import Finding
@@ -30,6 +31,9 @@ __all__ = [
     "ShapesError",
     "TrainLoader",
     "assemble",
+    "check_annotations",
+    "check_pair",
+    "check_split",
     "coco_layout",
     "hash_key",
     "make_shapes",

@@ -5,16 +5,18 @@ them.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
 
 import numpy as np
 
 from data.coco_records import AnnotationError, Records, parse_coco
-from data.findings import Finding, examples
+from data.findings import MAX_PLACES, Finding, Severity, examples
 
 NO_CLASS = -1
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,14 @@ class CocoAnnotations:
         """The rows of the annotation arrays that belong to image `index`."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
+    def place(self, index: int) -> str:
+        """Image `index` for a message: file name and id."""
+        return f"{self.file_name(index)} (image id {self.image_ids[index]})"
+
+    def images_finding(self, severity: Severity, code: str, text: str, indices: Sequence[int] | np.ndarray) -> Finding:
+        """A finding about these images (indices, not ids), the first of them named."""
+        return Finding(severity, code, text, len(indices), tuple(self.place(int(i)) for i in indices[:MAX_PLACES]))
+
     def training_view(self, *, filter_empty: bool = True, min_size: int = 32) -> "CocoAnnotations":
         """The images and annotations that are trained on, by MMDetection 3.3's rules
         (CocoDataset.parse_data_info and filter_data).
@@ -109,25 +119,21 @@ class CocoAnnotations:
         findings = list(self.findings)
         keep = np.ones(self.num_boxes, dtype=bool)
         for code, text, faulty in faults:
-            left_out = keep & faulty
-            if left_out.any():
-                count = int(left_out.sum())
-                named = examples(self.annotation_ids[left_out][:10], count)
-                text = f"{self.source}: {count:,} annotations {text} are not trained on (ids {named})"
-                findings.append(Finding("info", code, text, count))
+            if (keep & faulty).any():
+                text = f"{self.source}: annotations {text} are not trained on"
+                findings.append(_left_out("info", code, text, self.annotation_ids, keep & faulty))
             keep &= ~faulty
 
         keep_image = np.minimum(self.widths, self.heights) >= min_size
         if not keep_image.all():
-            count = int((~keep_image).sum())
-            text = f"{self.source}: {count:,} images with a side below {min_size} pixels are not trained on"
-            findings.append(Finding("info", "small-image", text, count))
+            text = f"{self.source}: images with a side below {min_size} pixels are not trained on"
+            findings.append(self.images_finding("info", "small-image", text, np.flatnonzero(~keep_image)))
         if filter_empty:
             has_class = np.bincount(image_indices[self.labels != NO_CLASS], minlength=len(self)) > 0
-            if (keep_image & ~has_class).any():
-                count = int((keep_image & ~has_class).sum())
-                text = f"{self.source}: {count:,} images without an annotation are not trained on"
-                findings.append(Finding("info", "image-without-annotation", text, count))
+            empty = np.flatnonzero(keep_image & ~has_class)
+            if len(empty):
+                text = f"{self.source}: images without an annotation are not trained on"
+                findings.append(self.images_finding("info", "image-without-annotation", text, empty))
             keep_image &= has_class
         return replace(self._select(keep_image, keep), findings=tuple(findings))
 
@@ -181,12 +187,7 @@ def read_coco(
     """
     path = Path(file)
     content = parse_coco(path)
-    for section in ("images", "categories"):
-        if not content.get(section):
-            raise AnnotationError(
-                f'{path}: has no "{section}". Expected COCO\'s format, an object of "images", "annotations" '
-                'and "categories": is this the right file?'
-            )
+    _require_sections(path, content)
     category_ids, names, label_of_category = _read_categories(
         Records(path, "categories", content.pop("categories")), class_names, allow_other_categories
     )
@@ -228,6 +229,53 @@ def read_coco(
     )
 
 
+def find_fatal(file: str | Path) -> list[Finding]:
+    """Why read_coco refuses `file`: the first fault of every column, not only of the first faulty one. Empty for a
+    file that it reads.
+    """
+    path = Path(file)
+    messages: list[str] = []
+
+    def attempt(function: Callable[..., _T], *arguments: Any) -> _T | None:
+        try:
+            return function(*arguments)
+        except AnnotationError as error:
+            messages.append(str(error))
+            return None
+
+    content = attempt(parse_coco, path)
+    if content is not None:
+        attempt(_require_sections, path, content)
+        if categories := attempt(Records, path, "categories", content.get("categories") or []):
+            attempt(_read_categories, categories, None, False)
+            category_ids = attempt(categories.unique_integers, "id")
+        if images := attempt(Records, path, "images", content.get("images") or []):
+            image_ids = attempt(images.unique_integers, "id")
+            for function, key in ((images.sides, "width"), (images.sides, "height")):
+                attempt(function, key)
+            attempt(_read_file_names, images)
+        if annotations := attempt(Records, path, "annotations", content.get("annotations", [])):
+            attempt(annotations.unique_integers, "id")
+            if images and image_ids is not None:
+                attempt(_places, annotations, "image_id", image_ids, "images")
+            if categories and category_ids is not None:
+                attempt(_places, annotations, "category_id", category_ids, "categories")
+            attempt(annotations.boxes, "bbox")
+            attempt(annotations.areas, "area")
+            attempt(annotations.flags, "iscrowd")
+            attempt(annotations.flags, "ignore")
+    return [Finding("error", "unusable-annotations", text.rstrip(".")) for text in dict.fromkeys(messages)]
+
+
+def _require_sections(path: Path, content: dict[str, Any]) -> None:
+    for section in ("images", "categories"):
+        if not content.get(section):
+            raise AnnotationError(
+                f'{path}: has no "{section}". Expected COCO\'s format, an object of "images", "annotations" and '
+                '"categories": is this the right file?'
+            )
+
+
 def _read_categories(
     records: Records, wanted: Sequence[str] | None, allow_other: bool
 ) -> tuple[tuple[int, ...], tuple[str, ...], dict[int, int]]:
@@ -256,9 +304,7 @@ def _read_categories(
                 f"{' and '.join(problems)}. Give all files of a run the same category names (ids may differ)."
             )
         class_ids = [id_of[name] for name in wanted]
-    labels = dict.fromkeys(ids, NO_CLASS) | {
-        category_id: label for label, category_id in enumerate(class_ids)
-    }
+    labels = dict.fromkeys(ids, NO_CLASS) | {category_id: label for label, category_id in enumerate(class_ids)}
     return tuple(class_ids), tuple(name_of[i] for i in class_ids), labels
 
 
@@ -300,21 +346,20 @@ def _reading_findings(
     """Remarks on what the packed arrays no longer show."""
     findings = []
     for faulty, code, text in (
-        (area_absent, "no-area", 'annotations have no "area": the area of the box stands in (ids {})'),
-        (
-            without_rle,
-            "crowd-without-rle",
-            "crowd annotations have no run-length mask: the box stands in (ids {})",
-        ),
+        (area_absent, "no-area", 'annotations have no "area", for which the area of the box stands in'),
+        (without_rle, "crowd-without-rle", "crowd annotations have no run-length mask, for which the box stands in"),
     ):
         if faulty.any():
-            count = int(faulty.sum())
-            named = examples(annotation_ids[faulty][:10], count)
-            findings.append(Finding("warning", code, f"{path}: {count:,} {text.format(named)}", count))
+            findings.append(_left_out("warning", code, f"{path}: {text}", annotation_ids, faulty))
     if (annotation_ids == 0).any():
-        text = f"{path}: annotation id 0, which plain pycocotools takes for unmatched, counts like any other"
+        text = f"{path}: annotation id 0, which plain pycocotools takes for unmatched, counts like any other here"
         findings.append(Finding("info", "annotation-id-0", text))
     return tuple(findings)
+
+
+def _left_out(severity: Severity, code: str, text: str, annotation_ids: np.ndarray, faulty: np.ndarray) -> Finding:
+    ids = annotation_ids[faulty]
+    return Finding(severity, code, text, len(ids), tuple(f"annotation id {i}" for i in ids[:MAX_PLACES].tolist()))
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

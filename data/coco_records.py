@@ -61,13 +61,9 @@ class Records:
             index = int(np.argmax(bad))
             others = int(bad.sum()) - 1
             more = f" ({others:,} more like it)" if others else ""
-            self.fail(
-                index, f'"{key}" is {reprlib.repr(self._records[index].get(key))}, {problem}{more}', remedy
-            )
+            self.fail(index, f'"{key}" is {reprlib.repr(self._records[index].get(key))}, {problem}{more}', remedy)
 
-    def column(
-        self, key: str, types: set[type], expected: str, remedy: str, default: Any = _MISSING
-    ) -> list[Any]:
+    def column(self, key: str, types: set[type], expected: str, remedy: str, default: Any = _MISSING) -> list[Any]:
         """The values under `key`, each of one of exactly these types (so bool is not int)."""
         if default is _MISSING:
             try:
@@ -80,7 +76,9 @@ class Records:
         found = set(map(type, values))
         if not found <= types:
             index = next(i for i, value in enumerate(values) if type(value) not in types)
+            others = sum(type(value) not in types for value in values) - 1
             mixed = f" (the file mixes {_names(found)})" if len(found) > 1 else ""
+            mixed += f" ({others:,} more like it)" if others else ""
             shown = f"{reprlib.repr(values[index])}, {_kind(values[index])}"
             self.fail(index, f'"{key}" is {shown}, expected {expected}{mixed}', remedy)
         return values
@@ -169,9 +167,7 @@ class Records:
             return np.array(values, dtype=np.float64)
         except OverflowError:  # an integer of more than 308 digits
             place = next(i for i, value in enumerate(values) if type(value) is int and abs(value) > 2**1000)
-            self.fail(
-                place // per_record, f'"{key}" holds a number of {len(str(values[place]))} digits', remedy
-            )
+            self.fail(place // per_record, f'"{key}" holds a number of {len(str(values[place]))} digits', remedy)
 
 
 def parse_coco(path: Path) -> dict[str, Any]:
@@ -189,9 +185,7 @@ def parse_coco(path: Path) -> dict[str, Any]:
             f"{path}: not UTF-8 text (byte {error.start}). Give the annotation file, JSON in UTF-8."
         ) from None
     except (OSError, ValueError) as error:
-        raise AnnotationError(
-            f"{path}: cannot be read: {error}. Check the path and its permissions."
-        ) from None
+        raise AnnotationError(f"{path}: cannot be read: {error}. Check the path and its permissions.") from None
     try:
         with _without_garbage_collection():
             content = json.loads(text, object_hook=_without_polygons)
@@ -203,9 +197,7 @@ def parse_coco(path: Path) -> dict[str, Any]:
             "A file that ends early was not downloaded or written in full: fetch or export it again."
         ) from None
     except ValueError as error:  # an integer longer than Python is willing to convert
-        raise AnnotationError(
-            f"{path}: holds a number that cannot be read: {error}. Export it again."
-        ) from None
+        raise AnnotationError(f"{path}: holds a number that cannot be read: {error}. Export it again.") from None
     if type(content) is not dict:
         raise AnnotationError(
             f'{path}: holds {_kind(content)}, expected an object of "images", "annotations", "categories". '

@@ -7,41 +7,39 @@ from typing import Any, Literal
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 NUM_EXAMPLES = 5
+MAX_PLACES = 1000  # named per finding; the rest is counted
 
 
 @dataclass(frozen=True)
 class Finding:
     """One kind of fault of one file, with the number of times it occurs.
 
-    severity: "error" (would break or bias training or its figures), "warning" (handled, but worth a look) or
-    "info". code: stable identifier such as "box-outside-image". text: one line that names file, ids and
-    remedy.
+    severity: "error" (breaks or biases training or its figures), "warning" (handled, but worth a look) or
+    "info". code: stable identifier such as "box-outside-image". text: one line that names the file and the
+    remedy. places: where it occurs, with ids; not all of them where there are very many (count has them all).
     """
 
     severity: Severity
     code: str
     text: str
     count: int = 1
+    places: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.severity}: {self.text} [{self.code}]"
+        times = f" ({self.count:,} times)" if self.count > 1 else ""
+        where = f": {examples(self.places, self.count)}" if self.places else ""
+        return f"{self.severity}: {self.text}{times}{where} [{self.code}]"
 
 
 def examples(values: Iterable[Any], total: int | None = None) -> str:
-    """The first few of `values` as text: "3, 7, 12 and 40 more"."""
-    shown: list[str] = []
-    seen = 0
-    for value in values:
-        seen += 1
-        if len(shown) < NUM_EXAMPLES:
-            shown.append(str(value))
-        elif total is not None:
-            break
-    rest = (seen if total is None else total) - len(shown)
-    return ", ".join(shown) + (f" and {rest:,} more" if rest > 0 else "")
+    """The first few of `values` as text: "3, 7, 12 and 40 more"; total counts those that `values` leaves out."""
+    values = list(values)
+    shown = values[:NUM_EXAMPLES]
+    rest = (len(values) if total is None else total) - len(shown)
+    return ", ".join(map(str, shown)) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def by_severity(findings: Sequence[Finding]) -> list[Finding]:

@@ -1,0 +1,148 @@
+"""Lists the faults of a COCO-format data set, with file, id and remedy.
+
+Exit status: 0 when nothing was found that breaks or biases training, 1 when something was, 2 for a wrong command.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+import checkout  # noqa: F401
+from data.checks import check_pair, check_split
+from data.coco import AnnotationError, CocoAnnotations, find_fatal, read_coco
+from data.findings import MAX_PLACES, SEVERITIES, Finding, by_severity
+from data.image_checks import ImageFacts, check_images, check_leaks, inspect_images
+from data.layout import standard_layout
+
+
+@dataclass
+class Split:
+    """A split under test, and what was found of it."""
+
+    name: str
+    images: Path
+    file: Path
+    findings: list[Finding] = field(default_factory=list)
+    annotations: CocoAnnotations | None = None
+    facts: list[ImageFacts] | None = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parse(argv)
+    splits = _splits(arguments)
+    for split in splits:
+        _check(split, arguments)
+    between: list[Finding] = []
+    if len(splits) == 2:
+        train, val = splits
+        if train.annotations is not None and val.annotations is not None:
+            between += check_pair(train.annotations, val.annotations, train.images, val.images)
+            if train.facts is not None and val.facts is not None:
+                between += check_leaks(train.annotations, val.annotations, train.facts, val.facts)
+
+    findings = {split.name: split.findings for split in splits} | {"between": between}
+    for name, found in findings.items():
+        for finding in by_severity(found):
+            _print(name, finding, arguments.places)
+    print(summary(splits, findings))
+    if arguments.json is not None:
+        content = {name: [finding.to_dict() for finding in found] for name, found in findings.items()}
+        arguments.json.write_text(json.dumps(content, indent=1))
+    return int(any(finding.severity == "error" for found in findings.values() for finding in found))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", type=Path, help="a set in COCO's standard layout (default: datasets/coco)")
+    for split in ("train", "val"):
+        parser.add_argument(f"--{split}-images", type=Path, metavar="DIR", help=f"images of the {split} split")
+        parser.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="its COCO annotation file")
+    parser.add_argument("--fast", action="store_true", help="do not open the images (seconds, also for all of COCO)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one a core)")
+    parser.add_argument("--places", type=int, default=10, metavar="N", help="places shown per finding (default: 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"write the findings, up to {MAX_PLACES} places each")
+    arguments = parser.parse_args(argv)
+    given = [(arguments.train_images, arguments.train_annotations), (arguments.val_images, arguments.val_annotations)]
+    for images, file in given:
+        if (images is None) != (file is None):
+            parser.error("images and annotations of a split go together: --train-images with --train-annotations")
+    if arguments.data_path is not None and any(file is not None for _, file in given):
+        parser.error("give either --data-path or the files of the splits")
+    return arguments
+
+
+def _splits(arguments: argparse.Namespace) -> list[Split]:
+    if arguments.train_annotations is None and arguments.val_annotations is None:
+        layout = standard_layout(arguments.data_path or Path("datasets/coco"))
+        return [
+            Split("train", layout.train_images, layout.train_annotations),
+            Split("val", layout.val_images, layout.val_annotations),
+        ]
+    splits = []
+    if arguments.train_annotations is not None:
+        splits.append(Split("train", arguments.train_images, arguments.train_annotations))
+    if arguments.val_annotations is not None:
+        splits.append(Split("val", arguments.val_images, arguments.val_annotations))
+    return splits
+
+
+def _check(split: Split, arguments: argparse.Namespace) -> None:
+    try:
+        split.annotations = read_coco(split.file)
+    except AnnotationError:
+        split.findings = find_fatal(split.file)
+        return
+    split.findings = check_split(split.annotations, split.images, training=split.name == "train")
+    if arguments.fast or not split.images.is_dir():
+        return
+    with tqdm(total=len(split.annotations), desc=f"{split.name} images", unit="img", disable=None) as bar:
+        split.facts = inspect_images(split.annotations, split.images, workers=arguments.workers, progress=bar.update)
+    split.findings += check_images(split.annotations, split.images, split.facts)
+
+
+def _print(name: str, finding: Finding, num_places: int) -> None:
+    print(f"{finding.severity.upper()} [{name}: {finding.code}] {finding.text}.")
+    for place in finding.places[:num_places]:
+        print(f"    {place}")
+    rest = finding.count - min(num_places, len(finding.places))
+    if finding.places and rest > 0:
+        print(f"    and {rest:,} more")
+
+
+def summary(splits: Sequence[Split], findings: dict[str, list[Finding]]) -> str:
+    """The table at the end: what each split holds, and how often each fault occurs."""
+    lines = [""]
+    for split in splits:
+        if split.annotations is None:
+            lines.append(f"{split.name:<8}{split.file}: cannot be read")
+            continue
+        annotations = split.annotations
+        looked = "images decoded" if split.facts is not None else "images not opened"
+        lines.append(
+            f"{split.name:<8}{len(annotations):,} images, {annotations.num_boxes:,} annotations "
+            f"({int(annotations.crowd.sum()):,} crowd), {len(annotations.class_names)} classes; {looked}"
+        )
+    found = {(finding.severity, finding.code) for group in findings.values() for finding in group}
+    if not found:
+        return "\n".join([*lines, "", "No faults found."])
+    width = max(len(code) for _, code in found) + 2
+    lines += ["", f"{'severity':<10}{'fault':<{width}}" + "".join(f"{name:>10}" for name in findings)]
+    for severity, code in sorted(found, key=lambda key: (SEVERITIES.index(key[0]), key[1])):
+        counts = [
+            sum(f.count for f in group if (f.severity, f.code) == (severity, code)) for group in findings.values()
+        ]
+        lines.append(f"{severity:<10}{code:<{width}}" + "".join(f"{count or '-':>10}" for count in counts))
+    num_errors = sum(finding.severity == "error" for group in findings.values() for finding in group)
+    verdict = "Nothing stands in the way of training."
+    if num_errors:
+        verdict = f"Errors of {num_errors} kinds would break or bias training."
+    return "\n".join([*lines, "", verdict])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
