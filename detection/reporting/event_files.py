@@ -19,7 +19,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _MARK = "tfevents."  # TensorBoard takes every file with this in its name; temporary files must not have it
-_TEMPORARY = "merged-events.tmp"
+_TEMPORARY = "events-being-cut.tmp"
 
 
 @dataclass
@@ -72,58 +72,53 @@ def framed(event: Event) -> bytes:
 def cut_event_files(directory: Path, *, first_iteration: int, val_from: int) -> EventHistory:
     """Removes from disk every point that the resumed run will write again, and returns what is left.
 
-    Values whose tag starts with "val/" go from step val_from on, all others from step first_iteration on;
-    so does a value whose step its tag has already passed. What is left is put into one file under the
-    oldest file's name, written beside it and renamed. Killed between the renaming and the removal of the
-    other files, the run finds points doubled at its next resume, and drops them by the same rule.
+    Values whose tag starts with "val/" go from step val_from on, all others from step first_iteration on; so
+    does a value whose step its tag has already passed, and a torn last record. Each file keeps its name, for
+    a TensorBoard that is open meanwhile goes on from the file that it has come to; it is written anew beside the
+    old one and renamed, so that a kill leaves the one or the other.
     """
-    (directory / _TEMPORARY).unlink(missing_ok=True)
-    files = event_files(directory)
+    temporary = directory / _TEMPORARY
+    temporary.unlink(missing_ok=True)
     history = EventHistory()
-    if not files:
-        return history
-    merged = directory / _TEMPORARY
-    num_kept = 0
-    with merged.open("wb") as output:
-        for number, path in enumerate(files):
-            for record in _kept(path, history, first_iteration, val_from, keep_version=number == 0):
+    for number, path in enumerate(event_files(directory)):
+        with temporary.open("wb") as output:
+            for record in _kept(path, history, first_iteration, val_from, keep_start=number == 0):
                 output.write(record)
-                num_kept += 1
-        output.flush()
-        os.fsync(output.fileno())
-    if history.last_steps:
-        target = directory / _name_before_now(files[0].name)
-        merged.replace(target)
-        files = [path for path in files if path != target]
-    else:
-        merged.unlink()
-    for path in files:
-        path.unlink()
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            output.flush()
+            os.fsync(output.fileno())
+        if temporary.stat().st_size == path.stat().st_size:  # nothing was left out
+            temporary.unlink()
+        else:
+            temporary.replace(path)
+    _put_before_now(event_files(directory))
+    if directory.is_dir():
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     return history
 
 
 def _kept(
-    path: Path, history: EventHistory, first_iteration: int, val_from: int, *, keep_version: bool
+    path: Path, history: EventHistory, first_iteration: int, val_from: int, *, keep_start: bool
 ) -> Iterator[bytes]:
+    """The records of a file that stay. Its version stays; of the session marks only the one that began the run.
+
+    The marks of later starts tell a reader to forget what is past their step. In files that have been cut they
+    have nothing left to say.
+    """
     for record in read_records(path):
         try:
             event = parse_record(record)
         except DecodeError:
             return
         kind = event.WhichOneof("what")
-        if kind == "file_version" and keep_version:
-            keep_version = False
+        if kind == "file_version" or (kind == "session_log" and keep_start):
             yield record
-        # Other versions and the session marks of earlier resumes say "forget what is past my step" to a
-        # reader. In a file that has been cut they have nothing left to say, and read late they would take
-        # good points away.
         if kind != "summary":
             continue
+        keep_start = False
         values = [v for v in event.summary.value if _is_kept(v.tag, event.step, history, first_iteration, val_from)]
         history.num_dropped += len(event.summary.value) - len(values)
         for value in values:
@@ -143,16 +138,17 @@ def _is_kept(tag: str, step: int, history: EventHistory, first_iteration: int, v
     return history.last_steps.get(tag, -1) < step < limit
 
 
-def _name_before_now(name: str) -> str:
-    """The file's name, its time moved back where it would not sort before a file begun now.
+def _put_before_now(files: list[Path]) -> None:
+    """Moves the times in the files' names back where they would not sort before a file begun now.
 
-    TensorBoard reads a run's files in the order of the whole seconds in their names, and takes a step that
-    goes backwards for a restart. A resume within the same second, or on a machine whose clock is behind,
-    must not look so.
+    TensorBoard reads a run's files in the order of the whole seconds in their names, and takes a step that goes
+    backwards for a restart. A resume within the same second, or on a machine whose clock is behind, must not
+    look so. The order among the files stays, also between two renamings.
     """
-    head, _, tail = name.partition(_MARK)
-    seconds, dot, rest = tail.partition(".")
     now = int(time.time())
-    if not seconds.isdigit() or int(seconds) < now:
-        return name
-    return f"{head}{_MARK}{now - 1:010d}{dot}{rest}"
+    for number, path in enumerate(files):
+        head, _, tail = path.name.partition(_MARK)
+        seconds, dot, rest = tail.partition(".")
+        latest = now - len(files) + number
+        if seconds.isdigit() and int(seconds) > latest:
+            path.rename(path.with_name(f"{head}{_MARK}{latest:010d}{dot}{rest}"))

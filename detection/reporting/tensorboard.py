@@ -73,9 +73,9 @@ class TensorBoardLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.first_iteration = first_iteration
         self.history = cut_event_files(self.directory, first_iteration=first_iteration, val_from=val_from)
-        # The restart mark is for a TensorBoard that is open now and holds the removed points in its memory.
-        purge_step = first_iteration if self.history.last_steps or self.history.num_dropped else None
-        self._writer = SummaryWriter(str(self.directory), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
+        # The start marks (purge_step) are for a TensorBoard that is open now and holds the removed points in its
+        # memory; it takes the first one that it meets for the run's beginning and heeds the later ones.
+        self._writer = SummaryWriter(str(self.directory), purge_step=first_iteration, flush_secs=FLUSH_SECONDS)
         self._file_writer = self._writer._get_file_writer()
         if not self.has(_LAYOUT_TAG):
             self._write(summaries.custom_scalars(_LAYOUT), first_iteration)

@@ -3,12 +3,16 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import (
+    EventAccumulator as PluginEventAccumulator,
+)
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from detection.reporting import TensorBoardLog
@@ -144,11 +148,10 @@ def test_a_resume_from_the_very_start_leaves_nothing_of_before(tmp_path):
     assert_one_whole_run(tmp_path, 30)
 
 
-def test_the_event_files_of_a_run_stay_few(tmp_path):
-    for resumed_at in range(0, 60, 10):
+def test_twelve_resumes_in_a_row_keep_the_order_of_the_files(tmp_path):
+    for resumed_at in range(0, 120, 10):
         write_segment(tmp_path, resumed_at, resumed_at + 10).close()
-    assert len(event_files(tmp_path)) == 2
-    assert_one_whole_run(tmp_path, 60)
+    assert_one_whole_run(tmp_path, 120)
 
 
 @pytest.mark.parametrize("num_bytes_lost", [1, 4, 9, 40])
@@ -180,26 +183,61 @@ def test_a_last_record_whose_data_never_reached_the_disk_is_removed(tmp_path):
     assert_one_whole_run(tmp_path, 30)
 
 
-def test_points_doubled_by_a_kill_while_files_were_merged_are_dropped(tmp_path):
-    write_segment(tmp_path, 0, 12).close()
-    (first,) = event_files(tmp_path)
-    write_segment(tmp_path, 12, 20).close()
-    first, second = event_files(tmp_path)
-    first.write_bytes(first.read_bytes() + second.read_bytes())  # merged and renamed; the second not yet removed
-    (tmp_path / "merged-events.tmp").write_bytes(b"half a merge")
+def test_a_kill_while_the_files_were_cut_leaves_nothing_behind(tmp_path, monkeypatch):
+    write_segment(tmp_path, 0, 25).close()
+    write_segment(tmp_path, 20, 37).close()
+    before = steps_on_disk(tmp_path)
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        TensorBoardLog(tmp_path, first_iteration=13, val_from=13)
+    monkeypatch.undo()
+    assert steps_on_disk(tmp_path) == before
+    write_segment(tmp_path, 13, 40).close()
+    assert_one_whole_run(tmp_path, 40)
+    assert [path for path in tmp_path.iterdir() if "tfevents" not in path.name] == []
+
+
+def test_points_that_are_there_twice_are_dropped(tmp_path):
+    write_segment(tmp_path, 0, 20).close()
+    (path,) = event_files(tmp_path)
+    copy = path.with_name(path.name + ".copy")
+    copy.write_bytes(path.read_bytes())
     write_segment(tmp_path, 20, 30).close()
     assert_one_whole_run(tmp_path, 30)
-    assert not (tmp_path / "merged-events.tmp").exists()
 
 
 def test_a_clock_that_went_back_does_not_put_the_resumed_part_first(tmp_path):
-    write_segment(tmp_path, 0, 20).close()
-    (path,) = event_files(tmp_path)
-    fields = path.name.split(".")
-    fields[3] = f"{int(fields[3]) + 3600:010d}"
-    path.rename(tmp_path / ".".join(fields))
-    write_segment(tmp_path, 20, 30).close()
-    assert_one_whole_run(tmp_path, 30)
+    for resumed_at in (0, 20, 40):
+        write_segment(tmp_path, resumed_at, resumed_at + 20).close()
+        for path in reversed(event_files(tmp_path)):
+            fields = path.name.split(".")
+            fields[3] = f"{int(fields[3]) + 3600:010d}"
+            path.rename(tmp_path / ".".join(fields))
+    write_segment(tmp_path, 60, 80).close()
+    assert_one_whole_run(tmp_path, 80)
+
+
+def test_a_tensorboard_that_is_open_forgets_what_a_resume_took_back(tmp_path, monkeypatch):
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 5 * len(event_files(tmp_path)))  # resumes come seconds apart
+    open_reader = PluginEventAccumulator(str(tmp_path), tensor_size_guidance={"scalars": 0})
+
+    def shown_steps():
+        open_reader.Reload()
+        return [tensor.step for tensor in open_reader.Tensors("train/lr")]
+
+    write_segment(tmp_path, 0, 25)
+    assert shown_steps() == list(range(25))
+    write_segment(tmp_path, 20, 30)
+    assert shown_steps() == list(range(30))
+    write_segment(tmp_path, 13, 27)
+    assert shown_steps() == list(range(27))
+    write_segment(tmp_path, 25, 40)
+    assert shown_steps() == list(range(40))
 
 
 def test_a_text_that_changed_on_resume_is_shown_beside_the_old_one(tmp_path):
