@@ -9,11 +9,10 @@ of metadata classes of a few known packages, and refuses every other name.
 from __future__ import annotations
 
 import pickle
-import zipfile
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -51,6 +50,7 @@ INERT_NAMES = {
     *("builtins.getattr", "builtins.object", "builtins.slice", "builtins.range", "builtins.complex"),
     *("builtins.bytearray", "builtins.frozenset", "builtins.list", "builtins.dict", "builtins.tuple"),
     *("builtins.int", "builtins.float", "builtins.bool", "builtins.str", "builtins.bytes"),
+    *("builtins.long", "builtins.unicode"),  # Python 2's, which protocol 2 writes
     *("collections.defaultdict", "collections.deque", "collections.Counter", "copyreg._reconstructor"),
 }
 TENSOR_FUNCTIONS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"}
@@ -113,19 +113,20 @@ class RestrictedUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {full}, which no weight file needs")
 
 
-def _load_restricted(file: IO[bytes], **kwargs: Any) -> Any:
-    return RestrictedUnpickler(file, **kwargs).load()
+class _RestrictedPickle:
+    """What torch.load expects of the pickle module."""
+
+    Unpickler = RestrictedUnpickler
+
+    @staticmethod
+    def load(file: IO[bytes], **kwargs: Any) -> Any:
+        return RestrictedUnpickler(file, **kwargs).load()
 
 
-# What torch.load wants of a pickle module.
-_restricted_pickle = SimpleNamespace(
-    Unpickler=RestrictedUnpickler, load=_load_restricted, UnpicklingError=pickle.UnpicklingError
-)
-
+_ZIP = b"PK"
+_PICKLE = b"\x80"
 # First bytes of the files that torch.save wrote before version 1.6 (its magic number, pickled).
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_PICKLE = b"\x80"
-_ZIP = b"PK"
 # What the readers raise, besides UnpicklingError, over bytes that are not what they should be.
 _DAMAGE = (
     RuntimeError,
@@ -151,14 +152,12 @@ def read_weight_file(path: Path, map_location: str | torch.device = "cpu") -> An
     with path.open("rb") as file:
         start = file.read(len(_LEGACY_TORCH))
     try:
-        if zipfile.is_zipfile(path) or start == _LEGACY_TORCH:
+        if start.startswith(_ZIP) or start == _LEGACY_TORCH:
             return _read_torch(path, map_location)
         if start.startswith(_PICKLE):
             with path.open("rb") as file:
                 # Detectron2's model zoo was written by Python 2, whose strings are latin1 to numpy.
                 return RestrictedUnpickler(file, encoding="latin1").load()
-        if start.startswith(_ZIP):
-            raise EOFError("its end is missing")
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} was not read, and nothing in it was executed: {error}. If you trust it, load it "
@@ -172,9 +171,11 @@ def read_weight_file(path: Path, map_location: str | torch.device = "cpu") -> An
 
 
 def _read_torch(path: Path, map_location: str | torch.device) -> Any:
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        # Metadata that torch does not know. Its general reader then runs on top of our unpickler, which
-        # decides about every name in the file. (torch accepts another unpickler only without weights_only.)
-        return torch.load(path, map_location, pickle_module=_restricted_pickle, weights_only=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about unusual pickle protocols and TorchScript; what fails is an error here
+        try:
+            return torch.load(path, map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            # Metadata that torch does not know. Its general reader then runs on top of our unpickler, which decides
+            # about every name in the file. (torch accepts another unpickler only without weights_only.)
+            return torch.load(path, map_location, pickle_module=_RestrictedPickle, weights_only=False)
