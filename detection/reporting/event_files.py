@@ -118,7 +118,6 @@ def _kept(
             yield record
         if kind != "summary":
             continue
-        keep_start = False
         values = [v for v in event.summary.value if _is_kept(v.tag, event.step, history, first_iteration, val_from)]
         history.num_dropped += len(event.summary.value) - len(values)
         for value in values:

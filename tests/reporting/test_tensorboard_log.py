@@ -173,12 +173,14 @@ def test_rubbish_after_the_last_record_is_removed(tmp_path, tail):
     assert_one_whole_run(tmp_path, 30)
 
 
-def test_a_last_record_whose_data_never_reached_the_disk_is_removed(tmp_path):
+def test_a_last_record_with_a_wrong_checksum_is_not_read(tmp_path):
     write_segment(tmp_path, 0, 25).close()
     (path,) = event_files(tmp_path)
+    num_records = len(list(read_records(path)))
     content = bytearray(path.read_bytes())
-    content[-30:-4] = bytes(26)
+    content[-8] ^= 1  # in a value: the message can still be parsed
     path.write_bytes(content)
+    assert len(list(read_records(path))) == num_records - 1
     write_segment(tmp_path, 20, 30).close()
     assert_one_whole_run(tmp_path, 30)
 
@@ -219,6 +221,17 @@ def test_a_clock_that_went_back_does_not_put_the_resumed_part_first(tmp_path):
             path.rename(tmp_path / ".".join(fields))
     write_segment(tmp_path, 60, 80).close()
     assert_one_whole_run(tmp_path, 80)
+
+
+def test_files_from_machines_with_clocks_ahead_keep_their_order(tmp_path):
+    now = int(time.time())
+    hosts = {now - 50: "c", now + 100: "b", now + 200: "a"}
+    for seconds, host in hosts.items():
+        write_segment(tmp_path / host, 0, 1).close()
+        (path,) = event_files(tmp_path / host)
+        path.rename(tmp_path / f"events.out.tfevents.{seconds:010d}.{host}.1.0")
+    TensorBoardLog(tmp_path, first_iteration=5, val_from=5).close()
+    assert [path.name.split(".")[4] for path in event_files(tmp_path)[:3]] == ["c", "b", "a"]
 
 
 def test_a_tensorboard_that_is_open_forgets_what_a_resume_took_back(tmp_path, monkeypatch):
