@@ -59,17 +59,11 @@ class AnchorGenerator:
                 stride_y, stride_x = padded_size[0] // height, padded_size[1] // width
             else:
                 stride_y = stride_x = config.anchor_strides[level]
-            y, x = torch.meshgrid(
-                torch.arange(height) * stride_y, torch.arange(width) * stride_x, indexing="ij"
-            )
-            base = base_anchors(
-                config.anchor_sizes[level], config.anchor_ratios, rounded=config.round_anchors
-            )
+            y, x = torch.meshgrid(torch.arange(height) * stride_y, torch.arange(width) * stride_x, indexing="ij")
+            base = base_anchors(config.anchor_sizes[level], config.anchor_ratios, rounded=config.round_anchors)
             corners = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4).float()
             boxes.append((corners + base).reshape(-1, 4))
-            cells.append(
-                torch.stack((y, x), dim=-1).reshape(-1, 1, 2).float().expand(-1, len(base), 2).reshape(-1, 2)
-            )
+            cells.append(torch.stack((y, x), dim=-1).reshape(-1, 1, 2).float().expand(-1, len(base), 2).reshape(-1, 2))
         return AnchorGrid(
             torch.cat(boxes).to(device), torch.cat(cells).to(device), tuple(len(level) for level in boxes)
         )

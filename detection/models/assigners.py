@@ -75,9 +75,7 @@ class MaxIoUAssigner:
                 # A box without any usable candidate has -1 everywhere, below every threshold.
                 is_best = (iou == best_of_box) & (best_of_box >= self.low_quality_iou)
                 indices = torch.arange(start, stop, device=device)[:, None]
-                low_quality_index = torch.maximum(
-                    low_quality_index, torch.where(is_best, indices, -1).amax(dim=1)
-                )
+                low_quality_index = torch.maximum(low_quality_index, torch.where(is_best, indices, -1).amax(dim=1))
 
         kind = torch.full(shape, IGNORED, dtype=torch.int64, device=device)
         kind.masked_fill_(best_iou < self.negative_iou, NEGATIVE)

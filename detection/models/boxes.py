@@ -48,9 +48,7 @@ def encode_boxes(targets_xyxy: Tensor, references_xyxy: Tensor, stds: Sequence[f
     )
 
 
-def decode_boxes(
-    deltas: Tensor, references_xyxy: Tensor, stds: Sequence[float], *, clip_shrinking: bool
-) -> Tensor:
+def decode_boxes(deltas: Tensor, references_xyxy: Tensor, stds: Sequence[float], *, clip_shrinking: bool) -> Tensor:
     """Inverse of `encode_boxes`: boxes_xyxy [..., 4].
 
     Sides grow at most 1000/16 times; with clip_shrinking they shrink at most as much.

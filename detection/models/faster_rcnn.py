@@ -14,7 +14,7 @@ from detection.models.batch import ImageBatch, TargetBatch, batch_images, batch_
 from detection.models.detections import Detections, select_detections
 from detection.models.fpn import FPN
 from detection.models.recipes import FasterRCNNConfig, ModelError, config_from_dict, model_config
-from detection.models.roi_align import pool_rois, roi_levels
+from detection.models.roi_align import RoIAlign, roi_levels
 from detection.models.roi_head import BoxHead, roi_losses, sample_rois
 from detection.models.rpn import RPNHead, rpn_losses, select_proposals
 
@@ -48,6 +48,9 @@ class FasterRCNN(nn.Module):
         self.rpn = RPNHead(config.fpn_channels, len(config.anchor_ratios))
         self.roi_head = BoxHead(config)
         self._anchor_generator = AnchorGenerator(config)
+        self._roi_align = RoIAlign(
+            config.roi_output_size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides
+        )
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
 
@@ -137,15 +140,7 @@ class FasterRCNN(nn.Module):
         levels = roi_levels(
             boxes_xyxy, finest_scale=config.roi_finest_scale, eps_inside_log=config.roi_level_eps_inside_log
         )
-        return pool_rois(
-            features,
-            boxes_xyxy,
-            levels,
-            config.anchor_strides,
-            output_size=config.roi_output_size,
-            sampling_ratio=config.roi_sampling_ratio,
-            aligned=config.roi_aligned,
-        )
+        return self._roi_align(features, boxes_xyxy, levels)
 
 
 def build_model(name: str = "faster_rcnn_r50_fpn", num_classes: int = 80, **overrides: Any) -> FasterRCNN:

@@ -36,15 +36,11 @@ def suppress_within_levels(
 
 
 @suppress_within_levels.register_fake
-def _(
-    boxes_xyxy: Tensor, scores: Tensor, valid: Tensor, per_level: Sequence[int], iou_threshold: float
-) -> Tensor:
+def _(boxes_xyxy: Tensor, scores: Tensor, valid: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
     return torch.empty_like(valid)
 
 
-def _one_call_per_level(
-    boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float
-) -> Tensor:
+def _one_call_per_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
     # The operator's time grows with the square of its boxes (0.4 s for two images at once, 0.1 s for their
     # levels one by one), and on the CPU a call makes no one wait.
     keep = torch.zeros(ranking.shape, dtype=torch.bool)

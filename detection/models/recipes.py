@@ -116,9 +116,7 @@ class FasterRCNNConfig:
 
     def __post_init__(self) -> None:
         if self.num_classes < 1:
-            raise ModelError(
-                f"num_classes is {self.num_classes}; a detector needs one foreground class at least"
-            )
+            raise ModelError(f"num_classes is {self.num_classes}; a detector needs one foreground class at least")
         for field in ("rpn_samples_per_image", "roi_samples_per_image"):
             number = getattr(self, field)
             if number is not None and number < 1:

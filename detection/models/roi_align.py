@@ -1,53 +1,77 @@
-"""RoIAlign over the levels of a feature pyramid."""
+"""RoIAlign over the levels of a feature pyramid (He et al. 2017, section 3; Lin et al. 2017 for the levels)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torchvision
 from torch import Tensor
 
-NUM_ROI_LEVELS = 4  # P2..P5; P6 serves the RPN only
+from detection.models.sparse_pooling import Sampling, pooling_matrix, weighted_row_sums
+
+ROI_LEVELS = 4  # P2..P5; P6 serves the RPN only
+_EPS = 1e-6
+_FAR_OUTSIDE = -1e6  # pixels; samples more than one cell outside a map count as zero and receive no gradient
 
 
 def roi_levels(boxes_xyxy: Tensor, *, finest_scale: float, eps_inside_log: bool) -> Tensor:
     """Pyramid level of each RoI, 0 (P2) to 3 (P5): int64 [...] for boxes [..., 4].
 
-    floor(log2(sqrt(area) / finest_scale)), Lin et al. 2017, equation 1; a small eps lets sizes at a boundary
-    go up, inside the logarithm (MMDetection) or outside (torchvision).
+    floor(log2(sqrt(area) / finest_scale)), Lin et al. 2017, equation 1. An eps lets sizes at a boundary go up: inside
+    the logarithm (MMDetection) or outside (torchvision).
     """
     sides = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
     relative = (sides[..., 0] * sides[..., 1]).sqrt() / finest_scale
-    eps = 1e-6
-    exponent = torch.log2(relative + eps) if eps_inside_log else torch.log2(relative) + eps
-    return exponent.floor().clamp(0, NUM_ROI_LEVELS - 1).long()
+    exponent = torch.log2(relative + _EPS) if eps_inside_log else torch.log2(relative) + _EPS
+    return exponent.floor().clamp(0, ROI_LEVELS - 1).long()
 
 
-def pool_rois(
-    features: Sequence[Tensor],
-    boxes_xyxy: Tensor,
-    levels: Tensor,
-    strides: Sequence[int],
-    *,
-    output_size: int,
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    """RoIAlign of boxes [B, R, 4], each from its level's map [B, C, H_l, W_l]: [B * R, C, output_size,
-    output_size].
+@dataclass(frozen=True)
+class RoIAlign:
+    """Pools RoIs to output_size x output_size bins.
+
+    sampling_ratio: samples per bin and axis, 0 for one a feature cell. aligned: RoIs are shifted by half a cell;
+    otherwise they are at least one cell large. strides: of the maps, from P2 on.
     """
-    num_images, num_rois = levels.shape
-    images = torch.arange(num_images, device=levels.device, dtype=boxes_xyxy.dtype)
-    rois = torch.cat((images[:, None, None].expand(-1, num_rois, 1), boxes_xyxy), dim=2).view(-1, 5)
-    pooled = None
-    for level, (feature, stride) in enumerate(zip(features, strides, strict=False)):
-        if level == NUM_ROI_LEVELS:
-            break
-        at_level = torchvision.ops.roi_align(
-            feature.float(), rois, output_size, 1 / stride, sampling_ratio, aligned
-        )
-        mine = (levels.view(-1) == level)[:, None, None, None]
-        pooled = at_level * mine if pooled is None else torch.where(mine, at_level, pooled)
-    assert pooled is not None
-    return pooled
+
+    output_size: int
+    sampling_ratio: int
+    aligned: bool
+    strides: Sequence[int]
+
+    def __call__(self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor) -> Tensor:
+        """Boxes [B, R, 4] in pixels, each from the map of its level [B, R] among [B, C, H_l, W_l], P2 first.
+
+        Gives [B * R, C, output_size, output_size] in the features' dtype on the CPU, float32 elsewhere.
+        """
+        maps = list(features[:ROI_LEVELS])
+        if boxes_xyxy.device.type == "cpu":
+            return self._by_sparse_matrix(maps, boxes_xyxy, levels)
+        return self._by_operator(maps, boxes_xyxy, levels)
+
+    def _by_operator(self, maps: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor) -> Tensor:
+        """One call of torchvision's operator a level, over all RoIs, because to find a level's own RoIs would wait
+        for the device. RoIs of other levels are moved far outside the map, where they cost and contribute nothing.
+        """
+        num_images, num_rois = levels.shape
+        images = torch.arange(num_images, device=levels.device, dtype=boxes_xyxy.dtype)
+        images = images[:, None, None].expand(-1, num_rois, 1)
+        pooled: Tensor | None = None
+        for level, (feature, stride) in enumerate(zip(maps, self.strides, strict=False)):
+            here = torch.where((levels == level)[..., None], boxes_xyxy, _FAR_OUTSIDE)
+            rois = torch.cat((images, here), dim=2).view(-1, 5)
+            of_level = torchvision.ops.roi_align(
+                feature.float(), rois, self.output_size, 1 / stride, self.sampling_ratio, self.aligned
+            )
+            pooled = of_level if pooled is None else pooled + of_level
+        assert pooled is not None
+        return pooled
+
+    def _by_sparse_matrix(self, maps: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor) -> Tensor:
+        sampling = Sampling(self.output_size, self.sampling_ratio, self.aligned)
+        map_sizes = [(feature.shape[2], feature.shape[3]) for feature in maps]
+        matrix = pooling_matrix(sampling, map_sizes, self.strides, boxes_xyxy, levels)
+        bins = weighted_row_sums(matrix, maps)
+        return bins.view(-1, self.output_size, self.output_size, maps[0].shape[1]).permute(0, 3, 1, 2)

@@ -129,9 +129,7 @@ def select_proposals(
         best, index = level_logits.topk(min(nms_pre, level_logits.shape[1]), dim=1)
         best_deltas = level_deltas.gather(1, index[..., None].expand(-1, -1, 4)).float()
         scores.append(best)
-        boxes.append(
-            decode_boxes(best_deltas, level_anchors[index], ANCHOR_STDS, clip_shrinking=config.clip_shrinking)
-        )
+        boxes.append(decode_boxes(best_deltas, level_anchors[index], ANCHOR_STDS, clip_shrinking=config.clip_shrinking))
     candidate_scores = torch.cat(scores, dim=1)
     candidates = clip_boxes(torch.cat(boxes, dim=1), sizes)
     keep = suppress_within_levels(
