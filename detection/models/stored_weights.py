@@ -127,7 +127,8 @@ def _find_state(path: Path, payload: Mapping[str, Any]) -> tuple[dict[str, Tenso
         raise WeightsError(f"{path} has Caffe2's names, which are not read; convert it with Detectron2 first")
     tensors = {str(name): tensor for name, value in payload.items() if (tensor := _tensor(value)) is not None}
     if not tensors:
-        raise WeightsError(f"there are no weights in {path}; it holds {', '.join(map(str, list(payload)[:8]))}")
+        keys = ", ".join(map(str, list(payload)[:8]))
+        raise WeightsError(f"there are no weights in {path}; it holds {keys or 'nothing'}")
     return tensors, []
 
 
