@@ -7,13 +7,14 @@ them.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from data.coco_records import AnnotationError, Records, parse_coco
 from data.findings import MAX_PLACES, Finding, Severity, examples
+from data.packed_file import Packed, load_or_build
 
 NO_CLASS = -1
 _T = TypeVar("_T")
@@ -171,7 +172,11 @@ class CocoAnnotations:
 
 
 def read_coco(
-    file: str | Path, class_names: Sequence[str] | None = None, *, allow_other_categories: bool = False
+    file: str | Path,
+    class_names: Sequence[str] | None = None,
+    *,
+    allow_other_categories: bool = False,
+    cache_dir: str | Path | None = None,
 ) -> CocoAnnotations:
     """Reads and validates a COCO annotation file; one without "annotations" (a list of images) is taken too.
 
@@ -184,24 +189,36 @@ def read_coco(
     COCO file, ids that are missing, repeated, not whole numbers or refer to nothing, sizes that are missing
     or not positive, numbers that are not finite, file names that leave the image folder. Boxes without area,
     outside the picture and the like are read as they are; training_view leaves them out and counts them.
+
+    With cache_dir, the packed arrays are kept in a file there and mapped by later calls, in all processes, as long
+    as the annotation file stays as it is. A folder that cannot be written to is a finding, no error.
     """
     path = Path(file)
+    if cache_dir is None or not path.is_file():
+        annotations = _read_file(path)
+    else:
+        packed, problem = load_or_build(path, Path(cache_dir), lambda: _pack(_read_file(path)))
+        annotations = _unpack(str(path), packed)
+        if problem is not None:
+            text = f"{cache_dir}: packed annotations cannot be kept here, so each start parses {path} ({problem})"
+            annotations = replace(annotations, findings=(*annotations.findings, Finding("info", "no-cache", text)))
+    return annotations if class_names is None else _with_classes(annotations, class_names, allow_other_categories)
+
+
+def _read_file(path: Path) -> CocoAnnotations:
+    """The file with all its categories as classes."""
     content = parse_coco(path)
     _require_sections(path, content)
-    category_ids, names, label_of_category = _read_categories(
-        Records(path, "categories", content.pop("categories")), class_names, allow_other_categories
-    )
+    category_ids, names = _read_categories(Records(path, "categories", content.pop("categories")))
     images = Records(path, "images", content.pop("images"))
     image_ids = images.unique_integers("id")
     widths, heights = images.sides("width"), images.sides("height")
-    encoded_names = _read_file_names(images)
+    encoded_names = images.file_names("file_name")
 
     annotations = Records(path, "annotations", content.pop("annotations", []))
     annotation_ids = annotations.unique_integers("id")
-    image_indices = _places(annotations, "image_id", image_ids, "images")
-    categories = np.array(sorted(label_of_category), dtype=np.int64)
-    places = _places(annotations, "category_id", categories, "categories")
-    labels = np.array([label_of_category[i] for i in categories.tolist()], dtype=np.int64)[places]
+    image_indices = annotations.references("image_id", image_ids, "images")
+    labels = annotations.references("category_id", np.array(category_ids, dtype=np.int64), "categories")
     boxes_xywh = annotations.boxes("bbox")
     areas, area_absent = annotations.areas("area")
     areas[area_absent] = boxes_xywh[area_absent, 2] * boxes_xywh[area_absent, 3]
@@ -247,19 +264,19 @@ def find_fatal(file: str | Path) -> list[Finding]:
     if content is not None:
         attempt(_require_sections, path, content)
         if categories := attempt(Records, path, "categories", content.get("categories") or []):
-            attempt(_read_categories, categories, None, False)
+            attempt(_read_categories, categories)
             category_ids = attempt(categories.unique_integers, "id")
         if images := attempt(Records, path, "images", content.get("images") or []):
             image_ids = attempt(images.unique_integers, "id")
             for function, key in ((images.sides, "width"), (images.sides, "height")):
                 attempt(function, key)
-            attempt(_read_file_names, images)
+            attempt(images.file_names, "file_name")
         if annotations := attempt(Records, path, "annotations", content.get("annotations", [])):
             attempt(annotations.unique_integers, "id")
             if images and image_ids is not None:
-                attempt(_places, annotations, "image_id", image_ids, "images")
+                attempt(annotations.references, "image_id", image_ids, "images")
             if categories and category_ids is not None:
-                attempt(_places, annotations, "category_id", category_ids, "categories")
+                attempt(annotations.references, "category_id", category_ids, "categories")
             attempt(annotations.boxes, "bbox")
             attempt(annotations.areas, "area")
             attempt(annotations.flags, "iscrowd")
@@ -276,14 +293,12 @@ def _require_sections(path: Path, content: dict[str, Any]) -> None:
             )
 
 
-def _read_categories(
-    records: Records, wanted: Sequence[str] | None, allow_other: bool
-) -> tuple[tuple[int, ...], tuple[str, ...], dict[int, int]]:
-    """Category id and name of each class by label, and the label of every category id of the file."""
+def _read_categories(records: Records) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Ids and names of the categories, by ascending id."""
     ids = records.unique_integers("id").tolist()
-    name_of = dict(zip(ids, records.texts("name"), strict=True))
+    names = records.texts("name")
     id_of: dict[str, int] = {}
-    for index, (category_id, name) in enumerate(name_of.items()):
+    for index, (category_id, name) in enumerate(zip(ids, names, strict=True)):
         if name in id_of:
             records.fail(
                 index,
@@ -291,53 +306,52 @@ def _read_categories(
                 "Give every category a name of its own, or join the two.",
             )
         id_of[name] = category_id
-    if wanted is None:
-        class_ids = sorted(ids)
-    else:
-        missing = [name for name in wanted if name not in id_of]
-        other = [name for name in id_of if name not in set(wanted)]
-        if missing or (other and not allow_other):
-            problems = [f"lacks {examples(map(repr, missing))}"] if missing else []
-            problems += [f"has besides {examples(map(repr, other))}"] if other else []
-            raise AnnotationError(
-                f"{records.path}: the categories are not the {len(wanted)} classes asked for: it "
-                f"{' and '.join(problems)}. Give all files of a run the same category names (ids may differ)."
-            )
-        class_ids = [id_of[name] for name in wanted]
-    labels = dict.fromkeys(ids, NO_CLASS) | {category_id: label for label, category_id in enumerate(class_ids)}
-    return tuple(class_ids), tuple(name_of[i] for i in class_ids), labels
+    ordered = sorted(id_of, key=lambda name: id_of[name])
+    return tuple(id_of[name] for name in ordered), tuple(ordered)
 
 
-def _read_file_names(images: Records) -> list[bytes]:
-    names = images.texts("file_name")
-    for index, name in enumerate(names):
-        # The cheap tests spare 118,000 ordinary names the parsing.
-        if ".." in name or "\\" in name or name[0] == "/" or ":" in name:
-            posix, windows = PurePosixPath(name), PureWindowsPath(name)
-            if ".." in posix.parts + windows.parts or posix.is_absolute() or windows.drive or windows.root:
-                images.fail(
-                    index,
-                    f'"file_name" {name!r} leaves the image folder',
-                    "Write it relative to the image folder, without '..' or a drive.",
-                )
-    try:
-        return [name.encode() for name in names]
-    except UnicodeEncodeError as error:
-        images.fail(names.index(error.object), '"file_name" is not valid Unicode', "Rename the file.")
-
-
-def _places(records: Records, key: str, ids: np.ndarray, section: str) -> np.ndarray:
-    """Index into `ids` (int64 [n], unique, any order) of each record's reference; int64 [len(records)]."""
-    values = records.integers(key)
-    order = np.argsort(ids)
-    places = order[np.minimum(np.searchsorted(ids, values, sorter=order), len(ids) - 1)]
-    records.fail_where(
-        ids[places] != values,
-        key,
-        f"none of the {section}",
-        f"Add it to the {section} or delete the annotation.",
+def _with_classes(annotations: CocoAnnotations, wanted: Sequence[str], allow_other: bool) -> CocoAnnotations:
+    """The annotations with the labels of another class list, matched by name."""
+    label_of = {name: label for label, name in enumerate(annotations.class_names)}
+    missing = [name for name in wanted if name not in label_of]
+    other = [name for name in label_of if name not in set(wanted)]
+    if missing or (other and not allow_other):
+        problems = [f"lacks {examples(map(repr, missing))}"] if missing else []
+        problems += [f"has besides {examples(map(repr, other))}"] if other else []
+        raise AnnotationError(
+            f"{annotations.source}: the categories are not the {len(wanted)} classes asked for: it "
+            f"{' and '.join(problems)}. Give all files of a run the same category names (ids may differ)."
+        )
+    new_label = np.full(len(label_of), NO_CLASS, dtype=np.int64)
+    for label, name in enumerate(wanted):
+        new_label[label_of[name]] = label
+    return replace(
+        annotations,
+        labels=new_label[annotations.labels],
+        category_ids=tuple(annotations.category_ids[label_of[name]] for name in wanted),
+        class_names=tuple(wanted),
     )
-    return places
+
+
+def _pack(annotations: CocoAnnotations) -> Packed:
+    values = {field.name: getattr(annotations, field.name) for field in fields(annotations)}
+    facts = {
+        "category_ids": annotations.category_ids,
+        "class_names": annotations.class_names,
+        "findings": [finding.to_dict() for finding in annotations.findings],
+    }
+    return Packed({name: value for name, value in values.items() if isinstance(value, np.ndarray)}, facts)
+
+
+def _unpack(source: str, packed: Packed) -> CocoAnnotations:
+    findings = [Finding(**{**fact, "places": tuple(fact["places"])}) for fact in packed.facts["findings"]]
+    return CocoAnnotations(
+        source=source,
+        category_ids=tuple(packed.facts["category_ids"]),
+        class_names=tuple(packed.facts["class_names"]),
+        findings=tuple(findings),
+        **packed.arrays,
+    )
 
 
 def _reading_findings(
