@@ -169,9 +169,7 @@ def _triangle_wave(t: np.ndarray) -> np.ndarray:
     return np.abs((t - np.floor(t)) * 2 - 1)
 
 
-def _colour(
-    dice: Dice, saturation: tuple[float, float], value: tuple[float, float]
-) -> tuple[float, float, float]:
+def _colour(dice: Dice, saturation: tuple[float, float], value: tuple[float, float]) -> tuple[float, float, float]:
     """A random RGB colour, 0 to 255, with saturation and value (as in HSV) from the ranges."""
     hue, s, v = dice.uniform(0, 6), dice.uniform(*saturation), dice.uniform(*value)
     ramp = [min(1.0, max(0.0, abs((hue + shift) % 6 - 3) - 1)) for shift in (0, 4, 2)]

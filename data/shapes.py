@@ -52,9 +52,7 @@ def make_shapes(
     if num_train < 1 or num_val < 1:
         raise ShapesError(f"a shapes set of {num_train} and {num_val} images: at least 1 of each is needed.")
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in size):
-        raise ShapesError(
-            f"shapes images of {size[0]} x {size[1]}: sides of {MIN_SIDE} to {MAX_SIDE} are possible."
-        )
+        raise ShapesError(f"shapes images of {size[0]} x {size[1]}: sides of {MIN_SIDE} to {MAX_SIDE} are possible.")
     settings = {
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
@@ -98,9 +96,7 @@ def _is_made(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def _listed(settings: Any) -> str:
-    return (
-        ", ".join(f"{k} {v}" for k, v in settings.items()) if isinstance(settings, dict) else repr(settings)
-    )
+    return ", ".join(f"{k} {v}" for k, v in settings.items()) if isinstance(settings, dict) else repr(settings)
 
 
 def _write_set(folder: Path, settings: dict[str, Any]) -> None:
