@@ -117,14 +117,19 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     return detector
 
 
+def network_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """Height and width of a picture at the network's scale, by MMDetection's keep-ratio rule."""
+    scale = min(max_size / max(height, width), min_size / min(height, width))
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
 def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
     """A picture, uint8 [3, H, W], at the network's scale: uint8 [3, h, w].
 
-    The size follows MMDetection's keep-ratio rule; plain bilinear interpolation (no antialiasing), rounded.
+    Plain bilinear interpolation, without antialiasing, rounded to whole grey levels.
     """
     height, width = image.shape[1:]
-    scale = min(max_size / max(height, width), min_size / min(height, width))
-    size = (max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1))
+    size = network_size(height, width, min_size, max_size)
     if size == (height, width):
         return image
     pixels = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
