@@ -308,7 +308,7 @@ def _mutated(changes):
             if value is DELETE:
                 del holder[path[-1]]
             else:
-                holder[path[-1]] = value
+                holder[path[-1]] = copy.deepcopy(value)
         except (TypeError, KeyError, IndexError):
             continue  # an earlier change took the place away
     return content
