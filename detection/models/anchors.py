@@ -10,21 +10,24 @@ import torch
 from torch import Tensor
 
 from detection.models.batch import SIZE_DIVISOR
+from detection.models.feature_cells import neighbours_3x3
 from detection.models.recipes import FasterRCNNConfig
 
-_GRIDS_KEPT = 32  # distinct padded sizes whose anchors stay in memory, about 5 MB each at 800x1088
+_GRIDS_KEPT = 32  # distinct padded sizes whose anchors stay in memory, about 10 MB each at 800x1088
 
 
 class AnchorGrid(NamedTuple):
     """Anchors of all levels for one padded size, ordered by level, row, column, ratio.
 
-    boxes_xyxy: float32 [A, 4]. cells_yx: float32 [A, 2], upper left corner of the feature cell that an anchor
-    belongs to. per_level: the number of anchors of each level, which add up to A.
+    boxes_xyxy: float32 [A, 4]. cells_yx: float32 [A, 2], upper left corner of the feature cell that an anchor belongs
+    to. per_level: the number of anchors of each level, which add up to A. neighbours: int64 [A / ratios, 9],
+    `neighbours_3x3` of the levels' cells.
     """
 
     boxes_xyxy: Tensor
     cells_yx: Tensor
     per_level: tuple[int, ...]
+    neighbours: Tensor
 
 
 class AnchorGenerator:
@@ -65,7 +68,10 @@ class AnchorGenerator:
             boxes.append((corners + base).reshape(-1, 4))
             cells.append(torch.stack((y, x), dim=-1).reshape(-1, 1, 2).float().expand(-1, len(base), 2).reshape(-1, 2))
         return AnchorGrid(
-            torch.cat(boxes).to(device), torch.cat(cells).to(device), tuple(len(level) for level in boxes)
+            torch.cat(boxes).to(device),
+            torch.cat(cells).to(device),
+            tuple(len(level) for level in boxes),
+            neighbours_3x3(feature_sizes).to(device),
         )
 
 

@@ -12,11 +12,12 @@ from detection.models.anchors import AnchorGenerator, AnchorGrid
 from detection.models.backbones import build_backbone
 from detection.models.batch import ImageBatch, TargetBatch, batch_images, batch_targets
 from detection.models.detections import Detections, select_detections
+from detection.models.feature_cells import cell_table
 from detection.models.fpn import FPN
 from detection.models.recipes import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.roi_align import RoIAlign, roi_levels
 from detection.models.roi_head import BoxHead, roi_losses, sample_rois
-from detection.models.rpn import RPNHead, rpn_losses, select_proposals
+from detection.models.rpn import RPNHead, anchor_targets, rpn_losses, select_proposals
 
 Images = ImageBatch | Sequence[Tensor]
 Targets = TargetBatch | Sequence[Mapping[str, Tensor]]
@@ -84,13 +85,23 @@ class FasterRCNN(nn.Module):
     def _losses(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
         config = self.config
         features = self.extract_features(images)
-        logits, deltas = self.rpn(features)
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)
-            loss_rpn_cls, loss_rpn_bbox = rpn_losses(config, logits, deltas, anchors, images.sizes, targets)
+            learnt = anchor_targets(config, anchors, images.sizes, targets)
+        table = None
+        if learnt.sample.candidate is None:
+            logits, deltas = sampled_logits, sampled_deltas = self.rpn(features)
+        else:
+            table = cell_table(features)
+            # Before the pass without gradients: autocast keeps the parameters it casts, with their graph or without.
+            sampled_logits, sampled_deltas = self.rpn.at_anchors(table, anchors.neighbours, learnt.sample.candidate)
+            with torch.no_grad():
+                logits, deltas = self.rpn(features)
+        with _full_precision(images.pixels.device):
+            loss_rpn_cls, loss_rpn_bbox = rpn_losses(config, sampled_logits, sampled_deltas, learnt)
             proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=True)
             rois = sample_rois(config, proposals, targets)
-            pooled = self._pool(features, rois.boxes_xyxy)
+            pooled = self._pool(features, rois.boxes_xyxy, table)
         class_logits, box_deltas = self.roi_head(pooled)
         with _full_precision(images.pixels.device):
             loss_cls, loss_bbox = roi_losses(config, class_logits, box_deltas, rois)
@@ -135,12 +146,12 @@ class FasterRCNN(nn.Module):
         sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
         return self._anchor_generator((height, width), sizes, images.pixels.device)
 
-    def _pool(self, features: Sequence[Tensor], boxes_xyxy: Tensor) -> Tensor:
+    def _pool(self, features: Sequence[Tensor], boxes_xyxy: Tensor, table: Tensor | None = None) -> Tensor:
         config = self.config
         levels = roi_levels(
             boxes_xyxy, finest_scale=config.roi_finest_scale, eps_inside_log=config.roi_level_eps_inside_log
         )
-        return self._roi_align(features, boxes_xyxy, levels)
+        return self._roi_align(features, boxes_xyxy, levels, table)
 
 
 def build_model(name: str = "faster_rcnn_r50_fpn", num_classes: int = 80, **overrides: Any) -> FasterRCNN:

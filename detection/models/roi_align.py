@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from detection.models.feature_cells import cell_table
 from detection.models.sparse_pooling import Sampling, pooling_matrix, weighted_row_sums
 
 ROI_LEVELS = 4  # P2..P5; P6 serves the RPN only
@@ -41,15 +42,17 @@ class RoIAlign:
     aligned: bool
     strides: Sequence[int]
 
-    def __call__(self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor) -> Tensor:
+    def __call__(
+        self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor, table: Tensor | None = None
+    ) -> Tensor:
         """Boxes [B, R, 4] in pixels, each from the map of its level [B, R] among [B, C, H_l, W_l], P2 first.
 
-        Gives [B * R, C, output_size, output_size] in the features' dtype on the CPU, float32 elsewhere.
+        table: `cell_table(features)` where it exists already. Gives [B * R, C, output_size, output_size] in the
+        features' dtype on the CPU, float32 elsewhere.
         """
-        maps = list(features[:ROI_LEVELS])
         if boxes_xyxy.device.type == "cpu":
-            return self._by_sparse_matrix(maps, boxes_xyxy, levels)
-        return self._by_operator(maps, boxes_xyxy, levels)
+            return self._by_sparse_matrix(features, boxes_xyxy, levels, table)
+        return self._by_operator(features[:ROI_LEVELS], boxes_xyxy, levels)
 
     def _by_operator(self, maps: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor) -> Tensor:
         """One call of torchvision's operator a level, over all RoIs, because to find a level's own RoIs would wait
@@ -69,9 +72,12 @@ class RoIAlign:
         assert pooled is not None
         return pooled
 
-    def _by_sparse_matrix(self, maps: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor) -> Tensor:
+    def _by_sparse_matrix(
+        self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor, table: Tensor | None = None
+    ) -> Tensor:
+        table = cell_table(features) if table is None else table
         sampling = Sampling(self.output_size, self.sampling_ratio, self.aligned)
-        map_sizes = [(feature.shape[2], feature.shape[3]) for feature in maps]
+        map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
         matrix = pooling_matrix(sampling, map_sizes, self.strides, boxes_xyxy, levels)
-        bins = weighted_row_sums(matrix, maps)
-        return bins.view(-1, self.output_size, self.output_size, maps[0].shape[1]).permute(0, 3, 1, 2)
+        bins = weighted_row_sums(matrix, table.flatten(0, 1))
+        return bins.view(-1, self.output_size, self.output_size, table.shape[2]).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Region proposal network: its head, its losses, and the proposals it makes."""
+"""Region proposal network: its head, what it learns, and the proposals it makes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detection.models.boxes import clip_boxes, decode_boxes, encode_boxes, sides
 from detection.models.losses import count_at_least_one, smooth_l1
 from detection.models.nms import suppress_within_levels
 from detection.models.recipes import FasterRCNNConfig
-from detection.models.samplers import RPN_STAGE, sample
+from detection.models.samplers import RPN_STAGE, Sample, sample
 
 ANCHOR_STDS = (1.0, 1.0, 1.0, 1.0)  # the RPN's deltas are not scaled, in either recipe
 _INIT_STD = 0.01  # Ren et al. 2015, section 3.1.3
@@ -27,6 +27,7 @@ class RPNHead(nn.Module):
 
     def __init__(self, channels: int, anchors_per_cell: int) -> None:
         super().__init__()
+        self.anchors_per_cell = anchors_per_cell
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, anchors_per_cell, 1)
         self.deltas = nn.Conv2d(channels, 4 * anchors_per_cell, 1)
@@ -45,20 +46,42 @@ class RPNHead(nn.Module):
             deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(num_images, -1, 4))
         return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
 
+    def at_anchors(self, table: Tensor, neighbours: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for chosen anchors only, int64 [B, S]: logits [B, S], deltas [B, S, 4].
 
-def rpn_losses(
-    config: FasterRCNNConfig,
-    logits: Tensor,
-    deltas: Tensor,
-    anchors: AnchorGrid,
-    sizes: Tensor,
-    targets: TargetBatch,
-) -> tuple[Tensor, Tensor]:
-    """Objectness and box loss, float32 scalars.
+        table and neighbours are `cell_table` and `neighbours_3x3` of the maps. A training step learns from a few
+        hundred of some 200,000 anchors: through these numbers it needs none of the two large products that the
+        backward pass of `forward` consists of.
+        """
+        num_images, num_anchors = anchors.shape
+        rows_per_image, channels = table.shape[1:]
+        windows = neighbours[anchors // self.anchors_per_cell]
+        windows = windows + torch.arange(num_images, device=table.device)[:, None, None] * rows_per_image
+        patches = table.view(-1, channels).index_select(0, windows.view(-1)).view(-1, 9 * channels)
+        kernel = self.conv.weight.permute(0, 2, 3, 1).reshape(-1, 9 * channels)
+        hidden = F.relu_(F.linear(patches, kernel, self.conv.bias))
+        logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias)
+        deltas = F.linear(hidden, self.deltas.weight.flatten(1), self.deltas.bias)
+        ratio = (anchors % self.anchors_per_cell).view(-1, 1)
+        own_deltas = deltas.view(len(deltas), -1, 4).gather(1, ratio[..., None].expand(-1, 1, 4))
+        return logits.gather(1, ratio).view_as(anchors), own_deltas.view(num_images, num_anchors, 4)
 
-    logits [B, A] and deltas [B, A, 4] of the head, sizes int64 [B, 2]. Both losses are sums over the sampled
-    anchors divided by their number in the whole batch.
+
+class AnchorTargets(NamedTuple):
+    """The anchors that a step learns from, in the S slots of `sample`, and what they are to learn.
+
+    delta_targets: float32 [B, S, 4], 0 where not positive. normaliser: float32 or int64 scalar, the number of sampled
+    anchors in the batch as the recipe counts it.
     """
+
+    sample: Sample
+    delta_targets: Tensor
+    normaliser: Tensor
+
+
+@torch.no_grad()
+def anchor_targets(config: FasterRCNNConfig, anchors: AnchorGrid, sizes: Tensor, targets: TargetBatch) -> AnchorTargets:
+    """Assigns and samples anchors; sizes int64 [B, 2] of the images."""
     assigner = MaxIoUAssigner(
         config.rpn_positive_iou,
         config.rpn_negative_iou,
@@ -67,32 +90,40 @@ def rpn_losses(
     )
     usable = anchors_inside_padding(anchors, sizes) if config.anchors_within_own_padding else None
     anchor_boxes = anchors.boxes_xyxy[None]
-    with torch.no_grad():
-        kind, gt_index = assigner(targets.boxes_xyxy, targets.valid, anchor_boxes, usable)
-        chosen = sample(
-            kind,
-            targets.sample_keys,
-            stage=RPN_STAGE,
-            num_samples=config.rpn_samples_per_image,
-            positive_fraction=config.rpn_positive_fraction,
-        )
-        gt_index = chosen.take(gt_index)
-        gt_boxes = targets.boxes_xyxy.gather(1, gt_index[..., None].expand(-1, -1, 4))
-        references = chosen.take(anchor_boxes.expand(len(kind), -1, -1))
-        positive = chosen.positive[..., None]
-        delta_targets = torch.where(positive, encode_boxes(gt_boxes, references, ANCHOR_STDS), 0.0)
-        num_positive, num_chosen = chosen.positive.sum(dim=1), chosen.chosen.sum(dim=1)
-        if config.rpn_counts_at_least_one:
-            normaliser = (num_positive.clamp(min=1) + (num_chosen - num_positive).clamp(min=1)).sum()
-        else:
-            normaliser = count_at_least_one(num_chosen)
-
-    loss_cls = F.binary_cross_entropy_with_logits(
-        chosen.take(logits).float(), chosen.positive.float(), weight=chosen.chosen.float(), reduction="sum"
+    kind, gt_index = assigner(targets.boxes_xyxy, targets.valid, anchor_boxes, usable)
+    chosen = sample(
+        kind,
+        targets.sample_keys,
+        stage=RPN_STAGE,
+        num_samples=config.rpn_samples_per_image,
+        positive_fraction=config.rpn_positive_fraction,
     )
-    differences = chosen.take(deltas).float() - delta_targets
-    loss_bbox = (smooth_l1(differences, config.rpn_loss_beta) * positive).sum()
-    return loss_cls / normaliser, loss_bbox / normaliser
+    gt_index = chosen.take(gt_index)
+    gt_boxes = targets.boxes_xyxy.gather(1, gt_index[..., None].expand(-1, -1, 4))
+    references = chosen.take(anchor_boxes.expand(len(kind), -1, -1))
+    deltas = encode_boxes(gt_boxes, references, ANCHOR_STDS)
+    num_positive, num_chosen = chosen.positive.sum(dim=1), chosen.chosen.sum(dim=1)
+    if config.rpn_counts_at_least_one:
+        normaliser = (num_positive.clamp(min=1) + (num_chosen - num_positive).clamp(min=1)).sum()
+    else:
+        normaliser = count_at_least_one(num_chosen)
+    return AnchorTargets(chosen, torch.where(chosen.positive[..., None], deltas, 0.0), normaliser)
+
+
+def rpn_losses(
+    config: FasterRCNNConfig, logits: Tensor, deltas: Tensor, targets: AnchorTargets
+) -> tuple[Tensor, Tensor]:
+    """Objectness and box loss, float32 scalars: sums over the sampled anchors divided by the normaliser.
+
+    logits [B, S] and deltas [B, S, 4] of the sampled anchors.
+    """
+    chosen = targets.sample
+    loss_cls = F.binary_cross_entropy_with_logits(
+        logits.float(), chosen.positive.float(), weight=chosen.chosen.float(), reduction="sum"
+    )
+    differences = smooth_l1(deltas.float() - targets.delta_targets, config.rpn_loss_beta)
+    loss_bbox = (differences * chosen.positive[..., None]).sum()
+    return loss_cls / targets.normaliser, loss_bbox / targets.normaliser
 
 
 class Proposals(NamedTuple):
@@ -113,8 +144,8 @@ def select_proposals(
     *,
     training: bool,
 ) -> Proposals:
-    """The best proposals of each image: top of each level, clipped to the image, suppressed within the level,
-    then the top of all levels. logits [B, A], deltas [B, A, 4], sizes int64 [B, 2].
+    """The best proposals of each image: top of each level, clipped to the image, suppressed within the level, then
+    the top of all levels. logits [B, A], deltas [B, A, 4], sizes int64 [B, 2].
     """
     nms_pre = config.rpn_nms_pre_train if training else config.rpn_nms_pre_test
     max_proposals = config.rpn_proposals_train if training else config.rpn_proposals_test

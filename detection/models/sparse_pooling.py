@@ -57,17 +57,17 @@ def pooling_matrix(
     boxes_xyxy: Tensor,
     levels: Tensor,
 ) -> PoolingMatrix:
-    """The matrix for boxes [B, R, 4] in pixels at `levels` [B, R] of maps with `map_sizes` (height, width).
+    """The matrix for boxes [B, R, 4] in pixels at `levels` [B, R], over the rows of `cell_table`.
 
-    A table's rows are ordered by level, image, row, column.
+    map_sizes (height, width) are those of all maps in the table.
     """
     num_images, num_rois = levels.shape
     level = levels.view(-1)
     image = torch.arange(num_images).repeat_interleave(num_rois, output_size=level.numel())
     heights, widths = torch.tensor(map_sizes)[level].unbind(-1)
     areas = torch.tensor([height * width for height, width in map_sizes])
-    first_of_level = (areas.cumsum(0) - areas) * num_images
-    first_cell = first_of_level[level] + image * areas[level]
+    rows_per_image = sum(height * width for height, width in map_sizes) + 1
+    first_cell = image * rows_per_image + (areas.cumsum(0) - areas)[level]
 
     scale = 1 / torch.tensor(strides, dtype=torch.float32)[level]
     shift = 0.5 if sampling.aligned else 0.0
@@ -156,47 +156,36 @@ def _cross(rows: _AxisCells, columns: _AxisCells, row_starts: Tensor) -> Pooling
     return PoolingMatrix(cells, weights, torch.cat(bin_starts), by_group)
 
 
-def weighted_row_sums(matrix: PoolingMatrix, maps: Sequence[Tensor]) -> Tensor:
-    """The matrix times the cells of maps [B, C, H_l, W_l]: [R * S * S, C], differentiable by the maps."""
-    return _WeightedRowSums.apply(matrix, *maps)
+def weighted_row_sums(matrix: PoolingMatrix, table: Tensor) -> Tensor:
+    """The matrix times a table of cells [N, C]: [R * S * S, C], by RoI, row, column; differentiable by the table."""
+    return _WeightedRowSums.apply(table, matrix)
 
 
 class _WeightedRowSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: PoolingMatrix, *maps: Tensor) -> Tensor:
-        channels = maps[0].shape[1]
-        table = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in maps])
-        ctx.matrix = matrix
-        ctx.map_shapes = [feature.shape for feature in maps]
+    def forward(ctx: Any, table: Tensor, matrix: PoolingMatrix) -> Tensor:
+        ctx.matrix, ctx.num_cells = matrix, len(table)
         sums = F.embedding_bag(
             matrix.cells, table, matrix.bin_starts, mode="sum", per_sample_weights=matrix.weights.to(table.dtype)
         )
-        by_roi = sums.view(len(matrix.order), -1, channels)
-        return torch.empty_like(by_roi).index_copy_(0, matrix.order, by_roi).view(-1, channels)
+        by_roi = sums.view(len(matrix.order), -1, table.shape[1])
+        return torch.empty_like(by_roi).index_copy_(0, matrix.order, by_roi).view_as(sums)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        matrix, shapes = ctx.matrix, ctx.map_shapes
-        num_cells = sum(shape[0] * shape[2] * shape[3] for shape in shapes)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        matrix = ctx.matrix
         bins_per_roi = len(matrix.bin_starts) // len(matrix.order)
         bins = matrix.order.int()[:, None] * bins_per_roi + torch.arange(bins_per_roi, dtype=torch.int32)
         ends = F.pad(matrix.bin_starts[1:], (0, 1), value=len(matrix.cells))
         bin_of_entry = bins.view(-1).repeat_interleave(ends - matrix.bin_starts, output_size=len(matrix.cells))
         # Entries sorted by cell are the rows of the transposed matrix.
         cells, by_cell = matrix.cells.sort(stable=True)
-        cell_starts = torch.searchsorted(cells, torch.arange(num_cells, dtype=torch.int32), out_int32=True)
-        table = F.embedding_bag(
+        cell_starts = torch.searchsorted(cells, torch.arange(ctx.num_cells, dtype=torch.int32), out_int32=True)
+        return F.embedding_bag(
             bin_of_entry[by_cell],
             gradient.contiguous(),
             cell_starts,
             mode="sum",
             per_sample_weights=matrix.weights[by_cell].to(gradient.dtype),
-        )
-        gradients = []
-        start = 0
-        for num_images, channels, height, width in shapes:
-            stop = start + num_images * height * width
-            gradients.append(table[start:stop].view(num_images, height, width, channels).permute(0, 3, 1, 2))
-            start = stop
-        return None, *gradients
+        ), None
