@@ -18,6 +18,7 @@ from detection.models.weight_sources import ZERO_EPS_WEIGHTS, published_hash
 
 CHECKPOINT_FORMAT = "detection-checkpoint"
 STRIPPED_FORMAT = "detector-weights"
+STEM = "backbone.conv1.weight"
 
 
 @dataclass(frozen=True)
@@ -64,27 +65,40 @@ def read_weights(path: Path, map_location: str | torch.device = "cpu") -> Stored
         )
     ours, origin = to_ours(state, layout)
     norm_eps: float | None = None
-    stride_in_1x1: bool | None = None
     if payload.get("format") in (CHECKPOINT_FORMAT, STRIPPED_FORMAT):
         config = payload.get("model_config") or {}
         norm_eps, stride_in_1x1 = config.get("norm_eps"), config.get("stride_in_1x1")
-    elif layout == "torchvision":
-        stride_in_1x1 = False
-        if _sha256(path).startswith(tuple(published_hash(name) for name in ZERO_EPS_WEIGHTS)):
+    else:
+        stride_in_1x1, undivided_bgr = _input_and_strides(layout, state, payload)
+        if layout == "torchvision" and _sha256(path).startswith(tuple(map(published_hash, ZERO_EPS_WEIGHTS))):
             norm_eps = 0.0
-    elif layout == "backbone":
-        stride_in_1x1 = False
-    elif layout == "detectron2":
-        # Only Detectron2's backbones converted from torchvision see RGB over its deviation and stride in the
-        # 3x3.
-        deviation = state.get("pixel_std")
-        from_caffe = payload.get("__author__") != "torchvision"
-        stride_in_1x1 = from_caffe
-        stem = "backbone.conv1.weight"
-        if stem in ours and from_caffe and (deviation is None or bool((deviation == 1).all())):
-            ours[stem] = stem_from_bgr(ours[stem])
-            notes.append("the stem was turned from Detectron2's input (BGR, undivided) to ours (RGB, divided)")
+        if undivided_bgr and STEM in ours:
+            ours[STEM] = stem_from_bgr(ours[STEM])
+            notes.append("the stem was turned from the input it was made for (BGR, undivided) to ours (RGB, divided)")
     return StoredWeights(ours, origin, layout, norm_eps, stride_in_1x1, tuple(notes), payload)
+
+
+def _input_and_strides(
+    layout: str, state: Mapping[str, Tensor], payload: Mapping[str, Any]
+) -> tuple[bool | None, bool]:
+    """Whether strides sit in the first 1x1 convolutions (None: not known), and whether the input is BGR undivided.
+
+    The two go together in networks that descend from Caffe's ResNet: Detectron2's, unless their backbone was
+    converted from torchvision's, and those MMDetection calls caffe style (in the configuration text that its
+    checkpoints carry).
+    """
+    if layout in ("torchvision", "backbone"):
+        return False, False
+    if layout == "detectron2":
+        from_caffe = payload.get("__author__") != "torchvision"
+        deviation = state.get("pixel_std")
+        return from_caffe, from_caffe and (deviation is None or bool((deviation == 1).all()))
+    meta = payload.get("meta")
+    text = (meta.get("cfg") or meta.get("config")) if isinstance(meta, Mapping) else None
+    if not isinstance(text, str) or "style=" not in text:
+        return None, False
+    from_caffe = "style='caffe'" in text
+    return from_caffe, from_caffe and "std=[1.0, 1.0, 1.0]" in text
 
 
 def stripped_file(

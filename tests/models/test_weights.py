@@ -250,6 +250,19 @@ def test_detectron2s_file_is_loaded_and_its_stem_turned(tmp_path):
     assert torch.equal(model.backbone.conv1.weight, torch.from_numpy(stem)) and not report.notes
 
 
+def test_mmdetections_caffe_style_is_known_by_the_configuration_in_the_file(tmp_path):
+    source = trained("faster_rcnn_r50_fpn")
+    pytorch = "backbone=dict(type='ResNet', style='pytorch'), data_preprocessor=dict(std=[58.395, 57.12, 57.375])"
+    caffe = "backbone=dict(type='ResNet', style='caffe'), data_preprocessor=dict(bgr_to_rgb=False, std=[1.0, 1.0, 1.0])"
+    for key, text in (("cfg", caffe), ("config", caffe), ("cfg", pytorch)):
+        torch.save({"meta": {key: text}, "state_dict": export_state_dict(source, "mmdet")}, tmp_path / "theirs.pth")
+        model = small("faster_rcnn_r50_fpn")
+        report = load_weights(model, tmp_path / "theirs.pth")
+        stem = source.backbone.conv1.weight.detach()
+        assert torch.equal(model.backbone.conv1.weight, stem_from_bgr(stem) if text == caffe else stem)
+        assert any("stride_in_1x1=True" in note for note in report.notes) == (text == caffe)
+
+
 def test_torchvisions_published_detectors_set_the_norms_epsilon_to_zero(cache, tmp_path, monkeypatch):
     source = trained("fasterrcnn_resnet50_fpn")
     state = export_state_dict(source, "torchvision")
