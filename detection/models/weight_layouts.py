@@ -204,6 +204,16 @@ def to_layout(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     return result
 
 
+def mmdet_name(name: str, *, group_norm: bool = False) -> str:
+    """What MMDetection calls our parameter `name`; group_norm: the backbone's norms are group norms."""
+    if group_norm:
+        name = re.sub(r"^(backbone(?:\..*)?)\.bn(\d)\.", r"\1.gn\2.", name)
+    for our_prefix, their_prefix in _MMDET:
+        if name.startswith(our_prefix):
+            return their_prefix + name[len(our_prefix) :]
+    return name
+
+
 def _move_background(state: dict[str, Tensor], *, first_to_last: bool) -> None:
     """The background's rows (one of the classifier, four of the regressor) from one end to the other."""
     for names, count in ((CLASSIFIER, 1), (REGRESSOR, 4)):
