@@ -1,0 +1,116 @@
+"""Picture files that a user names: files, folders and patterns."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+class PictureFilesError(ValueError):
+    """A name under which there is no picture."""
+
+
+def find_pictures(sources: Iterable[str | Path], *, excluded: Iterable[Path] = ()) -> list[Path]:
+    """The picture files that the sources name, each once, in the order of the sources.
+
+    sources: files (taken whatever their suffix), folders (their pictures by suffix, subfolders too, sorted, hidden
+    ones left out) and glob patterns with *, ?, [...] and ** (sorted). excluded: folders that are passed over where they
+    lie inside a folder to look through, such as the one that results are written into.
+
+    Raises PictureFilesError for a source that names nothing.
+    """
+    left_out = [folder.resolve() for folder in excluded]
+    found: dict[Path, Path] = {}
+    for source in sources:
+        files = _files_of(str(source), left_out)
+        if not files:
+            raise PictureFilesError(
+                f"{source}: no such file or folder"
+                if not (Path(source).exists() or glob.has_magic(str(source)))
+                else f"{source}: no pictures there ({' '.join(sorted(PICTURE_SUFFIXES))})"
+            )
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """A name without suffix for each file, no two equal (nor equal but for upper and lower case).
+
+    It is the file's own stem where no other file has it, else folder and stem, else those with a number.
+    """
+    stems = [file.stem for file in files]
+    longer = [f"{file.resolve().parent.name}_{file.stem}" for file in files]
+    counts: dict[str, int] = {}
+    for stem in stems:
+        counts[stem.lower()] = counts.get(stem.lower(), 0) + 1
+    # Names that belong to one file alone are given first, so that no longer name takes them away.
+    names = [stem if counts[stem.lower()] == 1 else None for stem in stems]
+    taken = {name.lower() for name in names if name is not None}
+    result = []
+    for name, base in zip(names, longer, strict=True):
+        number = 1
+        while name is None:
+            candidate = base if number == 1 else f"{base}_{number}"
+            if candidate.lower() not in taken:
+                name = candidate
+            number += 1
+        taken.add(name.lower())
+        result.append(name)
+    return result
+
+
+class ProtectedFiles:
+    """Input files that no output may replace, under whatever name (links, upper and lower case) it comes."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = {(status.st_dev, status.st_ino): file for file in files for status in [file.stat()]}
+
+    def check(self, target: Path) -> None:
+        """Raises PictureFilesError where writing `target` would overwrite an input."""
+        if target.exists() and (file := self._files.get((target.stat().st_dev, target.stat().st_ino))):
+            raise PictureFilesError(f"{target} would overwrite the input {file}; choose another place for the output")
+
+
+def _files_of(source: str, left_out: Sequence[Path]) -> list[Path]:
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    # The folder that the search starts from is wanted, even where it is to take the results.
+    start = path if path.is_dir() else Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    left_out = [folder for folder in left_out if start.resolve() in folder.parents]
+    if path.is_dir():
+        return _pictures_below(path, left_out)
+    files: list[Path] = []
+    for match in sorted(glob.glob(source, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute patterns
+        if Path(match).is_dir():
+            if "**" not in source:  # which lists the folders' content itself
+                files += _pictures_below(Path(match), left_out)
+        elif _is_picture(Path(match)) and not _is_below(Path(match), left_out):
+            files.append(Path(match))
+    return files
+
+
+def _pictures_below(folder: Path, left_out: Sequence[Path]) -> list[Path]:
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if _is_below(Path(parent) / "any", left_out):
+            folders.clear()
+            continue
+        files += [Path(parent, name) for name in names if not name.startswith(".") and _is_picture(Path(name))]
+    return sorted(files)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES
+
+
+def _is_below(path: Path, folders: Sequence[Path]) -> bool:
+    parents = path.resolve().parents
+    return any(folder in parents for folder in folders)

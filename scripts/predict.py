@@ -1,0 +1,187 @@
+"""Finds objects in pictures: pictures with boxes, a COCO results file, or crops.
+
+    python scripts/predict.py --weights runs/mine/checkpoints/best.pt --output-dir out photo.jpg holiday/ "more/*.png"
+    python scripts/predict.py --weights detector.pt --json results.json --annotations instances_val2017.json val2017/
+
+Pixels are taken as they are stored (orientation tags are ignored), as in training. A picture that cannot be read is
+reported and passed over, and the exit status is then 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import checkout  # noqa: F401
+from data import AnnotationError, ImageError, read_coco
+from data.picture_files import PictureFilesError, ProtectedFiles, find_pictures
+from detection.engine.precision import Precision
+from detection.engine.prediction import (
+    PictureDetections,
+    PredictionError,
+    find_labels,
+    match_category_ids,
+    match_image_ids,
+    predict_files,
+)
+from detection.engine.prediction_outputs import PredictionOutputs, write_coco_results, write_images_list
+from detection.evaluation import ResultsError
+from detection.models import WeightsError, load_detector
+from detection.reporting import Console
+
+DEFAULT_MIN_SCORE = 0.3
+USER_ERRORS = (AnnotationError, PictureFilesError, PredictionError, ResultsError, WeightsError, OSError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return _predict(arguments, Console())
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("inputs", nargs="+", metavar="PICTURES", help="files, folders (with subfolders), glob patterns")
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file"
+    )
+    group = parser.add_argument_group("what to write (at least one)")
+    group.add_argument("--output-dir", metavar="DIR", type=Path, help="pictures with boxes, JPEG or PNG as they came")
+    group.add_argument("--json", metavar="FILE", type=Path, help="boxes in COCO's results format")
+    group.add_argument("--save-crops", metavar="DIR", type=Path, help="each box as DIR/CLASS/PICTURE_NUMBER.png")
+    group.add_argument(
+        "--annotations",
+        metavar="FILE",
+        type=Path,
+        help="for --json: COCO file with the image ids (by file name) and category ids (by name); without it pictures "
+        "count from 1, and FILE_images.json beside the results says which is which",
+    )
+    group = parser.add_argument_group("which boxes")
+    group.add_argument(
+        "--min-score",
+        metavar="X",
+        type=_fraction,
+        help=f"0..1, default {DEFAULT_MIN_SCORE}; 0 where only --json is written, as metrics want all boxes",
+    )
+    group.add_argument("--classes", metavar="NAME,...", help="only these classes (default: all)")
+    group.add_argument("--max-boxes", metavar="N", type=_positive, help="the best N of a picture (default: all)")
+    group = parser.add_argument_group("running")
+    group.add_argument("--limit", metavar="N", type=_positive, help="only the first N pictures")
+    group.add_argument("--batch-size", metavar="N", type=_positive, default=4, help="pictures at a time (default 4)")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto: CUDA if any")
+    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off)")
+    return parser
+
+
+def _predict(arguments: argparse.Namespace, console: Console) -> int:
+    outputs = [path for path in (arguments.output_dir, arguments.save_crops, arguments.json) if path is not None]
+    if not outputs:
+        raise PredictionError("nothing to write: give --output-dir, --json or --save-crops")
+    if arguments.annotations is not None and arguments.json is None:
+        raise PredictionError("--annotations goes with --json")
+    min_score = arguments.min_score
+    if min_score is None:
+        min_score = 0.0 if outputs == [arguments.json] else DEFAULT_MIN_SCORE
+
+    folders = [path for path in (arguments.output_dir, arguments.save_crops) if path is not None]
+    files = find_pictures(arguments.inputs, excluded=folders)[: arguments.limit]
+    others = [path for path in (arguments.weights, arguments.annotations) if path is not None and path.is_file()]
+    protected = ProtectedFiles([*files, *others])
+    images_list = None
+    if arguments.json is not None:
+        protected.check(arguments.json)
+        if arguments.annotations is None:
+            images_list = arguments.json.with_name(f"{arguments.json.stem}_images.json")
+            protected.check(images_list)
+            outputs.append(images_list)
+
+    detector = load_detector(arguments.weights, _device(arguments.device))
+    labels = None if arguments.classes is None else find_labels(arguments.classes.split(","), detector.class_names)
+    image_ids: Sequence[int] = range(1, len(files) + 1)
+    category_ids: Sequence[int | None] = detector.category_ids
+    if arguments.annotations is not None:
+        annotations = read_coco(arguments.annotations)
+        image_ids = match_image_ids(files, annotations)
+        category_ids = match_category_ids(detector, annotations)
+        if unmatched := category_ids.count(None):
+            console.warn(f"{unmatched} classes of the detector are not in {arguments.annotations} and are left out")
+
+    boxes: list[PictureDetections] = []
+    sizes: dict[int, tuple[int, int]] = {}
+    precision = Precision(arguments.amp, detector.model.pixel_mean.device)
+    with (
+        console.progress(len(files), description="detecting", unit="pictures") as bar,
+        PredictionOutputs(
+            files,
+            detector.class_names,
+            picture_folder=arguments.output_dir,
+            crop_folder=arguments.save_crops,
+            protected=protected,
+        ) as writer,
+    ):
+
+        def report_broken(file: Path, error: ImageError) -> None:
+            console.warn(str(error))
+            bar.update(1)
+
+        for everything in predict_files(
+            detector,
+            files,
+            batch_size=arguments.batch_size,
+            autocast=precision.autocast,
+            on_broken=report_broken,
+        ):
+            found = everything.select(min_score, labels, arguments.max_boxes)
+            writer.add(found)
+            boxes.append(found.without_pixels())
+            sizes[found.index] = (found.pixels.shape[0], found.pixels.shape[1])
+            bar.update(1)
+
+    if arguments.json is not None:
+        write_coco_results(arguments.json, boxes, image_ids, category_ids)
+    if images_list is not None:
+        write_images_list(images_list, detector, files, sizes)
+    kinds = ", ".join(f"{name} {count}" for name, count in writer.counts.most_common(8))
+    console.say(f"{len(sizes)} pictures, {writer.counts.total()} boxes" + (f": {kinds}" if kinds else ""))
+    for path in outputs:
+        console.say(f"written: {path}")
+    num_broken = len(files) - len(sizes)
+    if num_broken:
+        console.warn(f"{num_broken} of {len(files)} pictures could not be read")
+    return 1 if num_broken else 0
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PredictionError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return number
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

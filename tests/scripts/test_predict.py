@@ -1,0 +1,215 @@
+"""scripts/predict.py with a small detector of random weights: what is written, and what is refused."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import read_coco
+from detection.models import build_model, load_detector
+from detection.models.stored_weights import stripped_file
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CLASS_NAMES = ["person", "race car", "cat"]
+CATEGORY_IDS = [1, 3, 17]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    small = {"fpn_channels": 32, "roi_hidden_channels": 64, "rpn_nms_pre_test": 100, "rpn_proposals_test": 50}
+    model = build_model("faster_rcnn_r18_fpn", num_classes=3, detections_per_image=20, **small)
+    content = stripped_file(
+        model.state_dict(),
+        model_config=dataclasses.asdict(model.config),
+        class_names=CLASS_NAMES,
+        category_ids=CATEGORY_IDS,
+        preprocessing={"min_size": 64, "max_size": 96},
+    )
+    path = tmp_path_factory.mktemp("weights") / "detector.pt"
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture
+def predict(weights, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    main = importlib.import_module("predict").main
+    return lambda *arguments: main(["--weights", str(weights), *map(str, arguments)])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Four pictures, two of them with one name."""
+    folder = tmp_path / "in"
+    for number, (name, size) in enumerate(
+        [("a.jpg", (80, 60)), ("b.png", (60, 80)), ("sub/a.jpg", (64, 64)), ("sub/c.JPEG", (90, 50))]
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def content_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_picture_comes_out_with_boxes_and_the_inputs_stay(predict, pictures, tmp_path, capsys):
+    before = content_of(pictures)
+    assert predict("--output-dir", tmp_path / "out", "--min-score", 0.1, pictures) == 0
+    assert content_of(pictures) == before
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+    assert sizes == {"in_a.jpg": (80, 60), "b.png": (60, 80), "sub_a.jpg": (64, 64), "c.jpg": (90, 50)}
+    drawn = np.asarray(Image.open(tmp_path / "out" / "b.png"))
+    assert (drawn != np.asarray(Image.open(pictures / "b.png"))).any()
+    assert "4 pictures, " in capsys.readouterr().out
+
+
+def test_the_results_are_the_detectors_with_numbers_of_a_list_written_beside(predict, weights, pictures, tmp_path):
+    target = tmp_path / "results.json"
+    assert predict("--json", target, "--batch-size", 1, pictures) == 0
+    listing = read_coco(tmp_path / "results_images.json")
+    files = [pictures / listing.file_name(i) for i in range(len(listing))]
+    assert files == [pictures / name for name in ("a.jpg", "b.png", "sub/a.jpg", "sub/c.JPEG")]
+    assert list(zip(listing.widths, listing.heights, strict=True)) == [(80, 60), (60, 80), (64, 64), (90, 50)]
+    assert (listing.class_names, listing.category_ids) == (tuple(CLASS_NAMES), tuple(CATEGORY_IDS))
+    rows = json.loads(target.read_text())
+    detector = load_detector(weights)
+    assert len(rows) > 20
+    for image_id, file in zip(listing.image_ids, files, strict=True):
+        found = detector.predict(file)
+        mine = [row for row in rows if row["image_id"] == image_id]
+        assert [row["category_id"] for row in mine] == [CATEGORY_IDS[label] for label in found["labels"]]
+        np.testing.assert_allclose([row["score"] for row in mine], found["scores"], rtol=1e-6)
+        boxes = np.array([row["bbox"] for row in mine])
+        boxes[:, 2:] += boxes[:, :2]
+        np.testing.assert_allclose(boxes, found["boxes_xyxy"], atol=1e-3)
+
+
+def test_batches_find_what_single_pictures_find(predict, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    for number in range(5):
+        Image.fromarray(pixels[number]).save(tmp_path / f"{number}.png")
+    results = []
+    for size in (1, 3):
+        assert predict("--json", tmp_path / f"{size}.json", "--batch-size", size, f"{tmp_path}/?.png") == 0
+        rows = json.loads((tmp_path / f"{size}.json").read_text())
+        results.append([sorted(row["score"] for row in rows if row["image_id"] == i) for i in range(1, 6)])
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+
+
+def test_ids_come_from_the_annotations_by_file_name_and_class_name(predict, pictures, tmp_path, capsys):
+    names = ["sub/a.jpg", "b.png", "a.jpg", "elsewhere.jpg"]
+    images = [{"id": 40 + i, "file_name": name, "width": 64, "height": 64} for i, name in enumerate(names)]
+    categories = [{"id": 7, "name": "cat"}, {"id": 9, "name": "person"}]
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
+    inputs = [pictures / "a.jpg", pictures / "sub/a.jpg"]
+    assert predict("--json", tmp_path / "out.json", "--annotations", annotations, *inputs) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert {row["image_id"] for row in rows} == {42, 40}
+    assert {row["category_id"] for row in rows} <= {7, 9}
+    assert "1 classes of the detector are not in" in capsys.readouterr().err
+    assert not (tmp_path / "out_images.json").exists()
+
+    assert predict("--json", tmp_path / "out.json", "--annotations", annotations, pictures) == 2
+    assert "1 of 4 pictures are not in" in capsys.readouterr().err
+
+
+def test_score_class_number_and_limit_choose_the_boxes(predict, pictures, tmp_path):
+    options = ["--min-score", 0.2, "--classes", "race car, cat", "--max-boxes", 2, "--limit", 3]
+    assert predict("--json", tmp_path / "some.json", *options, pictures) == 0
+    assert predict("--json", tmp_path / "all.json", pictures) == 0
+    some, everything = (json.loads((tmp_path / name).read_text()) for name in ("some.json", "all.json"))
+    wanted = []
+    for image_id in (1, 2, 3):
+        fitting = [r for r in everything if r["image_id"] == image_id and r["category_id"] != 1 and r["score"] >= 0.2]
+        wanted += fitting[:2]
+    assert len(some) > 0 and [r["score"] for r in some] == pytest.approx([r["score"] for r in wanted])
+
+
+def test_crops_are_the_pixels_of_the_boxes_in_folders_of_their_classes(predict, pictures, tmp_path):
+    options = ["--json", tmp_path / "r.json", "--save-crops", tmp_path / "crops", "--min-score", 0.1]
+    assert predict(*options, pictures / "b.png") == 0
+    rows = json.loads((tmp_path / "r.json").read_text())
+    crops = sorted((tmp_path / "crops").rglob("*.png"), key=lambda path: path.name)
+    assert len(crops) == len(rows) > 0
+    pixels = np.asarray(Image.open(pictures / "b.png"))
+    folders = dict(zip(CATEGORY_IDS, ["person", "race_car", "cat"], strict=True))
+    for crop, row in zip(crops, rows, strict=True):
+        x, y, width, height = row["bbox"]
+        x1, y1 = int(np.ceil(np.float32(x) + np.float32(width))), int(np.ceil(np.float32(y) + np.float32(height)))
+        assert crop.parent.name == folders[row["category_id"]]
+        np.testing.assert_array_equal(np.asarray(Image.open(crop)), pixels[int(y) : y1, int(x) : x1])
+
+
+def test_a_broken_picture_is_named_and_the_others_are_done(predict, pictures, tmp_path, capsys):
+    (pictures / "broken.jpg").write_bytes((pictures / "a.jpg").read_bytes()[:200])
+    assert predict("--output-dir", tmp_path / "out", "--json", tmp_path / "r.json", pictures) == 1
+    error = capsys.readouterr().err
+    assert "broken.jpg" in error and "1 of 5 pictures could not be read" in error and "Traceback" not in error
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert len(read_coco(tmp_path / "r_images.json")) == 4
+
+
+def test_no_input_is_ever_overwritten(predict, weights, pictures, tmp_path, capsys):
+    before, weights_before = content_of(pictures), weights.read_bytes()
+    (tmp_path / "link.json").symlink_to(weights)
+    for arguments in (
+        ["--output-dir", pictures, pictures / "a.jpg"],
+        ["--output-dir", pictures, pictures],
+        ["--output-dir", pictures, f"{pictures}/*.png"],
+        ["--json", pictures / "b.png", pictures / "b.png"],
+        ["--json", tmp_path / "link.json", pictures],
+    ):
+        assert predict(*arguments) == 2
+        assert "would overwrite the input" in capsys.readouterr().err
+    assert content_of(pictures) == before and weights.read_bytes() == weights_before
+
+
+def test_what_an_earlier_call_wrote_is_not_taken_as_input(predict, pictures):
+    for _ in range(2):
+        assert predict("--output-dir", pictures / "out", pictures, f"{pictures}/**") == 0
+    assert len(list((pictures / "out").iterdir())) == 4
+
+
+def test_patterns_take_the_pictures_that_fit_each_once(predict, pictures, tmp_path):
+    (pictures / "notes.txt").write_text("no picture")
+    options = ["--output-dir", tmp_path / "out", f"{pictures}/*", f"{pictures}/**/*.jpg", pictures / "a.jpg"]
+    assert predict(*options) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.png", "c.jpg", "in_a.jpg", "sub_a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output-dir", "out", "--classes", "race-car", "in"], "no class 'race-car'; did you mean 'race car'?"),
+        (["--output-dir", "out", "--classes", "zebra", "in"], "there are person, race car, cat"),
+        (["--output-dir", "out", "absent.jpg"], "absent.jpg: no such file or folder"),
+        (["--output-dir", "out", "in/*.bmp"], "no pictures there"),
+        (["in"], "nothing to write"),
+        (["--output-dir", "out", "--annotations", "a.json", "in"], "--annotations goes with --json"),
+        (["--output-dir", "out", "--weights", "absent.pt", "in"], "absent.pt"),
+        (["--json", "r.json", "--annotations", "absent.json", "in"], "absent.json"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_one_line(predict, pictures, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert predict(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_that_is_not_there_is_one_line(predict, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert predict("--output-dir", tmp_path / "out", "--device", "cuda", pictures) == 2
+    assert "PyTorch sees no CUDA device" in capsys.readouterr().err
