@@ -1,0 +1,46 @@
+"""Figures with a peer in the same run, as a table and as JSON: train, data, eval, startup."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+import checkout  # noqa: F401
+from benchmark_machine import full_record, headline, write_json
+from benchmark_timing import BenchmarkError
+
+BENCHMARKS = {
+    "train": "the training step (and inference) beside torchvision's Faster R-CNN",
+    "data": "JPEG to batch, beside torchvision's and OpenCV's chains; memory of the workers",
+    "eval": "COCO metrics: pycocotools, hotcoco and faster-coco-eval beside each other",
+    "startup": "from the start of the process to the first iteration",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, epilog="How to read the figures: docs/benchmarks/README.md")
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="|".join(BENCHMARKS))
+    for name, text in BENCHMARKS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name in given:
+            # The others' imports (torchvision, OpenCV, ...) would only cost time and memory.
+            importlib.import_module(f"benchmark_{name}").add_arguments(command)
+    arguments = parser.parse_args(given)
+
+    module = importlib.import_module(f"benchmark_{arguments.benchmark}")
+    try:
+        figures, text = module.run(arguments, lambda line: print(f"... {line}", file=sys.stderr, flush=True))
+    except (BenchmarkError, ValueError) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 1
+    record = full_record(arguments.benchmark, vars(arguments), figures, figures["device"])
+    print(f"{headline(record)}\n\n{text}")
+    if arguments.json:
+        write_json(arguments.json, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
