@@ -9,9 +9,7 @@ from data.shapes import ShapesError, make_shapes
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data-path", default="datasets/shapes", help="folder to make the set in")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives another set")
     parser.add_argument("--num-train", type=int, default=600, help="training images")
