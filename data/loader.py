@@ -6,7 +6,9 @@ annotations alone), workers read and decode, and the training device does the re
 
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -334,6 +336,16 @@ def _worker_context() -> str | None:
 
 def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group. The main process decides what becomes of the run, and may still
-    # want batches; a worker whose parent is gone ends by itself (torch's worker loop watches it).
+    # Ctrl-C reaches the whole process group, and so does the SIGTERM of torchrun or a batch system. The main process
+    # decides what becomes of the run, and may still want batches: only its own SIGTERM counts here. A worker whose
+    # parent is gone ends by itself (torch's worker loop watches it).
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_parent_says, daemon=True, name="sigterm").start()
+
+
+def _end_when_parent_says() -> None:
+    while True:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+            os._exit(0)

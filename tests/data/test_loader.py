@@ -242,17 +242,28 @@ def test_like_shapes_are_evaluated_together(make_dataset: MakeDataset) -> None:
         assert len(set(raw.native_sizes)) == 1
 
 
-def test_workers_go_on_after_ctrl_c_as_the_main_process_decides(make_dataset: MakeDataset) -> None:
+@pytest.mark.parametrize("name", ["INT", "TERM", "USR1"])
+def test_workers_go_on_after_a_signal_to_the_whole_group(name: str, make_dataset: MakeDataset) -> None:
     loader = train_loader(make_dataset(SIZES), workers=1)
     try:
         batches = loader.batches(0, 20)
         next(batches)
         (worker,) = multiprocessing.active_children()
-        os.kill(worker.pid, signal.SIGINT)
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # as torchrun: not from the main process
         assert len(list(batches)) == 19
         assert worker.is_alive()
     finally:
         loader.close()
+
+
+def test_workers_end_when_the_main_process_terminates_them(make_dataset: MakeDataset) -> None:
+    loader = train_loader(make_dataset(SIZES), workers=1)
+    next(loader.batches(0, 20))
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(timeout=10)
+    assert not worker.is_alive()
+    loader.close()
 
 
 ORPHANS = """
