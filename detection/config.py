@@ -208,7 +208,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=["coco", "shapes"], default="coco", help="shapes is made on first use [coco]")
+    group.add_argument(
+        "--dataset", choices=["coco", "shapes"], default="coco", help="shapes is made on first use [coco]"
+    )
     group.add_argument(
         "--data-path", type=Path, metavar="DIR", help="standard COCO layout [datasets/coco, or datasets/shapes]"
     )
@@ -216,10 +218,16 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument(f"--{split}-images", type=Path, metavar="DIR", help=f"image folder of the {split} set")
         group.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help=f"COCO JSON of the {split} set")
     group.add_argument("--min-size", type=_positive_int, default=800, metavar="N", help="shorter side, pixels [800]")
-    group.add_argument("--max-size", type=_positive_int, default=1333, metavar="N", help="longer side at most, pixels [1333]")
-    group.add_argument("--workers", type=_not_negative_int, metavar="N", help="loader processes a process [GPU 4, CPU 1]")
+    group.add_argument(
+        "--max-size", type=_positive_int, default=1333, metavar="N", help="longer side at most, pixels [1333]"
+    )
+    group.add_argument(
+        "--workers", type=_not_negative_int, metavar="N", help="loader processes a process [GPU 4, CPU 1]"
+    )
     group.add_argument("--limit-train-batches", type=_positive_int, metavar="N", help="iterations an epoch at most")
-    group.add_argument("--limit-val-batches", type=_positive_int, metavar="N", help="evaluation batches a process at most")
+    group.add_argument(
+        "--limit-val-batches", type=_positive_int, metavar="N", help="evaluation batches a process at most"
+    )
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=MODEL_DEFAULT, metavar="NAME", help=f"[{MODEL_DEFAULT}]")
@@ -246,8 +254,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("training step")
     group.add_argument("--batch-size", type=_positive_int, default=2, metavar="N", help="images a process [2]")
-    group.add_argument("--accumulate", type=_positive_int, metavar="N", help="micro-steps an iteration [the schedule's, 1]")
-    group.add_argument("--clip-grad", type=_positive_float, metavar="X", help="largest gradient norm [the schedule's, none]")
+    group.add_argument(
+        "--accumulate", type=_positive_int, metavar="N", help="micro-steps an iteration [the schedule's, 1]"
+    )
+    group.add_argument(
+        "--clip-grad", type=_positive_float, metavar="X", help="largest gradient norm [the schedule's, none]"
+    )
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], help="mixed precision [the schedule's, off]")
     group.add_argument(
         "--ema",
@@ -280,7 +292,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--keep-checkpoints", type=_positive_int, default=3, metavar="N", help="epoch files kept [3]")
     group.add_argument("--checkpoint-minutes", type=_positive_float, metavar="N", help="also save each N minutes")
     group.add_argument("--checkpoint-iterations", type=_positive_int, metavar="N", help="also save each N iterations")
-    group.add_argument("--log-interval", type=_positive_int, metavar="N", help="iterations between readings [GPU 20, CPU 1]")
+    group.add_argument(
+        "--log-interval", type=_positive_int, metavar="N", help="iterations between readings [GPU 20, CPU 1]"
+    )
     group.add_argument(
         "--eval-backend", choices=["auto", "pycocotools", "hotcoco", "both"], default="auto", help="COCO metrics [auto]"
     )
@@ -318,6 +332,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
         images, annotations = getattr(options, f"{split}_images"), getattr(options, f"{split}_annotations")
         if (images is None) != (annotations is None):
             raise ConfigError(f"--{split}-images and --{split}-annotations go together: give both")
+    if options.val_only or options.test_only:
+        which = "--val-only" if options.val_only else "--test-only"
+        if options.resume is None and options.weights in ("none", "imagenet"):
+            raise ConfigError(f"{which} needs the weights of a whole detector: give --weights FILE, or --resume")
+        if options.overwrite:
+            raise ConfigError(f"{which} starts no run: leave --overwrite away")
     if options.test_only and options.test_annotations is None:
         raise ConfigError("--test-only needs --test-images DIR and --test-annotations FILE")
     if options.dataset == "shapes" and any(getattr(options, f"{s}_images") for s in ("train", "val")):

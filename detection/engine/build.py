@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ from detection.engine.datasets import (
 from detection.engine.distributed import Processes
 from detection.engine.output_directory import OutputDirectory
 from detection.engine.sync_batch_norm import synchronise_batch_norm
-from detection.models import FasterRCNN, build_model, load_weights, model_from_config, prefetch_weights
+from detection.models import (
+    FasterRCNN,
+    WeightsError,
+    build_model,
+    load_detector,
+    load_weights,
+    model_from_config,
+    prefetch_weights,
+)
 from schedules import Schedule, load_schedule
 
 
@@ -54,13 +63,19 @@ class Built:
 def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
     """Everything that only one process may do, and everything cheap that can be wrong."""
     _load_schedule(config)
+    prepare_files(config.data, mode=config.mode)
+    resumes = config.output.resume is not None
+    if not resumes:
+        prefetch_weights(config.model.weights, config.model.model)
+    # The output directory comes last: a run that cannot begin leaves it as it was.
     lines: list[str] = []
-    if not config.dry_run:
-        if config.mode == "train":
-            moved = output.claim(overwrite=config.output.overwrite, resume=config.output.resume is not None)
-            lines += [moved] if moved else []
-        else:
-            output.path.mkdir(parents=True, exist_ok=True)
+    if config.mode == "train" and config.dry_run:
+        output.check(overwrite=config.output.overwrite, resume=resumes)
+    elif config.mode == "train":
+        moved = output.claim(overwrite=config.output.overwrite, resume=resumes)
+        lines += [moved] if moved else []
+    elif not config.dry_run:
+        output.path.mkdir(parents=True, exist_ok=True)
     resume_path = None
     if config.output.resume == "auto":
         found = newest_checkpoint(output.checkpoints)
@@ -69,10 +84,9 @@ def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
             lines += [f"skipped: {reason}" for reason in found.skipped]
     elif config.output.resume is not None:
         resume_path = load_checkpoint(Path(config.output.resume)).path
-    if config.mode != "train" and config.output.resume is not None and resume_path is None:
-        raise CheckpointError(f"{output.checkpoints}: there is no checkpoint to evaluate; give --weights FILE")
-    prepare_files(config.data, mode=config.mode)
-    if resume_path is None and config.model.weights != "none":
+    if resumes and resume_path is None:
+        if config.mode != "train":
+            raise CheckpointError(f"{output.checkpoints}: there is no checkpoint to evaluate; give --weights FILE")
         prefetch_weights(config.model.weights, config.model.model)
     return Prepared(resume_path, tuple(lines))
 
@@ -81,14 +95,14 @@ def _load_schedule(config: RunConfig) -> tuple[Schedule, list[str]]:
     schedule = load_schedule(config.train.schedule)
     pairs = dict(text.split("=", 1) for text in config.train.overrides)
     schedule, lines = schedule.with_overrides({key.strip(): value.strip() for key, value in pairs.items()})
-    if config.train.accumulate is not None:
+    if config.train.accumulate not in (None, schedule.accumulative_counts):
         lines.append(f"optim_wrapper.accumulative_counts: {schedule.accumulative_counts} -> {config.train.accumulate}")
         schedule = replace(schedule, accumulative_counts=config.train.accumulate)
     if config.train.clip_grad is not None:
-        clip, lines_ = schedule.with_overrides(
+        schedule, clip_lines = schedule.with_overrides(
             {"optim_wrapper.clip_grad": f"dict(max_norm={config.train.clip_grad!r}, norm_type=2)"}
         )
-        schedule, lines = clip, lines + lines_
+        lines += clip_lines
     if config.train.amp is not None and config.train.amp != (schedule.amp or "off"):
         lines.append(f"mixed precision: {schedule.amp or 'off'} -> {config.train.amp}")
         schedule = replace(schedule, amp=None if config.train.amp == "off" else config.train.amp)
@@ -101,8 +115,15 @@ def build(config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint 
     if config.train.auto_scale_lr or schedule.auto_scale_lr_enabled:
         schedule = schedule.scaled(global_batch_size)
     files = dataset_files(config.data, mode=config.mode)
-    train_set = load_train(files.train) if files.train is not None else None
-    model, class_names, weights_line = _build_model(config, processes, checkpoint, train_set, files)
+    if config.mode == "train":
+        assert files.train is not None
+        train_set = load_train(files.train)
+        class_names = train_set.class_names
+        model, weights_line = _model_to_train(config, processes, checkpoint, class_names)
+    else:
+        train_set = None
+        model, class_names, weights_line = _model_to_evaluate(config, checkpoint, files)
+    model = _place(config, processes, model)
     evaluation_files = files.test if config.mode == "test" else files.val
     evaluation_set = load_evaluation(evaluation_files, class_names) if evaluation_files is not None else None
     named = train_set or evaluation_set
@@ -120,36 +141,68 @@ def build(config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint 
     )
 
 
-def _build_model(
-    config: RunConfig,
-    processes: Processes,
-    checkpoint: LoadedCheckpoint | None,
-    train_set: CocoDataset | None,
-    files: DatasetFiles,
+def _model_to_train(
+    config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint | None, class_names: tuple[str, ...]
+) -> tuple[FasterRCNN, str]:
+    """The model with its starting weights, and a line that says where they come from."""
+    if checkpoint is not None:
+        # Settings come with the weights: what is frozen and how it is normalised cannot change in mid-run.
+        return _stored_model(checkpoint, "model"), f"{checkpoint.path} (iteration {checkpoint.state['iteration']})"
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model.model, len(class_names), **_model_settings(config))
+    if config.model.weights == "none":
+        norm = "group norm" if config.model.norm == "gn" else "batch norm is trained"
+        stages = model.config.frozen_stages
+        frozen = "nothing is frozen" if stages < 0 else f"stages up to {stages} are frozen"
+        return model, f"none: random weights, {frozen}, {norm}"
+    return model, load_weights(model, config.model.weights).table()
+
+
+def _model_to_evaluate(
+    config: RunConfig, checkpoint: LoadedCheckpoint | None, files: DatasetFiles
 ) -> tuple[FasterRCNN, tuple[str, ...], str]:
-    """The model with its starting weights, the class names, and a line that says where the weights come from."""
+    """The model with trained weights, its class names, and a line that says where the weights come from."""
+    spec = config.model.weights
     if checkpoint is not None:
         state = checkpoint.state
-        # Settings come with the weights: what is frozen and how it is normalised cannot change in mid-run.
-        model = model_from_config(state["model_config"])
-        use_average = config.mode != "train" and state["ema"] is not None
-        model.load_state_dict(state["ema" if use_average else "model"])
-        names = tuple(state["class_names"])
-        line = f"{checkpoint.path} (iteration {state['iteration']}{', averaged weights' if use_average else ''})"
-        return _place(config, processes, model), names, line
-    names = train_set.class_names if train_set is not None else _class_names(config, files)
-    torch.manual_seed(config.train.seed)
+        average = ", averaged weights" if state["ema"] is not None else ""
+        line = f"{checkpoint.path} (iteration {state['iteration']}{average})"
+        model = _stored_model(checkpoint, "ema" if average else "model")
+        sizes = state["preprocessing"]["min_size"], state["preprocessing"]["max_size"]
+        return model, tuple(state["class_names"]), line + _other_scale(config, *sizes)
+    if Path(spec).is_file():
+        with contextlib.suppress(WeightsError):  # weights of another project, without a model and classes
+            detector = load_detector(spec)
+            line = f"{spec} (with its own model, {detector.model.config.backbone})"
+            line += _other_scale(config, detector.min_size, detector.max_size)
+            return detector.model, detector.class_names, line
+    names = _class_names(config, files)
     model = build_model(config.model.model, len(names), **_model_settings(config))
-    if config.model.weights == "none":
-        line = "none: random weights, nothing is frozen, batch norm is trained"
-        if config.model.norm == "gn":
-            line = "none: random weights, nothing is frozen, group norm"
-        if config.mode != "train":
-            raise ConfigError(f"--{config.mode}-only needs trained weights: give --weights FILE, or --resume")
-    else:
-        report = load_weights(model, config.model.weights)
-        line = "\n".join([f"{report.source}", report.table()])
-    return _place(config, processes, model), names, line
+    report = load_weights(model, spec) if spec != "none" else None
+    if report is None or report.missing or report.reshaped:
+        raise ConfigError(
+            f"--{config.mode}-only needs the weights of a whole detector: give --weights FILE, or --resume"
+            + ("" if report is None else f"\n{report.table()}")
+        )
+    return model, names, report.table()
+
+
+def _stored_model(checkpoint: LoadedCheckpoint, key: str) -> FasterRCNN:
+    try:
+        model = model_from_config(checkpoint.state["model_config"])
+        model.load_state_dict(checkpoint.state[key])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: its weights are not of its own model ({error})") from error
+    return model
+
+
+def _other_scale(config: RunConfig, min_size: int, max_size: int) -> str:
+    if (min_size, max_size) == (config.data.min_size, config.data.max_size):
+        return ""
+    return (
+        f"\nnote: trained at --min-size {min_size} --max-size {max_size}, evaluated at "
+        f"{config.data.min_size} and {config.data.max_size}"
+    )
 
 
 def _class_names(config: RunConfig, files: DatasetFiles) -> tuple[str, ...]:

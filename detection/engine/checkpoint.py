@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import pickle
 import shutil
+import time
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ from torch import Tensor
 FORMAT = "detection-checkpoint"
 VERSION = 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+REQUIRED = (
+    *("iteration", "iterations_per_epoch", "validation_due", "best_map", "best_epoch"),
+    *("model", "ema", "optimizer", "scaler", "model_config", "schedule"),
+    *("class_names", "category_ids", "preprocessing", "run", "config"),
+)
+"""What every checkpoint holds: how far the run is, its weights and states, and what describes the run."""
 
 
 class CheckpointError(ValueError):
@@ -45,23 +52,21 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
         # torch.save writes a zip file; its CRC-32 of every entry is what tells a flipped bit.
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-        if broken is not None:
-            raise CheckpointError(f"{path}: the checksum of {broken} is wrong, the file was altered")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    # A damaged file can fail anywhere in the zip reader or the unpickler, with whatever error that part has.
-    except (OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True) if broken is None else None
+    except Exception as error:  # a damaged file fails in the zip reader or the unpickler, with any error of theirs
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
-    except (zipfile.LargeZipFile, NotImplementedError, AttributeError, TypeError, IndexError, OverflowError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    if broken is not None:
+        raise CheckpointError(f"{path}: the checksum of {broken} is wrong, the file was altered")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a training checkpoint of this project (give weights with --weights)")
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: checkpoint version {state.get('version')}, this program reads version {VERSION}"
         )
+    missing = [key for key in REQUIRED if key not in state]
+    if missing:
+        raise CheckpointError(f"{path}: an incomplete checkpoint, it lacks {', '.join(missing)}")
     return LoadedCheckpoint(path, state)
 
 
@@ -74,15 +79,12 @@ def newest_checkpoint(directory: Path) -> LoadedCheckpoint | None:
         CheckpointError: there are checkpoint files and every one is broken.
     """
     skipped: list[str] = []
-    candidates: list[tuple[int, int, int, Path]] = []
+    candidates: list[tuple[tuple[int, int], int, Path]] = []
     for path in sorted(directory.glob("*.pt")):
         try:
-            # mmap: only the small pickled part is read here, the tensors when one is chosen.
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            order = (int(state["iteration"]), int(not state["validation_due"]), int(path.name == LAST))
-            candidates.append((*order, path))
-        except Exception as error:  # noqa: BLE001 - whatever a broken file raises, it is skipped and named
-            skipped.append(f"{path}: not a readable checkpoint ({type(error).__name__})")
+            candidates.append((_place_of(path), int(path.name == LAST), path))
+        except CheckpointError as error:
+            skipped.append(str(error))
     for *_, path in sorted(candidates, reverse=True):
         try:
             loaded = load_checkpoint(path)
@@ -95,6 +97,56 @@ def newest_checkpoint(directory: Path) -> LoadedCheckpoint | None:
             f"{directory}: no checkpoint is intact:\n  " + "\n  ".join(skipped) + "\nStart anew with --overwrite."
         )
     return None
+
+
+def continue_from(directory: Path, chosen: LoadedCheckpoint) -> Path | None:
+    """Make `chosen` the newest checkpoint of `directory`, so that the next automatic resume cannot miss it.
+
+    Files that are further on (of a future that the run now leaves) or broken are moved into a folder of their own.
+
+    Returns:
+        that folder; None where there was nothing to move.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    here = (int(chosen.state["iteration"]), int(not chosen.state["validation_due"]))
+    moved: list[Path] = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in sorted(directory.glob("*.pt")):
+            try:
+                is_later = _place_of(path) > here
+            except CheckpointError:
+                is_later = True
+            if is_later and path.resolve() != chosen.path.resolve():
+                moved.append(path)
+        aside = _unused(directory / f"set_aside_{time.strftime('%Y%m%d_%H%M%S')}")
+        for path in moved:
+            aside.mkdir(exist_ok=True)
+            path.rename(aside / path.name)
+        last = directory / LAST
+        if not (last.exists() and last.samefile(chosen.path)):
+            _link(chosen.path, last)
+        _sync_folder(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: checkpoints cannot be written there: {error}") from error
+    return aside if moved else None
+
+
+def _place_of(path: Path) -> tuple[int, int]:
+    """How far a checkpoint is: iterations done, and whether nothing is left to be validated."""
+    try:
+        # mmap: only the small pickled part is read here, the tensors when one is chosen.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["iteration"]), int(not state["validation_due"])
+    except Exception as error:  # whatever a broken file raises
+        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+
+
+def _unused(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
 class CheckpointStore:
@@ -110,6 +162,7 @@ class CheckpointStore:
         self.keep = keep
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._unwritten: list[tuple[dict[str, Any], list[str]]] = []
 
     def save(self, state: dict[str, Any], names: list[str]) -> str | None:
         """Copy `state` (tensors and plain types) and start writing it under `names`.
@@ -118,8 +171,9 @@ class CheckpointStore:
             What went wrong with the save before this one; None if nothing did.
         """
         problem = self.wait()
-        snapshot = _copy_to_cpu(state)
-        self._pending = self._writer.submit(self._write, snapshot, names)
+        # Of what could not be written only the best weights are still wanted; this state is newer than the rest.
+        owed = [(snapshot, [BEST]) for snapshot, missed in self._unwritten if BEST in missed and BEST not in names]
+        self._start([*owed, (_copy_to_cpu(state), names)])
         return problem
 
     def wait(self) -> str | None:
@@ -129,15 +183,30 @@ class CheckpointStore:
         pending, self._pending = self._pending, None
         error = pending.exception()
         if error is None:
+            self._unwritten = []
             return None
         if isinstance(error, (OSError, RuntimeError)):
             return f"checkpoint not written into {self.directory}: {error}"
         raise error
 
     def close(self) -> str | None:
-        problem = self.wait()
-        self._writer.shutdown()
-        return problem
+        """Wait for the last write, and try it once more if it failed; what went wrong then."""
+        try:
+            problem = self.wait()
+            if problem is not None:
+                self._start(self._unwritten)
+                problem = self.wait()
+            return problem
+        finally:
+            self._writer.shutdown()
+
+    def _start(self, files: list[tuple[dict[str, Any], list[str]]]) -> None:
+        self._unwritten = files
+        self._pending = self._writer.submit(self._write_all, files)
+
+    def _write_all(self, files: list[tuple[dict[str, Any], list[str]]]) -> None:
+        for snapshot, names in files:
+            self._write(snapshot, names)
 
     def _write(self, state: dict[str, Any], names: list[str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -99,6 +99,12 @@ class Processes:
         work = dist.all_reduce(box, dist.ReduceOp.MAX, self.control_group, True) if self.world_size > 1 else None
         return PendingMaximum(box, work)
 
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process rank 0's buffers: batch-norm statistics, which each keeps for itself while it trains."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
     def wrap(self, model: nn.Module, *, broadcast_buffers: bool) -> nn.Module:
         """The model with gradients averaged over the processes (the model itself where there is one)."""
         if self.world_size == 1:

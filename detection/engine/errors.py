@@ -61,7 +61,8 @@ def main_first(processes: Processes, action: Callable[[], T]) -> T:
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
     try:
         return action(), None
-    except USER_ERRORS as error:
+    # The system's errors are the user's as well: a file that may not be read, a folder that is none.
+    except (*USER_ERRORS, OSError) as error:
         return None, str(error)
 
 

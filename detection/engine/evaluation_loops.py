@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 
 from data import DeviceBatch, DevicePrefetcher, EvalLoader
 from detection.engine.distributed import Processes
+from detection.engine.errors import main_first
+from detection.engine.output_directory import OutputDirectoryError
 from detection.engine.precision import Precision
 from detection.engine.recorder import Recorder
 from detection.engine.stopping import StopRequest
@@ -56,25 +59,31 @@ class ValLoop:
 
         Raises:
             Stopped: on every process, when a signal came to one of them.
+            RunError: on every process, when the metrics cannot be computed.
         """
         processes = self.inputs.processes
         started = time.perf_counter()
         detections, image_ids = detect(self.inputs, model, "validating")
         forward_seconds = time.perf_counter() - started
-        metrics: dict[str, Any] = {}
-        if detections is not None:
-            assert self.evaluator is not None
-            write_results(detections, self.inputs.results_file)
-            metrics = self.evaluator.evaluate(detections, image_ids.tolist())
-            metrics["num_images"] = len(image_ids)
-            metrics["seconds"] = time.perf_counter() - started
-            metrics["images_per_second"] = len(image_ids) / forward_seconds
-            if self.inputs.limited:
-                metrics["notes"].append(
-                    f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
-                )
         # The others wait here, on gloo, for as long as rank 0 needs.
-        return processes.broadcast(metrics), detections
+        metrics = main_first(processes, partial(self._metrics, detections, image_ids))
+        metrics["seconds"] = time.perf_counter() - started
+        metrics["images_per_second"] = metrics["num_images"] / forward_seconds
+        return metrics, detections
+
+    def _metrics(self, detections: Detections | None, image_ids: np.ndarray) -> dict[str, Any]:
+        assert detections is not None and self.evaluator is not None
+        try:
+            write_results(detections, self.inputs.results_file)
+        except OSError as error:  # a full disk does not end a training; the metrics need no file
+            self.inputs.recorder.warn(f"{self.inputs.results_file} could not be written: {error}; the run goes on")
+        metrics = self.evaluator.evaluate(detections, image_ids.tolist())
+        metrics["num_images"] = len(image_ids)
+        if self.inputs.limited:
+            metrics["notes"].append(
+                f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
+            )
+        return metrics
 
 
 class TestLoop:
@@ -92,15 +101,23 @@ class TestLoop:
         """Run `model` over the set; collective.
 
         Returns:
-            on rank 0 the metrics (None without boxes and on other processes), and the number of detections written.
+            on every process the metrics (None without boxes), and the number of detections written.
+
+        Raises:
+            Stopped: on every process, when a signal came to one of them.
+            RunError: on every process, when the results cannot be written or judged.
         """
         detections, image_ids = detect(self.inputs, model, "testing")
-        if detections is None:
-            return None, 0
-        write_results(detections, self.inputs.results_file)
-        if self.evaluator is None:
-            return None, len(detections)
-        return self.evaluator.evaluate(detections, image_ids.tolist()), len(detections)
+        return main_first(self.inputs.processes, partial(self._results, detections, image_ids))
+
+    def _results(self, detections: Detections | None, image_ids: np.ndarray) -> tuple[dict[str, Any] | None, int]:
+        assert detections is not None
+        try:
+            write_results(detections, self.inputs.results_file)
+        except OSError as error:
+            raise OutputDirectoryError(f"{self.inputs.results_file} could not be written: {error}") from error
+        metrics = self.evaluator.evaluate(detections, image_ids.tolist()) if self.evaluator is not None else None
+        return metrics, len(detections)
 
 
 @torch.no_grad()

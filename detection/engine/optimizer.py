@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from detection.models import mmdet_name
 from schedules import ParameterFacts, Schedule, parameter_multipliers
 
 _NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -50,6 +53,41 @@ def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """What the optimiser remembers: its type, and its tensors by the name of the parameter in `model`.
+
+    By name, so that parameter groups may be cut otherwise after a resume; what the groups say is the schedule's.
+    """
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    state = {names[parameter]: dict(values) for parameter, values in optimizer.state.items()}
+    return {"type": type(optimizer).__name__, "state": state}
+
+
+def load_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any]) -> bool:
+    """Give the optimiser what `optimizer_state` returned; False where that is of another type of optimiser.
+
+    Raises:
+        ValueError: it is not of this model.
+    """
+    if stored["type"] != type(optimizer).__name__:
+        return False
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if unknown := [name for name in stored["state"] if name not in trained]:
+        raise ValueError(f"the optimiser's state has {unknown[0]}, which the model does not train")
+    for name, values in stored["state"].items():
+        optimizer.state[trained[name]] = {key: _like(value, trained[name]) for key, value in values.items()}
+    return True
+
+
+def _like(value: Any, parameter: nn.Parameter) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.shape != parameter.shape:  # a step counter
+        return value.to(parameter.device, copy=True)
+    # Fused steps walk through memory without a look at strides: momentum must lie as its parameter does.
+    return torch.empty_like(parameter).copy_(value).detach()
+
+
 def _default_weight_decay(optimizer_type: str) -> float:
     # PyTorch's own defaults: AdamW decays by 0.01 where nothing is said.
     return 0.01 if optimizer_type == "AdamW" else 0.0
@@ -69,6 +107,7 @@ def parameter_facts(model: nn.Module) -> list[ParameterFacts]:
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
         for leaf, _ in module.named_parameters(recurse=False)
     }
+    has_group_norm = any(isinstance(module, nn.GroupNorm) for module in model.modules())
     return [
         ParameterFacts(
             name=name,
@@ -76,6 +115,7 @@ def parameter_facts(model: nn.Module) -> list[ParameterFacts]:
             is_bias=name.endswith(".bias"),
             is_depthwise=name in depthwise,
             is_flat=parameter.ndim == 1,
+            aliases=(mmdet_name(name, group_norm=has_group_norm),),
         )
         for name, parameter in model.named_parameters()
     ]

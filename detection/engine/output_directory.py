@@ -53,20 +53,19 @@ class OutputDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if self.holds_a_run and overwrite:
-                aside = self.path.with_name(f"{self.path.name}.before_{time.strftime('%Y%m%d_%H%M%S')}")
-                self.release()
-                self.path.rename(aside)
-                self.path.mkdir()
-                self._take_lock()
-                moved = f"the run that was in {self.path} is now in {aside}"
+                moved = f"the run that was in {self.path} is now in {self._move_aside()}"
         except OSError as error:
             raise OutputDirectoryError(f"{self.path}: cannot be used as output directory: {error}") from error
-        if self.holds_a_run and not resume:
+        self.check(overwrite=overwrite, resume=resume)
+        return moved
+
+    def check(self, *, overwrite: bool, resume: bool) -> None:
+        """Raises OutputDirectoryError where the folder holds a run and is to be neither gone on with nor moved."""
+        if self.holds_a_run and not (resume or overwrite):
             raise OutputDirectoryError(
                 f"{self.path} already holds a run. Go on with it: --resume. Start anew, the old one moved aside: "
                 "--overwrite. Or give another --output-dir."
             )
-        return moved
 
     def release(self) -> None:
         """Let others in."""
@@ -74,22 +73,51 @@ class OutputDirectory:
             self._lock.close()
             self._lock = None
 
+    def _move_aside(self) -> Path:
+        name = f"{self.path.name}.before_{time.strftime('%Y%m%d_%H%M%S')}"
+        aside = self.path.with_name(name)
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = self.path.with_name(f"{name}_{number}")
+        # The old folder's lock is held until the new one's is, so that nobody slips in between.
+        old_lock = self._lock
+        self.path.rename(aside)
+        self.path.mkdir()
+        self._take_lock()
+        if old_lock is not None:
+            old_lock.close()
+        return aside
+
     def _take_lock(self) -> None:
-        lock = (self.path / ".lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            owner = lock.read().strip()
+        while True:
+            lock = (self.path / ".lock").open("a+")
+            try:
+                # A record lock, not flock: loader processes, which outlive a killed run for a few seconds, do not
+                # inherit it.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                lock.seek(0)
+                owner = lock.read().strip()
+                lock.close()
+                raise OutputDirectoryError(
+                    f"{self.path}: another run is writing here (process {owner or 'unknown'}). "
+                    "Wait for it, or give another --output-dir."
+                ) from error
+            if self._is_ours(lock):
+                break
             lock.close()
-            raise OutputDirectoryError(
-                f"{self.path}: another run is writing here (process {owner or 'unknown'}). "
-                "Wait for it, or give another --output-dir."
-            ) from error
         lock.truncate(0)
         lock.write(f"{os.getpid()}")
         lock.flush()
         self._lock = lock
+
+    def _is_ours(self, lock: IO[str]) -> bool:
+        # Another run may have moved the folder aside between the opening and the locking.
+        try:
+            return os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat())
+        except FileNotFoundError:
+            return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -34,6 +34,7 @@ class Recorder:
         self.board = board
         self._bar: Progress | None = None
         self._failed_writes = 0
+        self._unwritten: list[dict[str, Any]] = []
         self._last_validation: dict[str, Any] | None = None
         self._best_validation: dict[str, Any] | None = None
         if log is not None:
@@ -65,8 +66,7 @@ class Recorder:
     def train(self, records: Sequence[dict[str, Any]]) -> None:
         """Write the records of iterations just done."""
         for record in records:
-            if self.log is not None:
-                self._write(self.log.write, record)
+            self._log(record)
             if self.board is not None:
                 self._write(self.board.train, record)
         if records and self._bar is not None:
@@ -77,8 +77,7 @@ class Recorder:
     def validation(self, epoch: int, iteration: int, metrics: dict[str, Any], model_tested: str) -> None:
         """Write a validation's metrics, and show them beside the previous and the best ones."""
         record = {"kind": "val", "epoch": epoch, "iteration": iteration, "weights": model_tested, **metrics}
-        if self.log is not None:
-            self._write(self.log.write, record)
+        self._log(record)
         if self.board is not None:
             self._write(self.board.validation, record)
         self.say(f"validation after epoch {epoch + 1} ({model_tested}, {metrics['num_images']} images)")
@@ -99,7 +98,11 @@ class Recorder:
 
     def summary(self) -> str:
         """All validations of the run as a table."""
-        return summary_table(read_metrics(self.log.path, kind="val")) if self.log is not None else ""
+        if self.log is None:
+            return ""
+        # Records count epochs from 0, people from 1.
+        records = read_metrics(self.log.path, kind="val")
+        return summary_table([{**record, "epoch": record["epoch"] + 1} for record in records])
 
     def close(self) -> None:
         if self.log is not None:
@@ -112,11 +115,21 @@ class Recorder:
         if self._best_validation is None or record["mAP"] > self._best_validation["mAP"]:
             self._best_validation = record
 
-    def _write(self, write: Callable[[Any], None], record: Any) -> None:
+    def _log(self, record: dict[str, Any]) -> None:
+        """Write into metrics.jsonl, after what an earlier failure left unwritten."""
+        if self.log is None:
+            return
+        self._unwritten.append(record)
+        while self._unwritten and self._write(self.log.write, self._unwritten[0]):
+            del self._unwritten[0]
+
+    def _write(self, write: Callable[[Any], None], record: Any) -> bool:
         # A full disk must not end a run for the sake of its curves. It is said a few times, not every iteration.
         try:
             write(record)
         except OSError as error:
             self._failed_writes += 1
             if self._failed_writes <= _MAX_FAILED_WRITES:
-                self.warn(f"figures could not be written: {error}; the run goes on without them")
+                self.warn(f"figures could not be written: {error}; the run goes on")
+            return False
+        return True

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
+
+from detection.config import ModelConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
+from detection.engine.ema import AveragedModel
+from detection.engine.optimizer import load_optimizer_state
+from detection.engine.precision import Precision
 from detection.engine.train_loop import Progress
 
 
@@ -53,7 +60,8 @@ def check_resumable(
     if run["model_name"] != facts.model_name:
         raise CheckpointError(
             f"{path} is of {run['model_name']}, the command line says {facts.model_name}: "
-            f"give --model {run['model_name']} to resume, or --weights instead of --resume to start a new run from its weights"
+            f"give --model {run['model_name']} to resume, or --weights instead of --resume to start a new run from "
+            "its weights"
         )
     if list(facts.class_names) != state["class_names"]:
         raise CheckpointError(
@@ -72,8 +80,8 @@ def check_resumable(
     if state["iterations_per_epoch"] != iterations_per_epoch:
         raise CheckpointError(
             f"{path} has {state['iterations_per_epoch']} iterations an epoch, this run "
-            f"{iterations_per_epoch}: the number of training images or --limit-train-batches is another one. Give the same data to resume, or --weights "
-            "instead of --resume to start a new run from its weights."
+            f"{iterations_per_epoch}: the number of training images or --limit-train-batches is another one. "
+            "Give the same data to resume, or --weights instead of --resume to start a new run from its weights."
         )
     lines = []
     if run["world_size"] != facts.world_size:
@@ -94,6 +102,52 @@ def progress_of(checkpoint: LoadedCheckpoint) -> Progress:
     """How far the checkpoint's run was."""
     state = checkpoint.state
     return Progress(state["iteration"], state["validation_due"], state["best_map"], state["best_epoch"])
+
+
+def settings_without_effect(checkpoint: LoadedCheckpoint, model: ModelConfig) -> list[str]:
+    """Lines on options of the model that were given and that the checkpoint decides otherwise."""
+    state, default = checkpoint.state, ModelConfig()
+    given = {
+        "weights": (model.weights, default.weights, state["config"]["model"]["weights"]),
+        "norm": (model.norm, default.norm, state["model_config"]["norm"]),
+        "frozen-stages": (model.frozen_stages, default.frozen_stages, state["model_config"]["frozen_stages"]),
+    }
+    return [
+        f"--{name} {now} has no effect: the resumed run has {before}"
+        for name, (now, unsaid, before) in given.items()
+        if now not in (unsaid, before)
+    ]
+
+
+def restore(
+    checkpoint: LoadedCheckpoint,
+    model: nn.Module,
+    optimizer: Optimizer,
+    precision: Precision,
+    ema: AveragedModel | None,
+) -> list[str]:
+    """Give optimiser, loss scale and averaged weights what the checkpoint has; lines on what begins afresh.
+
+    Rates and decay are not in it: this run's schedule decides over them.
+
+    Raises:
+        CheckpointError: the state is not of this model.
+    """
+    state, lines = checkpoint.state, []
+    try:
+        if not load_optimizer_state(optimizer, model, state["optimizer"]):
+            before, now = state["optimizer"]["type"], type(optimizer).__name__
+            lines.append(f"optimiser: {before} before, {now} now; its state begins afresh")
+        precision.load_state_dict(state["scaler"])
+        if ema is not None and state["ema"] is not None:
+            ema.module.load_state_dict(state["ema"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: its state is not of its own model ({error})") from error
+    if ema is not None and state["ema"] is None:
+        lines.append("--ema: the checkpoint has no averaged weights, the average begins with its weights")
+    elif ema is None and state["ema"] is not None:
+        lines.append("the checkpoint has averaged weights, which this run does not go on with: give --ema to do so")
+    return lines
 
 
 def _differences(before: Any, now: Any, key: str) -> list[str]:

@@ -88,7 +88,7 @@ class StepRecords:
         reports = self._processes.gather_objects((bad, self._image_ids[index]))
         facts = self._facts[index]
         lines = [
-            f"iteration {facts['iteration']} (epoch {facts['epoch']}, learning rate {facts['lr']:.6g}): "
+            f"iteration {facts['iteration']} (epoch {facts['epoch'] + 1}, learning rate {facts['lr']:.6g}): "
             "the training is no longer finite"
         ]
         lines += [

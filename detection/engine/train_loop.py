@@ -15,7 +15,7 @@ from data import DevicePrefetcher, TrainLoader
 from detection.engine.checkpoint import BEST, LAST, CheckpointStore
 from detection.engine.distributed import Processes, without_gradient_exchange
 from detection.engine.ema import AveragedModel
-from detection.engine.optimizer import set_learning_rate, trained_parameters
+from detection.engine.optimizer import optimizer_state, set_learning_rate, trained_parameters
 from detection.engine.precision import Precision, gradient_norm
 from detection.engine.recorder import Recorder
 from detection.engine.step_records import StepRecords
@@ -114,8 +114,9 @@ class EpochBasedTrainLoop:
             NonFiniteLoss: see StepRecords.
         """
         batches = DevicePrefetcher(self.loader.batches(progress.iteration, self.num_iterations), self.processes.device)
-        if progress.validation_due:
+        if progress.validation_due and self.validate is not None:
             self.run_validation(progress)
+        progress.validation_due = False
         self.model.train()
         self.records.restart_clock()
         with self.recorder.training_bar(self.num_iterations, progress.iteration):
@@ -201,6 +202,7 @@ class EpochBasedTrainLoop:
         tested, tested_name = (
             (self.ema.module, "averaged weights") if self.ema is not None else (self.detector, "weights")
         )
+        self.processes.share_buffers(tested)
         metrics = self.validate(progress.iteration - 1, tested)
         names = [LAST, epoch_file(epochs_done)]
         is_best = metrics["mAP"] >= 0 and (progress.best_map is None or metrics["mAP"] > progress.best_map)
@@ -242,7 +244,7 @@ class EpochBasedTrainLoop:
             "iterations_per_epoch": self.iterations_per_epoch,
             "model": self.detector.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.detector),
             "scaler": self.precision.state_dict(),
             "schedule": self.schedule.to_dict(),
             **self.extra_state,

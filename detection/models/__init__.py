@@ -4,6 +4,7 @@ from detection.models.batch import ImageBatch, TargetBatch
 from detection.models.detector import Detector, DetectorError, load_detector
 from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
 from detection.models.recipes import MODELS, FasterRCNNConfig, ModelError
+from detection.models.weight_layouts import mmdet_name
 from detection.models.weights import (
     WeightReport,
     WeightsError,
@@ -29,6 +30,7 @@ __all__ = [
     "export_state_dict",
     "load_detector",
     "load_weights",
+    "mmdet_name",
     "model_from_config",
     "prefetch_weights",
 ]

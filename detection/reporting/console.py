@@ -85,6 +85,10 @@ class Console:
         """Something that ends the run."""
         self._raise_voice("error", text, _RED)
 
+    def log(self, text: str) -> None:
+        """One or more lines for the log file alone."""
+        self._log(text)
+
     def progress(self, total: int, *, initial: int = 0, description: str = "", unit: str = "it") -> "Progress":
         """A bar over `total` steps of which `initial` are done; silent on other processes than the main
         one."""

@@ -1,0 +1,243 @@
+"""One training from its built parts to its last checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from functools import partial
+
+from torch import nn
+
+from data import TrainLoader
+from detection.config import RunConfig
+from detection.engine.build import Built
+from detection.engine.checkpoint import CheckpointError, CheckpointStore, LoadedCheckpoint, continue_from
+from detection.engine.distributed import Processes
+from detection.engine.ema import AveragedModel
+from detection.engine.errors import RunError, main_first, together
+from detection.engine.evaluation_run import validation
+from detection.engine.optimizer import build_optimizer, parameter_facts
+from detection.engine.output_directory import OutputDirectory, OutputDirectoryError, write_json
+from detection.engine.pictures import training_mosaic
+from detection.engine.plan import config_record, describe_plan
+from detection.engine.precision import Precision
+from detection.engine.recorder import Recorder
+from detection.engine.resume import RunFacts, check_resumable, progress_of, restore, settings_without_effect
+from detection.engine.step_records import NonFiniteLoss
+from detection.engine.stopping import STOPPED_EXIT_CODE, StopRequest
+from detection.engine.train_loop import EpochBasedTrainLoop, Progress, SavePlan, Stopped
+from detection.reporting import Console, MetricsLog, TensorBoardLog
+from schedules import Schedule, unmatched_custom_keys
+
+
+def train(
+    config: RunConfig,
+    processes: Processes,
+    output: OutputDirectory,
+    stop: StopRequest,
+    console: Console,
+    built: Built,
+    checkpoint: LoadedCheckpoint | None,
+) -> int:
+    """Train to the schedule's end, from `checkpoint` where one is given; the exit status."""
+    schedule, model = built.schedule, built.model
+    on_gpu = processes.device.type == "cuda"
+    workers = config.data.workers if config.data.workers is not None else (4 if on_gpu else 1)
+    loader = _train_loader(config, processes, built, workers=workers)
+    # What is wrong with the learning rate shows when it is first asked for.
+    together(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
+    facts = _run_facts(config, processes, built, loader)
+    progress, changes = Progress(), []
+    notes = [*built.overrides, *schedule.notes]
+    unused = unmatched_custom_keys(schedule.paramwise, parameter_facts(model))
+    notes += [f"paramwise_cfg custom key {key!r} matches no parameter: it has no effect" for key in unused]
+    if checkpoint is not None:
+        changes = together(
+            processes,
+            partial(check_resumable, checkpoint, facts, schedule.to_dict(), loader.iterations_per_epoch),
+        )
+        notes += settings_without_effect(checkpoint, config.model)
+        progress = progress_of(checkpoint)
+    console.say(
+        describe_plan(
+            config,
+            processes,
+            schedule=schedule,
+            loader=loader,
+            train_set=loader.dataset,
+            val_set=built.evaluation_set,
+            model=model,
+            weights_line=built.weights_line,
+            output=output,
+            progress=progress,
+            changes=changes,
+            notes=notes,
+            unicode=console.has_unicode,
+        )
+    )
+    optimizer = build_optimizer(model, schedule)
+    precision = Precision(schedule.amp or "off", processes.device, schedule.loss_scale)
+    ema = AveragedModel(model, config.train.ema) if config.train.ema is not None else None
+    if checkpoint is not None:
+        for line in together(processes, partial(restore, checkpoint, model, optimizer, precision, ema)):
+            console.say(line)
+    if config.dry_run:
+        console.say("dry run: everything above was checked; nothing was trained or written.")
+        return 0
+
+    if checkpoint is not None:
+        main_first(processes, partial(_leave_other_future, output, checkpoint, console))
+    recorder = together(processes, partial(_open_recorder, config, processes, output, console, schedule, progress))
+    if progress.iteration == 0 and processes.is_main:
+        first = next(_train_loader(config, processes, built, workers=0).batches(0, 1))
+        recorder.pictures(0, [training_mosaic(first, built.class_names)], "train/batch")
+    val_loader, validate = validation(config, processes, output, stop, recorder, built, precision, workers)
+    if config.train.compile:
+        model.compile_dense_parts()
+    trains_batch_norm = any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
+    )
+    store = CheckpointStore(output.checkpoints, config.output.keep_checkpoints)
+    loop = EpochBasedTrainLoop(
+        model=processes.wrap(model, broadcast_buffers=trains_batch_norm and not config.model.sync_bn),
+        optimizer=optimizer,
+        schedule=schedule,
+        loader=loader,
+        accumulate=schedule.accumulative_counts,
+        precision=precision,
+        ema=ema,
+        processes=processes,
+        recorder=recorder,
+        store=store,
+        stop=stop,
+        log_interval=config.output.log_interval or (20 if on_gpu else 1),
+        save_plan=SavePlan(config.output.checkpoint_minutes, config.output.checkpoint_iterations),
+        validate=validate,
+        extra_state={"model_config": asdict(model.config), **facts.state(), "config": config.to_dict()},
+    )
+    status, problem = 0, None
+    try:
+        if progress.iteration >= loop.num_iterations and not progress.validation_due:
+            console.say(f"all {schedule.max_epochs} epochs are done already: nothing is left to train")
+        loop.run(progress)
+    except Stopped as stopped:
+        status = STOPPED_EXIT_CODE
+        by = stop.signal_name or "a signal to another process"
+        console.say(f"stopped by {by} {stopped} (exit status {status}); go on with the run with --resume")
+    except NonFiniteLoss as error:  # every process has it
+        raise RunError(str(error)) from error
+    finally:
+        if processes.is_main and (problem := store.close()) is not None:
+            console.warn(problem)
+        recorder.close()
+        loader.close()
+        if val_loader is not None:
+            val_loader.close()
+    # At the end nothing more can be tried: a run whose last checkpoint is missing has failed.
+    main_first(processes, partial(_require_saved, problem))
+    if status == 0:
+        console.say(_closing_words(output, recorder, progress))
+    return status
+
+
+def _train_loader(config: RunConfig, processes: Processes, built: Built, *, workers: int) -> TrainLoader:
+    assert built.train_set is not None
+    return TrainLoader(
+        built.train_set,
+        min_size=config.data.min_size,
+        max_size=config.data.max_size,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        accumulate=built.schedule.accumulative_counts,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        workers=workers,
+        limit_batches=config.data.limit_train_batches,
+        pin=processes.device.type == "cuda" and workers > 0,
+    )
+
+
+def _run_facts(config: RunConfig, processes: Processes, built: Built, loader: TrainLoader) -> RunFacts:
+    return RunFacts(
+        model_name=config.model.model,
+        class_names=built.class_names,
+        category_ids=built.category_ids,
+        preprocessing={"min_size": config.data.min_size, "max_size": config.data.max_size},
+        seed=config.train.seed,
+        global_batch_size=loader.global_batch_size,
+        world_size=processes.world_size,
+        data_digest=loader.dataset.annotations.digest(),
+    )
+
+
+def _leave_other_future(output: OutputDirectory, checkpoint: LoadedCheckpoint, console: Console) -> None:
+    """Go on from `checkpoint` and from no other: what the folder has beyond it is moved aside, its curves too."""
+    aside = continue_from(output.checkpoints, checkpoint)
+    if aside is None:
+        return
+    try:
+        if output.metrics.is_file():
+            shutil.copyfile(output.metrics, aside / output.metrics.name)
+    except OSError as error:
+        raise OutputDirectoryError(f"{aside}: {error}") from error
+    console.say(f"checkpoints that are further on than {checkpoint.path}, or broken, are now in {aside}")
+
+
+def _open_recorder(
+    config: RunConfig,
+    processes: Processes,
+    output: OutputDirectory,
+    console: Console,
+    schedule: Schedule,
+    progress: Progress,
+) -> Recorder:
+    if not processes.is_main:
+        return Recorder(console)
+    # A validation stands at the last iteration before it, and is repeated where the checkpoint says it is due.
+    val_from = progress.iteration - int(progress.validation_due)
+    try:
+        log = MetricsLog(output.metrics)
+        log.cut(progress.iteration, val_from)
+        board = TensorBoardLog(output.tensorboard, first_iteration=progress.iteration, val_from=val_from)
+        write_json(output.config, config_record(config, processes, schedule, output.config, progress.iteration))
+    except OSError as error:
+        raise OutputDirectoryError(f"{output.path}: cannot be written: {error}") from error
+    board.text("schedule", "\n".join(schedule.describe()), verbatim=True)
+    board.hparams(
+        {
+            "model": config.model.model,
+            "schedule": config.train.schedule,
+            "lr": schedule.optimizer.lr,
+            "epochs": schedule.max_epochs,
+            "batch_size_total": config.train.batch_size * processes.world_size * schedule.accumulative_counts,
+            "amp": schedule.amp or "off",
+            "weights": config.model.weights,
+            "min_size": config.data.min_size,
+            "seed": config.train.seed,
+        }
+    )
+    return Recorder(console, log, board)
+
+
+def _require_saved(problem: str | None) -> None:
+    if problem is not None:
+        raise CheckpointError(
+            f"{problem}\nThe newest state of the run is NOT saved; make room and go on with --resume."
+        )
+
+
+def _closing_words(output: OutputDirectory, recorder: Recorder, progress: Progress) -> str:
+    best = ""
+    if progress.best_map is not None:
+        best = f"   best.pt has mAP {progress.best_map:.3f} (epoch {progress.best_epoch})"
+    weights = "best.pt" if (output.checkpoints / "best.pt").is_file() else "last.pt"
+    return "\n".join(
+        [
+            "",
+            recorder.summary(),
+            "",
+            f"checkpoints  {output.checkpoints}{best}",
+            f"curves       tensorboard --logdir {output.tensorboard}",
+            f"try it       python3 scripts/predict.py --weights {output.checkpoints / weights} IMAGE ...",
+        ]
+    )
