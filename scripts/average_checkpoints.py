@@ -1,0 +1,51 @@
+"""Averages the weights of several checkpoints of one run, or of runs from one start, into a detector file.
+
+    python scripts/average_checkpoints.py runs/mine/checkpoints/epoch_001[0-2].pt --output average.pt
+
+The output is a stripped weights file for scripts/predict.py, load_detector and --weights. An average of the last
+epochs can be a little better than the last one; validate it before you believe so:
+train.py --val-only --weights average.pt.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import checkout  # noqa: F401
+from detection.models import WeightsError
+from detection.models.weight_average import average_weights
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("inputs", nargs="+", metavar="FILE", type=Path, help="checkpoints or stripped weights files")
+    parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="the file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    arguments = parser.parse_args(argv)
+    output: Path = arguments.output
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        if output.exists() and not arguments.overwrite:
+            raise WeightsError(f"{output} exists; give another --output, or --overwrite")
+        content, notes = average_weights(arguments.inputs)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(content, partial)
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (WeightsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{output}: the average of {len(arguments.inputs)} files, {len(content['model'])} tensors")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,102 @@
+"""What a model costs, part by part: parameters, operations, memory.
+
+    python scripts/summarize_model.py --model faster_rcnn_r50_fpn --height 800 --width 1333 --batch-size 2
+
+A multiplication and an addition count as two operations (many tools print half of it and call it FLOPs as well);
+convolutions and matrix products are counted. "saved" is what one image keeps in memory for the backward pass.
+"""
+
+import argparse
+import dataclasses
+import sys
+
+import torch
+
+import checkout  # noqa: F401
+from detection.models import MODELS, ModelError, build_model
+from detection.models.model_summary import PartSummary, summarize_model
+
+COLUMNS = ("part", "parameters", "trained", "weights MB", "GFLOP/image", "saved MB/image")
+BYTES_PER_VALUE = 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        default="faster_rcnn_r50_fpn",
+        help=f"one of {', '.join(sorted(MODELS))} (default faster_rcnn_r50_fpn)",
+    )
+    parser.add_argument("--num-classes", metavar="N", type=_positive, default=80, help="default 80")
+    parser.add_argument("--height", metavar="N", type=_positive, default=800, help="of the input, default 800")
+    parser.add_argument("--width", metavar="N", type=_positive, default=1333, help="of the input, default 1333")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=_positive, default=2, help="images of the training memory (default 2)"
+    )
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="nothing frozen and batch norm trained, as with --weights none"
+    )
+    arguments = parser.parse_args(argv)
+    overrides = {"norm": "bn", "frozen_stages": -1} if arguments.from_scratch else {}
+    try:
+        model = build_model(arguments.model, arguments.num_classes, **overrides)
+    except ModelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    parts = summarize_model(model, arguments.height, arguments.width)
+    print(f"{arguments.model}, {arguments.num_classes} classes, {arguments.height}x{arguments.width}")
+    print(table(parts))
+    print(training_memory(parts, arguments.batch_size))
+    return 0
+
+
+def table(parts: list[PartSummary]) -> str:
+    total = PartSummary("total", *(sum(values) for values in zip(*map(_figures, parts), strict=True)))
+    rows = [COLUMNS]
+    for part in (*parts, total):
+        parameters, trained, state_bytes, flops, saved_bytes, _ = _figures(part)
+        rows.append(
+            (
+                part.name,
+                f"{parameters:,}",
+                f"{trained:,}",
+                f"{state_bytes / 1e6:.1f}",
+                f"{flops / 1e9:.2f}",
+                f"{saved_bytes / 1e6:.1f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+    )
+
+
+def training_memory(parts: list[PartSummary], batch_size: int) -> str:
+    weights = sum(part.state_bytes for part in parts)
+    trained = BYTES_PER_VALUE * sum(part.trained for part in parts)
+    saved = sum(batch_size * part.saved_bytes + part.folded_bytes for part in parts)
+    return (
+        f"training in float32 with SGD, {batch_size} images: weights {weights / 1e9:.2f} GB + gradients and momentum "
+        f"{2 * trained / 1e9:.2f} GB + saved {saved / 1e9:.2f} GB = {(weights + 2 * trained + saved) / 1e9:.2f} GB, "
+        "and what the kernels need while they work"
+    )
+
+
+def _figures(part: PartSummary) -> tuple[int, ...]:
+    return dataclasses.astuple(part)[1:]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    raise SystemExit(main())
