@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from data import CocoDataset, read_coco
+from data import CocoDataset
 from detection.config import ConfigError, RunConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
 from detection.engine.datasets import (
     DatasetFiles,
     SplitFiles,
+    class_names_of,
     dataset_files,
     load_evaluation,
     load_train,
@@ -63,12 +64,11 @@ class Built:
 def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
     """Everything that only one process may do, and everything cheap that can be wrong."""
     _load_schedule(config)
-    prepare_files(config.data, mode=config.mode)
+    lines = prepare_files(config.data, mode=config.mode)
     resumes = config.output.resume is not None
     if not resumes:
         prefetch_weights(config.model.weights, config.model.model)
     # The output directory comes last: a run that cannot begin leaves it as it was.
-    lines: list[str] = []
     if config.mode == "train" and config.dry_run:
         output.check(overwrite=config.output.overwrite, resume=resumes)
     elif config.mode == "train":
@@ -176,7 +176,9 @@ def _model_to_evaluate(
             line = f"{spec} (with its own model, {detector.model.config.backbone})"
             line += _other_scale(config, detector.min_size, detector.max_size)
             return detector.model, detector.class_names, line
-    names = _class_names(config, files)
+    chosen = files.test if config.mode == "test" else files.val
+    assert chosen is not None
+    names = class_names_of(chosen)
     model = build_model(config.model.model, len(names), **_model_settings(config))
     report = load_weights(model, spec) if spec != "none" else None
     if report is None or report.missing or report.reshaped:
@@ -203,12 +205,6 @@ def _other_scale(config: RunConfig, min_size: int, max_size: int) -> str:
         f"\nnote: trained at --min-size {min_size} --max-size {max_size}, evaluated at "
         f"{config.data.min_size} and {config.data.max_size}"
     )
-
-
-def _class_names(config: RunConfig, files: DatasetFiles) -> tuple[str, ...]:
-    chosen = files.test if config.mode == "test" else files.val
-    assert chosen is not None
-    return read_coco(chosen.annotations).class_names
 
 
 def _model_settings(config: RunConfig) -> dict[str, Any]:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import CocoDataset, coco_layout, make_shapes, read_coco
+from data import (
+    CocoAnnotations,
+    CocoDataset,
+    DatasetError,
+    Finding,
+    check_pair,
+    check_split,
+    coco_layout,
+    make_shapes,
+    read_coco,
+)
 from detection.config import DataConfig
 
 SHAPES_FOLDER = Path("datasets/shapes")
@@ -29,18 +40,42 @@ class DatasetFiles:
     test: SplitFiles | None
 
 
-def prepare_files(config: DataConfig, *, mode: str) -> DatasetFiles:
-    """Find the files of every split, making the shapes set where it is asked for and absent; main process only.
+def prepare_files(config: DataConfig, *, mode: str) -> list[str]:
+    """Find and check the files of every split, making the shapes set where it is asked for; main process only.
+
+    The checks read annotations and list folders, and open no image: a few seconds for COCO. The packed annotations
+    stay in the cache folder, from where the other processes map them.
 
     Args:
         mode: train, val or test: which splits are needed.
 
+    Returns:
+        A line for each remark that the start of the run should show.
+
     Raises:
         MissingDataset: the standard layout is not there; the message shows it.
+        AnnotationError, DatasetError: faults that would break or bias training; every one is listed.
     """
     if config.dataset == "shapes":
         make_shapes(config.data_path or SHAPES_FOLDER)
-    return dataset_files(config, mode=mode)
+    files = dataset_files(config, mode=mode)
+    findings: list[Finding] = []
+    splits = {}
+    for split, needs_boxes in ((files.train, True), (files.val, True), (files.test, False)):
+        if split is not None:
+            annotations = _read(split)
+            splits[split] = annotations
+            training = split == files.train
+            findings += check_split(annotations, split.images, training=training, needs_boxes=needs_boxes)
+    if files.train is not None and files.val is not None:
+        findings += check_pair(splits[files.train], splits[files.val], files.train.images, files.val.images)
+    errors = [str(finding) for finding in findings if finding.severity == "error"]
+    if errors:
+        raise DatasetError(
+            "\n".join(["the data cannot be trained on as they are:", *errors])
+            + "\nscripts/check_dataset.py lists every place, and looks into the images too."
+        )
+    return [str(finding) for finding in findings if finding.severity == "warning"]
 
 
 def dataset_files(config: DataConfig, *, mode: str) -> DatasetFiles:
@@ -64,7 +99,7 @@ def load_train(files: SplitFiles) -> CocoDataset:
     Raises:
         AnnotationError, DatasetError: nothing is left to train on, or files are faulty or missing.
     """
-    return CocoDataset(files.images, read_coco(files.annotations), training=True)
+    return CocoDataset(files.images, _read(files), training=True)
 
 
 def load_evaluation(files: SplitFiles, class_names: tuple[str, ...]) -> CocoDataset:
@@ -73,7 +108,22 @@ def load_evaluation(files: SplitFiles, class_names: tuple[str, ...]) -> CocoData
     Raises:
         AnnotationError, DatasetError: other classes, or files that are faulty or missing.
     """
-    return CocoDataset(files.images, read_coco(files.annotations, class_names), training=False)
+    return CocoDataset(files.images, _read(files, class_names), training=False)
+
+
+def class_names_of(files: SplitFiles) -> tuple[str, ...]:
+    """The classes of an annotation file, by label."""
+    return _read(files).class_names
+
+
+def _read(files: SplitFiles, class_names: tuple[str, ...] | None = None) -> CocoAnnotations:
+    return read_coco(files.annotations, class_names, cache_dir=_cache_folder())
+
+
+def _cache_folder() -> Path:
+    # The annotations' own folder may be read-only and shared; a user's cache serves all of his runs.
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "detection-harness"
 
 
 def _given(images: Path | None, annotations: Path | None) -> SplitFiles | None:
