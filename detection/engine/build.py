@@ -232,5 +232,11 @@ def _place(config: RunConfig, processes: Processes, model: FasterRCNN) -> Faster
         if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             raise ConfigError("--sync-bn: the model has no trained batch norm; add --norm bn")
         synchronise_batch_norm(model, processes.device)
-    memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    return model.to(processes.device).to(memory_format=memory_format)
+    model = model.to(processes.device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        for parameter in model.parameters():
+            if parameter.ndim == 4 and parameter.shape[2:] == (1, 1):
+                # Both layouts at once: strides as convolutions give their gradients, which DDP's buckets ask for.
+                parameter.data = parameter.data.flatten(1)[:, :, None, None]
+    return model

@@ -7,6 +7,7 @@ group of its own, so that no GPU collective ever waits for a process that is com
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -109,11 +110,13 @@ class Processes:
         """The model with gradients averaged over the processes (the model itself where there is one)."""
         if self.world_size == 1:
             return model
+        # PyTorch 2.15 renamed the argument.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         return DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=broadcast_buffers,
             gradient_as_bucket_view=True,
+            **{"forward_sync_buffers" if renamed else "broadcast_buffers": broadcast_buffers},
         )
 
 
