@@ -112,11 +112,12 @@ class Processes:
             return model
         # PyTorch 2.15 renamed the argument.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": broadcast_buffers}
         return DistributedDataParallel(
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            **{"forward_sync_buffers" if renamed else "broadcast_buffers": broadcast_buffers},
+            **buffers,
         )
 
 
