@@ -30,15 +30,21 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
         if parameter.requires_grad:
             groups.setdefault(multipliers[name], []).append(parameter)
     optimizer_class = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[settings.type]
-    return optimizer_class(
+    optimizer = optimizer_class(
         [
             {"params": parameters, "lr_mult": lr_mult, "weight_decay": base_decay * decay_mult}
             for (lr_mult, decay_mult), parameters in groups.items()
         ],
         lr=schedule.optimizer.lr,
-        fused=True,
+        # With dampening the first step is unlike the others, which zeros as first momentum would not be.
+        fused=not settings.kwargs.get("dampening"),
         **settings.kwargs,
     )
+    if settings.type == "SGD" and settings.kwargs.get("momentum") and not settings.kwargs.get("dampening"):
+        # torch's fused step leaves the momentum as uninitialised memory where float16 overflows at the very first one.
+        for parameter in trained_parameters(optimizer):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_learning_rate(optimizer: Optimizer, schedule: Schedule, iteration: int, iterations_per_epoch: int) -> float:
