@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import checkout  # noqa: F401
-from benchmark_inputs import add_picture_arguments, native_size, open_pictures
+from benchmark_inputs import add_picture_arguments, open_pictures
 from benchmark_machine import add_common_arguments
 from benchmark_probes import (
     REST,
@@ -28,6 +28,7 @@ from benchmark_probes import (
     wrapped,
     write_trace,
 )
+from benchmark_scenes import native_size
 from benchmark_steps import STAGES, Step, Variant, Work, build_step, starting_weights
 from benchmark_timing import BenchmarkError, format_table, interleave, timing_rows, timing_table
 from data import CocoDataset, RawBatch, TrainLoader
