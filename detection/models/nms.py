@@ -9,30 +9,32 @@ import torchvision
 from torch import Tensor
 
 
-@torch.library.custom_op("detection::suppress_within_levels", mutates_args=())
-def suppress_within_levels(
+def suppress(
     boxes_xyxy: Tensor, scores: Tensor, valid: Tensor, per_level: Sequence[int], iou_threshold: float
 ) -> Tensor:
     """Greedy suppression within each image and level: which boxes are kept, bool [B, N].
 
-    boxes_xyxy: float32 [B, N, 4], all coordinates at least 0; scores: float32 [B, N]; valid: bool [B, N], the
-    others neither suppress nor are kept; per_level: how many of the N boxes belong to each level, in order. A
-    box goes when its IoU with a better kept one is above iou_threshold.
+    boxes_xyxy: float32 [B, N, 4], all coordinates at least 0; scores: float32 [B, N]; valid: bool [B, N], the others
+    neither suppress nor are kept; per_level: how many of the N boxes belong to each level, in order. A box goes when
+    its IoU with a better kept one is above iou_threshold.
 
-    Boxes are first shifted by level * (largest coordinate of the image + 1) in float32, as mmcv's batched_nms
-    does: the rounding of that shift decides pairs at the threshold.
+    Boxes are first shifted by level * (largest coordinate of the image + 1) in float32, as mmcv's batched_nms does:
+    the rounding of that shift decides pairs at the threshold.
     """
     largest = torch.where(valid[..., None], boxes_xyxy, 0.0).amax(dim=(1, 2))
     steps = (largest + 1)[:, None, None]
-    shifted = torch.cat(
-        [boxes + level * steps for level, boxes in enumerate(boxes_xyxy.split(list(per_level), dim=1))], dim=1
-    )
+    levels = boxes_xyxy.split(list(per_level), dim=1)
+    shifted = torch.cat([boxes + level * steps for level, boxes in enumerate(levels)], dim=1)
     ranking = torch.where(valid, scores, -torch.inf)
     if boxes_xyxy.device.type == "cpu":
         keep = _one_call_per_level(shifted, ranking, per_level, iou_threshold)
     else:
         keep = _one_call(shifted, ranking, iou_threshold)
     return keep & valid
+
+
+# One operator with a result of fixed shape, so that compilers and profilers see a step without data-dependent shapes.
+suppress_within_levels = torch.library.custom_op("detection::suppress_within_levels", suppress, mutates_args=())
 
 
 @suppress_within_levels.register_fake

@@ -43,7 +43,10 @@ class BoxHead(nn.Module):
         """RoI features [R, C, S, S] to logits [R, K + 1], background last, and deltas [R, classes, 4]."""
         hidden = F.relu_(self.fc1(pooled.flatten(1)))
         hidden = F.relu_(self.fc2(hidden))
-        return self.classifier(hidden), self.regressor(hidden).view(len(hidden), -1, 4)
+        # bf16 would round a logit of 9 to the next sixteenth, and so the loss by a percent.
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            return self.classifier(hidden), self.regressor(hidden).view(len(hidden), -1, 4)
 
 
 class RoISample(NamedTuple):

@@ -1,0 +1,66 @@
+import dataclasses
+import json
+
+import pytest
+
+from detection.models import MODELS, ModelError, build_model, model_from_config
+from detection.models.recipes import TORCHVISION_RECIPE, FasterRCNNConfig, model_config
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_name():
+    with pytest.raises(ModelError, match="did you mean 'faster_rcnn_r50_fpn'"):
+        build_model("faster_rcnn_r5_fpn")
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_one():
+    with pytest.raises(ModelError, match="did you mean 'score_threshold'"):
+        build_model("faster_rcnn_r18_fpn", score_treshold=0.1)
+
+
+@pytest.mark.parametrize("overrides", [{"num_classes": 0}, {"roi_samples_per_image": 0}])
+def test_settings_that_cannot_work_are_refused(overrides):
+    with pytest.raises(ModelError, match=next(iter(overrides))):
+        model_config("faster_rcnn_r18_fpn", **overrides)
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
+def test_a_configuration_survives_json_and_rebuilds_the_model(name):
+    model = build_model(name, num_classes=3, rpn_samples_per_image=None, score_threshold=0.2)
+    settings = json.loads(json.dumps(dataclasses.asdict(model.config)))
+    rebuilt = model_from_config(settings)
+    assert rebuilt.config == model.config
+    assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_a_configuration_without_its_number_of_classes_is_refused():
+    with pytest.raises(ModelError, match="num_classes"):
+        model_from_config({"backbone": "resnet18"})
+
+
+def test_every_entry_of_the_torchvision_recipe_differs_from_the_default():
+    default = FasterRCNNConfig(num_classes=1)
+    assert [key for key, value in TORCHVISION_RECIPE.items() if getattr(default, key) == value] == []
+
+
+def test_every_model_has_a_resolvable_configuration():
+    assert {model_config(name).backbone for name in MODELS} == {
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnext101_32x4d",
+    }
+
+
+def test_fresh_heads_start_near_silence_and_the_hidden_layers_keep_variance():
+    model = build_model("faster_rcnn_r18_fpn", num_classes=80)
+    expected = {
+        "rpn.conv.weight": 0.01,
+        "rpn.objectness.weight": 0.01,
+        "roi_head.classifier.weight": 0.01,
+        "roi_head.regressor.weight": 0.001,
+        "roi_head.fc2.weight": (2 / (1024 + 1024)) ** 0.5,
+    }
+    for name, std in expected.items():
+        assert model.get_parameter(name).std().item() == pytest.approx(std, rel=0.05), name
+    assert all(not p.any() for n, p in model.named_parameters() if n.endswith("bias"))

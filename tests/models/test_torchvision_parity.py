@@ -1,0 +1,134 @@
+"""The torchvision recipe beside torchvision's own model: same weights and pictures, same detections and losses."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from detection.models import build_model
+from detection.models.recipes import model_config
+from detection.models.weight_layouts import to_ours
+
+NUM_CLASSES = 7
+TRAINING_PROPOSALS = 300  # of 2000, because the backward pass of their RoIAlign takes its time
+LOSS_NAMES = {
+    "loss_rpn_cls": "loss_objectness",
+    "loss_rpn_bbox": "loss_rpn_box_reg",
+    "loss_cls": "loss_classifier",
+    "loss_bbox": "loss_box_reg",
+}
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """torchvision's fasterrcnn_resnet50_fpn with random weights that make its outputs vary, everything sampled."""
+    torch.manual_seed(0)
+    backbone = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+    for name, buffer in backbone.named_buffers():
+        if name.endswith("bn3.weight"):
+            buffer.fill_(0.3)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.8, 1.2)
+        elif name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("bias"):
+            buffer.normal_(0, 0.05)
+    # These limits leave pictures with a shorter side of 128 and a longer one of up to 160 as they are.
+    model = torchvision.models.detection.FasterRCNN(
+        _resnet_fpn_extractor(backbone, 3), NUM_CLASSES + 1, min_size=128, max_size=160
+    )
+    for layer, std in (
+        (model.rpn.head.cls_logits, 0.1),
+        (model.rpn.head.bbox_pred, 0.02),
+        (model.roi_heads.box_predictor.cls_score, 0.1),
+        (model.roi_heads.box_predictor.bbox_pred, 0.02),
+    ):
+        nn.init.normal_(layer.weight, std=std)
+    for sampler in (model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler):
+        sampler.batch_size_per_image = 10**7
+        sampler.positive_fraction = 0.5
+    model.rpn._post_nms_top_n["training"] = TRAINING_PROPOSALS
+    return model
+
+
+@pytest.fixture(scope="module")
+def ours(theirs):
+    model = build_model(
+        "fasterrcnn_resnet50_fpn",
+        num_classes=NUM_CLASSES,
+        rpn_samples_per_image=None,
+        roi_samples_per_image=None,
+        rpn_proposals_train=TRAINING_PROPOSALS,
+    )
+    model.load_state_dict(to_ours(theirs.state_dict(), "torchvision")[0])
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(1)
+    pictures = []
+    for height, width in ((128, 160), (152, 128)):
+        blocks = torch.randint(0, 256, (3, height // 8, width // 8), dtype=torch.uint8, generator=generator)
+        pictures.append(blocks.repeat_interleave(8, 1).repeat_interleave(8, 2))
+    return pictures
+
+
+def test_detections_equal_torchvisions(theirs, ours, images):
+    with torch.no_grad():
+        expected = theirs.eval()([image / 255 for image in images])
+    for found, reference in zip(ours.eval()(images), expected, strict=True):
+        assert len(found["scores"]) == len(reference["scores"]) > 20
+        torch.testing.assert_close(found["boxes_xyxy"], reference["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(found["scores"], reference["scores"], rtol=0, atol=1e-5)
+        assert torch.equal(found["labels"], reference["labels"] - 1)
+
+
+@pytest.mark.parametrize("case", ["boxes in both", "none in the second", "equal boxes of two classes"])
+def test_training_losses_and_gradients_equal_torchvisions(theirs, ours, images, case):
+    targets = [
+        {
+            "boxes_xyxy": torch.tensor([[10.0, 10, 80, 90], [30, 40, 150, 110], [120, 5, 136, 25]]),
+            "labels": torch.tensor([2, 0, 4]),
+        },
+        {"boxes_xyxy": torch.tensor([[5.0, 50, 40, 90]]), "labels": torch.tensor([6])},
+    ]
+    if case == "none in the second":
+        targets[1] = {"boxes_xyxy": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    if case == "equal boxes of two classes":
+        targets[0]["boxes_xyxy"][1] = targets[0]["boxes_xyxy"][0]
+    in_their_terms = [{"boxes": each["boxes_xyxy"], "labels": each["labels"] + 1} for each in targets]
+    expected = theirs.train()([image / 255 for image in images], in_their_terms)
+    losses = ours.train()(images, targets)
+    for name, their_name in LOSS_NAMES.items():
+        assert losses[name].item() == pytest.approx(expected[their_name].item(), rel=1e-5), name
+    if case != "boxes in both":
+        return
+    for model, loss in ((theirs, sum(expected.values())), (ours, sum(losses.values()))):
+        model.zero_grad()
+        loss.backward()
+    their_gradients, _ = to_ours(
+        {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}, "torchvision"
+    )
+    our_gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in our_gradients.items():
+        assert (gradient - their_gradients[name]).norm() < 2e-4 * their_gradients[name].norm(), name
+
+
+def test_numbers_of_proposals_samples_and_detections_equal_torchvisions():
+    theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    config = model_config("fasterrcnn_resnet50_fpn")
+    rpn, roi_heads = theirs.rpn, theirs.roi_heads
+    assert rpn._pre_nms_top_n == {"training": config.rpn_nms_pre_train, "testing": config.rpn_nms_pre_test}
+    assert rpn._post_nms_top_n == {"training": config.rpn_proposals_train, "testing": config.rpn_proposals_test}
+    assert rpn.nms_thresh == config.rpn_nms_iou
+    assert rpn.fg_bg_sampler.batch_size_per_image == config.rpn_samples_per_image
+    assert rpn.fg_bg_sampler.positive_fraction == config.rpn_positive_fraction
+    assert roi_heads.fg_bg_sampler.batch_size_per_image == config.roi_samples_per_image
+    assert roi_heads.fg_bg_sampler.positive_fraction == config.roi_positive_fraction
+    assert roi_heads.score_thresh == config.score_threshold
+    assert roi_heads.nms_thresh == config.nms_iou
+    assert roi_heads.detections_per_img == config.detections_per_image
