@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import math
@@ -57,6 +58,8 @@ class ModelConfig:
     frozen_stages: int | None = None
     """-1 nothing, 0 the stem, 1 the stem and the first stage, ... None: 1 from pretrained weights, -1 from none."""
     sync_bn: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Fields of the model's configuration and their values, of --model-set."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="-1 none, 0 stem, 1 stem and stage 1, ... 4 [1 from pretrained weights, -1 from none]",
     )
+    group.add_argument(
+        "--model-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any field of the model's configuration in detection/models/recipes.py, e.g. score_threshold=0.01 "
+        "(repeatable)",
+    )
     group.add_argument("--sync-bn", action="store_true", help="trained batch norm over all processes")
 
     group = parser.add_argument_group("training step")
@@ -306,6 +317,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _model_setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    try:
+        if not equals:
+            raise ValueError
+        return key.strip(), ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        raise ConfigError(
+            f"--model-set {text}: write it as KEY=VALUE with a Python literal, e.g. --model-set score_threshold=0.01 "
+            "or --model-set anchor_sizes=[16,32,64,128,256]"
+        ) from None
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     """The configuration that `argv` (default: the process's arguments) asks for.
 
@@ -343,7 +367,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     if options.dataset == "shapes" and any(getattr(options, f"{s}_images") for s in ("train", "val")):
         raise ConfigError("--dataset shapes brings its own images: leave --train-images and --val-images away")
     data = DataConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(DataConfig)})
-    model = ModelConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(ModelConfig)})
+    model = ModelConfig(
+        settings=tuple(_model_setting(text) for text in options.model_set),
+        **{f.name: getattr(options, f.name) for f in dataclasses.fields(ModelConfig) if f.name != "settings"},
+    )
     train = TrainConfig(
         overrides=tuple(overrides),
         **{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig) if f.name != "overrides"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def _model_to_evaluate(
         state = checkpoint.state
         average = ", averaged weights" if state["ema"] is not None else ""
         line = f"{checkpoint.path} (iteration {state['iteration']}{average})"
-        model = _stored_model(checkpoint, "ema" if average else "model")
+        model = _with_chosen_settings(config, _stored_model(checkpoint, "ema" if average else "model"))
         sizes = state["preprocessing"]["min_size"], state["preprocessing"]["max_size"]
         return model, tuple(state["class_names"]), line + _other_scale(config, *sizes)
     if Path(spec).is_file():
@@ -175,7 +175,7 @@ def _model_to_evaluate(
             detector = load_detector(spec)
             line = f"{spec} (with its own model, {detector.model.config.backbone})"
             line += _other_scale(config, detector.min_size, detector.max_size)
-            return detector.model, detector.class_names, line
+            return _with_chosen_settings(config, detector.model), detector.class_names, line
     chosen = files.test if config.mode == "test" else files.val
     assert chosen is not None
     names = class_names_of(chosen)
@@ -208,7 +208,7 @@ def _other_scale(config: RunConfig, min_size: int, max_size: int) -> str:
 
 
 def _model_settings(config: RunConfig) -> dict[str, Any]:
-    """Settings that the starting weights decide, where the command line does not."""
+    """Settings of a new model: those of the command line, and what the starting weights decide where it does not."""
     settings: dict[str, Any] = {}
     from_none = config.model.weights == "none"
     norm = config.model.norm
@@ -224,7 +224,26 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
     settings["frozen_stages"] = frozen if frozen is not None else (-1 if from_none else 1)
     if norm == "gn":
         settings["fpn_norm"] = "gn"
+    return settings | _chosen_settings(config)
+
+
+def _chosen_settings(config: RunConfig) -> dict[str, Any]:
+    """What --model-set says."""
+    settings = dict(config.model.settings)
+    for key, instead in (("num_classes", "the data set decides it"), ("norm", "--norm"), ("backbone", "--model")):
+        if key in settings:
+            raise ConfigError(f"--model-set {key}=... cannot be given here: {instead}")
     return settings
+
+
+def _with_chosen_settings(config: RunConfig, model: FasterRCNN) -> FasterRCNN:
+    """The same weights in a model with the settings of --model-set."""
+    settings = _chosen_settings(config)
+    if not settings:
+        return model
+    changed = model_from_config(asdict(model.config) | settings)
+    changed.load_state_dict(model.state_dict())
+    return changed
 
 
 def _place(config: RunConfig, processes: Processes, model: FasterRCNN) -> FasterRCNN:

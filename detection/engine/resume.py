@@ -112,11 +112,16 @@ def settings_without_effect(checkpoint: LoadedCheckpoint, model: ModelConfig) ->
         "norm": (model.norm, default.norm, state["model_config"]["norm"]),
         "frozen-stages": (model.frozen_stages, default.frozen_stages, state["model_config"]["frozen_stages"]),
     }
-    return [
+    lines = [
         f"--{name} {now} has no effect: the resumed run has {before}"
         for name, (now, unsaid, before) in given.items()
         if now not in (unsaid, before)
     ]
+    for key, now in model.settings:
+        before = state["model_config"].get(key)
+        if before != (tuple(now) if isinstance(now, list) else now):
+            lines.append(f"--model-set {key}={now} has no effect: the resumed run has {before}")
+    return lines
 
 
 def restore(

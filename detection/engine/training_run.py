@@ -49,6 +49,8 @@ def train(
     facts = _run_facts(config, processes, built, loader)
     progress, changes = Progress(), []
     notes = [*built.overrides, *schedule.notes]
+    if checkpoint is None:
+        notes += [f"model {key}: {value}" for key, value in config.model.settings]
     unused = unmatched_custom_keys(schedule.paramwise, parameter_facts(model))
     notes += [f"paramwise_cfg custom key {key!r} matches no parameter: it has no effect" for key in unused]
     if checkpoint is not None:
