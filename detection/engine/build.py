@@ -254,8 +254,4 @@ def _place(config: RunConfig, processes: Processes, model: FasterRCNN) -> Faster
     model = model.to(processes.device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-        for parameter in model.parameters():
-            if parameter.ndim == 4 and parameter.shape[2:] == (1, 1):
-                # Both layouts at once: strides as convolutions give their gradients, which DDP's buckets ask for.
-                parameter.data = parameter.data.flatten(1)[:, :, None, None]
     return model

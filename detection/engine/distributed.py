@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -110,6 +111,8 @@ class Processes:
         """The model with gradients averaged over the processes (the model itself where there is one)."""
         if self.world_size == 1:
             return model
+        # With channels-last weights, 1x1 kernels have two names for one layout, and convolutions choose either.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         # PyTorch 2.15 renamed the argument.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": broadcast_buffers}
