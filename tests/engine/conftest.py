@@ -16,19 +16,15 @@ import torch
 from data import make_shapes
 from detection.config import parse_arguments
 from detection.engine import run
-from detection.models import MODELS
-from tests.engine.tiny_model import TINY
+from tests.engine.tiny_model import make_known
 
 FOLDER = Path(__file__).parent
 TIMINGS = ("images_per_second", "data_seconds", "seconds")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _tiny_models() -> Iterator[None]:
-    MODELS.update(TINY)
-    yield
-    for name in TINY:
-        del MODELS[name]
+def _tiny_models() -> None:
+    make_known()
 
 
 @pytest.fixture(scope="session")

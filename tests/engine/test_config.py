@@ -13,11 +13,12 @@ def test_without_options_the_configuration_is_that_of_the_defaults():
 
 
 def test_options_arrive_in_their_fields():
-    config = parse_arguments(
+    words = (
         "--schedule 2x --batch-size 4 --amp bf16 --ema 0.9 --clip-grad 35 --accumulate 2 --seed 7 --workers 0 "
         "--min-size 300 --max-size 500 --train-images a --train-annotations b.json --no-channels-last "
-        "--frozen-stages -1 --resume --checkpoint-minutes 2.5".split()
+        "--frozen-stages -1 --resume --checkpoint-minutes 2.5"
     )
+    config = parse_arguments(words.split())
     assert (config.train.schedule, config.train.batch_size, config.train.accumulate) == ("2x", 4, 2)
     assert (config.train.amp, config.train.ema, config.train.clip_grad, config.train.seed) == ("bf16", 0.9, 35.0, 7)
     assert (config.data.min_size, config.data.max_size, config.data.workers) == (300, 500, 0)
@@ -101,7 +102,7 @@ def test_the_output_directory_is_named_for_model_and_schedule(words: str, folder
 
 
 def test_the_configuration_is_plain_types_for_json():
-    config = parse_arguments("--data-path d --set a=1 --ema".split())
+    config = parse_arguments(["--data-path", "d", "--set", "a=1", "--ema"])
     record = json.loads(json.dumps(config.to_dict()))
     assert record == config.to_dict()
     assert record["data"]["data_path"] == "d"

@@ -52,7 +52,11 @@ def test_parameters_that_are_frozen_are_in_no_group():
 def test_paramwise_rules_and_custom_keys_decide_over_rate_and_decay():
     model = build_model("tiny", 3, norm="bn", frozen_stages=-1)
     schedule = schedule_with(
-        paramwise_cfg=dict(norm_decay_mult=0.0, bias_lr_mult=2.0, custom_keys={"backbone.layer4": dict(lr_mult=0.1)})
+        paramwise_cfg={
+            "norm_decay_mult": 0.0,
+            "bias_lr_mult": 2.0,
+            "custom_keys": {"backbone.layer4": {"lr_mult": 0.1}},
+        }
     )
     optimizer = build_optimizer(model, schedule)
     cases = [
@@ -84,7 +88,7 @@ def test_paramwise_rules_and_custom_keys_decide_over_rate_and_decay():
 )
 def test_custom_keys_match_names_of_mmdetection_and_ours(key: str, ours: str):
     model = build_model("tiny", 3, norm="frozen_bn")
-    schedule = schedule_with(paramwise_cfg=dict(custom_keys={key: dict(lr_mult=0.5)}))
+    schedule = schedule_with(paramwise_cfg={"custom_keys": {key: {"lr_mult": 0.5}}})
     assert not unmatched_custom_keys(schedule.paramwise, parameter_facts(model))
     optimizer = build_optimizer(model, schedule)
     parameters = dict(model.named_parameters())
@@ -94,14 +98,14 @@ def test_custom_keys_match_names_of_mmdetection_and_ours(key: str, ours: str):
 
 def test_custom_keys_match_mmdetections_group_norms():
     model = build_model("tiny", 3, norm="gn", fpn_norm="gn", frozen_stages=-1)
-    schedule = schedule_with(paramwise_cfg=dict(custom_keys={".gn1.": dict(decay_mult=0.0)}))
+    schedule = schedule_with(paramwise_cfg={"custom_keys": {".gn1.": {"decay_mult": 0.0}}})
     optimizer = build_optimizer(model, schedule)
     assert group_of(optimizer, model.backbone.layer2[0].bn1.weight)["weight_decay"] == 0
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
 def test_state_goes_on_by_name_whatever_the_groups_and_the_memory_layout(kind: str):
-    settings = dict(type=kind, lr=0.05, weight_decay=0.01)
+    settings = {"type": kind, "lr": 0.05, "weight_decay": 0.01}
     if kind == "SGD":
         settings["momentum"] = 0.9
     schedule = schedule_with(optimizer=settings)
@@ -112,7 +116,7 @@ def test_state_goes_on_by_name_whatever_the_groups_and_the_memory_layout(kind: s
     # The resumed run lays its weights out otherwise, and names its parameters one by one.
     resumed = small_network().to(memory_format=torch.contiguous_format)
     resumed.load_state_dict(whole.state_dict())
-    regrouped = schedule_with(optimizer=settings, paramwise_cfg=dict(custom_keys={"2.": dict(lr_mult=1.0)}))
+    regrouped = schedule_with(optimizer=settings, paramwise_cfg={"custom_keys": {"2.": {"lr_mult": 1.0}}})
     resumed_optimizer = build_optimizer(resumed, regrouped)
     assert load_optimizer_state(resumed_optimizer, resumed, stored)
     steps(whole, whole_optimizer, 2)
@@ -124,7 +128,7 @@ def test_state_goes_on_by_name_whatever_the_groups_and_the_memory_layout(kind: s
 def test_state_of_another_optimiser_is_left_alone():
     network = small_network()
     stored = optimizer_state(build_optimizer(network, load_schedule("1x")), network)
-    other = build_optimizer(network, schedule_with(optimizer=dict(type="AdamW", lr=1e-3)))
+    other = build_optimizer(network, schedule_with(optimizer={"type": "AdamW", "lr": 1e-3}))
     assert not load_optimizer_state(other, network, stored)
     steps(network, other, 1)
 

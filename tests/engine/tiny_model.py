@@ -2,25 +2,32 @@
 
 import sys
 
+import train
+from detection.models import MODELS
+from detection.models.backbones import ARCHITECTURES, Architecture
+
+BACKBONE = "resnet10"
 TINY = {
-    "tiny": {
-        "backbone": "resnet18",
-        "fpn_channels": 32,
-        "roi_hidden_channels": 32,
-        "rpn_nms_pre_train": 100,
-        "rpn_nms_pre_test": 50,
-        "rpn_proposals_train": 60,
-        "rpn_proposals_test": 30,
-        "roi_samples_per_image": 32,
-        "score_threshold": 0.0,
-        "detections_per_image": 10,
-    },
+    "backbone": BACKBONE,
+    "fpn_channels": 32,
+    "roi_hidden_channels": 32,
+    "rpn_nms_pre_train": 100,
+    "rpn_nms_pre_test": 50,
+    "rpn_proposals_train": 60,
+    "rpn_proposals_test": 30,
+    "roi_samples_per_image": 32,
+    "score_threshold": 0.0,
+    "detections_per_image": 10,
 }
-TINY["tiny_other"] = {**TINY["tiny"], "fpn_channels": 64}
+
+
+def make_known() -> None:
+    """Models "tiny" and "tiny_other" exist from now on."""
+    ARCHITECTURES[BACKBONE] = Architecture((1, 1, 1, 1), bottleneck=False)
+    MODELS["tiny"] = TINY
+    MODELS["tiny_other"] = {**TINY, "fpn_channels": 64}
+
 
 if __name__ == "__main__":
-    import train
-    from detection.models import MODELS
-
-    MODELS.update(TINY)
+    make_known()
     sys.exit(train.main())

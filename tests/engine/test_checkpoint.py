@@ -1,0 +1,347 @@
+"""Checkpoint files: whole or not there, found again, never the last good one lost."""
+
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from detection.engine import RunError, checkpoint
+from detection.engine.checkpoint import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    REQUIRED,
+    CheckpointError,
+    CheckpointStore,
+    continue_from,
+    load_checkpoint,
+    newest_checkpoint,
+)
+
+
+def state_at(iteration: int, *, due: bool = False) -> dict:
+    """What a run would save after `iteration` iterations, with a tensor that tells."""
+    values = dict.fromkeys(REQUIRED)
+    weights = {"w": torch.full((4, 4), float(iteration))}
+    return {**values, "iteration": iteration, "validation_due": due, "model": weights}
+
+
+def save(folder: Path, iteration: int, names: list[str], *, keep: int = 3, due: bool = False) -> None:
+    store = CheckpointStore(folder, keep)
+    assert store.save(state_at(iteration, due=due), names) is None
+    assert store.close() is None
+
+
+def iterations(folder: Path) -> dict[str, int]:
+    return {path.name: load_checkpoint(path).state["iteration"] for path in sorted(folder.glob("*.pt"))}
+
+
+def damage(path: Path, how: str) -> None:
+    """`path` as a crash, a bad disk or a mistake leaves it; other names of the same file stay whole."""
+    content = path.read_bytes()
+    path.unlink()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "bit-flipped":
+        # In the tensor's bytes: a flip that torch.load alone would not notice.
+        place = content.index(torch.full((4, 4), 2.0).numpy().tobytes())
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+    elif how == "foreign":
+        torch.save({"state_dict": {"w": torch.zeros(1)}}, path)
+    elif how == "half-written":
+        path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    elif how == "other-version":
+        torch.save({"format": checkpoint.FORMAT, "version": 99, **state_at(2)}, path)
+    elif how == "incomplete":
+        torch.save({"format": checkpoint.FORMAT, "version": 1, "iteration": 2, "validation_due": False}, path)
+
+
+DAMAGES = ["truncated", "empty", "bit-flipped", "foreign", "half-written", "other-version", "incomplete"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_broken_newest_file_is_named_and_the_one_before_it_used(how: str, tmp_path: Path):
+    save(tmp_path, 1, [LAST])
+    save(tmp_path, 2, [LAST])
+    damage(tmp_path / LAST, how)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.path.name, found.state["iteration"]) == (PREVIOUS, 1)
+    (reason,) = found.skipped
+    assert str(tmp_path / LAST) in reason
+    with pytest.raises(CheckpointError, match=LAST):
+        load_checkpoint(tmp_path / LAST)
+
+
+def test_where_every_file_is_broken_all_are_named_and_a_way_out(tmp_path: Path):
+    save(tmp_path, 1, [LAST])
+    save(tmp_path, 2, [LAST, "epoch_0001.pt"])
+    for name in (LAST, PREVIOUS, "epoch_0001.pt"):
+        damage(tmp_path / name, "truncated")
+    with pytest.raises(CheckpointError) as failed:
+        newest_checkpoint(tmp_path)
+    assert all(name in str(failed.value) for name in (LAST, PREVIOUS, "epoch_0001.pt", "--overwrite"))
+
+
+def test_no_file_at_all_is_no_checkpoint(tmp_path: Path):
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_the_furthest_checkpoint_is_the_newest_and_a_validated_one_before_an_unvalidated(tmp_path: Path):
+    save(tmp_path, 3, ["epoch_0001.pt"])
+    save(tmp_path, 6, ["epoch_0002.pt"], due=True)
+    save(tmp_path, 6, [BEST])
+    save(tmp_path, 5, [LAST])
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.path.name == BEST
+
+
+def test_random_damage_is_found_or_harmless(tmp_path: Path):
+    save(tmp_path, 2, [LAST])
+    content = (tmp_path / LAST).read_bytes()
+    dice = random.Random(0)
+    broken = tmp_path / "broken.pt"
+    found = 0
+    for trial in range(400):
+        altered = bytearray(content)
+        if trial % 4 == 0:
+            del altered[dice.randrange(len(content)) :]
+        else:
+            for _ in range(dice.choice([1, 1, 8])):
+                altered[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        broken.write_bytes(altered)
+        try:
+            state = load_checkpoint(broken).state
+        except CheckpointError as error:
+            assert str(broken) in str(error)
+            found += 1
+        else:  # padding and time stamps of the zip file may be anything
+            assert torch.equal(state["model"]["w"], torch.full((4, 4), 2.0))
+            assert state["iteration"] == 2
+    assert found > 200
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    torch.save({"format": checkpoint.FORMAT, "version": 1, **state_at(1), "config": Trap()}, tmp_path / LAST)
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap()))
+    for name in (LAST, "raw.pt"):
+        with pytest.raises(CheckpointError, match=name):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(CheckpointError):
+        newest_checkpoint(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_what_is_saved_is_checksummed(tmp_path: Path):
+    save(tmp_path, 1, [LAST])
+    with zipfile.ZipFile(tmp_path / LAST) as archive:
+        assert all(entry.CRC for entry in archive.infolist() if entry.file_size)
+
+
+def test_a_state_may_change_while_it_is_written(tmp_path: Path):
+    store = CheckpointStore(tmp_path, 3)
+    state = state_at(1)
+    store.save(state, [LAST])
+    state["model"]["w"].zero_()
+    assert store.close() is None
+    assert torch.equal(load_checkpoint(tmp_path / LAST).state["model"]["w"], torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
+def test_a_write_that_fails_leaves_the_old_files_and_is_reported_once(failing: str, tmp_path: Path, monkeypatch):
+    save(tmp_path, 1, [LAST, BEST])
+    store = CheckpointStore(tmp_path, 3)
+    with monkeypatch.context() as context:
+        break_disk(context, failing)
+        assert store.save(state_at(2), [LAST, BEST]) is None
+        problem = store.wait()
+        assert problem is not None and "No space left" in problem and str(tmp_path) in problem
+    assert set(iterations(tmp_path).values()) == {1}
+    # The disk has room again: the next save goes through.
+    assert store.save(state_at(3), [LAST, BEST]) is None
+    assert store.close() is None
+    assert iterations(tmp_path)[LAST] == iterations(tmp_path)[BEST] == 3
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".pt"]
+
+
+def break_disk(context, failing: str) -> None:
+    def refuse(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    def write_half(state, stream):
+        stream.write(b"PK half a file")
+        refuse()
+
+    if failing == "torch.save":
+        context.setattr(checkpoint.torch, "save", write_half)
+    elif failing == "os.fsync":
+        context.setattr(checkpoint.os, "fsync", refuse)
+    else:
+        context.setattr(Path, "replace", refuse)
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_written_with_the_next(tmp_path: Path, monkeypatch):
+    store = CheckpointStore(tmp_path, 3)
+    with monkeypatch.context() as context:
+        break_disk(context, "os.fsync")
+        store.save(state_at(1), [LAST, BEST])
+        store.wait()
+    store.save(state_at(2), [LAST])
+    assert store.close() is None
+    assert iterations(tmp_path) == {LAST: 2, BEST: 1}
+
+
+def test_a_failed_best_is_overtaken_by_a_better_one(tmp_path: Path, monkeypatch):
+    store = CheckpointStore(tmp_path, 3)
+    with monkeypatch.context() as context:
+        break_disk(context, "os.fsync")
+        store.save(state_at(1), [LAST, BEST])
+        assert store.save(state_at(2), [LAST]) is not None
+        assert store.save(state_at(3), [LAST, BEST]) is not None
+        store.wait()
+    assert store.close() is None
+    assert not iterations(tmp_path)
+    store = CheckpointStore(tmp_path, 3)
+    store.save(state_at(4), [LAST])
+    assert store.close() is None
+    assert iterations(tmp_path) == {LAST: 4}
+
+
+def test_the_last_write_is_tried_once_more_at_the_end(tmp_path: Path, monkeypatch):
+    plain, failures = torch.save, []
+
+    def save_second_time(state, stream):
+        if not failures:
+            failures.append(1)
+            raise OSError(28, "No space left on device")
+        plain(state, stream)
+
+    monkeypatch.setattr(checkpoint.torch, "save", save_second_time)
+    store = CheckpointStore(tmp_path, 3)
+    store.save(state_at(1), [LAST])
+    assert store.close() is None
+    assert iterations(tmp_path) == {LAST: 1}
+
+
+def test_a_last_write_that_fails_twice_is_reported_at_the_end(tmp_path: Path, monkeypatch):
+    break_disk(monkeypatch, "os.fsync")
+    store = CheckpointStore(tmp_path, 3)
+    store.save(state_at(1), [LAST])
+    problem = store.close()
+    assert problem is not None and "No space left" in problem
+
+
+def test_only_the_newest_epochs_stay_and_last_and_best_whatever_their_age(tmp_path: Path):
+    for epoch in range(1, 6):
+        names = [LAST, f"epoch_{epoch:04d}.pt", *([BEST] if epoch == 1 else [])]
+        save(tmp_path, epoch, names, keep=2)
+    assert iterations(tmp_path) == {"epoch_0004.pt": 4, "epoch_0005.pt": 5, LAST: 5, PREVIOUS: 4, BEST: 1}
+
+
+def test_keeping_one_does_not_delete_the_good_one_when_the_new_one_fails(tmp_path: Path, monkeypatch):
+    save(tmp_path, 1, ["epoch_0001.pt"], keep=1)
+    store = CheckpointStore(tmp_path, 1)
+    with monkeypatch.context() as context:
+        break_disk(context, "os.fsync")
+        store.save(state_at(2), ["epoch_0002.pt"])
+        assert store.wait() is not None
+    assert iterations(tmp_path)["epoch_0001.pt"] == 1
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(checkpoint.os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    save(tmp_path, 1, [LAST])
+    save(tmp_path, 2, [LAST, BEST])
+    assert iterations(tmp_path) == {LAST: 2, BEST: 2, PREVIOUS: 1}
+
+
+def test_going_on_from_an_older_file_moves_later_and_broken_ones_aside(tmp_path: Path):
+    for iteration, name in ((1, "epoch_0001.pt"), (2, "epoch_0002.pt"), (3, "epoch_0003.pt")):
+        save(tmp_path, iteration, [LAST, name])
+    damage(tmp_path / "epoch_0002.pt", "foreign")
+    aside = continue_from(tmp_path, load_checkpoint(tmp_path / "epoch_0001.pt"))
+    assert aside is not None and aside.parent == tmp_path
+    assert iterations(tmp_path) == {"epoch_0001.pt": 1, LAST: 1}
+    assert {path.name for path in aside.iterdir()} == {LAST, PREVIOUS, "epoch_0002.pt", "epoch_0003.pt"}
+
+
+def test_going_on_from_the_newest_file_moves_nothing(tmp_path: Path):
+    save(tmp_path, 1, [LAST])
+    save(tmp_path, 2, [LAST, "epoch_0002.pt"])
+    before = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and continue_from(tmp_path, found) is None
+    assert before == {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+
+
+def test_a_broken_last_file_does_not_replace_the_good_one_before_it(tmp_path: Path):
+    save(tmp_path, 1, [LAST])
+    save(tmp_path, 2, [LAST])
+    damage(tmp_path / LAST, "truncated")
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    continue_from(tmp_path, found)
+    save(tmp_path, 3, [LAST])
+    assert iterations(tmp_path) == {LAST: 3, PREVIOUS: 1}
+
+
+def test_a_run_goes_on_where_the_disk_is_full_for_a_while(start, tmp_path: Path, monkeypatch, capsys, load):
+    plain, failures = torch.save, []
+
+    def save_later(state, stream):
+        if len(failures) < 2:
+            failures.append(1)
+            raise OSError(28, "No space left on device")
+        plain(state, stream)
+
+    monkeypatch.setattr(checkpoint.torch, "save", save_later)
+    assert start(tmp_path / "run") == 0
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "tries again at the next checkpoint" in said
+    assert load(tmp_path / "run" / "checkpoints" / LAST)["iteration"] == 6
+
+
+def test_a_run_whose_last_state_cannot_be_saved_fails_at_the_end(start, tmp_path: Path, monkeypatch, records_of):
+    break_disk(monkeypatch, "torch.save")
+    with pytest.raises(RunError, match="NOT saved"):
+        start(tmp_path / "run")
+    assert len(records_of(tmp_path / "run", "train")) == 6  # and yet it went on to its end
+    assert "NOT saved" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_resume_names_the_broken_file_it_skips(start, finished, tmp_path: Path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "checkpoints" / LAST).unlink()
+    (output / "checkpoints" / LAST).write_bytes(b"")
+    assert start(output, "--resume") == 0
+    assert f"skipped: {output / 'checkpoints' / LAST}" in capsys.readouterr().out
+
+
+def test_a_resume_with_nothing_but_broken_files_fails_and_does_not_begin_anew(start, finished, tmp_path: Path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    for path in (output / "checkpoints").iterdir():
+        path.write_bytes(b"rubbish")
+    with pytest.raises(RunError, match="no checkpoint is intact"):
+        start(output, "--resume")
+
+
+def test_a_checkpoint_whose_weights_are_not_of_its_model_is_refused(start, finished, tmp_path: Path, load):
+    state = load(finished / "checkpoints" / LAST)
+    del state["model"]["fpn.output.0.weight"]
+    torch.save(state, tmp_path / "strange.pt")
+    with pytest.raises(RunError, match="strange.pt: its weights are not of its own model"):
+        start(tmp_path / "run", "--resume", tmp_path / "strange.pt")

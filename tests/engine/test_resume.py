@@ -1,0 +1,249 @@
+"""Going on after a stop: as if nothing had happened, or with a message that says why not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from detection.engine import RunError
+from detection.engine.evaluation_loops import ValLoop
+from detection.engine.recorder import Recorder
+from detection.engine.train_loop import EpochBasedTrainLoop
+
+MIXED = ["--max-epochs", "1", "--amp", "bf16", "--ema", "0.9", "--accumulate", "2", "--checkpoint-iterations", "1"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program may catch it."""
+
+
+def kill_at(monkeypatch, iteration: int) -> None:
+    plain = EpochBasedTrainLoop.train_iteration
+
+    def train_iteration(self, at, batches):
+        if at == iteration:
+            raise Killed
+        plain(self, at, batches)
+
+    monkeypatch.setattr(EpochBasedTrainLoop, "train_iteration", train_iteration)
+
+
+def steps(output: Path, tag: str) -> list[int]:
+    events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return [point.step for point in events.Scalars(tag)]
+
+
+@pytest.fixture
+def same_run(records_of, load, same_state):
+    """same_run(a, b): fails unless both ended with the same weights, states and records, bit for bit."""
+
+    def compare(one: Path, other: Path) -> None:
+        states = [load(folder / "checkpoints" / "last.pt") for folder in (one, other)]
+        for state in states:
+            del state["config"]  # has the output directory in it
+        same_state(*states)
+        assert records_of(one) == records_of(other)
+        for folder in (one, other):
+            iterations = states[0]["iteration"]
+            assert steps(folder, "train/loss") == list(range(iterations))
+            assert steps(folder, "val/mAP") == [r["iteration"] for r in records_of(folder, "val")]
+
+    return compare
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "saved_each", "resumed_at"),
+    [(3, "9", 3), (5, "1", 5), (5, "2", 4)],
+    ids=["after an epoch", "in mid-epoch", "an iteration after the last save"],
+)
+def test_a_killed_run_resumes_to_the_same_bits(
+    killed_at, saved_each, resumed_at, start, finished, tmp_path, monkeypatch, same_run, capsys
+):
+    arguments = ["--checkpoint-iterations", saved_each]
+    with monkeypatch.context() as context:
+        kill_at(context, killed_at)
+        with pytest.raises(Killed):
+            start(tmp_path / "run", *arguments)
+    capsys.readouterr()
+    assert start(tmp_path / "run", *arguments, "--resume") == 0
+    assert f"resumed   at iteration {resumed_at} " in capsys.readouterr().out
+    same_run(tmp_path / "run", finished)
+    starts = json.loads((tmp_path / "run" / "config.json").read_text())["starts"]
+    assert [begun["iteration"] for begun in starts] == [0, resumed_at]
+
+
+def test_mixed_precision_average_and_accumulation_resume_to_the_same_bits(start, tmp_path, monkeypatch, same_run):
+    assert start(tmp_path / "whole", *MIXED) == 0
+    with monkeypatch.context() as context:
+        kill_at(context, 2)
+        with pytest.raises(Killed):
+            start(tmp_path / "run", *MIXED)
+    assert start(tmp_path / "run", *MIXED, "--resume") == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_kill_between_an_epochs_save_and_its_validation_is_made_up_for(
+    start, finished, tmp_path, monkeypatch, same_run, load
+):
+    with monkeypatch.context() as context:
+        context.setattr(ValLoop, "run", lambda self, model: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            start(tmp_path / "run")
+    state = load(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert (state["iteration"], state["validation_due"]) == (3, True)
+    assert start(tmp_path / "run", "--resume") == 0
+    same_run(tmp_path / "run", finished)
+
+
+def test_a_kill_between_a_validations_record_and_its_save_repeats_no_record(
+    start, finished, tmp_path, monkeypatch, same_run, records_of
+):
+    plain = Recorder.validation
+
+    def validation(self, *arguments):
+        plain(self, *arguments)
+        raise Killed
+
+    with monkeypatch.context() as context:
+        context.setattr(Recorder, "validation", validation)
+        with pytest.raises(Killed):
+            start(tmp_path / "run")
+    assert len(records_of(tmp_path / "run", "val")) == 1
+    assert start(tmp_path / "run", "--resume") == 0
+    same_run(tmp_path / "run", finished)
+
+
+def test_an_automatic_resume_without_a_checkpoint_is_a_fresh_start(start, finished, tmp_path, same_run):
+    assert start(tmp_path / "run", "--resume") == 0
+    same_run(tmp_path / "run", finished)
+
+
+def test_a_finished_run_resumes_to_nothing_left_to_do(start, finished, tmp_path, same_run, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    assert start(tmp_path / "run", "--resume") == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+    same_run(tmp_path / "run", finished)
+
+
+def test_resuming_an_older_file_sets_the_later_future_aside(start, finished, tmp_path, same_run, load, monkeypatch):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    kill_at(monkeypatch, 4)
+    with pytest.raises(Killed):
+        start(output, "--resume", output / "checkpoints" / "epoch_0001.pt")
+    monkeypatch.undo()
+    # The abandoned future does not come back by itself, and is not lost.
+    assert load(output / "checkpoints" / "last.pt")["iteration"] == 3
+    (aside,) = (output / "checkpoints").glob("set_aside_*")
+    assert load(aside / "epoch_0002.pt")["iteration"] == 6
+    assert '"iteration": 5' in (aside / "metrics.jsonl").read_text()
+    assert start(output, "--resume") == 0
+    same_run(output, finished)
+
+
+def test_a_checkpoint_of_another_folder_is_gone_on_with_in_a_new_one(start, finished, tmp_path, load, records_of):
+    file = finished / "checkpoints" / "epoch_0001.pt"
+    assert start(tmp_path / "run", "--resume", file) == 0
+    assert [r["iteration"] for r in records_of(tmp_path / "run", "train")] == [3, 4, 5]
+    assert load(file)["iteration"] == 3
+
+
+def test_more_epochs_go_on_after_the_last_one_and_are_named_as_a_change(start, finished, tmp_path, capsys, records_of):
+    shutil.copytree(finished, tmp_path / "run")
+    assert start(tmp_path / "run", "--resume", "--max-epochs", "3") == 0
+    assert "schedule train_cfg.max_epochs: 2 before, now 3" in capsys.readouterr().out
+    assert [r["iteration"] for r in records_of(tmp_path / "run", "train")] == list(range(9))
+
+
+def test_another_optimiser_begins_with_a_fresh_state_and_says_so(start, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    schedule = tmp_path / "adamw.py"
+    schedule.write_text(
+        "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=3)\n"
+        "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.01),\n"
+        "    paramwise_cfg=dict(norm_decay_mult=0))\n"
+    )
+    assert start(tmp_path / "run", "--resume", "--schedule", schedule, "--max-epochs", "3") == 0
+    said = capsys.readouterr().out
+    assert "optimiser: SGD before, AdamW now" in said
+    assert "schedule optim_wrapper.optimizer.type" in said
+
+
+def test_the_memory_layout_may_change_in_a_resume(start, finished, tmp_path, records_of, monkeypatch):
+    output = tmp_path / "run"
+    assert start(output, "--resume", finished / "checkpoints" / "epoch_0001.pt", "--no-channels-last") == 0
+    for ours, theirs in zip(records_of(output, "train"), records_of(finished, "train")[3:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+
+
+def test_what_the_checkpoint_decides_is_said_where_the_command_line_says_otherwise(start, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    arguments = ["--norm", "gn", "--frozen-stages", "2", "--weights", "COCO_V1", "--seed", "5", "--dry-run"]
+    assert start(tmp_path / "run", "--resume", *arguments) == 0
+    said = capsys.readouterr().out
+    assert "--norm gn has no effect: the resumed run has bn" in said
+    assert "--frozen-stages 2 has no effect: the resumed run has -1" in said
+    assert "--weights COCO_V1 has no effect: the resumed run has none" in said
+    assert "seed: 0 before, now 5" in said
+
+
+def test_an_average_that_comes_or_goes_is_said(start, finished, tmp_path, capsys, load):
+    shutil.copytree(finished, tmp_path / "run")
+    assert start(tmp_path / "run", "--resume", "--ema", "--max-epochs", "3") == 0
+    assert "the average begins with its weights" in capsys.readouterr().out
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["ema"] is not None
+    assert start(tmp_path / "run", "--resume", "--dry-run", "--max-epochs", "3") == 0
+    assert "give --ema" in capsys.readouterr().out
+
+
+def test_a_validation_that_is_due_is_dropped_where_the_set_is_gone(
+    start, shapes_set, tmp_path, monkeypatch, records_of
+):
+    with monkeypatch.context() as context:
+        context.setattr(ValLoop, "run", lambda self, model: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            start(tmp_path / "run")
+    train = [shapes_set / "train2017", "--train-annotations", shapes_set / "annotations" / "instances_train2017.json"]
+    assert start(tmp_path / "run", "--resume", "--train-images", *train) == 0
+    assert not records_of(tmp_path / "run", "val")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "tiny_other"], "give --model tiny to resume"),
+        (["--batch-size", "1"], "global batch of 2 images"),
+        (["--accumulate", "2"], "global batch of 2 images"),
+        (["--limit-train-batches", "2"], "3 iterations an epoch, this run 2"),
+    ],
+)
+def test_a_resume_that_cannot_go_on_is_refused_with_the_way_out(words, said, start, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = sorted((path, path.stat().st_mtime) for path in (tmp_path / "run").rglob("*.pt"))
+    with pytest.raises(RunError, match=said):
+        start(tmp_path / "run", "--resume", *words)
+    assert before == sorted((path, path.stat().st_mtime) for path in (tmp_path / "run").rglob("*.pt"))
+
+
+def test_a_resume_with_other_classes_is_refused(start, finished, shapes_set, tmp_path):
+    other = tmp_path / "set"
+    shutil.copytree(shapes_set, other)
+    for file in (other / "annotations").iterdir():
+        file.write_text(file.read_text().replace('"circle"', '"disc"'))
+    with pytest.raises(RunError, match=r"trained on the classes \[circle.*the data set has \[disc"):
+        start(tmp_path / "run", "--data-path", other, "--resume", finished / "checkpoints" / "last.pt")
+
+
+def test_other_annotations_of_the_same_classes_are_named(start, finished, shapes_set, tmp_path, capsys):
+    other = tmp_path / "set"
+    shutil.copytree(shapes_set, other)
+    file = other / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] += 1
+    file.write_text(json.dumps(content))
+    shutil.copytree(finished, tmp_path / "run")
+    assert start(tmp_path / "run", "--data-path", other, "--resume", "--dry-run") == 0
+    assert "their content is not that of the checkpoint" in capsys.readouterr().out

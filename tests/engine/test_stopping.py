@@ -1,0 +1,114 @@
+"""Signals: the run saves itself and leaves with a status that says so."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from detection.engine import STOPPED_EXIT_CODE, stopping
+from detection.engine.evaluation_loops import _detect_batch
+from detection.engine.stopping import StopRequest
+from detection.engine.train_loop import EpochBasedTrainLoop
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_in_training_saves_and_leaves_with_status_75(
+    name, start, tmp_path, monkeypatch, load, capsys, finished, records_of
+):
+    plain = EpochBasedTrainLoop.train_iteration
+
+    def train_iteration(self, iteration, batches):
+        plain(self, iteration, batches)
+        if iteration == 3:
+            os.kill(os.getpid(), signal.Signals[name])
+
+    with monkeypatch.context() as context:
+        context.setattr(EpochBasedTrainLoop, "train_iteration", train_iteration)
+        assert start(tmp_path / "run") == STOPPED_EXIT_CODE == 75
+    said = capsys.readouterr().out
+    assert f"stopped by {name}" in said and "--resume" in said
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] in (4, 5)
+    if name == "SIGTERM":
+        assert start(tmp_path / "run", "--resume") == 0
+        assert records_of(tmp_path / "run") == records_of(finished)
+
+
+def test_a_signal_inside_validation_stops_it_and_the_resume_repeats_it(
+    start, tmp_path, monkeypatch, load, finished, records_of
+):
+    batches = []
+
+    def detect_batch(inputs, model, batch):
+        batches.append(batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return _detect_batch(inputs, model, batch)
+
+    with monkeypatch.context() as context:
+        context.setattr("detection.engine.evaluation_loops._detect_batch", detect_batch)
+        assert start(tmp_path / "run", "--limit-val-batches", "2") == STOPPED_EXIT_CODE
+    assert 1 <= len(batches) <= 2
+    state = load(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert (state["iteration"], state["validation_due"]) == (3, True)
+    assert not records_of(tmp_path / "run", "val")
+    assert start(tmp_path / "run", "--resume") == 0
+    assert records_of(tmp_path / "run") == records_of(finished)
+
+
+def test_a_stop_in_the_wait_for_data_is_heard(start, tmp_path, monkeypatch, load):
+    from data import TrainLoader
+
+    plain = TrainLoader.batches
+
+    def batches(self, first, last):
+        for number, batch in enumerate(plain(self, first, last)):
+            if number == 1:
+                signal.raise_signal(signal.SIGTERM)
+                time.sleep(0.2)
+            yield batch
+
+    monkeypatch.setattr(TrainLoader, "batches", batches)
+    assert start(tmp_path / "run") == STOPPED_EXIT_CODE
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] in (2, 3)
+
+
+def test_signals_mean_again_what_they_meant_before_once_the_run_is_over():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.requested and stop.signal_name == "SIGUSR1"
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+
+
+def test_the_echo_of_an_interrupt_is_not_a_second_one_and_a_second_one_leaves_at_once(monkeypatch):
+    left, now = [], [100.0]
+    monkeypatch.setattr(stopping.os, "_exit", left.append)
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 0.5
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and not left
+        now[0] += 2.0
+        signal.raise_signal(signal.SIGINT)
+        assert left == [130]
+
+
+def test_an_interrupted_program_with_loader_processes_saves(program, arguments, tmp_path: Path, load):
+    words = arguments(tmp_path / "run", "--max-epochs", "500", "--workers", "1")
+    with program("tiny_model.py", *words) as (process,):
+        wait_for(tmp_path / "run" / "metrics.jsonl", process)
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopped by SIGINT" in out and "Traceback" not in err
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] > 0
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
