@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmark_machine import add_common_arguments
-from benchmark_scenes import NUM_CLASSES, categories, draw_sizes
+from benchmark_scenes import NUM_CLASSES, categories, draw_sizes, write_pictures
 from benchmark_timing import BenchmarkError, format_table, spread
 from checkout import ROOT
 
@@ -28,20 +28,14 @@ BOXES_PER_IMAGE = 7.3  # of train2017: 860,001 boxes on 117,266 images
 _POLYGON_POINTS = 24  # per box, so that a file is as large as train2017's
 _POLL_SECONDS = 0.02
 _TIMEOUT_SECONDS = 600.0
-_TOY = [
-    "--model",
-    "faster_rcnn_r18_fpn",
-    "--weights",
-    "none",
-    "--min-size",
-    "128",
-    "--max-size",
-    "213",
-    "--batch-size",
-    "1",
-    "--max-epochs",
-    "1",
-]
+_TOY = {
+    "model": "faster_rcnn_r18_fpn",
+    "weights": "none",
+    "min-size": "128",
+    "max-size": "213",
+    "batch-size": "1",
+    "max-epochs": "1",
+}
 
 Say = Callable[[str], None]
 
@@ -55,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also read annotations of N images, e.g. 118000 as train2017 (400 MB, a minute to make) [0: not]",
     )
-    parser.add_argument(
-        "--train-arguments", default="", help="other arguments for train.py, in quotes, e.g. a real set"
-    )
+    parser.add_argument("--train-arguments", default="", help="in quotes: what train.py is to run instead of a toy")
 
 
 def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
@@ -65,23 +57,18 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         folder = Path(name)
         training = [sys.executable, str(ROOT / "train.py"), "--schedule", "1x"]
-        given = arguments.train_arguments.split()
-        training += given or [*_TOY, "--dataset", "shapes", "--data-path", str(folder / "shapes")]
-        if not given:
-            say("making the shapes set")
-            _make_shapes(folder / "shapes")
-        rows = []
+        training += arguments.train_arguments.split() or _toy_run(folder / "pictures")
         seconds: dict[str, list[float]] = {}
         for number in range(arguments.repeats):
             say(f"round {number + 1} of {arguments.repeats}")
-            output = folder / f"run_{number}"
+            output = ["--output-dir", str(folder / f"run_{number}")]
             for title, measured in (
-                ("import torch and torchvision (the peer)", lambda: _finished(_IMPORTS)),
-                ("train.py --help", lambda: _finished([sys.executable, str(ROOT / "train.py"), "--help"])),
-                ("train.py --dry-run", lambda: _finished([*training, "--output-dir", str(output), "--dry-run"])),
-                ("train.py to the first iteration's record", lambda: _first_record(training, output)),
+                ("import torch and torchvision (the peer)", _finished(_IMPORTS)),
+                ("train.py --help", _finished([*training[:2], "--help"])),
+                ("train.py --dry-run", _finished([*training, *output, "--dry-run"])),
+                ("train.py to the first iteration's record", _first_record([*training, *output], Path(output[1]))),
             ):
-                seconds.setdefault(title, []).append(measured())
+                seconds.setdefault(title, []).append(measured)
         rows = [{"name": title, "seconds": spread(values)} for title, values in seconds.items()]
         figures: dict[str, Any] = {"device": "cpu", "startup": rows}
         text = format_table(["", "s", "min..max"], [_cells(row) for row in rows])
@@ -94,13 +81,11 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
 _IMPORTS = [sys.executable, "-c", "import torch, torchvision"]
 
 
-def _make_shapes(folder: Path) -> None:
-    subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "make_shapes.py"), "--data-path", str(folder)]
-        + ["--num-train", "8", "--num-val", "2"],
-        check=True,
-        capture_output=True,
-    )
+def _toy_run(folder: Path) -> list[str]:
+    """Arguments of a run whose iterations take next to no time."""
+    annotations = write_pictures(folder, [(256, 192)] * 8, seed=0)
+    settings = {**_TOY, "train-images": str(folder), "train-annotations": str(annotations)}
+    return [text for name, value in settings.items() for text in (f"--{name}", value)]
 
 
 def _finished(command: Sequence[str]) -> float:
@@ -112,10 +97,9 @@ def _finished(command: Sequence[str]) -> float:
     return time.perf_counter() - start
 
 
-def _first_record(training: Sequence[str], output: Path) -> float:
+def _first_record(command: Sequence[str], output: Path) -> float:
     """Seconds until metrics.jsonl holds the record of the first iteration; the run is ended then."""
     start = time.perf_counter()
-    command = [*training, "--output-dir", str(output), "--limit-val-batches", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     metrics = output / "metrics.jsonl"
     try:
@@ -142,14 +126,14 @@ def _annotation_figures(arguments: argparse.Namespace, folder: Path, say: Say) -
         for reader in READERS:
             # The cache of this round is made by the reader before the one that maps it.
             rows.setdefault(reader, []).append(_in_own_process(reader, file, folder / f"cache_{number}"))
+    readers = [
+        {"name": name, **{key: spread([run[key] for run in runs]) for key in runs[0]}} for name, runs in rows.items()
+    ]
     return {
         "images": arguments.annotation_images,
         "boxes": num_boxes,
         "file_mb": file.stat().st_size / 1e6,
-        "readers": [
-            {"name": name, **{key: spread([run[key] for run in runs]) for key in runs[0]}}
-            for name, runs in rows.items()
-        ],
+        "readers": readers,
     }
 
 

@@ -1,0 +1,202 @@
+"""scripts/benchmark.py runs at toy size and writes what its readers rely on. No test judges how long anything took."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+RECORD_KEYS = {"benchmark", "command", "date", "git", "hardware", "versions", "settings", "device"}
+TOY = ["--min-size", "64", "--max-size", "96", "--batch-size", "1", "--threads", "1", "--repeats", "1"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Modules of scripts/ by name."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def measured(script, tmp_path):
+    """measured("data", *options): the JSON record of a run."""
+
+    def run(*argv):
+        file = tmp_path / "figures.json"
+        assert script("benchmark").main([*map(str, argv), "--json", str(file)]) == 0
+        record = json.loads(file.read_text())
+        assert record.keys() >= RECORD_KEYS
+        assert record["benchmark"] == argv[0]
+        return record
+
+    return run
+
+
+def test_train_measures_both_steps_and_takes_them_apart(measured, capsys, tmp_path):
+    trace = tmp_path / "trace.json"
+    variants = ["torchvision-fp32", "ours-bf16-cl"]
+    options = [*TOY, "--device", "cpu", "--variants", *variants, "--inference", "--profile", trace]
+    record = measured("train", "--model", "faster_rcnn_r18_fpn", *options)
+    assert [row["name"] for row in record["train"]] == variants
+    for row in [*record["train"], *record["inference"]["batch"], *record["inference"]["one_image"]]:
+        assert row["seconds"].keys() == {"median", "min", "max", "values"}
+        assert row["ratios"].keys() == {"torchvision-fp32"}
+        assert row["images_per_second"] > 0
+    assert all(np.isfinite(list(row["losses"].values())).all() and row["losses"] for row in record["train"])
+    stages = record["stage_seconds"]["ours-bf16-cl"]
+    # A stage at zero is one whose code has moved, so that its time hides in another's.
+    assert record["stages_not_found"] == []
+    assert all(seconds > 0 for seconds in stages.values())
+    waits = {name: sum(kinds["device_to_host"].values()) for name, kinds in record["waits"].items()}
+    assert waits["ours-bf16-cl"] < waits["torchvision-fp32"]
+    assert record["gflop_per_image"].keys() == {"torchvision", "ours"}
+    assert record["utilisation"].keys() == set(variants)
+    assert {"traceEvents"} <= json.loads(trace.read_text()).keys()
+    assert "x torchvision-fp32" in capsys.readouterr().out
+
+
+def test_data_measures_workers_and_chains_and_watches_the_workers_memory(measured):
+    record = measured("data", *TOY, "--pictures", 3, "--passes", 2, "--listed", 30)
+    rows = {row["name"]: row for row in record["chains"]}
+    assert {"our worker, Pillow", "torchvision worker", "torchvision chain"} <= rows.keys()
+    assert all(row["images_per_second"] > 0 for row in rows.values())
+    assert "torchvision chain" in rows["our worker, Pillow"]["ratios"]
+    assert record["workers"]["seconds_to_first_batch"] > 0
+    assert len(record["workers"]["passes"]) == 2
+
+
+def test_data_takes_a_set_of_ones_own(measured, script, tmp_path):
+    annotations = script("benchmark_scenes").write_pictures(tmp_path / "own", [(64, 48), (48, 64)], seed=5)
+    source = ["--images", tmp_path / "own", "--annotations", annotations]
+    record = measured("data", *TOY, *source, "--workers", 0)
+    assert record["images"] == 2
+
+
+def test_eval_compares_all_twelve_figures_with_pycocotools(measured):
+    record = measured("eval", "--images", 12, "--detections", 20)
+    rows = {row["name"]: row for row in record["backends"]}
+    judge = rows["pycocotools"]
+    assert len(judge["stats"]) == judge["equal_figures"] == 12
+    assert 0 < judge["stats"]["mAP"] < 1
+    for row in rows.values():
+        assert row["largest_difference"] < 1e-3
+        assert row["cpu_seconds"]["median"] > 0 and row["peak_mb"]["median"] > 0
+
+
+def test_startup_measures_the_way_to_the_first_iteration_and_reading_annotations(measured, script, monkeypatch):
+    startup = script("benchmark_startup")
+    # Processes would take most of a minute on a small machine.
+    commands = []
+    monkeypatch.setattr(startup, "_finished", lambda command: commands.append(command) or 1.0)
+    monkeypatch.setattr(startup, "_first_record", lambda command, output: commands.append(command) or 2.0)
+    monkeypatch.setattr(startup, "_in_own_process", startup.read_once)
+    record = measured("startup", "--repeats", 2, "--annotation-images", 40)
+    assert len(commands) == 8
+    assert [row["seconds"]["median"] for row in record["startup"]] == [1.0, 1.0, 1.0, 2.0]
+    readers = {row["name"] for row in record["annotations"]["readers"]}
+    assert readers == {"json.loads", "pycocotools.COCO", "ours, first start", "ours, later starts"}
+    assert record["annotations"]["boxes"] >= 40
+
+
+def test_variants_alternate_and_the_order_rotates_after_a_first_round_that_does_not_count(script):
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples = script("benchmark_timing").interleave(runs, 2)
+    assert "".join(order) == "abc" + "abc" + "bca"
+    assert all(len(sample.wall) == len(sample.cpu) == 2 for sample in samples.values())
+
+
+def test_ratios_come_from_pairs_of_one_round(script):
+    ratio = script("benchmark_timing").pairwise_ratio([1.0, 10.0, 2.0], [2.0, 30.0, 8.0])
+    assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)
+
+
+def test_a_stage_inside_another_counts_once_and_wrapping_leaves_nothing_behind(script, monkeypatch):
+    probes = script("benchmark_probes")
+    now = [0.0]
+    monkeypatch.setattr(probes, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    owner = SimpleNamespace(inner=lambda: pass_time(3.0))
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    module.bias = torch.nn.Identity()
+    before = dict(vars(module)), owner.inner
+    clock = probes.StageClock(torch.device("cpu"))
+    places = [(owner, "inner", "inner"), (module, "bias", "module"), (owner, "gone", "nowhere")]
+    with probes.wrapped(clock, places) as missing, clock.stage("outer"):
+        pass_time(1.0)
+        owner.inner()
+        pass_time(1.0)
+        assert module.bias(torch.ones(2)).sum() == 2
+    seconds = clock.seconds()
+    assert missing == ["SimpleNamespace.gone"]
+    assert seconds == {"inner": 3.0, "outer": 2.0, "module": 0.0}
+    assert (dict(vars(module)), owner.inner) == before
+
+
+def test_waits_are_counted_by_kind(script):
+    def run():
+        values = torch.arange(6.0)
+        values[values > 2]
+        values.nonzero()
+        values.sum().item()
+        values[values > 2] = 0.0
+        torch.tensor([1.0], device="cpu")
+
+    counts = script("benchmark_probes").count_waits(run)
+    assert counts["device_to_host"] == {"index by a boolean mask": 1, "nonzero": 1, "scalar read by the host": 1}
+    assert counts["host_to_device"] == {"tensor made from Python numbers": 1}
+
+
+def test_gpu_figures_read_kernels_launches_and_idle_time_from_a_trace(script, tmp_path):
+    def event(category, name, start, duration):
+        return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
+
+    events = [
+        event("cuda_runtime", "cudaLaunchKernel", 0, 1),
+        event("cuda_runtime", "cudaMemcpyAsync", 1, 1),
+        event("kernel", "convolution", 100, 50),
+        event("kernel", "overlapping", 120, 40),
+        event("gpu_memcpy", "copy", 180, 20),
+        {"ph": "M", "name": "process_name"},
+    ]
+    trace = tmp_path / "trace.json"
+    trace.write_text(json.dumps({"traceEvents": events}))
+    figures = script("benchmark_probes").gpu_figures(trace, 2)
+    assert figures == pytest.approx(
+        {"kernels_per_step": 1, "launches_per_step": 0.5, "copies_per_step": 0.5, "gpu_idle_share": 0.2}
+    )
+
+
+def test_generated_pictures_are_textured_and_their_boxes_lie_inside(script):
+    scenes = script("benchmark_scenes")
+    rng = np.random.default_rng(0)
+    pixels = scenes.texture(rng, 64, 48)
+    assert pixels.shape == (48, 64, 3) and pixels.std() > 20
+    counts = []
+    for _ in range(400):
+        boxes = scenes.draw_boxes(rng, 640, 480)
+        counts.append(len(boxes))
+        assert (boxes[:, 2:] > 1).all() and (boxes >= 0).all()
+        assert (boxes[:, :2] + boxes[:, 2:] <= [640.02, 480.02]).all()
+    assert 5 < np.mean(counts) < 9 and 3 <= np.median(counts) <= 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "--variants", "theirs-fp32"], "theirs-fp32"),
+        (["train", "--height", "320"], "--width"),
+        (["train", "--model", "faster_rcnn_x101_32x4d_fpn", *TOY], "resnext101_32x4d"),
+        (["data", "--images", "somewhere"], "--annotations"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(script, capsys, argv, words):
+    assert script("benchmark").main(argv) == 1
+    assert words in capsys.readouterr().err
