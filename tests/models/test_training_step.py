@@ -1,0 +1,389 @@
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from detection.models import ImageBatch, TargetBatch, build_model, faster_rcnn, nms
+from detection.models import rpn as rpn_module
+from detection.models.batch import batch_images, batch_targets
+from detection.models.roi_align import RoIAlign
+from detection.models.rpn import rpn_losses
+
+LOSSES = {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}
+CPU = torch.device("cpu")
+HEIGHT, WIDTH = 96, 128
+
+
+SMALL = {
+    "fpn_channels": 32,
+    "roi_hidden_channels": 64,
+    "rpn_proposals_train": 200,
+    "rpn_proposals_test": 50,
+    "roi_samples_per_image": 64,
+}
+
+
+def make_model(name="faster_rcnn_r18_fpn", **overrides):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=5, **{**SMALL, **overrides}).train()
+    # As large as trained ones, so that proposals and detections differ from anchors.
+    torch.nn.init.normal_(model.rpn.deltas.weight, std=0.1)
+    torch.nn.init.normal_(model.rpn.objectness.weight, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def pictures(*sizes):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+
+
+def target(boxes, labels=None):
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    return {"boxes_xyxy": boxes, "labels": torch.arange(len(boxes)) % 5 if labels is None else labels}
+
+
+def step(model, images, targets):
+    """Losses of a step, after checks that hold for every step: finite, and every trained parameter takes part."""
+    model.zero_grad(set_to_none=True)
+    losses = model(images, targets)
+    assert losses.keys() == LOSSES
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() and loss.dtype == torch.float32 and loss.dim() == 0 for loss in losses.values())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+BOX = [20.0, 16, 90, 70]
+EDGE_CASES = {
+    "one image without boxes": [target([BOX]), target([])],
+    "no boxes at all": [target([]), target([])],
+    "500 boxes": [
+        target([[x, y, x + 9, y + 7] for x in range(0, 100, 4) for y in range(0, 80, 4)][:500]),
+        target([BOX]),
+    ],
+    "boxes at the border": [
+        target([[0, 0, WIDTH, HEIGHT], [WIDTH - 4, HEIGHT - 9, WIDTH, HEIGHT]]),
+        target([[0, 0, 5, 5]]),
+    ],
+    "equal boxes": [target([BOX, BOX, BOX]), target([BOX])],
+    "boxes of one pixel": [
+        target([[7, 9, 8, 10], [0, 0, 1, 1], [WIDTH - 1, HEIGHT - 1, WIDTH, HEIGHT]]),
+        target([BOX]),
+    ],
+    "lines": [target([[3, 40, 125, 41], [60, 1, 61, 95]]), target([[0, 0, WIDTH, 0.5]])],
+}
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
+def test_a_fresh_models_losses_are_those_of_guessing(name):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=5, norm="gn", frozen_stages=-1).train()
+    losses = step(model, pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH)), [target([BOX]), target([BOX])])
+    assert losses["loss_rpn_cls"] == pytest.approx(math.log(2), abs=0.05)
+    assert losses["loss_cls"] == pytest.approx(math.log(6), abs=0.3)
+
+
+@pytest.mark.parametrize("case", EDGE_CASES)
+def test_every_kind_of_target_gives_finite_losses_and_gradients_for_all(model, case):
+    losses = step(model, pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH)), EDGE_CASES[case])
+    if case == "no boxes at all":
+        assert losses["loss_rpn_bbox"] == losses["loss_bbox"] == 0
+    else:
+        assert losses["loss_bbox"] > 0 or losses["loss_rpn_bbox"] > 0
+    assert losses["loss_rpn_cls"] > 0
+    assert losses["loss_cls"] > 0
+
+
+@pytest.mark.parametrize("sizes", [((32, 320), (300, 20)), ((1, 200), (200, 1))])
+def test_images_of_extreme_aspect_train(model, sizes):
+    targets = [target([[0, 0, 15, 1]]), target([[0, 2, 1, 60]])]
+    step(model, pictures(*sizes), targets)
+    detections = model.eval()(pictures(*sizes))
+    model.train()
+    assert len(detections) == 2
+
+
+@pytest.mark.parametrize("samples", [None, 16])
+def test_a_step_in_which_no_proposal_survives_learns_from_the_boxes_alone(samples):
+    model = make_model(proposal_min_size=1e9, rpn_samples_per_image=samples, roi_samples_per_image=samples)
+    images = pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH))
+    assert step(model, images, [target([BOX]), target([])])["loss_cls"] > 0
+    losses = step(model, images, [target([]), target([])])
+    assert losses["loss_cls"] == losses["loss_bbox"] == 0
+    detections = model.eval()(images)
+    assert [len(each["scores"]) for each in detections] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
+def test_the_rpn_learns_the_same_at_its_sampled_anchors_as_from_whole_maps(name):
+    """Losses and gradients through `RPNHead.at_anchors` equal those through the dense pass at the same anchors."""
+    model = make_model(name, rpn_samples_per_image=64)
+    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), CPU)
+    truth = batch_targets([target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])], 5, CPU)
+    features = [each.detach().requires_grad_() for each in model.extract_features(batch)]
+    anchors = model._anchors(batch, features)
+    learnt = rpn_module.anchor_targets(model.config, anchors, batch.sizes, truth)
+    table = faster_rcnn.cell_table(features)
+    sampled = model.rpn.at_anchors(table, anchors.neighbours, learnt.sample.candidate)
+    dense = [learnt.sample.take(each) for each in model.rpn(features)]
+    wanted = [*model.rpn.parameters(), *features]
+    gradients = []
+    for outputs in (sampled, dense):
+        losses = rpn_losses(model.config, *outputs, learnt)
+        gradients.append(torch.autograd.grad(losses[0] + 3 * losses[1], wanted, retain_graph=True))
+    torch.testing.assert_close(sampled, tuple(dense), rtol=1e-4, atol=1e-5)
+    for of_sampled, of_dense in zip(*gradients, strict=True):
+        torch.testing.assert_close(of_sampled, of_dense, rtol=1e-3, atol=1e-5)
+    assert sum(of_dense.any() for of_dense in gradients[1]) >= len(wanted) - 1  # the coarsest map may have no sample
+
+
+def test_padded_boxes_behind_the_real_ones_change_nothing(model):
+    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), CPU)
+    truth = batch_targets([target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])], 5, CPU)
+    padding = 7
+    padded = TargetBatch(
+        torch.cat((truth.boxes_xyxy, torch.full((2, padding, 4), 1e6)), dim=1),
+        torch.cat((truth.labels, torch.full((2, padding), 4)), dim=1),
+        torch.cat((truth.valid, torch.zeros(2, padding, dtype=torch.bool)), dim=1),
+        truth.sample_keys,
+    )
+    with torch.no_grad():
+        assert model(batch, truth) == model(batch, padded)
+
+
+def test_what_lies_in_the_images_padding_changes_nothing(model):
+    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), CPU)
+    noisy = batch.pixels.clone()
+    noisy[1, :, 64:] = 200
+    noisy[1, :, :, 120:] = 100
+    truth = batch_targets([target([BOX]), target([[5, 5, 60, 60]])], 5, CPU)
+    with torch.no_grad():
+        assert model(batch, truth) == model(ImageBatch(noisy, batch.sizes), truth)
+
+
+def test_samples_depend_on_the_images_keys_and_not_on_their_places(model, monkeypatch):
+    """The RoIs of an image are the same wherever it stands in the batch, and others under another key."""
+    recorded = []
+
+    def record(*arguments):
+        recorded.append(sample_rois(*arguments))
+        return recorded[-1]
+
+    sample_rois = faster_rcnn.sample_rois
+    monkeypatch.setattr(faster_rcnn, "sample_rois", record)
+    model = make_model(rpn_samples_per_image=32, roi_samples_per_image=32)
+    batch = batch_images(pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH), (HEIGHT, WIDTH)), CPU)
+    truth = batch_targets([target([BOX]), target([[5, 5, 60, 60], [1, 1, 9, 9]]), target([])], 5, CPU)
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        losses = model(batch, truth)
+        swapped = model(ImageBatch(*(each[order] for each in batch)), TargetBatch(*(each[order] for each in truth)))
+        other_keys = model(batch, truth._replace(sample_keys=truth.sample_keys + 1))
+    assert torch.equal(recorded[0].labels[order], recorded[1].labels)
+    torch.testing.assert_close(recorded[0].boxes_xyxy[order], recorded[1].boxes_xyxy, rtol=0, atol=1e-3)
+    for name in LOSSES:
+        torch.testing.assert_close(swapped[name], losses[name], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(recorded[0].boxes_xyxy, recorded[2].boxes_xyxy)
+    assert losses != other_keys
+
+
+def test_under_autocast_every_parameter_learns_much_the_same(model):
+    images = pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH))
+    batch = batch_images(images, CPU)
+    truth = batch_targets([target([BOX]), target([[5, 5, 60, 60]])], 5, CPU)
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = model(batch, truth)
+        sum(losses.values()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, single in gradients[0].items():
+        half = gradients[1][name]
+        assert half is not None, name
+        assert half.dtype == torch.float32
+        similarity = torch.nn.functional.cosine_similarity(single.flatten(), half.flatten(), dim=0)
+        assert similarity > 0.8, (name, similarity)
+
+
+class SynchronisationCount(TorchDispatchMode):
+    """Counts operators that would make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+        self.num_nms = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if name.startswith(
+            (
+                "aten.nonzero",
+                "aten.masked_select",
+                "aten._local_scalar_dense",
+                "aten.item",
+                "aten.is_nonzero",
+                "aten.equal.",
+                "aten.unique",
+                "aten._unique",
+                "aten.masked_scatter",
+            )
+        ):
+            self.found.append(name)
+        elif name.startswith(("aten.index.", "aten.index_put", "aten._index_put")):
+            indices = [each for each in args[1] if each is not None]
+            if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
+                self.found.append(f"{name} with a mask")
+        elif name.startswith("aten.repeat_interleave.Tensor") and (kwargs or {}).get("output_size") is None:
+            self.found.append(name)
+        elif name.startswith("torchvision.nms"):
+            self.num_nms += 1
+        return func(*args, **(kwargs or {}))
+
+
+class TensorsFromNumbers(torch.overrides.TorchFunctionMode):
+    """Finds tensors made on a device from Python's numbers, each of which is a blocking copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            self.found.append(func.__name__)
+        return func(*args, **kwargs)
+
+
+def use_device_code(monkeypatch):
+    """Has the CPU run what other devices run."""
+    monkeypatch.setattr(
+        RoIAlign,
+        "_by_sparse_matrix",
+        lambda self, features, boxes, levels, table: self._by_operator(features[:4], boxes, levels),
+    )
+    monkeypatch.setattr(
+        nms, "_one_call_per_level", lambda boxes, ranking, levels, iou: nms._one_call(boxes, ranking, iou)
+    )
+    monkeypatch.setattr(rpn_module, "suppress_within_levels", nms.suppress)
+
+
+@pytest.mark.parametrize("code", ["cpu", "device"])
+@pytest.mark.parametrize("samples", [None, 64])
+def test_a_training_step_synchronises_in_one_nms_call_at_most(monkeypatch, code, samples):
+    model = make_model(rpn_samples_per_image=samples, roi_samples_per_image=samples)
+    if code == "device":
+        use_device_code(monkeypatch)
+    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120), (HEIGHT, 30)), CPU)
+    truth = batch_targets([target([BOX]), target([]), target([[2, 2, 20, 30]] * 3)], 5, CPU)
+    model(batch, truth)  # anchors of a new size are made on the host
+    with TensorsFromNumbers() as numbers, SynchronisationCount() as count:
+        losses = model(batch, truth)
+        total = losses["loss_rpn_cls"] + losses["loss_rpn_bbox"] + losses["loss_cls"] + losses["loss_bbox"]
+        total.backward()
+    assert count.found == []
+    assert numbers.found == []
+    assert count.num_nms == (1 if code == "device" else 0)
+
+
+def test_the_code_for_other_devices_gives_the_same_losses(model, monkeypatch):
+    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), CPU)
+    truth = batch_targets([target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])], 5, CPU)
+    with torch.no_grad():
+        on_cpu = model(batch, truth)
+        use_device_code(monkeypatch)
+        elsewhere = model(batch, truth)
+    for name in LOSSES:
+        torch.testing.assert_close(elsewhere[name], on_cpu[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
+def test_a_step_on_the_gpu_waits_for_nothing_but_its_nms(monkeypatch, name):
+    calls = []
+
+    def suppress(*arguments):
+        calls.append(arguments)
+        torch.cuda.set_sync_debug_mode("default")
+        keep = nms.suppress(*arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        return keep
+
+    model = make_model(name).cuda()
+    device = torch.device("cuda")
+    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), device)
+    truth = batch_targets([target([BOX]), target([])], 5, device)
+    sum(model(batch, truth).values()).backward()
+    monkeypatch.setattr(rpn_module, "suppress_within_levels", suppress)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = model(batch, truth)
+        torch.stack(list(losses.values())).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 1
+
+
+@pytest.mark.cuda
+def test_losses_on_the_gpu_equal_those_on_the_cpu(model):
+    images = pictures((HEIGHT, WIDTH), (64, 120))
+    targets = [target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])]
+    truth = batch_targets(targets, 5, CPU)
+    on_gpu = make_model().cuda()
+    on_gpu.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model(batch_images(images, CPU), truth)
+        device = torch.device("cuda")
+        found = on_gpu(batch_images(images, device), TargetBatch(*(each.to(device) for each in truth)))
+    for name in LOSSES:
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-3), name
+
+
+def test_compiled_dense_parts_have_no_graph_break_and_the_same_losses_and_names():
+    model = make_model()
+    names = list(model.state_dict())
+    batch = batch_images(pictures((HEIGHT, WIDTH)), CPU)
+    truth = batch_targets([target([BOX])], 5, CPU)
+    expected = model(batch, truth)
+    model.compile_dense_parts(fullgraph=True, backend="eager")
+    losses = model(batch, truth)
+    for name in LOSSES:
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-5, atol=1e-7)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert list(model.state_dict()) == names
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(model(batch, truth).values()).backward()
+
+
+def test_a_deep_copy_of_a_compiled_model_is_independent():
+    model = make_model()
+    model.compile_dense_parts(backend="eager")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    images, targets = pictures((HEIGHT, WIDTH)), [target([BOX])]
+    with torch.no_grad():
+        assert twin(images, targets)["loss_rpn_cls"].item() == pytest.approx(0.6931, abs=1e-3)
+        assert model(images, targets)["loss_rpn_cls"].item() != pytest.approx(0.6931, abs=1e-3)
+
+
+def test_the_configuration_decides_how_many_are_sampled():
+    model = make_model(rpn_samples_per_image=10, roi_samples_per_image=8)
+    assert dataclasses.asdict(model.config)["rpn_samples_per_image"] == 10
+    recorded = []
+    model.roi_head.register_forward_pre_hook(lambda module, arguments: recorded.append(arguments[0].shape[0]))
+    with torch.no_grad():
+        model(pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH)), [target([BOX]), target([])])
+    assert recorded == [16]
