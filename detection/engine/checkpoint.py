@@ -10,7 +10,7 @@ import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -213,7 +213,7 @@ class CheckpointStore:
         temporary = self.directory / ".writing"
         try:
             with temporary.open("wb") as stream:
-                torch.save({"format": FORMAT, "version": VERSION, **state}, stream)
+                _save({"format": FORMAT, "version": VERSION, **state}, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             last = self.directory / LAST
@@ -226,6 +226,29 @@ class CheckpointStore:
         _sync_folder(self.directory)
         for old in sorted(self.directory.glob("epoch_*.pt"))[: -self.keep]:
             old.unlink()
+
+
+def _save(state: dict[str, Any], stream: BinaryIO) -> None:
+    """torch.save, with the file system's own error where writing fails, which torch replaces by one of its own."""
+    errors: list[OSError] = []
+
+    class Stream:
+        def write(self, data: Any) -> int:
+            try:
+                return stream.write(data)
+            except OSError as error:
+                errors.append(error)
+                raise
+
+        def flush(self) -> None:
+            stream.flush()
+
+    try:
+        torch.save(state, Stream())  # type: ignore[arg-type]
+    except RuntimeError:
+        if errors:
+            raise errors[0] from None
+        raise
 
 
 def _link(source: Path, target: Path) -> None:

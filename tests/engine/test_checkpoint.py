@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import resource
 import shutil
 import zipfile
 from pathlib import Path
@@ -241,6 +242,22 @@ def test_a_last_write_that_fails_twice_is_reported_at_the_end(tmp_path: Path, mo
     store.save(state_at(1), [LAST])
     problem = store.close()
     assert problem is not None and "No space left" in problem
+
+
+def test_a_file_system_that_is_full_is_named_and_the_old_file_stays(tmp_path: Path):
+    save(tmp_path, 1, [LAST])
+    store = CheckpointStore(tmp_path, 3)
+    large = {**state_at(2), "model": {"w": torch.zeros(100_000)}}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        store.save(large, [LAST])
+        problem = store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert problem is not None and "File too large" in problem
+    assert iterations(tmp_path) == {LAST: 1}
+    assert store.close() is None
 
 
 def test_only_the_newest_epochs_stay_and_last_and_best_whatever_their_age(tmp_path: Path):
