@@ -1,5 +1,7 @@
 """What two processes do together: run by test_two_ranks.py in both, results left in <folder>/<rank>.pt."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import train
 from detection.config import ConfigError, parse_arguments
 from detection.engine import RunError, run
 from detection.engine.distributed import Processes, start_processes, stop_processes
@@ -164,6 +167,17 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
     return found
 
 
+def missing_data(folder: Path, port: str) -> dict[str, Any]:
+    """What the program itself says where there is no data set, and its exit status."""
+    os.environ["MASTER_PORT"] = port
+    os.chdir(folder)
+    sys.argv = ["train.py", "--device", "cpu", "--weights", "none"]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        status = train.main()
+    return {"status": status, "said": said.getvalue(), "wrote": (folder / "runs").exists()}
+
+
 def main() -> None:
     folder, ports, words = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
     torch.set_num_threads(1)
@@ -174,6 +188,7 @@ def main() -> None:
         found[claim.__name__] = claim(processes)
     stop_processes()
     found["trainings"] = trainings(folder, ports, words)
+    found["missing_data"] = missing_data(folder, ports.pop())
     torch.save(found, folder / f"{processes.rank}.pt")
 
 
