@@ -43,11 +43,12 @@ _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 class StageClock:
     """Time by stage; what a stage spends in stages inside it counts for these only.
 
-    On a GPU, time between events on its stream: waiting for the host counts for the stage that waits.
+    On a GPU, time between events on its stream: waiting for the host counts for the stage that waits. On the CPU, by
+    `ticks` (time.perf_counter, time.process_time).
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, ticks: Callable[[], float] = time.perf_counter) -> None:
+        self._device, self._ticks = device, ticks
         self._open: list[tuple[str, int]] = []
         self._marks: list[Any] = []
         self._spans: list[tuple[str, int, int, str]] = []
@@ -81,7 +82,7 @@ class StageClock:
             event.record()
             self._marks.append(event)
         else:
-            self._marks.append(time.perf_counter())
+            self._marks.append(self._ticks())
         return len(self._marks) - 1
 
     def _between(self, start: int, end: int) -> float:

@@ -241,9 +241,10 @@ def _inference(
 
 
 def _probes(steps: Mapping[str, Step], work: Work, rows: Sequence[Mapping[str, Any]], clock: str) -> dict[str, Any]:
+    ticks = time.perf_counter if clock == "wall" else time.process_time
     stages, waits, missing = {}, {}, []
     for name, step in steps.items():
-        stages[name], absent = stage_seconds(step, work)
+        stages[name], absent = stage_seconds(step, work, ticks)
         missing += absent
         if not step.variant.compiled:
             waits[name] = count_waits(partial(step.train, work.batches[:1]))
@@ -255,7 +256,6 @@ def _probes(steps: Mapping[str, Step], work: Work, rows: Sequence[Mapping[str, A
         if step.variant.owner not in flops:
             counted = count_flops(partial(step.train, work.batches))
             flops[step.variant.owner] = counted / sum(map(len, work.batches))
-    ticks = time.perf_counter if clock == "wall" else time.process_time
     precisions = sorted({step.variant.amp for step in steps.values()})
     rates = {amp: matmul_rate(work.device, _DTYPES[amp], ticks) for amp in precisions}
     utilisation = {}
@@ -272,9 +272,9 @@ def _probes(steps: Mapping[str, Step], work: Work, rows: Sequence[Mapping[str, A
     }
 
 
-def stage_seconds(step: Step, work: Work) -> tuple[dict[str, float], list[str]]:
+def stage_seconds(step: Step, work: Work, ticks: Callable[[], float]) -> tuple[dict[str, float], list[str]]:
     """Seconds a step by stage, from one pass over the batches; and what could not be found to be timed."""
-    clock = StageClock(work.device)
+    clock = StageClock(work.device, ticks)
     with wrapped(clock, step.stages()) as missing:
         with clock.stage(REST):
             step.train(work.batches)

@@ -115,10 +115,9 @@ def test_ratios_come_from_pairs_of_one_round(script):
     assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)
 
 
-def test_a_stage_inside_another_counts_once_and_wrapping_leaves_nothing_behind(script, monkeypatch):
+def test_a_stage_inside_another_counts_once_and_wrapping_leaves_nothing_behind(script):
     probes = script("benchmark_probes")
     now = [0.0]
-    monkeypatch.setattr(probes, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def pass_time(seconds):
         now[0] += seconds
@@ -127,7 +126,7 @@ def test_a_stage_inside_another_counts_once_and_wrapping_leaves_nothing_behind(s
     module = torch.nn.Sequential(torch.nn.Linear(2, 2))
     module.bias = torch.nn.Identity()
     before = dict(vars(module)), owner.inner
-    clock = probes.StageClock(torch.device("cpu"))
+    clock = probes.StageClock(torch.device("cpu"), lambda: now[0])
     places = [(owner, "inner", "inner"), (module, "bias", "module"), (owner, "gone", "nowhere")]
     with probes.wrapped(clock, places) as missing, clock.stage("outer"):
         pass_time(1.0)
