@@ -27,10 +27,10 @@ torchrun --nproc_per_node="$processes" train.py --schedule 1x \
     --dataset shapes --model faster_rcnn_r18_fpn --weights none \
     --model-set fpn_channels=128 --model-set roi_hidden_channels=256 --model-set roi_samples_per_image=256 \
     --model-set rpn_nms_pre_train=1000 --model-set rpn_proposals_test=300 \
-    --min-size 192 --max-size 256 --batch-size 4 --auto-scale-lr --set param_scheduler.0.end=100 --amp bf16 \
+    --min-size 192 --max-size 256 --batch-size 4 --set param_scheduler.0.end=200 --clip-grad 35 --amp bf16 \
     --output-dir "$output" --resume auto "${extra[@]}"
 python scripts/predict.py --weights "$output/checkpoints/best.pt" --output-dir "$output/predictions" \
-    --min-score 0.3 --limit 8 datasets/shapes/val2017
+    --min-score 0.5 --limit 8 datasets/shapes/val2017
 set +x
 echo
 echo "pictures of detections: $output/predictions"

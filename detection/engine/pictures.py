@@ -11,7 +11,7 @@ from detection.reporting import draw_boxes, mosaic, side_by_side
 NUM_VALIDATION_PICTURES = 4
 LONGEST_SIDE = 640
 """Pixels to which pictures are scaled, so that names can be read on small images too."""
-SHOWN_FROM_SCORE = 0.3
+SHOWN_FROM_SCORE = 0.5
 MOST_BOXES_SHOWN = 30
 
 
