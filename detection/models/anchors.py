@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 
 from detection.models.batch import SIZE_DIVISOR
-from detection.models.feature_cells import neighbours_3x3
+from detection.models.feature_cells import level_layout
 from detection.models.recipes import FasterRCNNConfig
 
-_GRIDS_KEPT = 32  # distinct padded sizes whose anchors stay in memory, about 10 MB each at 800x1088
+# Distinct padded sizes whose anchors stay in memory, 3.5 MB each at 800x1088. COCO at 800 by 1333 has some forty.
+_GRIDS_KEPT = 64
 
 
 class AnchorGrid(NamedTuple):
     """Anchors of all levels for one padded size, ordered by level, row, column, ratio.
 
-    boxes_xyxy: float32 [A, 4]. cells_yx: float32 [A, 2], upper left corner of the feature cell that an anchor belongs
-    to. per_level: the number of anchors of each level, which add up to A. neighbours: int64 [A / ratios, 9],
-    `neighbours_3x3` of the levels' cells.
+    boxes_xyxy: float32 [A, 4]. per_level: the number of anchors of each level, which add up to A. map_sizes: (height,
+    width) of the levels' feature maps. strides: (vertical, horizontal) distance of each level's anchors in pixels.
+    layout: int64 [L, 3], `level_layout` of the maps.
     """
 
     boxes_xyxy: Tensor
-    cells_yx: Tensor
     per_level: tuple[int, ...]
-    neighbours: Tensor
+    map_sizes: tuple[tuple[int, int], ...]
+    strides: tuple[tuple[int, int], ...]
+    layout: Tensor
 
 
 class AnchorGenerator:
@@ -38,40 +40,41 @@ class AnchorGenerator:
         self._grids: OrderedDict[tuple[object, ...], AnchorGrid] = OrderedDict()
 
     def __call__(
-        self, padded_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]], device: torch.device
+        self, padded_size: tuple[int, int], map_sizes: Sequence[tuple[int, int]], device: torch.device
     ) -> AnchorGrid:
-        """Anchors for images of `padded_size` whose maps P2..P6 have `feature_sizes` (height, width)."""
-        key = (padded_size, tuple(feature_sizes), device)
+        """Anchors for images of `padded_size` whose maps P2..P6 have `map_sizes`, all (height, width)."""
+        key = (padded_size, tuple(map_sizes), device)
         if key in self._grids:
             self._grids.move_to_end(key)
         else:
             # Made under inference mode, a kept grid could not be used in training.
             with torch.inference_mode(False):
-                self._grids[key] = self._make(padded_size, feature_sizes, device)
+                self._grids[key] = self._make(padded_size, map_sizes, device)
             if len(self._grids) > _GRIDS_KEPT:
                 self._grids.popitem(last=False)
         return self._grids[key]
 
     def _make(
-        self, padded_size: tuple[int, int], feature_sizes: Sequence[tuple[int, int]], device: torch.device
+        self, padded_size: tuple[int, int], map_sizes: Sequence[tuple[int, int]], device: torch.device
     ) -> AnchorGrid:
         config = self._config
-        boxes, cells = [], []
-        for level, (height, width) in enumerate(feature_sizes):
+        boxes, strides = [], []
+        for level, (height, width) in enumerate(map_sizes):
             if config.anchor_stride_from_grid:
                 stride_y, stride_x = padded_size[0] // height, padded_size[1] // width
             else:
                 stride_y = stride_x = config.anchor_strides[level]
             y, x = torch.meshgrid(torch.arange(height) * stride_y, torch.arange(width) * stride_x, indexing="ij")
-            base = base_anchors(config.anchor_sizes[level], config.anchor_ratios, rounded=config.round_anchors)
             corners = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4).float()
+            base = base_anchors(config.anchor_sizes[level], config.anchor_ratios, rounded=config.round_anchors)
             boxes.append((corners + base).reshape(-1, 4))
-            cells.append(torch.stack((y, x), dim=-1).reshape(-1, 1, 2).float().expand(-1, len(base), 2).reshape(-1, 2))
+            strides.append((stride_y, stride_x))
         return AnchorGrid(
             torch.cat(boxes).to(device),
-            torch.cat(cells).to(device),
             tuple(len(level) for level in boxes),
-            neighbours_3x3(feature_sizes).to(device),
+            tuple(map_sizes),
+            tuple(strides),
+            level_layout(map_sizes).to(device),
         )
 
 
@@ -84,9 +87,13 @@ def base_anchors(size: float, ratios: Sequence[float], *, rounded: bool) -> Tens
 
 
 def anchors_inside_padding(grid: AnchorGrid, sizes: Tensor) -> Tensor:
-    """Which anchors' cells lie inside each image's own padded size, `sizes` [B, 2] rounded up to 32: bool [B,
-    A].
-    """
-    own_padded_sizes = (sizes + (SIZE_DIVISOR - 1)) // SIZE_DIVISOR * SIZE_DIVISOR
-    y, x = grid.cells_yx.unbind(-1)
-    return (y < own_padded_sizes[:, :1]) & (x < own_padded_sizes[:, 1:])
+    """Which anchors' cells begin inside each image's own padded size, `sizes` [B, 2] rounded up to 32: bool [B, A]."""
+    own_heights, own_widths = ((sizes + (SIZE_DIVISOR - 1)) // SIZE_DIVISOR * SIZE_DIVISOR)[..., None].unbind(1)
+    levels = []
+    for (height, width), (stride_y, stride_x), count in zip(grid.map_sizes, grid.strides, grid.per_level, strict=True):
+        rows = torch.arange(height, device=sizes.device) * stride_y < own_heights
+        columns = torch.arange(width, device=sizes.device) * stride_x < own_widths
+        cells = (rows[:, :, None] & columns[:, None, :])[..., None]
+        anchors_per_cell = count // (height * width)
+        levels.append(cells.expand(-1, -1, -1, anchors_per_cell).reshape(len(sizes), count))
+    return torch.cat(levels, dim=1)

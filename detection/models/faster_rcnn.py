@@ -94,7 +94,7 @@ class FasterRCNN(nn.Module):
         else:
             table = cell_table(features)
             # Before the pass without gradients: autocast keeps the parameters it casts, with their graph or without.
-            sampled_logits, sampled_deltas = self.rpn.at_anchors(table, anchors.neighbours, learnt.sample.candidate)
+            sampled_logits, sampled_deltas = self.rpn.at_anchors(table, anchors.layout, learnt.sample.candidate)
             with torch.no_grad():
                 logits, deltas = self.rpn(features)
         with _full_precision(images.pixels.device):

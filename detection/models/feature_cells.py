@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,18 +15,23 @@ def cell_table(features: Sequence[Tensor]) -> Tensor:
     return torch.cat([*rows, rows[0].new_zeros(num_images, 1, channels)], dim=1)
 
 
-def neighbours_3x3(map_sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """Table rows under a 3x3 window around each cell: int64 [cells, 9], row by row.
-
-    Outside its map a window sees the table's row of zeros.
-    """
-    zero_row = sum(height * width for height, width in map_sizes)
-    windows = []
-    start = 0
+def level_layout(map_sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """First cell, height and width of each level in a table: int64 [L, 3], on the CPU."""
+    starts = [0]
     for height, width in map_sizes:
-        own = torch.arange(start, start + height * width).view(height, width)
-        framed = F.pad(own, (1, 1, 1, 1), value=zero_row)
-        shifted = [framed[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
-        windows.append(torch.stack(shifted, dim=-1).view(-1, 9))
-        start += height * width
-    return torch.cat(windows)
+        starts.append(starts[-1] + height * width)
+    return torch.tensor([(start, *size) for start, size in zip(starts, map_sizes, strict=False)])
+
+
+def windows_3x3(cells: Tensor, layout: Tensor, num_cells: int) -> Tensor:
+    """Table rows of the 3x3 windows around `cells` int64 [...], row by row: int64 [..., 9].
+
+    Outside its map a window sees the row of zeros, number `num_cells`. layout: `level_layout` on the cells' device.
+    """
+    level = (cells[..., None] >= layout[:, 0]).sum(dim=-1) - 1
+    start, height, width = (each[..., None] for each in layout[level].unbind(-1))
+    place = torch.arange(9, device=cells.device)
+    y = (cells[..., None] - start) // width + (place // 3 - 1)
+    x = (cells[..., None] - start) % width + (place % 3 - 1)
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return torch.where(inside, start + y * width + x, num_cells)

@@ -66,7 +66,12 @@ class RoIAlign:
             here = torch.where((levels == level)[..., None], boxes_xyxy, _FAR_OUTSIDE)
             rois = torch.cat((images, here), dim=2).view(-1, 5)
             of_level = torchvision.ops.roi_align(
-                feature.float(), rois, self.output_size, 1 / stride, self.sampling_ratio, self.aligned
+                feature.to(torch.float32, memory_format=torch.contiguous_format),
+                rois,
+                self.output_size,
+                1 / stride,
+                self.sampling_ratio,
+                self.aligned,
             )
             pooled = of_level if pooled is None else pooled + of_level
         assert pooled is not None

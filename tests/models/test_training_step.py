@@ -134,7 +134,7 @@ def test_the_rpn_learns_the_same_at_its_sampled_anchors_as_from_whole_maps(name)
     anchors = model._anchors(batch, features)
     learnt = rpn_module.anchor_targets(model.config, anchors, batch.sizes, truth)
     table = faster_rcnn.cell_table(features)
-    sampled = model.rpn.at_anchors(table, anchors.neighbours, learnt.sample.candidate)
+    sampled = model.rpn.at_anchors(table, anchors.layout, learnt.sample.candidate)
     dense = [learnt.sample.take(each) for each in model.rpn(features)]
     wanted = [*model.rpn.parameters(), *features]
     gradients = []
