@@ -18,6 +18,8 @@ from detection.evaluation import Detections, write_results
 from detection.models import Detector
 from detection.reporting import draw_boxes
 
+LEGIBLE_SIDE = 640
+"""Smaller pictures are drawn enlarged to it, so that names do not hide what they name."""
 JPEG_QUALITY = 92
 WRITERS = 4  # threads that draw and compress behind the model
 
@@ -68,7 +70,14 @@ class PredictionOutputs:
 
     def _write(self, found: PictureDetections) -> None:
         if self._picture_folder is not None:
-            drawn = draw_boxes(found.pixels, found.boxes_xyxy, found.labels, self._class_names, found.scores)
+            drawn = draw_boxes(
+                found.pixels,
+                found.boxes_xyxy,
+                found.labels,
+                self._class_names,
+                found.scores,
+                longest_side=max(LEGIBLE_SIDE, *found.pixels.shape[:2]),
+            )
             path = self._picture_path(self._picture_folder, found.index)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(drawn).save(path, quality=JPEG_QUALITY)

@@ -66,9 +66,10 @@ def test_each_picture_comes_out_with_boxes_and_the_inputs_stay(predict, pictures
     assert predict("--output-dir", tmp_path / "out", "--min-score", 0.1, pictures) == 0
     assert content_of(pictures) == before
     sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
-    assert sizes == {"in_a.jpg": (80, 60), "b.png": (60, 80), "sub_a.jpg": (64, 64), "c.jpg": (90, 50)}
+    # Small pictures are enlarged, so that names can be read beside what they name.
+    assert sizes == {"in_a.jpg": (640, 480), "b.png": (480, 640), "sub_a.jpg": (640, 640), "c.jpg": (640, 356)}
     drawn = np.asarray(Image.open(tmp_path / "out" / "b.png"))
-    assert (drawn != np.asarray(Image.open(pictures / "b.png"))).any()
+    assert (drawn != np.asarray(Image.open(pictures / "b.png").resize((480, 640), Image.Resampling.LANCZOS))).any()
     assert "4 pictures, " in capsys.readouterr().out
 
 
