@@ -12,8 +12,8 @@ from detection.models.boxes import pairwise_iou
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
-# Elements of one overlap matrix. On the CPU a block that stays in the cache is several times faster.
-_BLOCK_ON_CPU = 1 << 19
+# Elements of one overlap matrix. On the CPU blocks that stay in the cache are faster.
+_BLOCK_ON_CPU = 1 << 21
 _BLOCK_ON_DEVICE = 1 << 25
 
 
@@ -58,14 +58,14 @@ class MaxIoUAssigner:
         low_quality_index = torch.full(shape, -1, dtype=torch.int64, device=device)
 
         budget = _BLOCK_ON_CPU if device.type == "cpu" else _BLOCK_ON_DEVICE
-        block = max(1, budget // max(1, num_images * num_candidates))
+        block = min(max(1, budget // max(1, num_images * num_candidates)), torch.iinfo(torch.int16).max)
         for start in range(0, num_gt, block):
             stop = min(start + block, num_gt)
             usable = gt_valid[:, start:stop, None]
             if candidate_valid is not None:
                 usable = usable & candidate_valid[:, None]
             iou = pairwise_iou(gt_boxes_xyxy[:, start:stop], candidates_xyxy)
-            iou = torch.where(usable, iou, -1.0)
+            iou.masked_fill_(~usable, -1.0)
             block_iou, block_index = iou.max(dim=1)
             better = block_iou > best_iou
             best_iou = torch.where(better, block_iou, best_iou)
@@ -74,8 +74,10 @@ class MaxIoUAssigner:
                 best_of_box = iou.amax(dim=2, keepdim=True)
                 # A box without any usable candidate has -1 everywhere, below every threshold.
                 is_best = (iou == best_of_box) & (best_of_box >= self.low_quality_iou)
-                indices = torch.arange(start, stop, device=device)[:, None]
-                low_quality_index = torch.maximum(low_quality_index, torch.where(is_best, indices, -1).amax(dim=1))
+                # Of several boxes the last one counts. Numbers of two bytes make this pass a quarter as long.
+                places = torch.arange(stop - start, device=device, dtype=torch.int16)[:, None]
+                last = places.where(is_best, -1).amax(dim=1).long()
+                low_quality_index = torch.where(last >= 0, last + start, low_quality_index)
 
         kind = torch.full(shape, IGNORED, dtype=torch.int64, device=device)
         kind.masked_fill_(best_iou < self.negative_iou, NEGATIVE)

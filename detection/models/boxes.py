@@ -22,10 +22,11 @@ def pairwise_iou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
     """Intersection over union of [..., A, 4] with [..., B, 4]: [..., A, B]."""
     a_x1, a_y1, a_x2, a_y2 = boxes_a_xyxy[..., :, None, :].unbind(-1)
     b_x1, b_y1, b_x2, b_y2 = (side.contiguous() for side in boxes_b_xyxy[..., None, :, :].unbind(-1))
-    widths = (torch.minimum(a_x2, b_x2) - torch.maximum(a_x1, b_x1)).clamp_(min=0)
-    heights = (torch.minimum(a_y2, b_y2) - torch.maximum(a_y1, b_y1)).clamp_(min=0)
+    widths = torch.minimum(a_x2, b_x2).sub_(torch.maximum(a_x1, b_x1)).clamp_(min=0)
+    heights = torch.minimum(a_y2, b_y2).sub_(torch.maximum(a_y1, b_y1)).clamp_(min=0)
     intersection = widths.mul_(heights)
-    union = (a_x2 - a_x1) * (a_y2 - a_y1) + (b_x2 - b_x1) * (b_y2 - b_y1) - intersection
+    areas = (a_x2 - a_x1) * (a_y2 - a_y1) + (b_x2 - b_x1) * (b_y2 - b_y1)
+    union = areas.sub_(intersection)
     return intersection.div_(union.clamp_(min=_SMALLEST_UNION))
 
 
