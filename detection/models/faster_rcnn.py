@@ -63,6 +63,9 @@ class FasterRCNN(nn.Module):
 
         images: an ImageBatch, or a list of uint8 or float [3, H, W], RGB, 0..255. targets, for training only:
         a TargetBatch, or a list of {"boxes_xyxy": float [N, 4], "labels": int64 [N]}.
+
+        As in both reference implementations, the padding's size has a small influence on what is found near it: an
+        image is exactly the same alone as among others only at the same padded size.
         """
         device = self.pixel_mean.device
         if not isinstance(images, ImageBatch):
