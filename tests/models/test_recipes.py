@@ -43,7 +43,8 @@ def test_every_entry_of_the_torchvision_recipe_differs_from_the_default():
 
 
 def test_every_model_has_a_resolvable_configuration():
-    assert {model_config(name).backbone for name in MODELS} == {
+    # At least these: tests of the engine register tiny models of their own.
+    assert {model_config(name).backbone for name in MODELS} >= {
         "resnet18",
         "resnet34",
         "resnet50",
