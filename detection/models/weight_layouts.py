@@ -1,18 +1,26 @@
 """What other projects call our parameters, and how their tensors differ from ours.
 
-    ours                    MMDetection 2.x/3.x                 torchvision                         Detectron2
+    ours                    MMDetection 2.x/3.x                 torchvision
     backbone.layer1.0.bn1   backbone.layer1.0.bn1               backbone.body.layer1.0.bn1
-    backbone.bottom_up.res2.0.conv1.norm fpn.lateral.0           neck.lateral_convs.0.conv
-    backbone.fpn.inner_blocks.0.0       backbone.fpn_lateral2 fpn.output.0            neck.fpn_convs.0.conv
-    backbone.fpn.layer_blocks.0.0       backbone.fpn_output2 rpn.conv                rpn_head.rpn_conv
-    rpn.head.conv.0.0                   proposal_generator.rpn_head.conv rpn.objectness
-    rpn_head.rpn_cls                    rpn.head.cls_logits                 ...rpn_head.objectness_logits
+    fpn.lateral.0           neck.lateral_convs.0.conv           backbone.fpn.inner_blocks.0.0
+    fpn.output.0            neck.fpn_convs.0.conv               backbone.fpn.layer_blocks.0.0
+    rpn.conv                rpn_head.rpn_conv                   rpn.head.conv.0.0
+    rpn.objectness          rpn_head.rpn_cls                    rpn.head.cls_logits
     rpn.deltas              rpn_head.rpn_reg                    rpn.head.bbox_pred
-    ...rpn_head.anchor_deltas roi_head.fc1, fc2       roi_head.bbox_head.shared_fcs.0, 1
-    roi_heads.box_head.fc6, fc7         roi_heads.box_head.fc1, fc2 roi_head.classifier
-    roi_head.bbox_head.fc_cls           roi_heads.box_predictor.cls_score   ...box_predictor.cls_score
+    roi_head.fc1, fc2       roi_head.bbox_head.shared_fcs.0, 1  roi_heads.box_head.fc6, fc7
+    roi_head.classifier     roi_head.bbox_head.fc_cls           roi_heads.box_predictor.cls_score
     roi_head.regressor      roi_head.bbox_head.fc_reg           roi_heads.box_predictor.bbox_pred
-    ...box_predictor.bbox_pred
+
+    ours                    Detectron2
+    backbone.layer1.0.bn1   backbone.bottom_up.res2.0.conv1.norm
+    fpn.lateral.0           backbone.fpn_lateral2
+    fpn.output.0            backbone.fpn_output2
+    rpn.conv                proposal_generator.rpn_head.conv
+    rpn.objectness          proposal_generator.rpn_head.objectness_logits
+    rpn.deltas              proposal_generator.rpn_head.anchor_deltas
+    roi_head.fc1, fc2       roi_heads.box_head.fc1, fc2
+    roi_head.classifier     roi_heads.box_predictor.cls_score
+    roi_head.regressor      roi_heads.box_predictor.bbox_pred
 
 All of them flatten a RoI's features as (channel, row, column), order a location's anchors by ratio .5, 1, 2,
 and regress (dx, dy, dw, dh) divided by .1, .1, .2, .2, class by class. They differ in the class rows: the
