@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -39,6 +40,8 @@ def run(config: RunConfig) -> int:
 
 def _run(config: RunConfig, processes: Processes, output: OutputDirectory, stop: StopRequest) -> int:
     if config.train.deterministic:
+        # cuBLAS repeats its results only with a fixed workspace; it reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     prepared = main_first(processes, partial(prepare, config, output))
