@@ -167,7 +167,7 @@ def model_config(name: str, num_classes: int = 80, **overrides: Any) -> FasterRC
     exist.
     """
     if name not in MODELS:
-        raise ModelError(f"model {name!r} is not known{_nearest(name, MODELS)}. Models: {', '.join(MODELS)}")
+        raise ModelError(f"model {name!r} is not known{_nearest(name, MODELS)} Models: {', '.join(MODELS)}")
     return config_from_dict({"num_classes": num_classes, **MODELS[name], **overrides})
 
 
@@ -189,4 +189,4 @@ def config_from_dict(settings: Mapping[str, Any]) -> FasterRCNNConfig:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return f"; did you mean {matches[0]!r}?" if matches else "."

@@ -8,7 +8,7 @@ from detection.models.recipes import TORCHVISION_RECIPE, FasterRCNNConfig, model
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name():
-    with pytest.raises(ModelError, match="did you mean 'faster_rcnn_r50_fpn'"):
+    with pytest.raises(ModelError, match=r"did you mean 'faster_rcnn_r50_fpn'\? Models: "):
         build_model("faster_rcnn_r5_fpn")
 
 
