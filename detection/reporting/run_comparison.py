@@ -63,8 +63,11 @@ def comparison_table(runs: Sequence[Run]) -> str:
 
 
 def configuration_differences(runs: Sequence[Run]) -> str:
-    """One line a setting of config.json (dotted key) that is not the same in all runs; "-" where a run has none."""
-    flat = [_flattened(run.config) for run in runs]
+    """One line a setting of config.json (dotted key) that is not the same in all runs; "-" where a run has none.
+
+    When and with which command a run was started (`starts`) is no setting.
+    """
+    flat = [_flattened({key: value for key, value in run.config.items() if key != "starts"}) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [["setting", *(run.name for run in runs)]]
     for key in keys:

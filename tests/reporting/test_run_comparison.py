@@ -21,7 +21,13 @@ def make_run(directory, lr, maps, num_iterations=200):
             )
         for epoch, value in enumerate(maps, start=1):
             log.write({"kind": "val", "epoch": epoch, "iteration": 50 * epoch, "mAP": value, "mAP_s": -1.0})
-    config = {"lr": lr, "seed": 0, "model": {"name": "r50", "norm": "bn"} | ({"width": 2} if lr > 0.05 else {})}
+    starts = [{"time": "2026-01-01 00:00:00", "command": ["train.py", "--lr", str(lr)]}]
+    config = {
+        "lr": lr,
+        "seed": 0,
+        "starts": starts,
+        "model": {"name": "r50", "norm": "bn"} | ({"width": 2} if lr > 0.05 else {}),
+    }
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
