@@ -61,7 +61,8 @@ def describe_plan(
         rows.append(("overrides", "\n".join(notes)))
     if progress.iteration:
         done, within = divmod(progress.iteration, loader.iterations_per_epoch)
-        rows.append(("resumed", f"at iteration {progress.iteration:,} (epoch {done + 1}, {within} iterations into it)"))
+        where = f"epoch {done + 1}, {within} iterations into it" if within else f"epoch {done} done"
+        rows.append(("resumed", f"at iteration {progress.iteration:,} ({where})"))
     if changes:
         rows.append(("changed", "\n".join(changes) + "\n(the command line wins)"))
     lines = []

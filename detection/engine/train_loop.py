@@ -131,7 +131,7 @@ class EpochBasedTrainLoop:
                 elif self.save_is_due(progress) or stopping:
                     self.save(progress, [LAST])
                 if stopping:
-                    raise Stopped(f"after iteration {progress.iteration - 1}")
+                    raise Stopped(f"with {progress.iteration} of {self.num_iterations} iterations done")
                 if progress.validation_due:
                     self.run_validation(progress)
                     self.model.train()
