@@ -168,8 +168,7 @@ class Schedule:
         settings = ", ".join(f"{key} {_short(value)}" for key, value in self.optimizer.kwargs.items() if value)
         lines = [
             f"{self.name}: {self.max_epochs} epochs",
-            f"{self.optimizer.type}, lr {self.optimizer.lr:g} at a global batch of {self.base_batch_size}"
-            + (f", {settings}" if settings else ""),
+            f"{self.optimizer.type}, lr {self.optimizer.lr:g}" + (f", {settings}" if settings else ""),
         ]
         lines += [_describe_scheduler(scheduler) for scheduler in self.param_schedulers] or ["constant learning rate"]
         if self.clip_grad is not None:
