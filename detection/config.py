@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 MODEL_DEFAULT = "faster_rcnn_r50_fpn"
 EMA_DECAY_DEFAULT = 0.9998
+FREEZE_CHOICES = {"none": -1, "stem": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage4": 4, "backbone": 4}
+"""What --freeze takes, and the number of frozen stages that it means."""
 
 
 class ConfigError(ValueError):
@@ -186,6 +188,14 @@ def _seed(text: str) -> int:
     return value
 
 
+def _frozen_stages(text: str) -> int:
+    if text not in FREEZE_CHOICES:
+        near = difflib.get_close_matches(text, FREEZE_CHOICES, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(FREEZE_CHOICES)}{meant}")
+    return FREEZE_CHOICES[text]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of train.py."""
     parser = _Parser(
@@ -246,12 +256,21 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: frozen_bn from pretrained weights, bn from none [auto]",
     )
-    group.add_argument(
+    freezing = group.add_mutually_exclusive_group()
+    freezing.add_argument(
+        "--freeze",
+        dest="frozen_stages",
+        type=_frozen_stages,
+        metavar="PART",
+        help=f"{'|'.join(FREEZE_CHOICES)}: the backbone up to this part keeps its weights; backbone is stage4 "
+        "[stage1 from pretrained weights, none from --weights none]",
+    )
+    freezing.add_argument(
         "--frozen-stages",
         type=int,
         choices=range(-1, 5),
         metavar="N",
-        help="-1 none, 0 stem, 1 stem and stage 1, ... 4 [1 from pretrained weights, -1 from none]",
+        help="the same as MMDetection's number: -1 none, 0 stem, 1 stem and stage 1, ... 4",
     )
     group.add_argument(
         "--model-set",

@@ -152,10 +152,41 @@ def _model_to_train(
     model = build_model(config.model.model, len(class_names), **_model_settings(config))
     if config.model.weights == "none":
         norm = "group norm" if config.model.norm == "gn" else "batch norm is trained"
-        stages = model.config.frozen_stages
-        frozen = "nothing is frozen" if stages < 0 else f"stages up to {stages} are frozen"
-        return model, f"none: random weights, {frozen}, {norm}"
-    return model, load_weights(model, config.model.weights).table()
+        return model, f"none: random weights, {norm}\n{_describe_frozen(model)}"
+    report = load_weights(model, config.model.weights)
+    lines = [report.table(), *_renamed_classes(config.model.weights, class_names), _describe_frozen(model)]
+    return model, "\n".join(lines)
+
+
+def _renamed_classes(spec: str, class_names: tuple[str, ...]) -> list[str]:
+    """A warning where the weights' head fits by its number of classes, and was trained for others."""
+    if not Path(spec).is_file():
+        return []
+    try:
+        before = load_detector(spec).class_names
+    except WeightsError:  # weights of another project, without class names
+        return []
+    changed = [f"{old!r} is now {new!r}" for old, new in zip(before, class_names, strict=False) if old != new]
+    if len(before) != len(class_names) or not changed:
+        return []
+    some = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+    return [
+        f"  WARNING: the weights are for as many classes under other names, so the head is kept: {some}. "
+        "Where that is another object or another order, the head has to unlearn it"
+    ]
+
+
+def _describe_frozen(model: FasterRCNN) -> str:
+    """What of the model keeps its weights."""
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    stages = model.config.frozen_stages
+    parts = ["stem", *(f"stage {number}" for number in range(1, stages + 1))] if stages >= 0 else []
+    if stages == 4:
+        parts = ["the whole backbone"]
+    if model.config.norm == "frozen_bn":
+        parts.append("statistics of batch norm")
+    return f"frozen: {', '.join(parts) or 'nothing'}; {frozen:,} parameters frozen, {trained:,} trained"
 
 
 def _model_to_evaluate(
