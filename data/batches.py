@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.replacements import UnreadableImage
 from data.transforms import resize_pixels
 
 
@@ -48,6 +49,8 @@ class RawBatch:
     iteration: int
     """0-based, over the whole run; in an evaluation, the batch's number"""
     epoch: int
+    unreadable: tuple[UnreadableImage, ...] = ()
+    """Pictures that were to be in the batch, or were tried instead of one, and could not be used"""
     """0-based"""
 
     def __len__(self) -> int:
@@ -107,6 +110,7 @@ class DeviceBatch:
     flips: list[bool]
     iteration: int
     epoch: int
+    unreadable: tuple[UnreadableImage, ...] = ()
 
     def __len__(self) -> int:
         return len(self.native_sizes)
@@ -148,6 +152,7 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
         flips=raw.flips,
         iteration=raw.iteration,
         epoch=raw.epoch,
+        unreadable=raw.unreadable,
     )
 
 

@@ -10,7 +10,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from data.batches import RawBatch, pad_boxes
 from data.dataset import CocoDataset
 from data.pictures import ImageError
 from data.randomness import hash_key
+from data.replacements import UnreadableImage, fitted_size, replacement_candidates
 from data.samplers import evaluation_batches, iterations_per_epoch, plan_epoch
 from data.transforms import (
     flip_boxes,
@@ -66,27 +68,41 @@ class LoadFailure:
     message: str
 
 
-class _BatchReader(Dataset):
-    """Carries out plans, in a worker process or in place."""
+OnUnreadable = Literal["fail", "replace", "blank"]
+"""What becomes of a picture that cannot be used: the stream ends; the next of its group takes its place; or a black
+picture without boxes does, so that it is still counted among the images."""
 
-    def __init__(self, dataset: CocoDataset) -> None:
+_BLANK = np.zeros((1, 1, 3), dtype=np.uint8)
+
+
+class _BatchReader(Dataset):
+    """Carries out plans, in a worker process or in place.
+
+    max_faults: with "replace", as many unreadable pictures in a row are passed over; after that a black one is taken
+    (a folder that has gone away must not be searched from end to end).
+    """
+
+    def __init__(self, dataset: CocoDataset, on_unreadable: OnUnreadable, max_faults: int) -> None:
         self.dataset = dataset
+        self._on_unreadable = on_unreadable
+        self._max_faults = max_faults
 
     def __getitem__(self, plan: BatchPlan) -> RawBatch | LoadFailure:
-        native_sizes = np.stack([self.dataset.heights[plan.indices], self.dataset.widths[plan.indices]], axis=1)
+        try:
+            plan, pictures, unreadable = self._read(plan)
+        except ImageError as error:
+            return LoadFailure(str(error))
+        native_sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
         ends = np.cumsum(native_sizes.prod(axis=1) * 3)
         pixels = torch.empty(int(ends[-1]), dtype=torch.uint8)
         flat = pixels.numpy()
-        # The one place where pictures are read: what to do about a broken one is decided here.
-        try:
-            for index, end in zip(plan.indices, ends, strict=True):
-                picture = self.dataset.picture(index)
-                flat[end - picture.size : end] = picture.reshape(-1)
-        except ImageError as error:
-            return LoadFailure(str(error))
+        for picture, end in zip(pictures, ends, strict=True):
+            flat[end - picture.size : end] = picture.reshape(-1)
+        blank = [picture is _BLANK for picture in pictures]
 
         factors = scale_factors(native_sizes, plan.sizes)
-        boxes, labels, valid = zip(*map(self._targets, itertools.repeat(plan), range(len(ends)), factors), strict=True)
+        targets = map(self._targets, itertools.repeat(plan), range(len(ends)), factors, blank)
+        boxes, labels, valid = zip(*targets, strict=True)
         boxes_xyxy, padded_labels, padded_valid = pad_boxes(boxes, labels, valid, plan.num_box_rows)
         return RawBatch(
             pixels=pixels,
@@ -104,10 +120,64 @@ class _BatchReader(Dataset):
             scale_factors=torch.from_numpy(factors),
             iteration=plan.iteration,
             epoch=plan.epoch,
+            unreadable=tuple(unreadable),
         )
 
-    def _targets(self, plan: BatchPlan, place: int, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read(self, plan: BatchPlan) -> tuple[BatchPlan, list[np.ndarray], list[UnreadableImage]]:
+        """The pictures of `plan`, and the plan as it was carried out. The one place where pictures are read, and so
+        where it is decided what to do about a broken one.
+
+        A replacement is resized to fit into what was planned for its place, so that the batch keeps its shape on
+        every process.
+        """
+        indices, sizes = plan.indices.copy(), plan.sizes.copy()
+        pictures: list[np.ndarray] = []
+        unreadable: list[UnreadableImage] = []
+        for number, planned in enumerate(plan.indices.tolist()):
+            faults: dict[int, str] = {}
+            index, picture = planned, None
+            for index in self._attempts(planned, plan.num_box_rows):
+                try:
+                    picture = self.dataset.picture(index)
+                    break
+                except ImageError as error:
+                    if self._on_unreadable == "fail":
+                        raise
+                    faults[index] = str(error)
+                if len(faults) > self._max_faults:
+                    break
+            if picture is None:
+                index, picture = planned, _BLANK
+            if index != planned:
+                indices[number] = index
+                sizes[number] = fitted_size(picture.shape[1], picture.shape[0], tuple(sizes[number].tolist()))
+            pictures.append(picture)
+            ids = self.dataset.image_ids
+            unreadable += [
+                UnreadableImage(
+                    image_id=int(ids[fault]),
+                    message=message,
+                    place=int(plan.places[number]) if fault == planned else None,
+                    replacement_id=None if picture is _BLANK else int(ids[index]),
+                )
+                for fault, message in faults.items()
+            ]
+        return replace(plan, indices=indices, sizes=sizes), pictures, unreadable
+
+    def _attempts(self, planned: int, num_box_rows: int) -> Iterator[int]:
+        yield planned
+        if self._on_unreadable == "replace":
+            dataset = self.dataset
+            yield from replacement_candidates(
+                planned, dataset.widths, dataset.heights, dataset.box_counts, num_box_rows
+            )
+
+    def _targets(
+        self, plan: BatchPlan, place: int, factors: np.ndarray, blank: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         boxes, labels = self.dataset.boxes(plan.indices[place])
+        if blank:
+            boxes, labels = boxes[:0], labels[:0]
         height, width = plan.sizes[place].tolist()
         boxes, valid = resize_boxes(boxes, factors, (height, width))
         if plan.flips[place]:
@@ -128,11 +198,13 @@ class _Plans(Sampler[BatchPlan]):
 class _BatchStream:
     """One DataLoader, and so one set of worker processes, for as many passes as are wanted."""
 
-    def __init__(self, dataset: CocoDataset, workers: int, pin: bool) -> None:
+    def __init__(
+        self, dataset: CocoDataset, workers: int, pin: bool, on_unreadable: OnUnreadable, max_faults: int = 0
+    ) -> None:
         self._plans = _Plans()
         # A generator of its own: a DataLoader draws from the global one at each pass otherwise.
         self._loader: DataLoader | None = DataLoader(
-            _BatchReader(dataset),
+            _BatchReader(dataset, on_unreadable, max_faults),
             batch_size=None,
             sampler=self._plans,
             num_workers=workers,
@@ -168,7 +240,9 @@ class TrainLoader:
     data.samplers.plan_epoch. With limit_batches an epoch has that many iterations at most (the first of it).
 
     min_size, max_size: the keep-ratio resize, see data.transforms. pin: hand over page-locked memory (for
-    GPUs). workers: worker processes; 0 decodes in this one.
+    GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: a picture that cannot be used is replaced
+    (see data.replacements) and named in the batch's `unreadable`; after more than so many in a row a black picture
+    without boxes stands in, and the caller is to end the run. None: it ends the stream.
     """
 
     def __init__(
@@ -186,6 +260,7 @@ class TrainLoader:
         flip_probability: float = 0.5,
         limit_batches: int | None = None,
         pin: bool = False,
+        max_bad_images: int | None = None,
     ) -> None:
         assert 0 <= rank < world_size and min(batch_size, accumulate) >= 1
         self.dataset = dataset
@@ -197,14 +272,15 @@ class TrainLoader:
         self._batch_size, self._accumulate = batch_size, accumulate
         self._rank, self._world_size = rank, world_size
         self._seed, self._flip_probability = seed, flip_probability
-        self._stream = _BatchStream(dataset, workers, pin)
+        on_unreadable: OnUnreadable = "fail" if max_bad_images is None else "replace"
+        self._stream = _BatchStream(dataset, workers, pin, on_unreadable, max_bad_images or 0)
 
     def batches(self, first_iteration: int, last_iteration: int) -> Iterator[RawBatch]:
         """Batches of the iterations first_iteration to last_iteration - 1 (0-based over the whole run),
         `accumulate` for each; epochs follow each other without a pause. No image of an earlier iteration is
         loaded. One iterator at a time: the workers are shared.
 
-        Raises ImageError for a picture that cannot be used.
+        Raises ImageError for a picture that cannot be used, where max_bad_images is None.
         """
         return self._stream.run(self.plans(first_iteration, last_iteration))
 
@@ -254,7 +330,9 @@ class EvalLoader:
     Images of like shape are batched together and batch i goes to process i mod world_size, so processes may
     have different numbers of images, or none; what a batch holds does not depend on the number of processes.
     A batch is padded for its own images. limit_batches: only the first limit_batches * batch_size *
-    world_size images of the file are evaluated.
+    world_size images of the file are evaluated. max_bad_images: with a number, a picture that cannot be used is named
+    in the batch's `unreadable` and given as a black one without boxes; the caller counts them. None: it ends the
+    stream.
     """
 
     def __init__(
@@ -269,6 +347,7 @@ class EvalLoader:
         workers: int = 0,
         limit_batches: int | None = None,
         pin: bool = False,
+        max_bad_images: int | None = None,
     ) -> None:
         assert 0 <= rank < world_size and batch_size >= 1
         self.dataset = dataset
@@ -283,7 +362,7 @@ class EvalLoader:
         every_batch = evaluation_batches(padded_size(self._sizes[:, None]), batch_size)
         self._numbers = range(rank, len(every_batch), world_size)
         self._batches = [every_batch[number] for number in self._numbers]
-        self._stream = _BatchStream(dataset, workers, pin)
+        self._stream = _BatchStream(dataset, workers, pin, "fail" if max_bad_images is None else "blank")
 
     def __len__(self) -> int:
         """Batches of this process."""
@@ -298,7 +377,7 @@ class EvalLoader:
         """This process's batches. `iteration` is a batch's number among those of all processes; flips, epoch
         and sample_keys are zero; boxes (without crowd regions) are those of the annotations, to be shown.
 
-        Raises ImageError for a picture that cannot be used.
+        Raises ImageError for a picture that cannot be used, where max_bad_images is None.
         """
         return self._stream.run(map(self._plan, self._numbers, self._batches))
 
