@@ -13,6 +13,14 @@ from numpy.typing import ArrayLike
 ORDER_STREAM = 1
 FLIP_STREAM = 2
 SAMPLING_STREAM = 3
+VERTICAL_FLIP_STREAM = 16
+SCALE_STREAM = 17
+CROP_STREAM = 18
+COLOUR_STREAM = 19
+REPEAT_STREAM = 20
+
+REPEAT_SHIFT = 40
+"""Bits of an image's word below the number of its repeat."""
 
 _MASK = (1 << 64) - 1
 
@@ -45,6 +53,12 @@ def hash_words(*words: int | np.ndarray) -> np.ndarray:
 def hash_uniform(*words: int | np.ndarray) -> np.ndarray:
     """float64 in [0, 1) from the upper 53 bits of hash_words."""
     return (hash_words(*words) >> np.uint64(11)) * 2.0**-53
+
+
+def image_words(indices: np.ndarray, repeats: np.ndarray) -> np.ndarray:
+    """int64 words that stand for images in the hash: `indices` (below 2**40) seen for the first (repeats 0),
+    second (1), ... time in an epoch. The first time, the word is the index itself."""
+    return indices + (repeats << REPEAT_SHIFT)
 
 
 def hash_key(seed: int, iteration: int | np.ndarray, place: int | np.ndarray) -> np.ndarray:

@@ -6,16 +6,32 @@ which takes its slice of every global batch.
 
 import numpy as np
 
-from data.randomness import ORDER_STREAM, hash_words
+from data.randomness import ORDER_STREAM, hash_words, image_words
+from data.repeat_factors import epoch_copies, epoch_length
 
 
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The images 0 to num_images - 1 in the order of `epoch`: int64 [num_images], each once.
+def epoch_order(seed: int, epoch: int, num_images: int, copies: np.ndarray | None = None) -> np.ndarray:
+    """The images 0 to num_images - 1 in the order of `epoch`: int64, each once, or as often as `copies` (int64
+    [num_images]) says.
 
-    Images are sorted by a hash of (seed, epoch, image).
+    Images are sorted by a hash of (seed, epoch, image, copy), so the copies of an image lie anywhere.
     """
-    keys = hash_words(seed, ORDER_STREAM, epoch, np.arange(num_images))
-    return np.argsort(keys, kind="stable")
+    if copies is None:
+        return np.argsort(hash_words(seed, ORDER_STREAM, epoch, np.arange(num_images)), kind="stable")
+    images = np.repeat(np.arange(num_images), copies)
+    keys = hash_words(seed, ORDER_STREAM, epoch, image_words(images, repeat_numbers(images)))
+    return images[np.argsort(keys, kind="stable")]
+
+
+def repeat_numbers(images: np.ndarray) -> np.ndarray:
+    """How many times each entry's image occurs before it: int64, of the shape of `images` (int64, read row by
+    row); 0 for the first occurrence."""
+    flat = images.reshape(-1)
+    by_image = np.argsort(flat, kind="stable")
+    ordered = flat[by_image]
+    numbers = np.empty_like(flat)
+    numbers[by_image] = np.arange(len(flat)) - np.searchsorted(ordered, ordered)
+    return numbers.reshape(images.shape)
 
 
 def iterations_per_epoch(num_images: int, global_batch_size: int) -> int:
@@ -23,17 +39,33 @@ def iterations_per_epoch(num_images: int, global_batch_size: int) -> int:
     return -(-num_images // global_batch_size)
 
 
-def plan_epoch(widths: np.ndarray, heights: np.ndarray, *, seed: int, epoch: int, global_batch_size: int) -> np.ndarray:
+def plan_epoch(
+    widths: np.ndarray,
+    heights: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch_size: int,
+    factors: np.ndarray | None = None,
+) -> np.ndarray:
     """The global batches of an epoch: image indices, int64 [ceil(N / global_batch_size), global_batch_size].
 
     widths and heights are int64 [N]. Images are taken in epoch_order and grouped by shape, see
     group_by_aspect. End of the epoch: every image is in it at least once. Where N is no multiple of the
     global batch size, the last batch is filled up with the first images of the epoch's order (again from the
     start of it, if it is shorter than what is missing); these are seen twice in the epoch.
+
+    With repeat factors (float64 [N], see data.repeat_factors) an image is in the epoch as often as its factor
+    says on average, once at least, and N is their sum, rounded up; the rest is the same. So all epochs have the
+    same number of batches.
     """
-    order = epoch_order(seed, epoch, len(widths))
+    if factors is None:
+        order, length = epoch_order(seed, epoch, len(widths)), len(widths)
+    else:
+        copies = epoch_copies(factors, seed=seed, epoch=epoch)
+        order, length = epoch_order(seed, epoch, len(widths), copies), epoch_length(factors)
     grouped = group_by_aspect(order, widths < heights, global_batch_size)
-    missing = -len(order) % global_batch_size
+    missing = iterations_per_epoch(length, global_batch_size) * global_batch_size - len(order)
     return np.concatenate([grouped, np.resize(order, missing)]).reshape(-1, global_batch_size)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.randomness import FLIP_STREAM, hash_uniform
+from data.randomness import FLIP_STREAM, VERTICAL_FLIP_STREAM, hash_uniform
 
 PADDING_MULTIPLE = 32
 """Sides of a batch are multiples of the backbone's largest stride."""
@@ -15,9 +15,17 @@ PADDING_MULTIPLE = 32
 MIN_BOX_SIDE = 1e-3
 """Pixels at the network's scale. See resize_boxes."""
 
+MIN_CROPPED_BOX_SIDE = 1e-2
+"""Pixels that must be left of a box after a crop: those of MMDetection's large-scale jitter
+(FilterAnnotations with min_gt_bbox_wh=(1e-2, 1e-2))."""
 
-def resized_sizes(widths: np.ndarray, heights: np.ndarray, *, min_size: int, max_size: int) -> np.ndarray:
+
+def resized_sizes(
+    widths: np.ndarray, heights: np.ndarray, *, min_size: int | np.ndarray, max_size: int | np.ndarray
+) -> np.ndarray:
     """Sizes after a resize that keeps the ratio: int64 [N, 2] (height, width) from int64 [N] each.
+
+    min_size and max_size are one for all pictures, or int64 [N].
 
     The shorter side becomes min_size unless the longer would exceed max_size; small pictures are enlarged.
     f = min(max_size / longer, min_size / shorter) in float64, each side becomes int(side * f + 0.5).
@@ -72,9 +80,44 @@ def flip_boxes(boxes_xyxy: np.ndarray, width: int) -> np.ndarray:
     return flipped
 
 
-def flip_decisions(seed: int, epoch: int, indices: np.ndarray, probability: float = 0.5) -> np.ndarray:
-    """Whether each image (int64 [N], index in the annotations) is mirrored in this epoch: bool [N]."""
-    return hash_uniform(seed, FLIP_STREAM, epoch, indices) < probability
+def flip_boxes_vertically(boxes_xyxy: np.ndarray, height: int) -> np.ndarray:
+    """Boxes (float32 [N, 4]) of the picture turned upside down: y1' = height - y2, y2' = height - y1."""
+    flipped = boxes_xyxy.copy()
+    flipped[:, 1] = height - boxes_xyxy[:, 3]
+    flipped[:, 3] = height - boxes_xyxy[:, 1]
+    return flipped
+
+
+def crop_boxes(
+    boxes_xyxy: np.ndarray, offset: tuple[int, int], size: tuple[int, int], *, min_visibility: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes in the coordinates of a crop, clipped to it, and which of them are left.
+
+    boxes_xyxy float32 [N, 4], offset (top, left) and size (height, width) of the crop, all in pixels of the
+    uncropped picture. Returns float32 [N, 4] and bool [N]; no row is dropped. A box is left when both sides
+    of what the crop shows of it are longer than MIN_CROPPED_BOX_SIDE and that is at least min_visibility (0 to
+    1) of its area.
+    """
+    (top, left), (height, width) = offset, size
+    moved = boxes_xyxy - np.array([left, top, left, top], dtype=np.float32)
+    cropped = np.clip(moved, 0, np.array([width, height, width, height], dtype=np.float32))
+    sides, whole = cropped[:, 2:] - cropped[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
+    left_over = (sides > MIN_CROPPED_BOX_SIDE).all(axis=1)
+    # Areas as float64: the whole of a box that is not cut must not lose a last bit to a threshold of 1.
+    return cropped, left_over & (
+        sides.prod(axis=1, dtype=np.float64) >= min_visibility * whole.prod(axis=1, dtype=np.float64) * (1 - 1e-6)
+    )
+
+
+def flip_decisions(seed: int, epoch: int, words: np.ndarray, probability: float = 0.5) -> np.ndarray:
+    """Whether each image (int64 [N]: its index in the annotations, see data.randomness.image_words for repeats)
+    is mirrored in this epoch: bool [N]."""
+    return hash_uniform(seed, FLIP_STREAM, epoch, words) < probability
+
+
+def vertical_flip_decisions(seed: int, epoch: int, words: np.ndarray, probability: float) -> np.ndarray:
+    """Whether each image is turned upside down in this epoch: bool [N]. See flip_decisions."""
+    return hash_uniform(seed, VERTICAL_FLIP_STREAM, epoch, words) < probability
 
 
 def resize_pixels(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
