@@ -68,16 +68,20 @@ class CocoDataset:
         """By label."""
         return self.annotations.class_names
 
+    def num_bytes(self, indices: int | slice | np.ndarray) -> np.ndarray:
+        """int64 [n] (or a scalar): the pixels of images as uint8."""
+        return self.heights[indices] * self.widths[indices] * 3
+
     def path(self, index: int) -> Path:
         """The file of image `index`."""
         return self.images_dir / self.annotations.file_name(index)
 
-    def picture(self, index: int) -> np.ndarray:
-        """Pixels of image `index`, uint8 [height, width, 3] RGB.
+    def picture(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Pixels of image `index`, uint8 [height, width, 3] RGB; in `out`, uint8 [height * width * 3], where given.
 
         Raises ImageError, also when the file does not have the size that the annotations say.
         """
-        pixels = read_image(self.path(index))
+        pixels = read_image(self.path(index), out)
         height, width = pixels.shape[:2]
         expected = (int(self.widths[index]), int(self.heights[index]))
         if (width, height) != expected:

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 try:
     import simplejpeg
@@ -17,7 +17,7 @@ class ImageError(ValueError):
     """A picture that cannot be read or is not the one that was annotated; the message names the file."""
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, out: np.ndarray | None = None) -> np.ndarray:
     """Pixels of a picture file as stored: uint8 [height, width, 3], RGB.
 
     - Orientation tags (EXIF) are ignored: COCO's sizes and boxes refer to the stored pixels.
@@ -28,6 +28,9 @@ def read_image(path: str | Path) -> np.ndarray:
     - 16 bits per channel are cut to the upper 8.
     - Of several pictures in one file (GIF, TIFF, MPO) the first is taken.
 
+    out: contiguous uint8 [height * width * 3] that the pixels are to be put into; the result is then a view of it. A
+    picture of another number of pixels is returned in memory of its own.
+
     Raises ImageError for files that are missing, broken, truncated, far too large or of another kind
     (32-bit grey, floating point).
     """
@@ -36,20 +39,26 @@ def read_image(path: str | Path) -> np.ndarray:
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
     if simplejpeg is not None and content[:2] == b"\xff\xd8":
-        pixels = _decode_plain_jpeg(content)
+        pixels = _decode_plain_jpeg(content, out)
         if pixels is not None:
             return pixels
-    return _decode(path, content)
+    pixels = _decode(path, content)
+    if out is not None and out.size == pixels.size:
+        out = out.reshape(pixels.shape)
+        out[:] = pixels
+        return out
+    return pixels
 
 
-def _decode_plain_jpeg(content: bytes) -> np.ndarray | None:
+def _decode_plain_jpeg(content: bytes, out: np.ndarray | None) -> np.ndarray | None:
     """Pixels of an ordinary colour JPEG; None for other kinds, and for faulty ones, which Pillow judges."""
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(content)
         if colour_space != "YCbCr" or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
         # Without the two fast options, which trade exactness for speed, the pixels are Pillow's.
-        return simplejpeg.decode_jpeg(content, colorspace="RGB", fastdct=False, fastupsample=False)
+        buffer = out if out is not None and out.size == height * width * 3 else None
+        return simplejpeg.decode_jpeg(content, colorspace="RGB", fastdct=False, fastupsample=False, buffer=buffer)
     except ValueError:
         return None
 
@@ -69,7 +78,9 @@ def _decode(path: str | Path, content: bytes) -> np.ndarray:
         ) from error
     except Exception as error:  # broken files make Pillow's readers raise nearly anything
         kind = "is empty" if not content else "cannot be decoded (broken, truncated or no picture)"
-        raise ImageError(f"{path}: {kind}: {error}. Replace the file or leave it out.") from error
+        # "cannot identify image file <_io.BytesIO object at 0x...>" says nothing more.
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise ImageError(f"{path}: {kind}{reason}. Replace the file or leave it out.") from error
 
     # Older Pillows open the 16-bit greys of PNG as 32-bit.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
