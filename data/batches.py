@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.colours import ColourChange, change_colours
 from data.replacements import UnreadableImage
 from data.transforms import resize_pixels
 
@@ -15,25 +16,34 @@ from data.transforms import resize_pixels
 class RawBatch:
     """B decoded pictures at their native size, and all that is known of them. In host memory.
 
-    Resize, flip and padding of the pixels are left to `assemble`, on the training device; boxes are those of
-    the assembled batch already.
+    Resize, crop, flips, colours and padding of the pixels are left to `assemble`, on the training device; boxes are
+    those of the assembled batch already.
     """
 
     pixels: torch.Tensor
     """uint8 [total]: rows of RGB pixels of each picture at its native size, one picture after another"""
     native_sizes: list[tuple[int, int]]
     """(height, width) as stored"""
+    scaled_sizes: list[tuple[int, int]]
+    """(height, width) of the whole picture after the resize"""
+    offsets: list[tuple[int, int]]
+    """(top, left) of the crop in the resized picture"""
     resized_sizes: list[tuple[int, int]]
-    """(height, width) after the resize"""
+    """(height, width) after resize and crop: what of the picture is in the batch; scaled_sizes where nothing is cut
+    off"""
     flips: list[bool]
     """Which pictures are mirrored left to right"""
+    vertical_flips: list[bool]
+    """Which pictures are turned upside down"""
+    colours: tuple[ColourChange, ...] | None
+    """How the colours of each picture change; None: they stay"""
     padded_size: tuple[int, int]
     """(height, width) of the batch: in training of the whole global batch, so that any number of processes
     sees the same tensors"""
     sizes: torch.Tensor
     """int64 [B, 2]: resized_sizes"""
     boxes_xyxy: torch.Tensor
-    """float32 [B, G, 4]: pixels of the resized (flipped) picture, zeros where not valid"""
+    """float32 [B, G, 4]: pixels of the resized, cropped and flipped picture, zeros where not valid"""
     labels: torch.Tensor
     """int64 [B, G], 0 to K-1, zero where not valid"""
     valid: torch.Tensor
@@ -45,7 +55,7 @@ class RawBatch:
     sample_keys: torch.Tensor
     """int64 [B]: hash_key(seed, iteration, place)"""
     scale_factors: torch.Tensor
-    """float32 [B, 2]: (x, y) factors from native to resized"""
+    """float32 [B, 2]: (x, y) factors from native to the whole resized picture"""
     iteration: int
     """0-based, over the whole run; in an evaluation, the batch's number"""
     epoch: int
@@ -125,9 +135,11 @@ _ON_DEVICE = ("sizes", "boxes_xyxy", "labels", "valid", "places", "sample_keys",
 
 
 def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
-    """The batch on `device`: each picture resized (bilinear), flipped, and padded with zeros.
+    """The batch on `device`: each picture resized (bilinear), cropped, its colours changed, flipped, and padded with
+    zeros.
 
-    Waits for nothing on a GPU when `raw` is in pinned memory: all sizes are known to the host.
+    The crop is a view of the resized picture, so pixels are sampled once. Waits for nothing on a GPU when `raw` is
+    in pinned memory: all sizes are known to the host.
     """
     native_pixels = raw.pixels.to(device, non_blocking=True)
     height, width = raw.padded_size
@@ -135,13 +147,17 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
         (len(raw), 3, height, width), dtype=torch.uint8, device=device, memory_format=torch.channels_last
     )
     start = 0
-    for target, native, resized, flip in zip(pixels, raw.native_sizes, raw.resized_sizes, raw.flips, strict=True):
+    for i, (target, native) in enumerate(zip(pixels, raw.native_sizes, strict=True)):
         end = start + native[0] * native[1] * 3
         picture = native_pixels[start:end].view(1, *native, 3).permute(0, 3, 1, 2)
-        picture = resize_pixels(picture, resized)[0]
-        target[:, : resized[0], : resized[1]].copy_(picture.flip(-1) if flip else picture)
-        target[:, : resized[0], resized[1] :].zero_()
-        target[:, resized[0] :].zero_()
+        (top, left), (height, width) = raw.offsets[i], raw.resized_sizes[i]
+        picture = resize_pixels(picture, raw.scaled_sizes[i])[0, :, top : top + height, left : left + width]
+        if raw.colours is not None:
+            picture = change_colours(picture, raw.colours[i])
+        mirrored = [axis for axis, flip in ((-1, raw.flips[i]), (-2, raw.vertical_flips[i])) if flip]
+        target[:, :height, :width].copy_(picture.flip(mirrored) if mirrored else picture)
+        target[:, :height, width:].zero_()
+        target[:, height:].zero_()
         start = end
     return DeviceBatch(
         pixels=pixels,

@@ -17,15 +17,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.augmentations import Augmentation
 from data.batches import RawBatch, pad_boxes
+from data.colours import ColourChange
 from data.dataset import CocoDataset
+from data.hand_over import Delivery, LoadFailure, MainSide, Order, WorkerSide
 from data.pictures import ImageError
-from data.randomness import hash_key
+from data.randomness import hash_key, image_words
+from data.repeat_factors import epoch_length, repeat_factors
 from data.replacements import UnreadableImage, fitted_size, replacement_candidates
-from data.samplers import evaluation_batches, iterations_per_epoch, plan_epoch
+from data.samplers import evaluation_batches, iterations_per_epoch, plan_epoch, repeat_numbers
+from data.shared_buffers import SharedBuffers
 from data.transforms import (
+    crop_boxes,
     flip_boxes,
-    flip_decisions,
+    flip_boxes_vertically,
     padded_size,
     resize_boxes,
     resized_sizes,
@@ -36,7 +42,14 @@ BOX_ROWS_MULTIPLE = 16
 """Rows for boxes are a multiple of this, so that only a few shapes occur (COCO has at most 93 boxes)."""
 
 PLANS_AHEAD_PER_WORKER = 2
-"""Decoded batches wait in shared memory, of which containers often have 64 MB only."""
+"""One that a worker is at, and one that waits, decoded, for its turn."""
+
+BATCHES_IN_USE = 3
+"""Decoded batches beyond those that workers are at: one being assembled, one before and one after it."""
+
+LARGEST_BUFFER = 4.0
+"""A buffer holds a batch of the largest pictures, but no more than so many times a batch of average ones: a few huge
+pictures shall not make every buffer huge, and take a slower way instead."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +65,22 @@ class BatchPlan:
     sample_keys: np.ndarray
     """int64 [b]"""
     sizes: np.ndarray
-    """int64 [b, 2] (height, width) after the resize"""
+    """int64 [b, 2] (height, width) after resize and crop"""
+    scaled_sizes: np.ndarray
+    """int64 [b, 2] (height, width) of the whole picture after the resize"""
+    offsets: np.ndarray
+    """int64 [b, 2] (top, left) of the crop"""
     flips: np.ndarray
+    """bool [b], left to right"""
+    vertical_flips: np.ndarray
     """bool [b]"""
     padded_size: tuple[int, int]
     """(height, width)"""
     num_box_rows: int
-
-
-@dataclass(frozen=True)
-class LoadFailure:
-    """A worker's report of a picture that cannot be used. Travels as a value: an exception would reach the
-    user wrapped in the worker's traceback."""
-
-    message: str
+    colours: tuple[ColourChange, ...] | None = None
+    """[b]; None: the colours stay"""
+    min_visibility: float = 0.0
+    """Part of a box's area that a crop must leave of it"""
 
 
 OnUnreadable = Literal["fail", "replace", "blank"]
@@ -88,27 +103,36 @@ class _BatchReader(Dataset):
         self._max_faults = max_faults
 
     def __getitem__(self, plan: BatchPlan) -> RawBatch | LoadFailure:
+        return self.read(plan, None)
+
+    def read(self, plan: BatchPlan, room: np.ndarray | None) -> RawBatch | LoadFailure:
+        """The plan's batch; its pixels are the start of `room` (uint8) where they fit in."""
+        if room is None:
+            room = np.empty(self.dataset.num_bytes(plan.indices).sum(), dtype=np.uint8)
         try:
-            plan, pictures, unreadable = self._read(plan)
+            plan, pictures, unreadable = self._read(plan, room)
         except ImageError as error:
             return LoadFailure(str(error))
         native_sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
-        ends = np.cumsum(native_sizes.prod(axis=1) * 3)
-        pixels = torch.empty(int(ends[-1]), dtype=torch.uint8)
-        flat = pixels.numpy()
-        for picture, end in zip(pictures, ends, strict=True):
-            flat[end - picture.size : end] = picture.reshape(-1)
+        if all(np.may_share_memory(picture, room) for picture in pictures):
+            flat = room[: sum(picture.size for picture in pictures)]
+        else:
+            flat = np.concatenate([picture.reshape(-1) for picture in pictures])
         blank = [picture is _BLANK for picture in pictures]
 
-        factors = scale_factors(native_sizes, plan.sizes)
-        targets = map(self._targets, itertools.repeat(plan), range(len(ends)), factors, blank)
+        factors = scale_factors(native_sizes, plan.scaled_sizes)
+        targets = map(self._targets, itertools.repeat(plan), range(len(pictures)), factors, blank)
         boxes, labels, valid = zip(*targets, strict=True)
         boxes_xyxy, padded_labels, padded_valid = pad_boxes(boxes, labels, valid, plan.num_box_rows)
         return RawBatch(
-            pixels=pixels,
+            pixels=torch.from_numpy(flat),
             native_sizes=_pairs(native_sizes),
+            scaled_sizes=_pairs(plan.scaled_sizes),
+            offsets=_pairs(plan.offsets),
             resized_sizes=_pairs(plan.sizes),
             flips=plan.flips.tolist(),
+            vertical_flips=plan.vertical_flips.tolist(),
+            colours=plan.colours,
             padded_size=plan.padded_size,
             sizes=torch.from_numpy(plan.sizes),
             boxes_xyxy=boxes_xyxy,
@@ -123,22 +147,24 @@ class _BatchReader(Dataset):
             unreadable=tuple(unreadable),
         )
 
-    def _read(self, plan: BatchPlan) -> tuple[BatchPlan, list[np.ndarray], list[UnreadableImage]]:
+    def _read(self, plan: BatchPlan, room: np.ndarray) -> tuple[BatchPlan, list[np.ndarray], list[UnreadableImage]]:
         """The pictures of `plan`, and the plan as it was carried out. The one place where pictures are read, and so
-        where it is decided what to do about a broken one.
+        where it is decided what to do about a broken one. They lie in `room` one after another, as far as they fit.
 
         A replacement is resized to fit into what was planned for its place, so that the batch keeps its shape on
         every process.
         """
         indices, sizes = plan.indices.copy(), plan.sizes.copy()
+        scaled_sizes, offsets = plan.scaled_sizes.copy(), plan.offsets.copy()
         pictures: list[np.ndarray] = []
         unreadable: list[UnreadableImage] = []
+        used = 0
         for number, planned in enumerate(plan.indices.tolist()):
             faults: dict[int, str] = {}
             index, picture = planned, None
             for index in self._attempts(planned, plan.num_box_rows):
                 try:
-                    picture = self.dataset.picture(index)
+                    picture = self.dataset.picture(index, room[used : used + self.dataset.num_bytes(index)])
                     break
                 except ImageError as error:
                     if self._on_unreadable == "fail":
@@ -151,7 +177,9 @@ class _BatchReader(Dataset):
             if index != planned:
                 indices[number] = index
                 sizes[number] = fitted_size(picture.shape[1], picture.shape[0], tuple(sizes[number].tolist()))
+                scaled_sizes[number], offsets[number] = sizes[number], 0
             pictures.append(picture)
+            used += picture.size
             ids = self.dataset.image_ids
             unreadable += [
                 UnreadableImage(
@@ -162,7 +190,8 @@ class _BatchReader(Dataset):
                 )
                 for fault, message in faults.items()
             ]
-        return replace(plan, indices=indices, sizes=sizes), pictures, unreadable
+        done = replace(plan, indices=indices, sizes=sizes, scaled_sizes=scaled_sizes, offsets=offsets)
+        return done, pictures, unreadable
 
     def _attempts(self, planned: int, num_box_rows: int) -> Iterator[int]:
         yield planned
@@ -178,20 +207,27 @@ class _BatchReader(Dataset):
         boxes, labels = self.dataset.boxes(plan.indices[place])
         if blank:
             boxes, labels = boxes[:0], labels[:0]
-        height, width = plan.sizes[place].tolist()
+        height, width = plan.scaled_sizes[place].tolist()
         boxes, valid = resize_boxes(boxes, factors, (height, width))
+        if (plan.sizes[place] != plan.scaled_sizes[place]).any():
+            top, left = plan.offsets[place].tolist()
+            height, width = plan.sizes[place].tolist()
+            boxes, shown = crop_boxes(boxes, (top, left), (height, width), min_visibility=plan.min_visibility)
+            valid = valid & shown
         if plan.flips[place]:
             boxes = flip_boxes(boxes, width)
+        if plan.vertical_flips[place]:
+            boxes = flip_boxes_vertically(boxes, height)
         return boxes, labels, valid
 
 
-class _Plans(Sampler[BatchPlan]):
+class _Plans(Sampler[BatchPlan | Order]):
     """The plans that the DataLoader is to work off next; set before each pass."""
 
     def __init__(self) -> None:
-        self.upcoming: Iterator[BatchPlan] = iter(())
+        self.upcoming: Iterator[BatchPlan | Order] = iter(())
 
-    def __iter__(self) -> Iterator[BatchPlan]:
+    def __iter__(self) -> Iterator[BatchPlan | Order]:
         return self.upcoming
 
 
@@ -199,16 +235,30 @@ class _BatchStream:
     """One DataLoader, and so one set of worker processes, for as many passes as are wanted."""
 
     def __init__(
-        self, dataset: CocoDataset, workers: int, pin: bool, on_unreadable: OnUnreadable, max_faults: int = 0
+        self,
+        dataset: CocoDataset,
+        batch_size: int,
+        workers: int,
+        pin: bool,
+        on_unreadable: OnUnreadable,
+        max_faults: int = 0,
     ) -> None:
         self._plans = _Plans()
+        self._pin = pin
+        reader = _BatchReader(dataset, on_unreadable, max_faults)
+        self._hand_over: MainSide | None = None
+        worker_side: Dataset = reader
+        if workers > 0 and _worker_context() == "fork":
+            buffers = SharedBuffers(
+                workers * PLANS_AHEAD_PER_WORKER + BATCHES_IN_USE, _buffer_size(dataset, batch_size)
+            )
+            self._hand_over, worker_side = MainSide(buffers), WorkerSide(reader, buffers)
         # A generator of its own: a DataLoader draws from the global one at each pass otherwise.
         self._loader: DataLoader | None = DataLoader(
-            _BatchReader(dataset, on_unreadable, max_faults),
+            worker_side,
             batch_size=None,
             sampler=self._plans,
             num_workers=workers,
-            pin_memory=pin,
             persistent_workers=workers > 0,
             prefetch_factor=PLANS_AHEAD_PER_WORKER if workers > 0 else None,
             worker_init_fn=_start_worker,
@@ -219,27 +269,40 @@ class _BatchStream:
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[RawBatch]:
         if self._loader is None:
             raise RuntimeError("The loader is closed.")
-        self._plans.upcoming = plans
-        for batch in self._loader:
-            if isinstance(batch, LoadFailure):
-                raise ImageError(batch.message)
-            yield batch
+        self._plans.upcoming = plans if self._hand_over is None else self._hand_over.orders(plans)
+        for result in self._loader:
+            if isinstance(result, LoadFailure):
+                raise ImageError(result.message)
+            batch = result
+            if isinstance(result, Delivery):
+                assert self._hand_over is not None
+                batch = self._hand_over.batch(result)
+            # Pinned here and not by the DataLoader, whose thread would have to know the buffers: a copy of 0.1 ms an
+            # image, after which the buffer is free.
+            yield batch.pin_memory() if self._pin else batch
 
     def close(self) -> None:
         # The workers end with the loader's iterator.
         self._loader = None
 
 
+_FLIPS_ONLY = Augmentation()
+
+
 class TrainLoader:
     """Batches of one process of a training.
 
     A global batch is world_size * batch_size * accumulate images; in micro-step a process r gets places
-    (a * world_size + r) * batch_size onward. What a global batch holds, its order, flips, padded size and
+    (a * world_size + r) * batch_size onward. What a global batch holds, its order, augmentation, padded size and
     number of box rows depend on (seed, iteration, global batch size) only, so 1 process with batch 4 and 2
     processes with batch 2 see the same tensors. For the order and the end of an epoch see
     data.samplers.plan_epoch. With limit_batches an epoch has that many iterations at most (the first of it).
 
-    min_size, max_size: the keep-ratio resize, see data.transforms. pin: hand over page-locked memory (for
+    min_size, max_size: the keep-ratio resize, see data.transforms, where augmentation chooses no other. augmentation:
+    what is done at random, an image that comes again in an epoch being another draw. repeat_threshold: images of
+    classes that are in a smaller part of the images come several times an epoch, see data.repeat_factors.
+
+    pin: hand over page-locked memory (for
     GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: a picture that cannot be used is replaced
     (see data.replacements) and named in the batch's `unreadable`; after more than so many in a row a black picture
     without boxes stands in, and the caller is to end the run. None: it ends the stream.
@@ -257,7 +320,8 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        flip_probability: float = 0.5,
+        augmentation: Augmentation = _FLIPS_ONLY,
+        repeat_threshold: float | None = None,
         limit_batches: int | None = None,
         pin: bool = False,
         max_bad_images: int | None = None,
@@ -265,15 +329,19 @@ class TrainLoader:
         assert 0 <= rank < world_size and min(batch_size, accumulate) >= 1
         self.dataset = dataset
         self.global_batch_size = world_size * batch_size * accumulate
-        self.iterations_per_epoch = iterations_per_epoch(len(dataset), self.global_batch_size)
+        self.repeat_factors = None if repeat_threshold is None else _repeat_factors(dataset, repeat_threshold)
+        """float64 [N] of the images, where there is a threshold"""
+        self.images_per_epoch = len(dataset) if self.repeat_factors is None else epoch_length(self.repeat_factors)
+        """Before the last batch is filled up; limit_batches has no part in it"""
+        self.iterations_per_epoch = iterations_per_epoch(self.images_per_epoch, self.global_batch_size)
         if limit_batches is not None:
             self.iterations_per_epoch = min(self.iterations_per_epoch, limit_batches)
-        self._sizes = resized_sizes(dataset.widths, dataset.heights, min_size=min_size, max_size=max_size)
+        self._min_size, self._max_size = min_size, max_size
         self._batch_size, self._accumulate = batch_size, accumulate
         self._rank, self._world_size = rank, world_size
-        self._seed, self._flip_probability = seed, flip_probability
+        self._seed, self._augmentation = seed, augmentation
         on_unreadable: OnUnreadable = "fail" if max_bad_images is None else "replace"
-        self._stream = _BatchStream(dataset, workers, pin, on_unreadable, max_bad_images or 0)
+        self._stream = _BatchStream(dataset, batch_size, workers, pin, on_unreadable, max_bad_images or 0)
 
     def batches(self, first_iteration: int, last_iteration: int) -> Iterator[RawBatch]:
         """Batches of the iterations first_iteration to last_iteration - 1 (0-based over the whole run),
@@ -287,6 +355,7 @@ class TrainLoader:
     def plans(self, first_iteration: int, last_iteration: int) -> Iterator[BatchPlan]:
         """What `batches` loads, without loading it."""
         epoch, order = -1, np.empty((0, 0), dtype=np.int64)
+        repeats = order
         for iteration in range(first_iteration, last_iteration):
             if iteration // self.iterations_per_epoch != epoch:
                 epoch = iteration // self.iterations_per_epoch
@@ -296,16 +365,27 @@ class TrainLoader:
                     seed=self._seed,
                     epoch=epoch,
                     global_batch_size=self.global_batch_size,
+                    factors=self.repeat_factors,
                 )
-            yield from self._plans_of(iteration, epoch, order[iteration % self.iterations_per_epoch])
+                repeats = repeat_numbers(order)
+            within = iteration % self.iterations_per_epoch
+            yield from self._plans_of(iteration, epoch, order[within], repeats[within])
 
     def close(self) -> None:
         """Ends the worker processes."""
         self._stream.close()
 
-    def _plans_of(self, iteration: int, epoch: int, images: np.ndarray) -> Iterator[BatchPlan]:
-        sizes = self._sizes[images]
-        height, width = padded_size(sizes).tolist()
+    def _plans_of(self, iteration: int, epoch: int, images: np.ndarray, repeats: np.ndarray) -> Iterator[BatchPlan]:
+        words = image_words(images, repeats)
+        geometry = self._augmentation.geometry(
+            self.dataset.widths[images],
+            self.dataset.heights[images],
+            words=words,
+            seed=self._seed,
+            epoch=epoch,
+            min_size=self._min_size,
+            max_size=self._max_size,
+        )
         num_box_rows = _box_rows(self.dataset.box_counts[images])
         for micro_step in range(self._accumulate):
             start = (micro_step * self._world_size + self._rank) * self._batch_size
@@ -317,10 +397,15 @@ class TrainLoader:
                 indices=indices,
                 places=places,
                 sample_keys=hash_key(self._seed, iteration, places),
-                sizes=sizes[places],
-                flips=flip_decisions(self._seed, epoch, indices, self._flip_probability),
-                padded_size=(height, width),
+                sizes=geometry.sizes[places],
+                scaled_sizes=geometry.scaled_sizes[places],
+                offsets=geometry.offsets[places],
+                flips=geometry.flips[places],
+                vertical_flips=geometry.vertical_flips[places],
+                padded_size=geometry.padded_size,
                 num_box_rows=num_box_rows,
+                colours=self._augmentation.colours(words[places], seed=self._seed, epoch=epoch),
+                min_visibility=self._augmentation.min_visibility,
             )
 
 
@@ -362,7 +447,7 @@ class EvalLoader:
         every_batch = evaluation_batches(padded_size(self._sizes[:, None]), batch_size)
         self._numbers = range(rank, len(every_batch), world_size)
         self._batches = [every_batch[number] for number in self._numbers]
-        self._stream = _BatchStream(dataset, workers, pin, "fail" if max_bad_images is None else "blank")
+        self._stream = _BatchStream(dataset, batch_size, workers, pin, "fail" if max_bad_images is None else "blank")
 
     def __len__(self) -> int:
         """Batches of this process."""
@@ -394,14 +479,27 @@ class EvalLoader:
             places=np.arange(len(indices)),
             sample_keys=np.zeros(len(indices), dtype=np.int64),
             sizes=self._sizes[indices],
+            scaled_sizes=self._sizes[indices],
+            offsets=np.zeros((len(indices), 2), dtype=np.int64),
             flips=np.zeros(len(indices), dtype=bool),
+            vertical_flips=np.zeros(len(indices), dtype=bool),
             padded_size=(height, width),
             num_box_rows=_box_rows(self.dataset.box_counts[indices]),
         )
 
 
+def _repeat_factors(dataset: CocoDataset, threshold: float) -> np.ndarray:
+    images = np.repeat(np.arange(len(dataset)), dataset.box_counts)
+    return repeat_factors(images, dataset.labels, len(dataset), threshold)
+
+
 def _box_rows(box_counts: np.ndarray) -> int:
     return max(-(-int(box_counts.max()) // BOX_ROWS_MULTIPLE), 1) * BOX_ROWS_MULTIPLE
+
+
+def _buffer_size(dataset: CocoDataset, batch_size: int) -> int:
+    sizes = dataset.num_bytes(slice(None))
+    return batch_size * int(min(sizes.max(), LARGEST_BUFFER * sizes.mean()))
 
 
 def _pairs(sizes: np.ndarray) -> list[tuple[int, int]]:

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from detection.augmentation_options import AugmentationConfig, add_augmentation_options, augmentation_config
+from detection.config_error import ConfigError
+
 MODEL_DEFAULT = "faster_rcnn_r50_fpn"
 EMA_DECAY_DEFAULT = 0.9998
 FREEZE_CHOICES = {"none": -1, "stem": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage4": 4, "backbone": 4}
 """What --freeze takes, and the number of frozen stages that it means."""
-
-
-class ConfigError(ValueError):
-    """An option that is wrong, or options that contradict each other. The message names them and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class DataConfig:
     """Iterations an epoch at most (the schedule's epoch is shortened to it)."""
     limit_val_batches: int | None = None
     """Batches a process in validation and test at most."""
+    max_bad_images: int = 10
+    """Distinct images that may turn out unreadable in mid-run; one more ends the run."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class TrainConfig:
     """Micro-steps an iteration. None: the schedule's accumulative_counts."""
     clip_grad: float | None = None
     """Largest gradient norm. None: the schedule's clip_grad."""
+    skip_nonfinite: bool = False
+    """An iteration whose loss or gradient is not finite makes no step, instead of ending the run."""
     amp: str | None = None
     """off, bf16 or fp16. None: the schedule's optim_wrapper."""
     ema: float | None = None
@@ -116,6 +119,7 @@ class RunConfig:
     mode: str = "train"
     """train, val or test."""
     dry_run: bool = False
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for config.json and checkpoints."""
@@ -241,6 +245,16 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--limit-val-batches", type=_positive_int, metavar="N", help="evaluation batches a process at most"
     )
+    group.add_argument(
+        "--max-bad-images",
+        type=_not_negative_int,
+        default=10,
+        metavar="N",
+        help="images that may turn out unreadable in mid-run: each is reported and replaced by the next of its shape; "
+        "one more ends the run [10]",
+    )
+
+    add_augmentation_options(parser)
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=MODEL_DEFAULT, metavar="NAME", help=f"[{MODEL_DEFAULT}]")
@@ -289,6 +303,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--clip-grad", type=_positive_float, metavar="X", help="largest gradient norm [the schedule's, none]"
+    )
+    group.add_argument(
+        "--skip-nonfinite",
+        action="store_true",
+        help="an iteration whose loss or gradient is NaN or infinite makes no step and is counted, instead of ending "
+        "the run",
     )
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], help="mixed precision [the schedule's, off]")
     group.add_argument(
@@ -361,6 +381,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
         raise ConfigError("--resume goes on with a run and --overwrite starts anew: give one of them")
     if options.max_size < options.min_size:
         raise ConfigError(f"--max-size {options.max_size} is below --min-size {options.min_size}")
+    augmentation = augmentation_config(options)
     overrides = list(options.set)
     for text in overrides:
         if "=" not in text:
@@ -396,4 +417,4 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     )
     output = OutputConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(OutputConfig)})
     mode = "val" if options.val_only else "test" if options.test_only else "train"
-    return RunConfig(data, model, train, output, options.device, mode, options.dry_run)
+    return RunConfig(data, model, train, output, options.device, mode, options.dry_run, augmentation)

@@ -17,6 +17,7 @@ from torch import nn
 
 from data import CocoDataset, TrainLoader
 from detection.config import RunConfig
+from detection.engine.augmentation import describe_augmentation
 from detection.engine.distributed import Processes
 from detection.engine.output_directory import OutputDirectory
 from detection.engine.train_loop import Progress
@@ -54,6 +55,10 @@ def describe_plan(
         ("schedule", "\n".join(schedule.describe())),
         ("", f"{num_iterations:,} iterations, {loader.iterations_per_epoch:,} an epoch"),
         ("batch", _describe_batch(config, processes, schedule, loader)),
+        (
+            "augment",
+            "\n".join(describe_augmentation(config.augmentation, loader, config.data.min_size, config.data.max_size)),
+        ),
         ("device", _describe_device(processes)),
         ("output", str(output.path)),
     ]

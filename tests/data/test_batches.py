@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.augmentations import Augmentation
 from data.batches import DeviceBatch, RawBatch, assemble, pad_boxes
 from data.dataset import CocoDataset
 from data.loader import TrainLoader
@@ -28,7 +29,8 @@ def loader(dataset: CocoDataset, **options: object) -> TrainLoader:
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_each_picture_is_resized_flipped_and_padded_with_zeros(dataset: CocoDataset, probability: float) -> None:
-    for raw in loader(dataset, flip_probability=probability).batches(0, 2):
+    augmentation = Augmentation(flip_probability=probability)
+    for raw in loader(dataset, augmentation=augmentation).batches(0, 2):
         batch = raw.to("cpu")
         assert batch.pixels.dtype == torch.uint8
         assert batch.pixels.is_contiguous(memory_format=torch.channels_last)

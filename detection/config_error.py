@@ -1,0 +1,5 @@
+"""What is raised for a command line that cannot be followed."""
+
+
+class ConfigError(ValueError):
+    """An option that is wrong, or options that contradict each other. The message names them and the remedy."""
