@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test suite on a fresh machine: environment, ruff, mypy, pytest. Arguments go to pytest.
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" test,plots,fast
+source "$(dirname "$0")/environment.sh" test,plots,fast,export
 
 ruff check .
 ruff format --check .

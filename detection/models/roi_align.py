@@ -34,13 +34,15 @@ class RoIAlign:
     """Pools RoIs to output_size x output_size bins.
 
     sampling_ratio: samples per bin and axis, 0 for one a feature cell. aligned: RoIs are shifted by half a cell;
-    otherwise they are at least one cell large. strides: of the maps, from P2 on.
+    otherwise they are at least one cell large. strides: of the maps, from P2 on. exportable: torchvision's operator on
+    the CPU too, because a graph for other runtimes can hold it.
     """
 
     output_size: int
     sampling_ratio: int
     aligned: bool
     strides: Sequence[int]
+    exportable: bool = False
 
     def __call__(
         self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor, table: Tensor | None = None
@@ -50,7 +52,7 @@ class RoIAlign:
         table: `cell_table(features)` where it exists already. Gives [B * R, C, output_size, output_size] in the
         features' dtype on the CPU, float32 elsewhere.
         """
-        if boxes_xyxy.device.type == "cpu":
+        if boxes_xyxy.device.type == "cpu" and not self.exportable:
             return self._by_sparse_matrix(features, boxes_xyxy, levels, table)
         return self._by_operator(features[:ROI_LEVELS], boxes_xyxy, levels)
 

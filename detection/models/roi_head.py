@@ -46,7 +46,8 @@ class BoxHead(nn.Module):
         # bf16 would round a logit of 9 to the next sixteenth, and so the loss by a percent.
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.float()
-            return self.classifier(hidden), self.regressor(hidden).view(len(hidden), -1, 4)
+            # shape[0] and not len(): an exported graph keeps the number open.
+            return self.classifier(hidden), self.regressor(hidden).view(hidden.shape[0], -1, 4)
 
 
 class RoISample(NamedTuple):

@@ -1,0 +1,214 @@
+"""Exported detectors as files: written whole or not at all, and opened again to be run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detection.export.graph import OUTPUT_NAMES, DetectorGraph, Suppression, suppress_groups
+from detection.models import Detector
+from detection.models.stored_weights import stripped_file
+
+ONNX_OPSET = 20
+"""The newest whose RoiAlign onnxruntime 1.32 computes; it knows none of opset 22."""
+METADATA_FILE = "detector.json"
+"""Name of the extra file in a .pt2; an .onnx has the same entries as metadata properties."""
+_PICTURE_SIDES = (1, 2**15)  # of a dynamic height or width
+_BATCH_SIZES = (1, 2**10)
+
+Runner: TypeAlias = Callable[[np.ndarray], list[dict[str, Tensor]]]
+"""uint8 RGB [B, H, W, 3] -> for each picture {"boxes_xyxy", "scores", "labels"}, as the model in PyTorch gives them."""
+
+
+class ExportError(ValueError):
+    """An export that cannot be made or opened."""
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """Shape [batch_size, height, width, 3] of the pictures; None leaves a length open until the file is used."""
+
+    batch_size: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise ExportError("height and width are both fixed or both open")
+
+    def example(self) -> Tensor:
+        """Pictures of an allowed shape, all zeros. Open lengths are neither 0 nor 1, which exporters take as fixed."""
+        return torch.zeros((self.batch_size or 2, self.height or 100, self.width or 150, 3), dtype=torch.uint8)
+
+    def dimensions(self) -> dict[int, Any]:
+        """The open lengths for torch.export."""
+        named = (
+            (0, "batch", self.batch_size, _BATCH_SIZES),
+            (1, "height", self.height, _PICTURE_SIDES),
+            (2, "width", self.width, _PICTURE_SIDES),
+        )
+        return {
+            place: torch.export.Dim(name, min=low, max=high)
+            for place, name, length, (low, high) in named
+            if length is None
+        }
+
+
+def save_program(detector: Detector, shape: InputShape, path: Path) -> None:
+    """A torch.export program (.pt2) with class names and the rest in METADATA_FILE.
+
+    `torch.export.load` opens it where torchvision has been imported, on the kind of device that the detector is on;
+    nothing of this project is needed.
+    """
+    program = _exported(detector, shape, suppress_groups)
+    with _whole_file(path) as partial:
+        torch.export.save(program, partial, extra_files={METADATA_FILE: json.dumps(_metadata(detector, shape))})
+
+
+def save_onnx(detector: Detector, shape: InputShape, path: Path, opset: int = ONNX_OPSET) -> None:
+    """An ONNX model in one file; class names and the rest are metadata properties, JSON each.
+
+    Raises ExportError where the extra "export" is not installed, or the weights exceed ONNX's 2 GiB for one file.
+    """
+    onnx = _extra("onnx")
+    _extra("onnxscript")
+    onnx_suppression = importlib.import_module("detection.export.onnx_suppression")
+    program = _exported(detector, shape, onnx_suppression.suppress)
+    with _quiet(), torch.no_grad():
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            custom_translation_table=onnx_suppression.TRANSLATIONS,
+            input_names=["images"],
+            output_names=list(OUTPUT_NAMES),
+            opset_version=opset,
+            verbose=False,
+        )
+    assert converted is not None
+    model = converted.model_proto
+    for key, value in _metadata(detector, shape).items():
+        model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=json.dumps(value)))
+    with _whole_file(path) as partial:
+        try:
+            onnx.save(model, partial)
+        except ValueError as error:
+            raise ExportError(f"{path} cannot be written as one file: {error}") from error
+
+
+def save_weights(detector: Detector, path: Path) -> None:
+    """A stripped weights file: all that `load_detector` needs and nothing of a training run."""
+    content = stripped_file(
+        detector.model.state_dict(),
+        model_config=dataclasses.asdict(detector.model.config),
+        class_names=detector.class_names,
+        category_ids=detector.category_ids,
+        preprocessing={"min_size": detector.min_size, "max_size": detector.max_size},
+    )
+    with _whole_file(path) as partial:
+        torch.save(content, partial)
+
+
+def open_program(path: Path) -> Runner:
+    """The program in a .pt2 file."""
+    with _quiet():
+        module = torch.export.load(path).module()
+
+    def run(images: np.ndarray) -> list[dict[str, Tensor]]:
+        with torch.no_grad():
+            return _per_picture(*(tensor.cpu() for tensor in module(torch.from_numpy(images))))
+
+    return run
+
+
+def open_onnx(path: Path) -> Runner:
+    """The model in an .onnx file, in onnxruntime on the CPU.
+
+    Raises ExportError where the extra "export" is not installed.
+    """
+    session = _extra("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(images: np.ndarray) -> list[dict[str, Tensor]]:
+        return _per_picture(*map(torch.from_numpy, session.run(list(OUTPUT_NAMES), {"images": images})))
+
+    return run
+
+
+def _exported(detector: Detector, shape: InputShape, suppress: Suppression) -> torch.export.ExportedProgram:
+    graph = DetectorGraph(detector, suppress).eval()
+    device = detector.model.pixel_mean.device
+    # Without gradients the freezing of stages leaves no trace in the graph.
+    with _quiet(), torch.no_grad():
+        return torch.export.export(
+            graph, (shape.example().to(device),), dynamic_shapes=(shape.dimensions(),), strict=False
+        )
+
+
+def _metadata(detector: Detector, shape: InputShape) -> dict[str, Any]:
+    config = detector.model.config
+    return {
+        "class_names": list(detector.class_names),
+        "category_ids": list(detector.category_ids),
+        "preprocessing": {"min_size": detector.min_size, "max_size": detector.max_size},
+        "input": {"name": "images", "dtype": "uint8", "layout": "BHWC RGB", **dataclasses.asdict(shape)},
+        "score_threshold": config.score_threshold,
+        "nms_iou": config.nms_iou,
+        "detections_per_image": config.detections_per_image,
+    }
+
+
+def _per_picture(boxes: Tensor, scores: Tensor, labels: Tensor, counts: Tensor) -> list[dict[str, Tensor]]:
+    return [
+        {"boxes_xyxy": boxes[row, :count], "scores": scores[row, :count], "labels": labels[row, :count]}
+        for row, count in enumerate(counts.tolist())
+    ]
+
+
+def _extra(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(
+            f"ONNX needs the package {name}, which is not installed: pip install onnx onnxscript onnxruntime, "
+            "or the extra: pip install '.[export]'"
+        ) from error
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A place to write to, moved to `path` where nothing went wrong, else removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # torch.export wants the suffix, so the mark stands in front.
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters say to people who develop exporters; errors are exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

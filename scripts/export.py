@@ -1,0 +1,219 @@
+"""Writes a trained detector for use elsewhere, and compares what it finds with PyTorch's.
+
+    python scripts/export.py --weights runs/mine/checkpoints/best.pt --format onnx --output detector.onnx photos/
+    python scripts/export.py --weights best.pt --format torch --size 1080 1920 --batch-size 1 --output detector.pt2
+    python scripts/export.py --weights best.pt --format weights --output detector.pt
+
+onnx, torch: pictures in (uint8 [batch, height, width, 3], RGB, all of one size), boxes in their own pixels out;
+resizing, normalising, padding, score threshold, suppression and the limit on detections are inside. onnx needs
+the extra "export". weights: a small file that predict.py and load_detector take without any other flag.
+
+PICTURES are looked at by the written file and by PyTorch; without any, three generated ones are. Exit status 1: they
+differ by more than the tolerance (the file is left for you to examine).
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkout  # noqa: F401
+from data import ImageError, read_image
+from data.picture_files import PictureFilesError, find_pictures
+from detection.export import (
+    ONNX_OPSET,
+    ExportError,
+    InputShape,
+    compare_detections,
+    open_onnx,
+    open_program,
+    save_onnx,
+    save_program,
+    save_weights,
+)
+from detection.models import Detector, WeightsError, load_detector
+from detection.reporting import Console
+
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "weights": ".pt"}
+MOST_PICTURES = 16
+USER_ERRORS = (ExportError, ImageError, PictureFilesError, WeightsError, OSError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return _export(arguments, Console())
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("pictures", nargs="*", metavar="PICTURES", help="files, folders, glob patterns to compare on")
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file"
+    )
+    parser.add_argument("--format", required=True, choices=list(SUFFIXES), help="what to write")
+    parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="the file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    group = parser.add_argument_group("shape of the input, for onnx and torch (default: any, chosen at each call)")
+    group.add_argument("--batch-size", metavar="N", type=_positive, help="always this many pictures a call")
+    group.add_argument(
+        "--size", nargs=2, metavar=("HEIGHT", "WIDTH"), type=_positive, help="this size in pixels, always"
+    )
+    group = parser.add_argument_group("settings of the detector (default: as in the weights)")
+    group.add_argument("--score-threshold", metavar="X", type=_fraction, help="lowest score of a detection, 0..1")
+    group.add_argument("--nms-iou", metavar="X", type=_fraction, help="overlap from which the weaker of a class goes")
+    group.add_argument("--max-detections", metavar="N", type=_positive, help="most detections of a picture")
+    group.add_argument("--min-size", metavar="N", type=_positive, help="shorter side at the network's scale, pixels")
+    group.add_argument("--max-size", metavar="N", type=_positive, help="limit of the longer side, pixels")
+    group = parser.add_argument_group("the rest")
+    group.add_argument(
+        "--opset", metavar="N", type=_positive, default=ONNX_OPSET, help=f"of ONNX, default {ONNX_OPSET}"
+    )
+    group.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="for torch: where it is to run (cpu)")
+    group.add_argument("--no-compare", action="store_true", help="only write")
+    group.add_argument("--score-tolerance", metavar="X", type=float, default=1e-3, help="default 0.001")
+    group.add_argument("--box-tolerance", metavar="X", type=float, default=0.5, help="pixels, default 0.5")
+    return parser
+
+
+def _export(arguments: argparse.Namespace, console: Console) -> int:
+    kind, output = arguments.format, arguments.output
+    if output.suffix != SUFFIXES[kind]:
+        raise ExportError(f"--output {output}: --format {kind} writes files that end in {SUFFIXES[kind]}")
+    if output.exists() and not arguments.overwrite:
+        raise ExportError(f"{output} exists; give another --output, or --overwrite")
+    if kind == "weights" and (arguments.batch_size or arguments.size or arguments.pictures):
+        raise ExportError("--format weights holds no graph: --batch-size, --size and PICTURES have no meaning for it")
+    if kind != "torch" and arguments.device != "cpu":
+        raise ExportError("--device goes with --format torch; an .onnx file runs wherever its runtime does")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ExportError("--device cuda: PyTorch sees no CUDA device here")
+    if arguments.no_compare and arguments.pictures:
+        raise ExportError("PICTURES are for comparing, which --no-compare forbids")
+
+    shape = InputShape(arguments.batch_size, *(arguments.size or (None, None)))
+    detector = _with_settings(load_detector(arguments.weights), arguments)
+    if kind == "weights":
+        save_weights(detector, output)
+        load_detector(output)
+        _say_written(console, output, f"{len(detector.class_names)} classes, input {_sides(detector)}")
+        return 0
+
+    pictures = [] if arguments.no_compare else _pictures(arguments.pictures, shape, console)
+    console.say("exporting; this takes about a minute ...")
+    if kind == "onnx":
+        save_onnx(detector, shape, output, arguments.opset)
+    else:
+        on_device = dataclasses.replace(detector, model=detector.model.to(arguments.device))
+        save_program(on_device, shape, output)
+    batch, size = shape.batch_size or "any", f"{shape.height} x {shape.width}" if shape.height else "any size"
+    _say_written(console, output, f"batch: {batch}; pictures: {size}; network input {_sides(detector)}")
+    return 0 if arguments.no_compare else _compare(detector, shape, pictures, arguments, console)
+
+
+def _with_settings(detector: Detector, arguments: argparse.Namespace) -> Detector:
+    wishes = {
+        "score_threshold": arguments.score_threshold,
+        "nms_iou": arguments.nms_iou,
+        "detections_per_image": arguments.max_detections,
+    }
+    changes = {key: value for key, value in wishes.items() if value is not None}
+    detector.model.config = dataclasses.replace(detector.model.config, **changes)
+    min_size = arguments.min_size or detector.min_size
+    max_size = arguments.max_size or detector.max_size
+    if min_size > max_size:
+        raise ExportError(f"the shorter side, {min_size}, is above the limit of the longer, {max_size}")
+    return dataclasses.replace(detector, min_size=min_size, max_size=max_size)
+
+
+def _pictures(sources: list[str], shape: InputShape, console: Console) -> list[np.ndarray]:
+    """What to compare on, uint8 RGB [H, W, 3] each, at the fixed size where there is one."""
+    if sources:
+        files = find_pictures(sources)
+        if len(files) > MOST_PICTURES:
+            console.say(f"comparing on the first {MOST_PICTURES} of {len(files)} pictures")
+        pictures = [read_image(file) for file in files[:MOST_PICTURES]]
+    else:
+        console.say("comparing on three generated pictures; name some of yours for a comparison that means more")
+        pictures = [_generated(height, width) for height, width in ((480, 640), (500, 375), (120, 333))]
+    if shape.height is None or shape.width is None:
+        return pictures
+    size = (shape.width, shape.height)
+    return [np.asarray(Image.fromarray(picture).resize(size)) for picture in pictures]
+
+
+def _generated(height: int, width: int) -> np.ndarray:
+    """Rectangles of random colours: something with edges, the same at each call."""
+    random = np.random.default_rng((height, width))
+    picture = np.zeros((height, width, 3), np.uint8)
+    for _ in range(60):
+        top, left = random.integers(0, (height, width))
+        bottom, right = random.integers((top, left), (height, width)) + 1
+        picture[top:bottom, left:right] = random.integers(0, 256, 3)
+    return picture
+
+
+def _compare(
+    detector: Detector,
+    shape: InputShape,
+    pictures: list[np.ndarray],
+    arguments: argparse.Namespace,
+    console: Console,
+) -> int:
+    run = open_onnx(arguments.output) if arguments.format == "onnx" else open_program(arguments.output)
+    ours, theirs = [], []
+    with console.progress(len(pictures), description="comparing", unit="pictures") as bar:
+        for picture in pictures:
+            ours.append(detector.predict(picture))
+            theirs.append(run(np.repeat(picture[None], shape.batch_size or 1, axis=0))[-1])
+            bar.update(1)
+    difference = compare_detections(
+        ours,
+        theirs,
+        score_threshold=detector.model.config.score_threshold,
+        detections_per_image=detector.model.config.detections_per_image,
+        score_tolerance=arguments.score_tolerance,
+    )
+    console.say(f"against PyTorch on {len(pictures)} pictures: {difference}")
+    if difference.within(arguments.score_tolerance, arguments.box_tolerance):
+        return 0
+    console.warn(f"that is more than {arguments.score_tolerance:g} and {arguments.box_tolerance:g} pixels")
+    return 1
+
+
+def _say_written(console: Console, path: Path, details: str) -> None:
+    console.say(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB; {details})")
+
+
+def _sides(detector: Detector) -> str:
+    return f"{detector.min_size} to {detector.max_size} pixels"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return number
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
