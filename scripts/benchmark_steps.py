@@ -21,6 +21,8 @@ import checkout  # noqa: F401
 from benchmark_timing import BenchmarkError
 from data import DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine import train_loop
+from detection.engine.bad_images import BadImages
+from detection.engine.bad_images import BadImages
 from detection.engine.checkpoint import CheckpointStore
 from detection.engine.distributed import Processes
 from detection.engine.optimizer import build_optimizer
@@ -126,6 +128,8 @@ class OurStep:
         schedule = load_schedule("1x")
         precision = Precision(variant.amp, work.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="benchmark_")
+        processes, recorder = Processes(0, 0, 1, 1, work.device), Recorder(Console(None))
+        processes, recorder = Processes(0, 0, 1, 1, work.device), Recorder(Console(None))
         self.loop = EpochBasedTrainLoop(
             model=self.model,
             optimizer=build_optimizer(self.model, schedule),
@@ -134,12 +138,14 @@ class OurStep:
             accumulate=1,
             precision=precision,
             ema=None,
-            processes=Processes(0, 0, 1, 1, work.device),
-            recorder=Recorder(Console(None)),
+            processes=processes,
+            recorder=recorder,
             store=CheckpointStore(Path(self._scratch.name), keep=1),
             stop=StopRequest(),
             log_interval=1,
             save_plan=SavePlan(),
+            bad_images=BadImages(processes, recorder, limit=0),
+            skip_nonfinite=False,
             validate=None,
             extra_state={},
         )

@@ -63,7 +63,12 @@ class Built:
 
 def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
     """Everything that only one process may do, and everything cheap that can be wrong."""
-    _load_schedule(config)
+    schedule, _ = _load_schedule(config)
+    if config.train.skip_nonfinite and schedule.optimizer.kwargs.get("dampening"):
+        raise ConfigError(
+            "--skip-nonfinite does not go with the schedule's dampening, for which no fused step exists that could be "
+            "skipped on the device: leave one of them away"
+        )
     lines = prepare_files(config.data, mode=config.mode)
     resumes = config.output.resume is not None
     if not resumes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class AveragedModel:
@@ -21,8 +21,12 @@ class AveragedModel:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, iteration: int) -> None:
-        """Take in the weights of `model` after the optimiser step of `iteration`."""
+    def update(self, model: nn.Module, iteration: int, skip: Tensor | None = None) -> None:
+        """Take in the weights of `model` after the optimiser step of `iteration`.
+
+        Args:
+            skip: a scalar on the device; where it is not 0, the average stays as it is.
+        """
         decay = min(self.decay, (1 + iteration) / (10 + iteration))
         averaged, current = [], []
         state = model.state_dict()
@@ -32,4 +36,8 @@ class AveragedModel:
                 current.append(state[name])
             else:
                 value.copy_(state[name])
+        if skip is not None:
+            # Between a value and itself lies that value, bit for bit.
+            stays = skip != 0
+            current = [torch.where(stays, old, new) for old, new in zip(averaged, current, strict=True)]
         torch._foreach_lerp_(averaged, current, 1 - decay)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from data import AnnotationError, DatasetError, ImageError, MissingDataset, ShapesError
 from detection.config import ConfigError
+from detection.engine.bad_images import TooManyBadImages
 from detection.engine.checkpoint import CheckpointError
 from detection.engine.distributed import DeviceError, Processes
 from detection.engine.output_directory import OutputDirectoryError
@@ -32,6 +33,7 @@ USER_ERRORS = (
     ResultsError,
     ScheduleError,
     ShapesError,
+    TooManyBadImages,
     WeightsError,
 )
 

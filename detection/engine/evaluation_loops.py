@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import DeviceBatch, DevicePrefetcher, EvalLoader
+from data import DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
+from detection.engine.bad_images import BadImages
 from detection.engine.distributed import Processes
 from detection.engine.errors import main_first
 from detection.engine.output_directory import OutputDirectoryError
@@ -22,6 +23,9 @@ from detection.engine.stopping import StopRequest
 from detection.engine.train_loop import Stopped
 from detection.evaluation import CocoEvaluator, Detections, write_results
 from detection.models import ImageBatch
+
+_OVER = 2
+"""Told to the other processes in place of a wish to stop: more images than allowed cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class EvaluationInputs:
     precision: Precision
     processes: Processes
     recorder: Recorder
+    bad_images: BadImages
+    split: str
+    """val or test, for messages."""
     stop: StopRequest
     results_file: Path
     limited: bool
@@ -63,15 +70,15 @@ class ValLoop:
         """
         processes = self.inputs.processes
         started = time.perf_counter()
-        detections, image_ids = detect(self.inputs, model, "validating")
+        detections, image_ids, num_unreadable = detect(self.inputs, model, "validating")
         forward_seconds = time.perf_counter() - started
         # The others wait here, on gloo, for as long as rank 0 needs.
-        metrics = main_first(processes, partial(self._metrics, detections, image_ids))
+        metrics = main_first(processes, partial(self._metrics, detections, image_ids, num_unreadable))
         metrics["seconds"] = time.perf_counter() - started
         metrics["images_per_second"] = metrics["num_images"] / forward_seconds
         return metrics, detections
 
-    def _metrics(self, detections: Detections | None, image_ids: np.ndarray) -> dict[str, Any]:
+    def _metrics(self, detections: Detections | None, image_ids: np.ndarray, num_unreadable: int) -> dict[str, Any]:
         assert detections is not None and self.evaluator is not None
         try:
             write_results(detections, self.inputs.results_file)
@@ -79,6 +86,7 @@ class ValLoop:
             self.inputs.recorder.warn(f"{self.inputs.results_file} could not be written: {error}; the run goes on")
         metrics = self.evaluator.evaluate(detections, image_ids.tolist())
         metrics["num_images"] = len(image_ids)
+        _note_unreadable(metrics, num_unreadable)
         if self.inputs.limited:
             metrics["notes"].append(
                 f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
@@ -107,52 +115,72 @@ class TestLoop:
             Stopped: on every process, when a signal came to one of them.
             RunError: on every process, when the results cannot be written or judged.
         """
-        detections, image_ids = detect(self.inputs, model, "testing")
-        return main_first(self.inputs.processes, partial(self._results, detections, image_ids))
+        detections, image_ids, num_unreadable = detect(self.inputs, model, "testing")
+        return main_first(self.inputs.processes, partial(self._results, detections, image_ids, num_unreadable))
 
-    def _results(self, detections: Detections | None, image_ids: np.ndarray) -> tuple[dict[str, Any] | None, int]:
+    def _results(
+        self, detections: Detections | None, image_ids: np.ndarray, num_unreadable: int
+    ) -> tuple[dict[str, Any] | None, int]:
         assert detections is not None
         try:
             write_results(detections, self.inputs.results_file)
         except OSError as error:
             raise OutputDirectoryError(f"{self.inputs.results_file} could not be written: {error}") from error
         metrics = self.evaluator.evaluate(detections, image_ids.tolist()) if self.evaluator is not None else None
+        if metrics is not None:
+            _note_unreadable(metrics, num_unreadable)
         return metrics, len(detections)
 
 
+def _note_unreadable(metrics: dict[str, Any], number: int) -> None:
+    if number:
+        metrics["unreadable_images"] = number
+        metrics["notes"].append(f"{number} images could not be read and count as images without a detection")
+
+
 @torch.no_grad()
-def detect(inputs: EvaluationInputs, model: nn.Module, verb: str) -> tuple[Detections | None, np.ndarray]:
+def detect(inputs: EvaluationInputs, model: nn.Module, verb: str) -> tuple[Detections | None, np.ndarray, int]:
     """Detections of every image of the loader's set, in pixels of the stored images; collective.
+
+    An image that cannot be read is reported, and has no detections.
 
     Returns:
         On rank 0 all detections, ordered by image id, and the ids int64 [n] of the images run, each of them once.
-        On other processes (None, empty).
+        On other processes (None, empty). On all of them, the number of images that could not be read.
 
     Raises:
         Stopped: on every process, when a signal came to one of them.
+        TooManyBadImages: on every process, see BadImages.
     """
     processes, loader = inputs.processes, inputs.loader
     was_training = model.training
     model.eval()
     parts: list[Detections] = []
     image_ids: list[int] = []
+    unreadable: list[UnreadableImage] = []
     # Processes have unequal shards. All go through as many rounds, so that a signal to one is seen by all.
     rounds = max(processes.gather_objects(len(loader)))
     batches = DevicePrefetcher(loader.batches(), processes.device)
     try:
         with inputs.recorder.evaluation_bar(verb, len(loader)) as bar:
             for round_index in range(rounds):
-                stop_wanted = processes.largest_later(int(inputs.stop.requested))
+                over = inputs.bad_images.exceeded_by(inputs.split, unreadable)
+                stop_wanted = processes.largest_later(_OVER if over else int(inputs.stop.requested))
                 if round_index < len(loader):
                     batch = next(batches)
                     parts.append(_detect_batch(inputs, model, batch))
                     image_ids += batch.image_ids.tolist()
+                    unreadable += batch.unreadable
                     bar.update(1)
-                if stop_wanted.result():
+                answer = stop_wanted.result()
+                if answer == _OVER:
+                    break
+                if answer:
                     raise Stopped(f"while {verb}")
     finally:
         model.train(was_training)
-    return _collect(inputs, Detections.concatenate(parts), np.asarray(image_ids, np.int64))
+    num_unreadable = inputs.bad_images.agree(inputs.split, unreadable)
+    return *_collect(inputs, Detections.concatenate(parts), np.asarray(image_ids, np.int64)), num_unreadable
 
 
 def _detect_batch(inputs: EvaluationInputs, model: nn.Module, batch: DeviceBatch) -> Detections:
@@ -160,6 +188,11 @@ def _detect_batch(inputs: EvaluationInputs, model: nn.Module, batch: DeviceBatch
         found = model(ImageBatch(batch.pixels, batch.sizes))
     # The network saw the image enlarged by (x, y) factors: boxes go back the same way.
     scales = batch.scale_factors.cpu().numpy()
+    black = {fault.image_id for fault in batch.unreadable}
+    found = [
+        {name: value[: 0 if image_id in black else None] for name, value in entry.items()}
+        for image_id, entry in zip(batch.image_ids.tolist(), found, strict=True)
+    ]
     return Detections.from_lists(
         batch.image_ids.tolist(),
         [entry["boxes_xyxy"].float().cpu().numpy() / np.tile(s, 2) for entry, s in zip(found, scales, strict=True)],

@@ -12,10 +12,11 @@ from torch import nn
 
 from data import EvalLoader
 from detection.config import RunConfig
+from detection.engine.bad_images import BadImages, TooManyBadImages
 from detection.engine.build import Built
 from detection.engine.datasets import SplitFiles
 from detection.engine.distributed import Processes
-from detection.engine.errors import main_first, together
+from detection.engine.errors import RunError, main_first, together
 from detection.engine.evaluation_loops import EvaluationInputs, TestLoop, ValLoop
 from detection.engine.output_directory import OutputDirectory, OutputDirectoryError, write_json
 from detection.engine.pictures import validation_pictures
@@ -36,12 +37,13 @@ def validation(
     built: Built,
     precision: Precision,
     workers: int,
+    bad_images: BadImages,
 ) -> tuple[EvalLoader | None, Callable[[int, nn.Module], dict[str, Any]] | None]:
     """The loader of the validation set, and (iteration, model) -> metrics; (None, None) without a set."""
     if built.evaluation_set is None or built.evaluation_files is None:
         recorder.say("no validation set is given: the run trains without validation")
         return None, None
-    inputs = _evaluation_inputs(config, processes, output, stop, recorder, built, precision, workers)
+    inputs = _evaluation_inputs(config, processes, output, stop, recorder, built, precision, workers, bad_images)
     evaluator = together(processes, partial(_evaluator, config, processes, built.evaluation_files))
     loop = ValLoop(inputs, evaluator)
     dataset = built.evaluation_set
@@ -50,6 +52,8 @@ def validation(
         metrics, detections = loop.run(model)
         if detections is not None:
             recorder.pictures(iteration, validation_pictures(dataset, detections), "val/detections")
+        if evaluator is not None:
+            recorder.precision_recall(iteration, evaluator.curves)
         return metrics
 
     return inputs.loader, validate
@@ -74,9 +78,10 @@ def evaluate(
     precision = Precision(built.schedule.amp or "off", processes.device)
     on_gpu = processes.device.type == "cuda"
     workers = config.data.workers if config.data.workers is not None else (4 if on_gpu else 1)
+    bad_images = BadImages(processes, recorder, config.data.max_bad_images)
     if config.train.compile:
         built.model.compile_dense_parts()
-    inputs = _evaluation_inputs(config, processes, output, stop, recorder, built, precision, workers)
+    inputs = _evaluation_inputs(config, processes, output, stop, recorder, built, precision, workers, bad_images)
     evaluator = together(processes, partial(_evaluator, config, processes, built.evaluation_files))
     with contextlib.closing(inputs.loader):
         try:
@@ -92,6 +97,8 @@ def evaluate(
                 f"(exit status {STOPPED_EXIT_CODE}); nothing was written"
             )
             return STOPPED_EXIT_CODE
+        except TooManyBadImages as error:  # every process has it
+            raise RunError(str(error)) from error
     console.say(f"detections: {inputs.results_file} (COCO results format)")
     if metrics is None:
         console.say("the annotation file has no boxes: no metrics, the detections are ready for an upload")
@@ -119,6 +126,7 @@ def _evaluation_inputs(
     built: Built,
     precision: Precision,
     workers: int,
+    bad_images: BadImages,
 ) -> EvaluationInputs:
     assert built.evaluation_set is not None
     loader = EvalLoader(
@@ -131,6 +139,7 @@ def _evaluation_inputs(
         workers=workers,
         limit_batches=config.data.limit_val_batches,
         pin=processes.device.type == "cuda",
+        max_bad_images=config.data.max_bad_images,
     )
     return EvaluationInputs(
         loader=loader,
@@ -138,6 +147,8 @@ def _evaluation_inputs(
         precision=precision,
         processes=processes,
         recorder=recorder,
+        bad_images=bad_images,
+        split="test" if config.mode == "test" else "val",
         stop=stop,
         results_file=output.detections("test" if config.mode == "test" else "val"),
         limited=config.data.limit_val_batches is not None,

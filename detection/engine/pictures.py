@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 
-from data import CocoDataset, RawBatch, assemble
+from data import CocoDataset, ImageError, RawBatch, assemble
 from detection.evaluation import Detections
 from detection.reporting import draw_boxes, mosaic, side_by_side
 
@@ -43,7 +45,12 @@ def validation_pictures(dataset: CocoDataset, detections: Detections) -> list[np
     if len(candidates) == 0:
         candidates = np.arange(len(dataset))
     places = np.linspace(0, len(candidates) - 1, min(NUM_VALIDATION_PICTURES, len(candidates)))
-    return [_compare(dataset, int(candidates[int(place)]), detections) for place in places]
+    pictures = []
+    for place in places:
+        # One that turned unreadable was reported when it was to be detected on.
+        with contextlib.suppress(ImageError):
+            pictures.append(_compare(dataset, int(candidates[int(place)]), detections))
+    return pictures
 
 
 def _compare(dataset: CocoDataset, index: int, detections: Detections) -> np.ndarray:

@@ -48,9 +48,21 @@ class Precision:
         """Bring the gradients back to their true size, before their norm is taken."""
         self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: Optimizer) -> None:
-        """Optimiser step; skipped by the scaler where a float16 gradient overflowed."""
-        self.scaler.step(optimizer)
+    def step(self, optimizer: Optimizer, skip: Tensor | None = None) -> None:
+        """Optimiser step; skipped by the scaler where a float16 gradient overflowed.
+
+        Args:
+            skip: 1.0 on the device for no step (weights and states stay as they are), 0.0 for one. Fused optimisers
+                look at it there. With float16 it is not asked: a gradient that is not finite is the scaler's own case.
+        """
+        if skip is None or self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+        else:
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf  # type: ignore[attr-defined]
         self.scaler.update(self._fixed_scale)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from detection.augmentation_options import AugmentationConfig
 from detection.config import ModelConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.ema import AveragedModel
@@ -30,6 +31,8 @@ class RunFacts:
     world_size: int
     data_digest: str
     """Of the training annotations."""
+    augmentation: dict[str, Any]
+    """AugmentationConfig.to_dict: what is done to training images at random."""
 
     def state(self) -> dict[str, Any]:
         """Plain types, under the names that checkpoints use."""
@@ -43,6 +46,7 @@ class RunFacts:
                 "global_batch_size": self.global_batch_size,
                 "world_size": self.world_size,
                 "data_digest": self.data_digest,
+                "augmentation": dict(self.augmentation),
             },
         }
 
@@ -74,14 +78,16 @@ def check_resumable(
         raise CheckpointError(
             f"{path} was trained with a global batch of {run['global_batch_size']} images on {run['world_size']} "
             f"processes; this run has {facts.global_batch_size} ({facts.world_size} processes x {per_process}), with "
-            "which epochs, learning rate and image order would not go on where they were. Choose --batch-size and "
-            f"--accumulate so that processes x batch size x accumulate is {run['global_batch_size']}."
+            "which epochs, learning rate and image order would not go on where they were. Give "
+            f"--global-batch-size {run['global_batch_size']}, or --batch-size and --accumulate so that processes x batch "
+            f"size x accumulate is {run['global_batch_size']}."
         )
     if state["iterations_per_epoch"] != iterations_per_epoch:
         raise CheckpointError(
             f"{path} has {state['iterations_per_epoch']} iterations an epoch, this run "
-            f"{iterations_per_epoch}: the number of training images or --limit-train-batches is another one. "
-            "Give the same data to resume, or --weights instead of --resume to start a new run from its weights."
+            f"{iterations_per_epoch}: the number of training images, --repeat-threshold or --limit-train-batches is "
+            "another one. Give the same data and options to resume, or --weights instead of --resume to start a new "
+            "run from its weights."
         )
     lines = []
     if run["world_size"] != facts.world_size:
@@ -94,6 +100,12 @@ def check_resumable(
         lines.append(f"seed: {run['seed']} before, now {facts.seed}")
     if state["preprocessing"] != facts.preprocessing:
         lines.append(f"image scale: {state['preprocessing']} before, now {facts.preprocessing}")
+    # Checkpoints from before there was a choice have none; they were trained without.
+    before = run.get("augmentation", AugmentationConfig().to_dict())
+    for key in dict.fromkeys([*before, *facts.augmentation]):
+        was, now = before.get(key), facts.augmentation.get(key)
+        if was != now:
+            lines.append(f"--{key.replace('_', '-')}: {was} before, now {now}")
     lines += _differences(state["schedule"], schedule, "")
     return lines
 
@@ -101,7 +113,13 @@ def check_resumable(
 def progress_of(checkpoint: LoadedCheckpoint) -> Progress:
     """How far the checkpoint's run was."""
     state = checkpoint.state
-    return Progress(state["iteration"], state["validation_due"], state["best_map"], state["best_epoch"])
+    return Progress(
+        iteration=state["iteration"],
+        validation_due=state["validation_due"],
+        best_map=state["best_map"],
+        best_epoch=state["best_epoch"],
+        skipped_steps=state.get("skipped_steps", 0),  # not in checkpoints of before there was a count
+    )
 
 
 def settings_without_effect(checkpoint: LoadedCheckpoint, model: ModelConfig) -> list[str]:

@@ -10,31 +10,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data import UnreadableImage
 from detection.engine.distributed import Processes
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")
-_COLUMNS = ("loss", *LOSSES, "grad_norm")
+_FIGURES = ("loss", *LOSSES, "grad_norm")
+
+MOST_SKIPPED_IN_A_ROW = 100
+"""Iterations. A run that learns nothing for as long as that is over, also with --skip-nonfinite."""
 
 
 class NonFiniteLoss(ValueError):
-    """A loss or the gradient became NaN or infinite. The message says where and gives advice."""
+    """A loss or the gradient became NaN or infinite. The message says where; `records` lead up to it."""
+
+    def __init__(self, message: str, records: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.records = list(records)
 
 
 class StepRecords:
     """Holds the losses of recent iterations on the device until `read` fetches them all with one synchronisation."""
 
-    def __init__(self, processes: Processes, *, images_per_iteration: int, gradient_may_overflow: bool) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        *,
+        images_per_iteration: int,
+        gradient_may_overflow: bool,
+        skips_nonfinite: bool = False,
+    ) -> None:
         """
         Args:
             images_per_iteration: global batch size.
             gradient_may_overflow: float16 with a loss scale: a gradient that is not finite is the scaler's business.
+            skips_nonfinite: iterations that are not finite made no step; they are counted and do not end the run.
         """
         self._processes = processes
         self._images_per_iteration = images_per_iteration
         self._gradient_may_overflow = gradient_may_overflow
+        self._skips_nonfinite = skips_nonfinite
+        self.skipped_steps = 0
+        """Iterations without a step since the run began; the same on every process."""
+        self.warnings: list[str] = []
+        """Lines for the console, of the latest read."""
+        self.unreadable: list[UnreadableImage] = []
+        """This process's pictures that could not be used, of the latest read."""
+        self._skipped_in_a_row = 0
         self._values: list[Tensor] = []
         self._facts: list[dict[str, Any]] = []
         self._image_ids: list[list[int]] = []
+        self._unreadable: list[UnreadableImage] = []
         self._since = time.perf_counter()
 
     def __len__(self) -> int:
@@ -44,58 +69,100 @@ class StepRecords:
         """Leave out what happened since the last read (a validation, say) from images per second."""
         self._since = time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor], grad_norm: Tensor, image_ids: Sequence[int], **facts: float | int) -> None:
+    def add(
+        self,
+        losses: dict[str, Tensor],
+        grad_norm: Tensor,
+        image_ids: Sequence[int],
+        unreadable: Sequence[UnreadableImage] = (),
+        **facts: float | int,
+    ) -> None:
         """Note one iteration.
 
         Args:
             losses: the four losses of this process, scalars on the device.
             grad_norm: scalar on the device.
             image_ids: images of this process in this iteration.
+            unreadable: pictures of this process that could not be used.
             facts: epoch, iteration, lr, data_seconds.
         """
         parts = [losses[name].detach().float() for name in LOSSES]
-        self._values.append(torch.stack([sum(parts, start=torch.zeros_like(parts[0])), *parts, grad_norm.float()]))
+        total = sum(parts, start=torch.zeros_like(parts[0]))
+        # full_like, unlike a tensor made from a number, copies nothing to a GPU.
+        replaced = torch.full_like(total, sum(fault.place is not None for fault in unreadable))
+        self._values.append(torch.stack([total, *parts, grad_norm.float(), replaced]))
         self._facts.append({"kind": "train", **facts})
         self._image_ids.append(list(image_ids))
+        self._unreadable += unreadable
 
     def read(self) -> list[dict[str, Any]]:
         """The records since the last read, losses averaged over the processes; every process must call it.
 
+        A record has "replaced_images" where pictures of its iteration could not be used, and with skips_nonfinite
+        "skipped_steps", the count so far.
+
         Raises:
-            NonFiniteLoss: on every process, where a loss of any of them is not finite.
+            NonFiniteLoss: on every process, where a loss of any of them is not finite, or too many in a row were
+                skipped.
         """
+        self.warnings, self.unreadable = [], []
         if not self._facts:
             return []
         values = torch.stack(self._values)
         rows = self._processes.mean(values).tolist()
         now = time.perf_counter()
         rate = len(rows) * self._images_per_iteration / max(now - self._since, 1e-9)
-        records = []
-        for facts, row in zip(self._facts, rows, strict=True):
-            record = {**facts, **dict(zip(_COLUMNS, row, strict=True)), "images_per_second": rate}
+        checked = len(_FIGURES) - 1 if self._gradient_may_overflow else len(_FIGURES)
+        records, bad = [], []
+        too_many_in_a_row = False
+        for place, (facts, (*row, replaced)) in enumerate(zip(self._facts, rows, strict=True)):
+            record = {**facts, **dict(zip(_FIGURES, row, strict=True)), "images_per_second": rate}
             if self._processes.device.type == "cuda":
                 record["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            if replaced > 0:
+                record["replaced_images"] = round(replaced * self._processes.world_size)
+            is_bad = not all(map(math.isfinite, row[:checked]))
+            if is_bad:
+                bad.append(place)
+            if self._skips_nonfinite:
+                self.skipped_steps += is_bad
+                self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_bad else 0
+                too_many_in_a_row |= self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW
+                record["skipped_steps"] = self.skipped_steps
             records.append(record)
-        checked = len(_COLUMNS) - 1 if self._gradient_may_overflow else len(_COLUMNS)
-        bad = next((i for i, row in enumerate(rows) if not all(map(math.isfinite, row[:checked]))), None)
-        if bad is not None:
-            raise NonFiniteLoss(self._explain(bad, values[bad].tolist()))
-        self._values, self._facts, self._image_ids, self._since = [], [], [], now
+            if is_bad and not self._skips_nonfinite:
+                break
+        if bad:
+            reports = self._reports(bad, values.tolist())
+            if not self._skips_nonfinite:
+                raise NonFiniteLoss(f"the training is no longer finite: {reports[0]}", records)
+            if too_many_in_a_row:
+                words = f"{MOST_SKIPPED_IN_A_ROW} iterations in a row were not finite and made no step, the last:"
+                raise NonFiniteLoss(f"{words}\n{reports[-1]}", records)
+            self.warnings = [f"step skipped ({self.skipped_steps} so far): {reports[-1]}"]
+        self.unreadable = self._unreadable
+        self._values, self._facts, self._image_ids, self._unreadable, self._since = [], [], [], [], now
         return records
 
-    def _explain(self, index: int, mine: list[float]) -> str:
-        bad = [f"{name} = {value}" for name, value in zip(_COLUMNS, mine, strict=True) if not math.isfinite(value)]
-        reports = self._processes.gather_objects((bad, self._image_ids[index]))
-        facts = self._facts[index]
-        lines = [
-            f"iteration {facts['iteration']} (epoch {facts['epoch'] + 1}, learning rate {facts['lr']:.6g}): "
-            "the training is no longer finite"
-        ]
-        lines += [
-            f"  process {rank}: {', '.join(bad)}; image ids {ids}" for rank, (bad, ids) in enumerate(reports) if bad
-        ]
-        lines.append(
-            "No checkpoint was written after it. Lower --lr (or give --auto-scale-lr: the schedule's learning rate is "
-            "meant for its own batch size), add --clip-grad 35, or use --amp bf16 instead of fp16; then --resume."
-        )
-        return "\n".join(lines)
+    def _reports(self, places: list[int], mine: list[list[float]]) -> list[str]:
+        """For each of these iterations which it is and what each process saw, the same on every process."""
+        losses_end = len(_FIGURES) - 1
+        seen = []
+        for place in places:
+            losses = zip(_FIGURES, mine[place][:losses_end], strict=False)
+            bad = [f"{name} = {value}" for name, value in losses if not math.isfinite(value)]
+            seen.append((bad, self._image_ids[place]))
+        reports = []
+        for place, parts in zip(places, zip(*self._processes.gather_objects(seen), strict=True), strict=True):
+            facts, grad_norm = self._facts[place], mine[place][losses_end]
+            lines = [
+                f"iteration {facts['iteration']} (epoch {facts['epoch'] + 1}, learning rate {facts['lr']:.6g}, "
+                f"grad_norm {grad_norm:.6g}) is not finite"
+            ]
+            # Through the exchanged gradients one loss spoils those of all: only the process that had it is named.
+            any_loss = any(bad for bad, _ in parts)
+            for rank, (bad, image_ids) in enumerate(parts):
+                if bad or not any_loss:
+                    lines.append(f"  process {rank}: {', '.join(bad) or 'losses are finite'}; image ids {image_ids}")
+            reports.append("\n".join(lines))
+        return reports

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data import DevicePrefetcher, TrainLoader
+from data import DevicePrefetcher, TrainLoader, UnreadableImage
+from detection.engine.bad_images import BadImages
 from detection.engine.checkpoint import BEST, LAST, CheckpointStore
 from detection.engine.distributed import Processes, without_gradient_exchange
 from detection.engine.ema import AveragedModel
+from detection.engine.nonfinite_guard import NonFiniteGuard
 from detection.engine.optimizer import optimizer_state, set_learning_rate, trained_parameters
 from detection.engine.precision import Precision, gradient_norm
 from detection.engine.recorder import Recorder
-from detection.engine.step_records import StepRecords
+from detection.engine.step_records import NonFiniteLoss, StepRecords
 from detection.engine.stopping import StopRequest
 from detection.models import ImageBatch, TargetBatch
 from schedules import Schedule
@@ -39,6 +41,8 @@ class Progress:
     best_map: float | None = None
     best_epoch: int | None = None
     """Both None until a validation gave an mAP."""
+    skipped_steps: int = 0
+    """Iterations that made no step because they were not finite."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,15 @@ class EpochBasedTrainLoop:
         stop: StopRequest,
         log_interval: int,
         save_plan: SavePlan,
+        bad_images: BadImages,
+        skip_nonfinite: bool,
         validate: Callable[[int, nn.Module], dict[str, Any]] | None,
         extra_state: dict[str, Any],
     ) -> None:
         """
         Args:
             model: the detector, wrapped for the run's processes.
+            skip_nonfinite: an iteration that is not finite makes no step, instead of ending the run.
             validate: (iteration, model) -> metrics; collective. None: the run has no validation set.
             extra_state: what describes the run and goes into every checkpoint as it is.
         """
@@ -95,6 +102,8 @@ class EpochBasedTrainLoop:
         self.stop = stop
         self.log_interval = log_interval
         self.save_plan = save_plan
+        self.bad_images = bad_images
+        self.guard = NonFiniteGuard(self.detector) if skip_nonfinite else None
         self.validate = validate
         self.extra_state = extra_state
         self.iterations_per_epoch = loader.iterations_per_epoch
@@ -103,7 +112,9 @@ class EpochBasedTrainLoop:
             processes,
             images_per_iteration=loader.global_batch_size,
             gradient_may_overflow=precision.amp == "fp16",
+            skips_nonfinite=skip_nonfinite,
         )
+        self._saved_iteration: int | None = None
         self._last_save = time.monotonic()
 
     def run(self, progress: Progress) -> None:
@@ -112,7 +123,10 @@ class EpochBasedTrainLoop:
         Raises:
             Stopped: a signal asked for it; the state is saved.
             NonFiniteLoss: see StepRecords.
+            TooManyBadImages: see BadImages.
         """
+        self.records.skipped_steps = progress.skipped_steps
+        self._saved_iteration = progress.iteration or None
         batches = DevicePrefetcher(self.loader.batches(progress.iteration, self.num_iterations), self.processes.device)
         if progress.validation_due and self.validate is not None:
             self.run_validation(progress)
@@ -143,7 +157,10 @@ class EpochBasedTrainLoop:
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         image_ids: list[int] = []
+        unreadable: list[UnreadableImage] = []
         data_seconds = 0.0
+        if self.guard is not None:
+            self.guard.begin()
         for micro_step in range(self.accumulate):
             batch = next(batches)
             data_seconds += batches.data_seconds
@@ -156,18 +173,21 @@ class EpochBasedTrainLoop:
                 losses = self.forward_backward(images, targets)
             total = {name: total[name] + value for name, value in losses.items()} if total else losses
             image_ids += batch.image_ids.tolist()
+            unreadable += batch.unreadable
         self.precision.unscale(self.optimizer)
         clip = self.schedule.clip_grad
         grad_norm = gradient_norm(
             self.parameters, norm_type=clip.norm_type if clip else 2.0, clip_to=clip.max_norm if clip else None
         )
-        self.precision.step(self.optimizer)
+        skip = self.guard.finish(grad_norm) if self.guard is not None else None
+        self.precision.step(self.optimizer, skip)
         if self.ema is not None:
-            self.ema.update(self.detector, iteration)
+            self.ema.update(self.detector, iteration, skip)
         self.records.add(
             total,
             grad_norm,
             image_ids,
+            unreadable,
             epoch=iteration // self.iterations_per_epoch,
             iteration=iteration,
             lr=learning_rate,
@@ -179,7 +199,8 @@ class EpochBasedTrainLoop:
         with self.precision.autocast():
             losses = self.model(images, targets)
         shares = {name: value / self.accumulate for name, value in losses.items()}
-        self.precision.backward(torch.stack(list(shares.values())).sum())
+        total = torch.stack(list(shares.values())).sum()
+        self.precision.backward(total if self.guard is None else self.guard.carry(total))
         return {name: value.detach() for name, value in shares.items()}
 
     def read_records(self, progress: Progress) -> None:
@@ -187,7 +208,34 @@ class EpochBasedTrainLoop:
         done = progress.iteration
         at_interval = done == 1 or done % self.log_interval == 0 or done % self.iterations_per_epoch == 0
         if at_interval:
-            self.recorder.train(self.records.read())
+            self.write_records(progress)
+
+    def write_records(self, progress: Progress) -> None:
+        """Fetch and write the records since the last time; what is wrong with them ends the run on every process."""
+        try:
+            records = self.records.read()
+        except NonFiniteLoss as error:
+            self.recorder.train(error.records)
+            raise NonFiniteLoss(f"{error}\n{self.advice()}") from None
+        self.recorder.train(records)
+        for line in self.records.warnings if self.processes.is_main else ():
+            self.recorder.warn(line)
+        progress.skipped_steps = self.records.skipped_steps
+        if any("replaced_images" in record for record in records):
+            self.bad_images.agree("train", self.records.unreadable)
+
+    def advice(self) -> str:
+        """What to do about a training that is no longer finite."""
+        if self._saved_iteration is None:
+            kept, again = "No checkpoint was written yet.", "then start anew with --overwrite"
+        else:
+            kept = f"{self.store.directory / LAST} is from before it (after {self._saved_iteration} iterations)."
+            again = "then go on with --resume"
+        return (
+            f"{kept} Lower --lr (or give --auto-scale-lr: the schedule's learning rate is meant for its own batch "
+            "size), add --clip-grad 35, or use --amp bf16 instead of fp16; where single images do it, "
+            f"--skip-nonfinite leaves out such steps; {again}."
+        )
 
     def save_epoch(self, progress: Progress) -> None:
         """Write the checkpoint of an epoch's end. Before its validation, which may take long."""
@@ -225,8 +273,9 @@ class EpochBasedTrainLoop:
 
     def save(self, progress: Progress, names: list[str]) -> None:
         """Write a checkpoint; what goes wrong is reported, and the run goes on."""
-        self.recorder.train(self.records.read())
+        self.write_records(progress)
         self._last_save = time.monotonic()
+        self._saved_iteration = progress.iteration
         if not self.processes.is_main:
             return
         self.recorder.flush()
@@ -241,6 +290,7 @@ class EpochBasedTrainLoop:
             "validation_due": progress.validation_due,
             "best_map": progress.best_map,
             "best_epoch": progress.best_epoch,
+            "skipped_steps": progress.skipped_steps,
             "iterations_per_epoch": self.iterations_per_epoch,
             "model": self.detector.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,

@@ -10,6 +10,8 @@ from torch import nn
 
 from data import TrainLoader
 from detection.config import RunConfig
+from detection.engine.augmentation import augmentation_of
+from detection.engine.bad_images import BadImages, TooManyBadImages
 from detection.engine.build import Built
 from detection.engine.checkpoint import CheckpointError, CheckpointStore, LoadedCheckpoint, continue_from
 from detection.engine.distributed import Processes
@@ -90,10 +92,11 @@ def train(
     if checkpoint is not None:
         main_first(processes, partial(_leave_other_future, output, checkpoint, console))
     recorder = together(processes, partial(_open_recorder, config, processes, output, console, schedule, progress))
+    bad_images = BadImages(processes, recorder, config.data.max_bad_images)
     if progress.iteration == 0 and processes.is_main:
         first = next(_train_loader(config, processes, built, workers=0).batches(0, 1))
         recorder.pictures(0, [training_mosaic(first, built.class_names)], "train/batch")
-    val_loader, validate = validation(config, processes, output, stop, recorder, built, precision, workers)
+    val_loader, validate = validation(config, processes, output, stop, recorder, built, precision, workers, bad_images)
     if config.train.compile:
         model.compile_dense_parts()
     trains_batch_norm = any(
@@ -114,6 +117,8 @@ def train(
         stop=stop,
         log_interval=config.output.log_interval or (20 if on_gpu else 1),
         save_plan=SavePlan(config.output.checkpoint_minutes, config.output.checkpoint_iterations),
+        bad_images=bad_images,
+        skip_nonfinite=config.train.skip_nonfinite,
         validate=validate,
         extra_state={"model_config": asdict(model.config), **facts.state(), "config": config.to_dict()},
     )
@@ -126,7 +131,7 @@ def train(
         status = STOPPED_EXIT_CODE
         by = stop.signal_name or "a signal to another process"
         console.say(f"stopped by {by} {stopped} (exit status {status}); go on with the run with --resume")
-    except NonFiniteLoss as error:  # every process has it
+    except (NonFiniteLoss, TooManyBadImages) as error:  # every process has it
         raise RunError(str(error)) from error
     finally:
         if processes.is_main and (problem := store.close()) is not None:
@@ -138,7 +143,7 @@ def train(
     # At the end nothing more can be tried: a run whose last checkpoint is missing has failed.
     main_first(processes, partial(_require_saved, problem))
     if status == 0:
-        console.say(_closing_words(output, recorder, progress))
+        console.say(_closing_words(output, recorder, progress, bad_images))
     return status
 
 
@@ -154,8 +159,11 @@ def _train_loader(config: RunConfig, processes: Processes, built: Built, *, work
         rank=processes.rank,
         world_size=processes.world_size,
         workers=workers,
+        augmentation=augmentation_of(config.augmentation, config.data.max_size),
+        repeat_threshold=config.augmentation.repeat_threshold,
         limit_batches=config.data.limit_train_batches,
         pin=processes.device.type == "cuda" and workers > 0,
+        max_bad_images=config.data.max_bad_images,
     )
 
 
@@ -169,6 +177,7 @@ def _run_facts(config: RunConfig, processes: Processes, built: Built, loader: Tr
         global_batch_size=loader.global_batch_size,
         world_size=processes.world_size,
         data_digest=loader.dataset.annotations.digest(),
+        augmentation=config.augmentation.to_dict(),
     )
 
 
@@ -228,8 +237,12 @@ def _require_saved(problem: str | None) -> None:
         )
 
 
-def _closing_words(output: OutputDirectory, recorder: Recorder, progress: Progress) -> str:
-    best = ""
+def _closing_words(output: OutputDirectory, recorder: Recorder, progress: Progress, bad_images: BadImages) -> str:
+    best, remarks = "", []
+    if progress.skipped_steps:
+        remarks.append(f"{progress.skipped_steps} of {progress.iteration} iterations were not finite and made no step")
+    if bad_images:
+        remarks.append(bad_images.summary())
     if progress.best_map is not None:
         best = f"   best.pt has mAP {progress.best_map:.3f} (epoch {progress.best_epoch})"
     weights = "best.pt" if (output.checkpoints / "best.pt").is_file() else "last.pt"
@@ -238,6 +251,7 @@ def _closing_words(output: OutputDirectory, recorder: Recorder, progress: Progre
             "",
             recorder.summary(),
             "",
+            *remarks,
             f"checkpoints  {output.checkpoints}{best}",
             f"curves       tensorboard --logdir {output.tensorboard}",
             f"try it       python3 scripts/predict.py --weights {output.checkpoints / weights} IMAGE ...",
