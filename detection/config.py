@@ -77,6 +77,9 @@ class TrainConfig:
     auto_scale_lr: bool = False
     accumulate: int | None = None
     """Micro-steps an iteration. None: the schedule's accumulative_counts."""
+    global_batch_size: int | None = None
+    """Images an iteration, whatever the number of processes; batch_size is then the most that a process takes at once.
+    See RunConfig.for_processes."""
     clip_grad: float | None = None
     """Largest gradient norm. None: the schedule's clip_grad."""
     skip_nonfinite: bool = False
@@ -120,6 +123,28 @@ class RunConfig:
     """train, val or test."""
     dry_run: bool = False
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+    def for_processes(self, world_size: int) -> RunConfig:
+        """The same with batch_size and accumulate such that `world_size` processes make up the global batch asked for.
+
+        The configuration itself where no global batch is asked for, or nothing is trained.
+
+        Raises:
+            ConfigError: the global batch cannot be divided evenly.
+        """
+        total = self.train.global_batch_size
+        if total is None or self.mode != "train":
+            return self
+        if total % world_size:
+            possible = ", ".join(str(count) for count in range(1, total + 1) if total % count == 0)
+            raise ConfigError(
+                f"--global-batch-size {total} cannot be divided evenly over {world_size} processes: start as many as one "
+                f"of {possible}"
+            )
+        images = total // world_size
+        batch_size = next(size for size in range(min(self.train.batch_size, images), 0, -1) if images % size == 0)
+        train = dataclasses.replace(self.train, batch_size=batch_size, accumulate=images // batch_size)
+        return dataclasses.replace(self, train=train)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for config.json and checkpoints."""
@@ -302,6 +327,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--accumulate", type=_positive_int, metavar="N", help="micro-steps an iteration [the schedule's, 1]"
     )
     group.add_argument(
+        "--global-batch-size",
+        type=_positive_int,
+        metavar="N",
+        help="images an iteration over all processes: batch and micro-steps a process follow from it, also where a "
+        "resumed run has another number of processes; --batch-size is then the most a process takes at once",
+    )
+    group.add_argument(
         "--clip-grad", type=_positive_float, metavar="X", help="largest gradient norm [the schedule's, none]"
     )
     group.add_argument(
@@ -390,6 +422,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
         value = getattr(options, name)
         if value is not None:
             overrides.append(f"{key}={value}")
+    if options.global_batch_size is not None and options.accumulate is not None:
+        raise ConfigError(
+            "--global-batch-size decides the number of micro-steps: leave --accumulate away (--batch-size is the most "
+            "images that a process takes at once)"
+        )
     if options.sync_bn and options.norm not in ("auto", "bn"):
         raise ConfigError(f"--sync-bn needs trained batch norm, and --norm {options.norm} has none: use --norm bn")
     for split in ("train", "val", "test"):

@@ -12,6 +12,7 @@ from detection.engine.build import build, prepare
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.distributed import Processes, start_processes, stop_processes
 from detection.engine.errors import USER_ERRORS, RunError, main_first, together
+from detection.engine.host_memory import keep_freed_memory
 from detection.engine.evaluation_run import evaluate
 from detection.engine.output_directory import OutputDirectory
 from detection.engine.stopping import StopRequest
@@ -31,6 +32,7 @@ def run(config: RunConfig) -> int:
     processes = start_processes(config.device)
     output = OutputDirectory(config.output_dir)
     try:
+        config = config.for_processes(processes.world_size)
         with StopRequest() as stop:
             return _run(config, processes, output, stop)
     finally:
@@ -44,6 +46,8 @@ def _run(config: RunConfig, processes: Processes, output: OutputDirectory, stop:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     prepared = main_first(processes, partial(prepare, config, output))
     checkpoint = None
     if prepared.resume_path is not None:

@@ -28,6 +28,27 @@ def test_options_arrive_in_their_fields():
     assert (config.output.resume, config.output.checkpoint_minutes) == ("auto", 2.5)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "most_at_once", "batch_size", "accumulate"),
+    [(8, 2, 2, 1), (4, 2, 2, 2), (2, 8, 8, 1), (1, 2, 2, 8), (16, 2, 1, 1), (1, 3, 2, 8), (1, 99, 16, 1)],
+)
+def test_a_global_batch_is_divided_over_any_number_of_processes(world_size, most_at_once, batch_size, accumulate):
+    words = ["--global-batch-size", "16", "--batch-size", str(most_at_once)]
+    train = parse_arguments(words).for_processes(world_size).train
+    assert (train.batch_size, train.accumulate) == (batch_size, accumulate)
+    assert world_size * batch_size * accumulate == 16
+
+
+def test_a_global_batch_that_cannot_be_divided_evenly_is_refused_with_the_numbers_that_can():
+    with pytest.raises(ConfigError, match=r"16 cannot be divided evenly over 7 processes.*1, 2, 4, 8, 16"):
+        parse_arguments(["--global-batch-size", "16"]).for_processes(7)
+
+
+def test_without_a_global_batch_every_process_keeps_its_own():
+    config = parse_arguments(["--batch-size", "3"])
+    assert config.for_processes(5) is config
+
+
 def test_ema_without_a_value_has_a_default_decay():
     assert parse_arguments(["--ema"]).train.ema == 0.9998
 
@@ -53,6 +74,7 @@ def test_overrides_of_the_schedule_keep_their_order_short_options_last():
         ("--val-only --weights imagenet", "--resume"),
         ("--val-only --resume x.pt --dataset shapes --weights f --overwrite", "one of them"),
         ("--val-only --weights f --overwrite", "leave --overwrite away"),
+        ("--global-batch-size 16 --accumulate 2", "leave --accumulate away"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_with_a_remedy(words: str, said: str):
