@@ -138,8 +138,8 @@ class RunConfig:
         if total % world_size:
             possible = ", ".join(str(count) for count in range(1, total + 1) if total % count == 0)
             raise ConfigError(
-                f"--global-batch-size {total} cannot be divided evenly over {world_size} processes: start as many as one "
-                f"of {possible}"
+                f"--global-batch-size {total} cannot be divided evenly over {world_size} processes: start as many as "
+                f"one of {possible}"
             )
         images = total // world_size
         batch_size = next(size for size in range(min(self.train.batch_size, images), 0, -1) if images % size == 0)
