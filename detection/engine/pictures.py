@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -13,12 +15,27 @@ from detection.reporting import draw_boxes, mosaic, side_by_side
 NUM_VALIDATION_PICTURES = 4
 LONGEST_SIDE = 640
 """Pixels to which pictures are scaled, so that names can be read on small images too."""
+LETTER_FRACTION = 1 / 20
+"""Height of letters as a part of a picture's mean side: TensorBoard shows pictures 300 pixels wide."""
+NUM_TRAINING_PICTURES = 8
 SHOWN_FROM_SCORE = 0.5
 MOST_BOXES_SHOWN = 30
 
 
-def training_mosaic(batch: RawBatch, class_names: tuple[str, ...]) -> np.ndarray:
-    """The images of a batch as the model gets them (resized, flipped), boxes drawn; uint8 RGB [H, W, 3]."""
+def training_mosaic(batches: Iterable[RawBatch], class_names: tuple[str, ...]) -> np.ndarray:
+    """Images as the model gets them (resized, flipped, ...), boxes drawn; uint8 RGB [H, W, 3].
+
+    Batches are taken until there are NUM_TRAINING_PICTURES images, or no more batches.
+    """
+    pictures: list[np.ndarray] = []
+    for batch in batches:
+        pictures += _fed_pictures(batch, class_names)
+        if len(pictures) >= NUM_TRAINING_PICTURES:
+            break
+    return mosaic(pictures[:NUM_TRAINING_PICTURES], columns=min(4, len(pictures)))
+
+
+def _fed_pictures(batch: RawBatch, class_names: tuple[str, ...]) -> list[np.ndarray]:
     fed = assemble(batch, "cpu")
     pictures = []
     for index, (height, width) in enumerate(batch.resized_sizes):
@@ -31,9 +48,10 @@ def training_mosaic(batch: RawBatch, class_names: tuple[str, ...]) -> np.ndarray
                 batch.labels[index].numpy()[valid],
                 class_names,
                 longest_side=LONGEST_SIDE,
+                letter_fraction=LETTER_FRACTION,
             )
         )
-    return mosaic(pictures)
+    return pictures
 
 
 def validation_pictures(dataset: CocoDataset, detections: Detections) -> list[np.ndarray]:
@@ -62,8 +80,11 @@ def _compare(dataset: CocoDataset, index: int, detections: Detections) -> np.nda
     boxes[:, 2:] += boxes[:, :2]
     label_of = {category: label for label, category in enumerate(dataset.annotations.category_ids)}
     labels = np.array([label_of[category] for category in detections.category_ids[rows].tolist()], np.int64)
-    names = dataset.class_names
+    draw = partial(
+        draw_boxes, class_names=dataset.class_names, longest_side=LONGEST_SIDE, letter_fraction=LETTER_FRACTION
+    )
     return side_by_side(
-        draw_boxes(picture, true_boxes, true_labels, names, longest_side=LONGEST_SIDE),
-        draw_boxes(picture, boxes, labels, names, detections.scores[rows], longest_side=LONGEST_SIDE),
+        draw(picture, true_boxes, true_labels),
+        draw(picture, boxes, labels, scores=detections.scores[rows]),
+        letter_fraction=LETTER_FRACTION,
     )

@@ -26,6 +26,7 @@ from schedules import Schedule
 
 _PACKAGES = ("torch", "torchvision", "pycocotools", "tensorboard", "numpy", "pillow")
 _CURVE_POINTS = 600
+_OF_ONE_START = {"output.resume", "output.overwrite", "mode", "dry_run"}
 
 
 def describe_plan(
@@ -106,6 +107,25 @@ def config_record(
     }
 
 
+def configuration_text(record: dict[str, Any]) -> str:
+    """The configuration of a run (config_record's) as Markdown, without what only this start of it was asked for."""
+    lines = ["| setting | value |", "|---|---|"]
+    for group, settings in record["config"].items():
+        for name, value in settings.items() if isinstance(settings, dict) else [("", settings)]:
+            key = f"{group}.{name}".rstrip(".")
+            if key not in _OF_ONE_START and value not in (None, []):
+                lines.append(f"| {key} | {_table_cell(value)} |")
+    lines += [f"| processes | {record['starts'][-1]['world_size']} |"]
+    lines += [f"| {name} | {_table_cell(record[name])} |" for name in ("device", "host", "git_commit")]
+    lines += [f"| {name} | {version} |" for name, version in record["versions"].items()]
+    return "\n".join(lines)
+
+
+def _table_cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+
+
 def _describe_set(name: str, dataset: CocoDataset) -> str:
     annotations = dataset.annotations
     empty = int((dataset.box_counts == 0).sum())
@@ -123,7 +143,8 @@ def _describe_parameters(model: nn.Module) -> str:
 
 def _describe_batch(config: RunConfig, processes: Processes, schedule: Schedule, loader: TrainLoader) -> str:
     total = loader.global_batch_size
-    text = f"{total} = {processes.world_size} processes x {config.train.batch_size} images"
+    text = f"{total} = {_count(processes.world_size, 'process', 'processes')} x "
+    text += _count(config.train.batch_size, "image", "images")
     if schedule.accumulative_counts > 1:
         text += f" x {schedule.accumulative_counts} micro-steps"
     base = schedule.base_batch_size
@@ -140,7 +161,8 @@ def _describe_batch(config: RunConfig, processes: Processes, schedule: Schedule,
 def _describe_device(processes: Processes) -> str:
     if processes.device.type == "cuda":
         return f"{processes.world_size} x {torch.cuda.get_device_name(processes.device)}"
-    return f"CPU, {processes.world_size} processes x {torch.get_num_threads()} threads"
+    count = _count(processes.world_size, "process", "processes")
+    return f"CPU, {count} x {_count(torch.get_num_threads(), 'thread', 'threads')}"
 
 
 def _learning_rate_picture(schedule: Schedule, iterations_per_epoch: int, unicode: bool) -> list[str]:
@@ -150,6 +172,10 @@ def _learning_rate_picture(schedule: Schedule, iterations_per_epoch: int, unicod
     picture = sparkline(rates, width=72, height=4, unicode=unicode).splitlines()
     axis = f"{'epoch 1':<36}{f'epoch {schedule.max_epochs}':>36}"
     return [f"learning rate, up to {max(rates):g}", *picture, axis]
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,11 @@ import numpy as np
 
 from detection.reporting import (
     Console,
+    Forecast,
     MetricsLog,
     Progress,
     TensorBoardLog,
+    duration,
     read_metrics,
     summary_table,
     validation_table,
@@ -33,6 +35,7 @@ class Recorder:
         self.log = log
         self.board = board
         self._bar: Progress | None = None
+        self._forecast: Forecast | None = None
         self._failed_writes = 0
         self._unwritten: list[dict[str, Any]] = []
         self._last_validation: dict[str, Any] | None = None
@@ -52,10 +55,11 @@ class Recorder:
         """Show the iterations' progress while inside."""
         with self.console.progress(total, initial=initial, description="training", unit="it") as bar:
             self._bar = bar
+            self._forecast = Forecast(initial, total)
             try:
                 yield
             finally:
-                self._bar = None
+                self._bar = self._forecast = None
 
     @contextmanager
     def evaluation_bar(self, verb: str, total: int) -> Iterator[Progress]:
@@ -73,6 +77,8 @@ class Recorder:
             last = records[-1]
             figures = {name: last[name] for name in ("loss", "lr", "images_per_second", "memory_gb") if name in last}
             self._bar.update(len(records), epoch=last["epoch"] + 1, **figures)
+            if self._forecast is not None and (line := self._forecast.report(last["iteration"] + 1)):
+                self.say(line)
 
     def validation(self, epoch: int, iteration: int, metrics: dict[str, Any], model_tested: str) -> None:
         """Write a validation's metrics, and show them beside the previous and the best ones."""
@@ -80,7 +86,12 @@ class Recorder:
         self._log(record)
         if self.board is not None:
             self._write(self.board.validation, record)
-        self.say(f"validation after epoch {epoch + 1} ({model_tested}, {metrics['num_images']} images)")
+        if self._forecast is not None:
+            self._forecast.leave_out(metrics["seconds"])
+        self.say(
+            f"validation after epoch {epoch + 1} "
+            f"({model_tested}, {metrics['num_images']:,} images, {duration(metrics['seconds'])})"
+        )
         self.say(validation_table(metrics, self._last_validation, self._best_validation))
         self._remember(record)
 
@@ -89,12 +100,22 @@ class Recorder:
         if self.board is not None:
             self._write(lambda record: self.board.pictures(iteration, pictures, tag), None)  # type: ignore[union-attr]
 
+    def precision_recall(self, iteration: int, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Show curves, name -> (precision, recall), in TensorBoard."""
+        if self.board is not None:
+            self._write(lambda record: self.board.precision_recall(iteration, curves), None)  # type: ignore[union-attr]
+
     def flush(self) -> None:
         """Put on the disk what was written so far; before a checkpoint, which a resume continues from."""
         if self.log is not None:
             self._write(lambda record: self.log.flush(), None)  # type: ignore[union-attr]
         if self.board is not None:
             self._write(lambda record: self.board.flush(), None)  # type: ignore[union-attr]
+
+    def finish(self, num_iterations: int) -> None:
+        """Mark the run as done to its last iteration."""
+        if self.board is not None:
+            self._write(self.board.finish, num_iterations)
 
     def summary(self) -> str:
         """All validations of the run as a table."""

@@ -21,7 +21,7 @@ from detection.engine.evaluation_run import validation
 from detection.engine.optimizer import build_optimizer, parameter_facts
 from detection.engine.output_directory import OutputDirectory, OutputDirectoryError, write_json
 from detection.engine.pictures import training_mosaic
-from detection.engine.plan import config_record, describe_plan
+from detection.engine.plan import config_record, configuration_text, describe_plan
 from detection.engine.precision import Precision
 from detection.engine.recorder import Recorder
 from detection.engine.resume import RunFacts, check_resumable, progress_of, restore, settings_without_effect
@@ -94,7 +94,7 @@ def train(
     recorder = together(processes, partial(_open_recorder, config, processes, output, console, schedule, progress))
     bad_images = BadImages(processes, recorder, config.data.max_bad_images)
     if progress.iteration == 0 and processes.is_main:
-        first = next(_train_loader(config, processes, built, workers=0).batches(0, 1))
+        first = _train_loader(config, processes, built, workers=0).batches(0, loader.iterations_per_epoch)
         recorder.pictures(0, [training_mosaic(first, built.class_names)], "train/batch")
     val_loader, validate = validation(config, processes, output, stop, recorder, built, precision, workers, bad_images)
     if config.train.compile:
@@ -133,6 +133,8 @@ def train(
         console.say(f"stopped by {by} {stopped} (exit status {status}); go on with the run with --resume")
     except (NonFiniteLoss, TooManyBadImages) as error:  # every process has it
         raise RunError(str(error)) from error
+    else:
+        recorder.finish(loop.num_iterations)
     finally:
         if processes.is_main and (problem := store.close()) is not None:
             console.warn(problem)
@@ -210,9 +212,11 @@ def _open_recorder(
         log = MetricsLog(output.metrics)
         log.cut(progress.iteration, val_from)
         board = TensorBoardLog(output.tensorboard, first_iteration=progress.iteration, val_from=val_from)
-        write_json(output.config, config_record(config, processes, schedule, output.config, progress.iteration))
+        record = config_record(config, processes, schedule, output.config, progress.iteration)
+        write_json(output.config, record)
     except OSError as error:
         raise OutputDirectoryError(f"{output.path}: cannot be written: {error}") from error
+    board.text("configuration", configuration_text(record))
     board.text("schedule", "\n".join(schedule.describe()), verbatim=True)
     board.hparams(
         {

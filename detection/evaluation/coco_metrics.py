@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from detection.evaluation.backends import Accumulated, accumulate, resolve_backend
 from detection.evaluation.ground_truth import EvaluationError, GroundTruth, read_ground_truth
+from detection.evaluation.precision_recall import Curve, precision_recall_curves
 from detection.evaluation.results import Detections, read_results
 
 # COCOeval's twelve figures, in its order.
@@ -43,6 +44,7 @@ class CocoEvaluator:
     Attributes:
         truth: the file's boxes as arrays.
         backend: the backend in use, "auto" resolved.
+        curves: precision over recall of the last evaluation, see precision_recall_curves; empty before the first.
     """
 
     def __init__(self, annotation_file: str | os.PathLike[str], *, backend: str = "auto") -> None:
@@ -58,6 +60,7 @@ class CocoEvaluator:
         """
         self.backend = resolve_backend(backend)
         self.truth = read_ground_truth(annotation_file)
+        self.curves: dict[str, Curve] = {}
 
     @property
     def has_boxes(self) -> bool:
@@ -104,6 +107,7 @@ class CocoEvaluator:
         metrics: dict[str, Any] = dict(zip(METRIC_NAMES, accumulated.stats.tolist(), strict=True))
         metrics["per_class"] = dict(zip(truth.class_names, per_class_ap(accumulated), strict=True))
         metrics["notes"] = notes + _explanations(truth, detections)
+        self.curves = precision_recall_curves(accumulated, truth.class_names)
         return metrics
 
     def _checked_image_ids(self, image_ids: Iterable[int] | None) -> npt.NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from detection.reporting.console import Console, Progress
 from detection.reporting.durations import duration, remaining
+from detection.reporting.forecast import Forecast
 from detection.reporting.metrics_log import CutReport, MetricsError, MetricsLog, read_metrics
 from detection.reporting.pictures import class_colour, draw_boxes, mosaic, save_png, side_by_side
 from detection.reporting.run_comparison import (
@@ -19,6 +20,7 @@ from detection.reporting.tensorboard import TensorBoardLog
 __all__ = [
     "Console",
     "CutReport",
+    "Forecast",
     "MetricsError",
     "MetricsLog",
     "Progress",

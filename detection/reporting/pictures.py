@@ -34,13 +34,14 @@ def draw_boxes(
     scores: np.ndarray | None = None,
     *,
     longest_side: int | None = None,
+    letter_fraction: float = LETTER_FRACTION,
 ) -> np.ndarray:
     """A copy of the picture with boxes and class names (and scores in percent) on it.
 
     image: uint8 RGB [H, W, 3]. boxes_xyxy: float [N, 4] in its pixels. labels: int [N] in
     0..len(class_names)-1. scores: float [N] in 0..1. longest_side: the picture is scaled to it first, so
-    that lines and letters stay sharp. Returns uint8 RGB [H', W', 3]. Every name lies inside the picture, on
-    a ground of its class's colour.
+    that lines and letters stay sharp. letter_fraction: height of letters as a part of the picture's mean side.
+    Returns uint8 RGB [H', W', 3]. Every name lies inside the picture, on a ground of its class's colour.
     """
     boxes_xyxy = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
     picture = Image.fromarray(image)
@@ -52,7 +53,7 @@ def draw_boxes(
     draw = ImageDraw.Draw(picture)
     mean_side = (picture.width + picture.height) / 2
     line_width = max(1, round(mean_side * LINE_FRACTION))
-    font = ImageFont.load_default(max(MIN_LETTER_HEIGHT, round(mean_side * LETTER_FRACTION)))
+    font = ImageFont.load_default(max(MIN_LETTER_HEIGHT, round(mean_side * letter_fraction)))
 
     areas = np.prod(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], axis=1)
     for number in np.argsort(-areas, kind="stable"):  # small boxes on top of large ones
@@ -74,10 +75,17 @@ def draw_boxes(
 
 
 def side_by_side(
-    left: np.ndarray, right: np.ndarray, titles: tuple[str, str] = ("ground truth", "detections")
+    left: np.ndarray,
+    right: np.ndarray,
+    titles: tuple[str, str] = ("ground truth", "detections"),
+    *,
+    letter_fraction: float = LETTER_FRACTION,
 ) -> np.ndarray:
-    """Two pictures (uint8 RGB [H, W, 3], best of one size) in a row with a title over each; uint8 RGB."""
-    return _grid([left, right], 2, list(titles))
+    """Two pictures (uint8 RGB [H, W, 3], best of one size) in a row with a title over each; uint8 RGB.
+
+    letter_fraction: height of the titles as a part of the pictures' mean side.
+    """
+    return _grid([left, right], 2, list(titles), letter_fraction)
 
 
 def mosaic(images: Sequence[np.ndarray], *, columns: int | None = None, cell: int = 480) -> np.ndarray:
@@ -171,14 +179,19 @@ def _draw_name(
     draw.text((place[0] + 2 - left, place[1] + 2 - top), text, fill=DARK if is_bright else LIGHT, font=font)
 
 
-def _grid(images: Sequence[np.ndarray], columns: int, titles: Sequence[str] | None = None) -> np.ndarray:
+def _grid(
+    images: Sequence[np.ndarray],
+    columns: int,
+    titles: Sequence[str] | None = None,
+    letter_fraction: float = LETTER_FRACTION,
+) -> np.ndarray:
     """Pictures row by row; a column is as wide as its widest, a row as high as its highest."""
     if not images:
         raise ValueError("a grid of pictures needs at least one picture")
     gap = 8
     mean_side = sum(image.shape[0] + image.shape[1] for image in images) / (2 * len(images))
-    font = ImageFont.load_default(max(MIN_LETTER_HEIGHT, round(mean_side * LETTER_FRACTION)))
-    title_height = _name_size(font, "Ag")[1] + gap // 2 if titles else 0
+    font = ImageFont.load_default(max(MIN_LETTER_HEIGHT, round(mean_side * letter_fraction)))
+    title_height = _name_size(font, "Ag")[1] + 2 * gap if titles else 0
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
     widths = [max(image.shape[1] for image in images[column::columns]) for column in range(min(columns, len(images)))]
     heights = [max(image.shape[0] for image in row) + title_height for row in rows]
@@ -191,7 +204,7 @@ def _grid(images: Sequence[np.ndarray], columns: int, titles: Sequence[str] | No
         x = 0
         for image, width in zip(row, widths, strict=False):
             if titles:
-                draw.text((x + 2, y + 1), titles[number], fill=DARK, font=font)
+                draw.text((x + 2, y + gap // 2), titles[number], fill=DARK, font=font)
             sheet.paste(Image.fromarray(image), (x, y + title_height))
             x += width + gap
             number += 1

@@ -27,32 +27,38 @@ FLUSH_SECONDS = 10
 JPEG_QUALITY = 92
 
 # Not figures to draw: what the point is about, and what has tags of its own.
-_NOT_CURVES = {"kind", "iteration", "epoch", "per_class", "notes"}
+_NOT_CURVES = {"kind", "iteration", "epoch", "per_class", "notes", "num_images"}
 
 _LAYOUT: dict[str, dict[str, list[Any]]] = {
     "Overview": {
         "learning rate": ["Multiline", ["^train/lr$"]],
         "mAP": ["Multiline", ["^val/mAP$"]],
         "loss": ["Multiline", ["^train/loss$"]],
+        "images per second": ["Multiline", ["^train/images_per_second$"]],
     },
+    # A page draws all curves of a run in one colour: parts that do not lie apart have a chart each.
     "Losses": {
-        "by part": ["Multiline", ["^train/loss_"]],
+        "RPN: object or not": ["Multiline", ["^train/loss_rpn_cls$"]],
+        "RPN: boxes": ["Multiline", ["^train/loss_rpn_bbox$"]],
+        "box head: classes": ["Multiline", ["^train/loss_cls$"]],
+        "box head: boxes": ["Multiline", ["^train/loss_bbox$"]],
         "gradient norm": ["Multiline", ["^train/grad_norm$"]],
     },
     "Validation": {
         "mAP at IoU 0.50 and 0.75": ["Multiline", ["^val/mAP_50$", "^val/mAP_75$"]],
         "mAP by object size": ["Multiline", ["^val/mAP_[sml]$"]],
+        "average recall": ["Multiline", ["^val/AR_100$"]],
         "AP by class": ["Multiline", ["^val/AP/"]],
-        "average recall": ["Multiline", ["^val/AR_"]],
     },
     "Speed": {
-        "images per second": ["Multiline", ["^train/images_per_second$"]],
         "seconds waiting for data": ["Multiline", ["^train/data_seconds$"]],
         "GPU memory (GB)": ["Multiline", ["^train/memory_gb$"]],
+        "seconds of a validation": ["Multiline", ["^val/seconds$"]],
     },
 }
 _LAYOUT_TAG = "custom_scalars__config__"
 _HPARAMS_TAG = "_hparams_/experiment"
+_HPARAMS_METRICS = ("val/mAP", "val/mAP_50", "val/mAP_75", "train/loss")
 
 
 class TensorBoardLog:
@@ -118,24 +124,29 @@ class TensorBoardLog:
             self.history.texts[name] = text
             self._write(summaries.text(tag, text), self.first_iteration)
 
-    def hparams(self, settings: Mapping[str, Any], metric: str = "val/mAP") -> None:
-        """Lists the run on the HPARAMS page, once: its settings (numbers, strings, booleans) beside the
-        metric's last value."""
+    def hparams(self, settings: Mapping[str, Any]) -> None:
+        """Lists the run on the HPARAMS page, once: its settings (numbers, strings, booleans) beside the last
+        values of mAP and loss, which the page takes from the run's own curves."""
         if self.has(_HPARAMS_TAG):
             return
         plain = {
             key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
             for key, value in settings.items()
         }
-        # Of the three messages the last says "finished with success", which is not known at the start of a
-        # run.
-        for summary in summaries.hparams(plain, {metric: None})[:2]:
+        # Of the three messages the last says "finished with success": see finish.
+        for summary in summaries.hparams(plain, dict.fromkeys(_HPARAMS_METRICS))[:2]:
             self._write(summary, self.first_iteration)
 
+    def finish(self, iteration: int) -> None:
+        """Marks the run as finished on the HPARAMS page, once; `iteration` is the last one."""
+        self._write_once(summaries.hparams({}, {})[2], iteration)
+
     def precision_recall(self, iteration: int, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Draws name -> (precision, recall), float arrays of one length (at most 127 points), as
-        val/PR/<name>."""
+        """Draws name -> (precision, recall), float arrays of one length (at most 127 points), the recall
+        falling, as val/PR/<name>."""
         for name, (precision, recall) in curves.items():
+            if self.history.last_steps.get(f"val/PR/{name}", -1) >= iteration:
+                continue
             # The page cuts a curve off where no positives are counted; COCO's curves come without counts.
             counts = np.ones(len(precision))
             summary = summaries.pr_curve_raw(
@@ -170,6 +181,10 @@ class TensorBoardLog:
         trace: types.TracebackType | None,
     ) -> None:
         self.close()
+
+    def _write_once(self, summary: Summary, step: int) -> None:
+        if not any(self.has(value.tag) for value in summary.value):
+            self._write(summary, step)
 
     def _write(self, summary: Summary, step: int) -> None:
         if not summary.value:

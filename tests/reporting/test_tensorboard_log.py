@@ -21,6 +21,7 @@ from detection.reporting.event_files import event_files, parse_record, read_reco
 ROOT = Path(__file__).resolve().parents[2]
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")
 NO_LIMITS = {"scalars": 0, "images": 0, "tensors": 0}
+RECALL = np.linspace(1, 0, 101)
 PICTURE = np.full((8, 12, 3), 200, dtype=np.uint8)
 
 
@@ -51,11 +52,14 @@ def write_segment(directory, first, stop, *, val_from=None, configuration="lr: 0
     if val_from is not None and val_from < first:
         log.validation(val_record(val_from))
         log.pictures(val_from, [PICTURE, PICTURE])
+        log.precision_recall(val_from, {"class/cat": (RECALL, RECALL)})
     for iteration in range(first, stop):
         log.train(train_record(iteration))
         if iteration % 10 == 9:
             log.validation(val_record(iteration))
             log.pictures(iteration, [PICTURE, PICTURE])
+            log.precision_recall(iteration, {"class/cat": (RECALL, RECALL)})
+    log.finish(stop)
     log.flush()
     return log
 
@@ -83,11 +87,12 @@ def assert_one_whole_run(directory, num_iterations):
     on_disk = steps_on_disk(directory)
     for tag in ("train/lr", "train/loss", *(f"train/{name}" for name in LOSSES)):
         assert on_disk[tag] == everything, tag
-    for tag in ("val/mAP", "val/AP/cat", "val/detections/0", "val/detections/1"):
+    for tag in ("val/mAP", "val/AP/cat", "val/detections/0", "val/detections/1", "val/PR/class/cat"):
         assert on_disk[tag] == validations, tag
     once = ("configuration/text_summary", "custom_scalars__config__", "_hparams_/experiment", "train/augmented/0")
     for tag in once:
         assert on_disk[tag] == [0], tag
+    assert on_disk["_hparams_/session_end_info"] == [num_iterations]
     for purge in (False, True):
         accumulator = read_back(directory, purge=purge)
         curve = accumulator.Scalars("train/lr")
@@ -281,7 +286,7 @@ def test_a_picture_comes_back_as_it_was_given(tmp_path):
 
 
 def test_precision_recall_curves_are_kept_with_their_values(tmp_path):
-    precision, recall = np.linspace(1, 0.5, 101), np.linspace(0, 1, 101)
+    precision, recall = np.linspace(0.5, 1, 101), RECALL
     with TensorBoardLog(tmp_path) as log:
         log.precision_recall(9, {"cat": (precision, recall)})
     (tensor,) = read_back(tmp_path, purge=True).Tensors("val/PR/cat")
