@@ -100,7 +100,9 @@ def test_a_resume_continues_the_stream_and_loads_nothing_of_before(
     whole = [facts(raw) for raw in train_loader(dataset).batches(0, 13)]
     loaded = []
     picture = CocoDataset.picture
-    monkeypatch.setattr(CocoDataset, "picture", lambda self, index: (loaded.append(index), picture(self, index))[1])
+    monkeypatch.setattr(
+        CocoDataset, "picture", lambda self, index, out: (loaded.append(index), picture(self, index, out))[1]
+    )
     assert [facts(raw) for raw in train_loader(dataset).batches(first, 13)] == whole[first:]
     assert len(loaded) == 2 * (13 - first)
 
