@@ -22,7 +22,6 @@ from benchmark_timing import BenchmarkError
 from data import DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine import train_loop
 from detection.engine.bad_images import BadImages
-from detection.engine.bad_images import BadImages
 from detection.engine.checkpoint import CheckpointStore
 from detection.engine.distributed import Processes
 from detection.engine.optimizer import build_optimizer
