@@ -1,9 +1,10 @@
-"""Pictures of what the model is fed: resized, flipped and padded, with the boxes it is trained on.
+"""Pictures of what the model is fed: resized, augmented and padded, with the boxes it is trained on.
 
     python3 scripts/browse_dataset.py --dataset shapes --data-path datasets/shapes --output-dir browse
+    python3 scripts/browse_dataset.py --dataset shapes --lsj 512 --photometric-distortion --mosaic
 
-Boxes are drawn after augmentation, from the very tensors that the training step gets, so a box that is off
-here is off in training.
+Takes train.py's options for training images (docs/augmentation.md). Boxes are drawn after augmentation, from the
+very tensors that the training step gets, so a box that is off here is off in training.
 """
 
 import argparse
@@ -28,7 +29,10 @@ from data import (
     make_shapes,
     read_coco,
 )
-from detection.reporting.pictures import draw_boxes, save_png
+from detection.augmentation_options import add_augmentation_options, augmentation_config
+from detection.config_error import ConfigError
+from detection.engine.augmentation import augmentation_of
+from detection.reporting.pictures import draw_boxes, mosaic, save_png
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,29 +40,37 @@ def main(argv: list[str] | None = None) -> int:
     try:
         dataset = open_dataset(arguments)
         count = browse(dataset, arguments)
-    except (AnnotationError, DatasetError, ImageError, MissingDataset, ShapesError) as error:
+    except (AnnotationError, ConfigError, DatasetError, ImageError, MissingDataset, ShapesError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{count} pictures in {arguments.output_dir}")
+    print(f"{count} pictures in {arguments.output_dir / 'mosaic.png' if arguments.mosaic else arguments.output_dir}")
     return 0
 
 
+class _DefaultsOnce(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default where there is one and the help does not say it, in brackets, already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default is None or "[" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=_DefaultsOnce)
     parser.add_argument("--dataset", choices=("coco", "shapes"), default="coco", help="shapes: made if not there")
-    parser.add_argument("--data-path", type=Path, help="default: datasets/coco or datasets/shapes")
+    parser.add_argument("--data-path", type=Path, help="[datasets/coco or datasets/shapes]")
     parser.add_argument("--images", type=Path, help="folder of pictures of any COCO-format set")
     parser.add_argument("--annotations", type=Path, help="annotation file of that set")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="val: no flips, every image")
     parser.add_argument("--output-dir", type=Path, default=Path("browse"), help="where the PNG files go")
     parser.add_argument("--count", type=int, default=32, help="number of pictures")
+    parser.add_argument("--mosaic", action="store_true", help="one file, mosaic.png, with all of them")
     parser.add_argument("--min-size", type=int, default=800, help="shorter side after the resize")
     parser.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
     parser.add_argument("--batch-size", type=int, default=16, help="global batch size: decides order and padding")
-    parser.add_argument("--epoch", type=int, default=0, help="0-based: which epoch's order and flips")
+    parser.add_argument("--epoch", type=int, default=0, help="0-based: which epoch's order and augmentation")
     parser.add_argument("--seed", type=int, default=0, help="that of the training to be looked at")
+    add_augmentation_options(parser)
     return parser
 
 
@@ -84,14 +96,27 @@ def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
     """Writes the pictures; returns how many."""
     scale = {"min_size": arguments.min_size, "max_size": arguments.max_size}
     if arguments.split == "train":
-        loader = TrainLoader(dataset, **scale, batch_size=arguments.batch_size, seed=arguments.seed)
+        config = augmentation_config(arguments)
+        loader = TrainLoader(
+            dataset,
+            **scale,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            augmentation=augmentation_of(config, arguments.max_size),
+            repeat_threshold=config.repeat_threshold,
+        )
         first = arguments.epoch * loader.iterations_per_epoch
         batches = loader.batches(first, first + loader.iterations_per_epoch)
     else:
         batches = EvalLoader(dataset, **scale, batch_size=arguments.batch_size).batches()
     pictures = ((batch, place) for batch in (raw.to("cpu") for raw in batches) for place in range(len(batch)))
+    shown = itertools.islice(pictures, arguments.count)
+    if arguments.mosaic:
+        cells = [drawn(batch, place, dataset.class_names) for batch, place in shown]
+        save_png(arguments.output_dir / "mosaic.png", mosaic(cells))
+        return len(cells)
     count = 0
-    for batch, place in itertools.islice(pictures, arguments.count):
+    for batch, place in shown:
         name = f"{batch.iteration:06d}_{place:02d}_id{int(batch.image_ids[place])}.png"
         save_png(arguments.output_dir / name, drawn(batch, place, dataset.class_names))
         count += 1

@@ -36,11 +36,13 @@ def describe_augmentation(config: AugmentationConfig, loader: TrainLoader, min_s
     lines = augmentation.describe()
     if augmentation.scales is None and augmentation.jitter is None:
         lines.insert(0, f"scale {max_size}x{min_size}")
+    else:
+        lines[0] += f" (validation: {max_size}x{min_size})"
     factors = loader.repeat_factors
     if factors is not None:
         lines.append(
             f"repeat factors for classes in less than {config.repeat_threshold:.3g} of the images: "
-            f"{int((factors > 1).sum()):,} of {len(factors):,} images come more than once, up to {factors.max():.2f} "
-            f"times; {loader.images_per_epoch:,} images an epoch"
+            f"{int((factors > 1).sum()):,} of {len(factors):,} images come more often than once, up to "
+            f"{factors.max():.2f} times on average; {loader.images_per_epoch:,} images an epoch"
         )
     return lines
