@@ -59,14 +59,17 @@ def test_train_measures_both_steps_and_takes_them_apart(measured, capsys, tmp_pa
     assert "x torchvision-fp32" in capsys.readouterr().out
 
 
-def test_data_measures_workers_and_chains_and_watches_the_workers_memory(measured):
-    record = measured("data", *TOY, "--pictures", 3, "--passes", 2, "--listed", 30)
+def test_data_measures_each_way_alone_and_through_a_worker(measured):
+    record = measured("data", *TOY, "--pictures", 3)
     rows = {row["name"]: row for row in record["chains"]}
-    assert {"our worker, Pillow", "torchvision worker", "torchvision chain"} <= rows.keys()
+    assert {"ours, Pillow, worker", "torchvision reference, worker + device", "Pillow, decode alone"} <= rows.keys()
     assert all(row["images_per_second"] > 0 for row in rows.values())
-    assert "torchvision chain" in rows["our worker, Pillow"]["ratios"]
-    assert record["workers"]["seconds_to_first_batch"] > 0
-    assert len(record["workers"]["passes"]) == 2
+    assert "torchvision reference, worker" in rows["ours, Pillow, worker"]["ratios"]
+    streams = {row["name"]: row for row in record["through_a_worker"]}
+    assert {"ours, Pillow", "torchvision reference", "torchvision reference with its model's part"} <= streams.keys()
+    for row in streams.values():
+        assert row["worker_cpu_seconds"]["min"] > 0 and row["main_cpu_seconds"]["min"] > 0
+        assert "all of torchvision reference" in row["ratios"]
 
 
 def test_data_takes_a_set_of_ones_own(measured, script, tmp_path):
@@ -74,6 +77,42 @@ def test_data_takes_a_set_of_ones_own(measured, script, tmp_path):
     source = ["--images", tmp_path / "own", "--annotations", annotations]
     record = measured("data", *TOY, *source, "--workers", 0)
     assert record["images"] == 2
+
+
+def test_the_peers_chains_give_the_batches_of_the_trainings_they_stand_for(script, tmp_path):
+    """What torchvision's model and MMDetection's preprocessor see is ours, normalised."""
+    pytest.importorskip("cv2")
+    chains, data = script("benchmark_chains"), script("data")
+    file = script("benchmark_scenes").write_pictures(tmp_path, [(64, 48)] * 2, seed=5)
+    dataset = data.CocoDataset(tmp_path, data.read_coco(file), training=True)
+    loader = data.TrainLoader(dataset, min_size=96, max_size=160, batch_size=2, seed=1)
+    ours = data.assemble(next(loader.batches(0, 1)), "cpu")
+    plans = list(loader.plans(0, 1))
+    assert sorted(ours.flips) == [False, True]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (chains.MEAN, chains.STD))
+    peers = [chains.MMDetection3(dataset, plans), chains.MMDetection2(dataset, plans)]
+    peers += [chains.TorchvisionReference(dataset, plans, 96, 160)]
+    for chain in peers:
+        samples = [chain[item] for item in chain.batches[0]]
+        batch = chain.on_device(samples)
+        pixels, boxes = batch, [sample.boxes_xyxy for sample in samples]
+        if isinstance(chain, chains.TorchvisionReference):
+            pixels, boxes = batch[0].tensors, [target["boxes"] for target in batch[1]]
+        assert pixels.shape == ours.pixels.shape
+        assert ((pixels * std + mean) - ours.pixels).abs().mean() < 1
+        for theirs, rows, valid in zip(boxes, ours.boxes_xyxy, ours.valid, strict=True):
+            assert torch.allclose(theirs, rows[valid], atol=0.01)
+
+
+def test_memory_is_watched_epoch_by_epoch(measured, script):
+    if script("benchmark_processes").memory_of(1 << 30) is None and not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("the system does not tell the memory of processes")
+    record = measured("memory", "--epochs", 2, "--workers", 1, "--listed", 40, "--pictures", 3)
+    for name in ("ours", "a list of dicts"):
+        epochs = record[name]["epochs"]
+        assert [len(one["workers"]) for one in epochs] == [1, 1]
+        assert all(0 < one["workers"][0]["pss"] < one["workers"][0]["rss"] for one in epochs)
+    assert record["ours"]["seconds_to_first_batch"] > 0
 
 
 def test_eval_compares_all_twelve_figures_with_pycocotools(measured):
