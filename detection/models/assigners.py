@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,11 @@ class MaxIoUAssigner:
         same for every image, [1, N, 4]; candidate_valid: bool [B, N], the others are ignored (None: all are
         valid).
         """
+        if gt_valid.device.type == "cpu":
+            # What the host can see without waiting spares passes over rows of padding and masks without effect.
+            gt_valid = gt_valid[:, : _used_rows(gt_valid)]
+            if candidate_valid is not None and candidate_valid.numpy().all():
+                candidate_valid = None
         num_images, num_gt = gt_valid.shape
         num_candidates = candidates_xyxy.shape[1]
         device = gt_boxes_xyxy.device
@@ -89,3 +95,9 @@ class MaxIoUAssigner:
         if self.low_quality_takes_own_box:
             best_index = torch.where(is_low_quality, low_quality_index, best_index)
         return Assignment(kind, best_index)
+
+
+def _used_rows(gt_valid: Tensor) -> int:
+    """Rows up to the last valid one of any image, at least one."""
+    used = np.flatnonzero(gt_valid.numpy().any(axis=0))
+    return int(used[-1]) + 1 if len(used) else 1

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detection.models.cpu_convolutions import pointwise_convolution
+
 Norm = Literal["frozen_bn", "bn", "gn"]
 NORMS: tuple[str, ...] = ("frozen_bn", "bn", "gn")
 GROUPS_OF_GROUP_NORM = 32  # Wu and He, Group Normalization, section 4
@@ -80,6 +82,8 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(conv(x))
     scale, shift = norm.scale_and_shift()
     weight = conv.weight * scale[:, None, None, None]
+    if conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1:
+        return pointwise_convolution(x, weight, shift)
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
@@ -142,7 +146,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(conv_norm(self.conv1, self.bn1, x))
         out = conv_norm(self.conv2, self.bn2, out)
-        return F.relu_(out + _identity(self.downsample, x))
+        return F.relu_(out.add_(_identity(self.downsample, x)))
 
 
 class Bottleneck(nn.Module):
@@ -178,7 +182,7 @@ class Bottleneck(nn.Module):
         out = F.relu_(conv_norm(self.conv1, self.bn1, x))
         out = F.relu_(conv_norm(self.conv2, self.bn2, out))
         out = conv_norm(self.conv3, self.bn3, out)
-        return F.relu_(out + _identity(self.downsample, x))
+        return F.relu_(out.add_(_identity(self.downsample, x)))
 
 
 class ResNet(nn.Module):

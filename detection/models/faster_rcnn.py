@@ -12,7 +12,7 @@ from detection.models.anchors import AnchorGenerator, AnchorGrid
 from detection.models.backbones import build_backbone
 from detection.models.batch import ImageBatch, TargetBatch, batch_images, batch_targets
 from detection.models.detections import Detections, select_detections
-from detection.models.feature_cells import cell_table
+from detection.models.feature_cells import cell_table, take_rows, windows_3x3
 from detection.models.fpn import FPN
 from detection.models.recipes import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.roi_align import RoIAlign, roi_levels
@@ -95,9 +95,11 @@ class FasterRCNN(nn.Module):
         if learnt.sample.candidate is None:
             logits, deltas = sampled_logits, sampled_deltas = self.rpn(features)
         else:
-            table = cell_table(features)
+            candidates = learnt.sample.candidate
+            windows = windows_3x3(candidates // self.rpn.anchors_per_cell, anchors.layout)
+            table, patches = take_rows(cell_table(features), windows.view(-1))
             # Before the pass without gradients: autocast keeps the parameters it casts, with their graph or without.
-            sampled_logits, sampled_deltas = self.rpn.at_anchors(table, anchors.layout, learnt.sample.candidate)
+            sampled_logits, sampled_deltas = self.rpn.at_anchors(patches, candidates)
             with torch.no_grad():
                 logits, deltas = self.rpn(features)
         with _full_precision(images.pixels.device):

@@ -3,35 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def cell_table(features: Sequence[Tensor]) -> Tensor:
-    """Maps [B, C, H_l, W_l] to [B, cells + 1, C]: cells by level, row, column, and a row of zeros at the end."""
-    num_images, channels = features[0].shape[:2]
-    rows = [feature.permute(0, 2, 3, 1).reshape(num_images, -1, channels) for feature in features]
-    return torch.cat([*rows, rows[0].new_zeros(num_images, 1, channels)], dim=1)
+    """Maps [B, C, H_l, W_l] to [cells + 1, C]: cells by level, image, row, column, and a row of zeros at the end.
+
+    A level's rows stand together, so that their gradient is a channels-last map as it lies in memory.
+    """
+    channels = features[0].shape[1]
+    rows = [feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features]
+    return torch.cat([*rows, rows[0].new_zeros(1, channels)])
 
 
 def level_layout(map_sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """First cell, height and width of each level in a table: int64 [L, 3], on the CPU."""
+    """First cell (of one image), height and width of each level: int64 [L, 3], on the CPU."""
     starts = [0]
     for height, width in map_sizes:
         starts.append(starts[-1] + height * width)
     return torch.tensor([(start, *size) for start, size in zip(starts, map_sizes, strict=False)])
 
 
-def windows_3x3(cells: Tensor, layout: Tensor, num_cells: int) -> Tensor:
-    """Table rows of the 3x3 windows around `cells` int64 [...], row by row: int64 [..., 9].
+def windows_3x3(cells: Tensor, layout: Tensor) -> Tensor:
+    """Table rows of the 3x3 windows around `cells` of each image, int64 [B, N] by level, row, column: int64 [B, N, 9],
+    row by row.
 
-    Outside its map a window sees the row of zeros, number `num_cells`. layout: `level_layout` on the cells' device.
+    Outside its map a window sees the table's last row, of zeros. layout: `level_layout` on the cells' device.
     """
+    num_images = len(cells)
     level = (cells[..., None] >= layout[:, 0]).sum(dim=-1) - 1
     start, height, width = (each[..., None] for each in layout[level].unbind(-1))
     place = torch.arange(9, device=cells.device)
     y = (cells[..., None] - start) // width + (place // 3 - 1)
     x = (cells[..., None] - start) % width + (place % 3 - 1)
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return torch.where(inside, start + y * width + x, num_cells)
+    image = torch.arange(num_images, device=cells.device)[:, None, None]
+    cells_of_level = height * width
+    zeros = num_images * (layout[-1, 0] + layout[-1, 1] * layout[-1, 2])
+    return torch.where(inside, num_images * start + image * cells_of_level + y * width + x, zeros)
+
+
+def take_rows(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The table again, and its rows int64 [N]: [N, C].
+
+    Whoever goes on with the returned table spares the backward pass a table of zeros and the sum of two tables: the
+    rows' gradient is added into the one that comes back for the table.
+    """
+    return _TakeRows.apply(table, rows)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        ctx.set_materialize_grads(False)
+        ctx.shape = table.shape
+        return table.view_as(table), table.index_select(0, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_table: Tensor | None, of_rows: Tensor | None) -> tuple[Tensor | None, None]:
+        if of_rows is None:
+            return of_table, None
+        (rows,) = ctx.saved_tensors
+        if of_table is None:
+            of_table = of_rows.new_zeros(ctx.shape)
+        # In place: the table's own gradient was made for this node alone.
+        return of_table.index_add_(0, rows, of_rows), None

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.backbones import GROUPS_OF_GROUP_NORM
+from detection.models.cpu_convolutions import convolution_3x3_with_sparse_gradient, pointwise_convolution
 
 
 def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d:
@@ -47,13 +48,19 @@ class FPN(nn.Module):
 
         P6 is every second row and column of P5.
         """
-        maps = [conv(feature) for conv, feature in zip(self.lateral, features, strict=True)]
+        maps = [
+            pointwise_convolution(feature, conv.weight, conv.bias)
+            for conv, feature in zip(self.lateral, features, strict=True)
+        ]
         if self.lateral_norm is not None:
             maps = [norm(x) for norm, x in zip(self.lateral_norm, maps, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
             finer = maps[level - 1]
-            maps[level - 1] = finer + F.interpolate(maps[level], size=finer.shape[-2:], mode="nearest")
-        outputs = [conv(x) for conv, x in zip(self.output, maps, strict=True)]
+            finer.add_(F.interpolate(maps[level], size=finer.shape[-2:], mode="nearest"))
+        outputs = [
+            convolution_3x3_with_sparse_gradient(x, conv.weight, conv.bias)
+            for conv, x in zip(self.output, maps, strict=True)
+        ]
         if self.output_norm is not None:
             outputs = [norm(x) for norm, x in zip(self.output_norm, outputs, strict=True)]
         outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))

@@ -86,5 +86,4 @@ class RoIAlign:
         sampling = Sampling(self.output_size, self.sampling_ratio, self.aligned)
         map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]
         matrix = pooling_matrix(sampling, map_sizes, self.strides, boxes_xyxy, levels)
-        bins = weighted_row_sums(matrix, table.flatten(0, 1))
-        return bins.view(-1, self.output_size, self.output_size, table.shape[2]).permute(0, 3, 1, 2)
+        return weighted_row_sums(matrix, table).unflatten(2, (self.output_size, self.output_size))

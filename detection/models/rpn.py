@@ -13,7 +13,6 @@ from detection.models.anchors import AnchorGrid, anchors_inside_padding
 from detection.models.assigners import MaxIoUAssigner
 from detection.models.batch import TargetBatch
 from detection.models.boxes import clip_boxes, decode_boxes, encode_boxes, sides_above
-from detection.models.feature_cells import windows_3x3
 from detection.models.losses import count_at_least_one, smooth_l1
 from detection.models.nms import suppress_within_levels
 from detection.models.recipes import FasterRCNNConfig
@@ -47,20 +46,17 @@ class RPNHead(nn.Module):
             deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(num_images, -1, 4))
         return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
 
-    def at_anchors(self, table: Tensor, layout: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    def at_anchors(self, patches: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """The same for chosen anchors only, int64 [B, S]: logits [B, S], deltas [B, S, 4].
 
-        table and layout are `cell_table` and `level_layout` of the maps. A training step learns from a few
-        hundred of some 200,000 anchors: through these numbers it needs none of the two large products that the
-        backward pass of `forward` consists of.
+        patches: [B * S * 9, C], the 3x3 windows of features around the anchors' cells (`windows_3x3`). A training step
+        learns from a few hundred of some 200,000 anchors: through these numbers it needs none of the two large
+        products that the backward pass of `forward` consists of.
         """
         num_images, num_anchors = anchors.shape
-        rows_per_image, channels = table.shape[1:]
-        windows = windows_3x3(anchors // self.anchors_per_cell, layout, rows_per_image - 1)
-        windows = windows + torch.arange(num_images, device=table.device)[:, None, None] * rows_per_image
-        patches = table.view(-1, channels).index_select(0, windows.view(-1)).view(-1, 9 * channels)
-        kernel = self.conv.weight.permute(0, 2, 3, 1).reshape(-1, 9 * channels)
-        hidden = F.relu_(F.linear(patches, kernel, self.conv.bias))
+        num_inputs = 9 * patches.shape[1]
+        kernel = self.conv.weight.permute(0, 2, 3, 1).reshape(-1, num_inputs)
+        hidden = F.relu_(F.linear(patches.view(-1, num_inputs), kernel, self.conv.bias))
         logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias)
         deltas = F.linear(hidden, self.deltas.weight.flatten(1), self.deltas.bias)
         ratio = (anchors % self.anchors_per_cell).view(-1, 1)

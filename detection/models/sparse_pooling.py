@@ -66,8 +66,8 @@ def pooling_matrix(
     image = torch.arange(num_images).repeat_interleave(num_rois, output_size=level.numel())
     heights, widths = torch.tensor(map_sizes)[level].unbind(-1)
     areas = torch.tensor([height * width for height, width in map_sizes])
-    rows_per_image = sum(height * width for height, width in map_sizes) + 1
-    first_cell = image * rows_per_image + (areas.cumsum(0) - areas)[level]
+    level_starts = num_images * (areas.cumsum(0) - areas)
+    first_cell = level_starts[level] + image * areas[level]
 
     scale = 1 / torch.tensor(strides, dtype=torch.float32)[level]
     shift = 0.5 if sampling.aligned else 0.0
@@ -157,7 +157,7 @@ def _cross(rows: _AxisCells, columns: _AxisCells, row_starts: Tensor) -> Pooling
 
 
 def weighted_row_sums(matrix: PoolingMatrix, table: Tensor) -> Tensor:
-    """The matrix times a table of cells [N, C]: [R * S * S, C], by RoI, row, column; differentiable by the table."""
+    """The matrix times a table of cells [N, C]: [R, C, S * S], bins by row, column; differentiable by the table."""
     return _WeightedRowSums.apply(table, matrix)
 
 
@@ -168,8 +168,9 @@ class _WeightedRowSums(torch.autograd.Function):
         sums = F.embedding_bag(
             matrix.cells, table, matrix.bin_starts, mode="sum", per_sample_weights=matrix.weights.to(table.dtype)
         )
-        by_roi = sums.view(len(matrix.order), -1, table.shape[1])
-        return torch.empty_like(by_roi).index_copy_(0, matrix.order, by_roi).view_as(sums)
+        by_roi = sums.view(len(matrix.order), -1, table.shape[1]).transpose(1, 2)
+        # One pass puts the RoIs into their order and the channels first, as the box head's weights have them.
+        return sums.new_empty(by_roi.shape).index_copy_(0, matrix.order, by_roi)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -184,7 +185,7 @@ class _WeightedRowSums(torch.autograd.Function):
         cell_starts = torch.searchsorted(cells, torch.arange(ctx.num_cells, dtype=torch.int32), out_int32=True)
         return F.embedding_bag(
             bin_of_entry[by_cell],
-            gradient.contiguous(),
+            gradient.transpose(1, 2).reshape(-1, gradient.shape[1]),
             cell_starts,
             mode="sum",
             per_sample_weights=matrix.weights[by_cell].to(gradient.dtype),

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detection.models import ImageBatch, TargetBatch, build_model, faster_rcnn, nms
 from detection.models import rpn as rpn_module
 from detection.models.batch import batch_images, batch_targets
+from detection.models.feature_cells import cell_table, take_rows, windows_3x3
 from detection.models.roi_align import RoIAlign
 from detection.models.rpn import rpn_losses
 
@@ -133,8 +134,9 @@ def test_the_rpn_learns_the_same_at_its_sampled_anchors_as_from_whole_maps(name)
     features = [each.detach().requires_grad_() for each in model.extract_features(batch)]
     anchors = model._anchors(batch, features)
     learnt = rpn_module.anchor_targets(model.config, anchors, batch.sizes, truth)
-    table = faster_rcnn.cell_table(features)
-    sampled = model.rpn.at_anchors(table, anchors.layout, learnt.sample.candidate)
+    cells = learnt.sample.candidate // model.rpn.anchors_per_cell
+    _, patches = take_rows(cell_table(features), windows_3x3(cells, anchors.layout).view(-1))
+    sampled = model.rpn.at_anchors(patches, learnt.sample.candidate)
     dense = [learnt.sample.take(each) for each in model.rpn(features)]
     wanted = [*model.rpn.parameters(), *features]
     gradients = []

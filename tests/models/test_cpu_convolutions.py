@@ -1,0 +1,99 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from detection.models import cpu_convolutions
+from detection.models.cpu_convolutions import convolution_3x3_with_sparse_gradient, pointwise_convolution
+
+HEIGHT, WIDTH = 9, 11
+
+
+def maps(channels, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(2, channels, HEIGHT, WIDTH, generator=generator).to(dtype)
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+def inputs(inputs, outputs, kernel, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(outputs, inputs, kernel, kernel, generator=generator).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    return [maps(inputs, 1, dtype).requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+
+
+def sparse(*cells):
+    """A gradient of the output that is zero but at the cells (image, row, column)."""
+    gradient = torch.zeros(2, 4, HEIGHT, WIDTH).contiguous(memory_format=torch.channels_last)
+    for image, row, column in cells:
+        gradient[image, :, row, column] = maps(4, 2)[image, :, row, column]
+    return gradient
+
+
+GRADIENTS = {
+    "inside": sparse((0, 4, 5), (0, 4, 6), (1, 2, 3)),
+    "corners": sparse((0, 0, 0), (0, 8, 10), (1, 0, 10), (1, 8, 0)),
+    "none": sparse(),
+    "a row": sparse(*((0, 8, column) for column in range(WIDTH))),
+    "everywhere": maps(4, 3),
+}
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients_through_few_cells_are_those_of_a_plain_convolution(case, monkeypatch):
+    dense_backward = cpu_convolutions._dense_backward
+    dense = []
+    monkeypatch.setattr(cpu_convolutions, "_dense_backward", lambda *args: dense.append(args) or dense_backward(*args))
+    given = inputs(3, 4, 3)
+    output = convolution_3x3_with_sparse_gradient(*given)
+    expected = F.conv2d(*given, padding=1)
+    assert torch.equal(output, expected)
+    found = torch.autograd.grad(output, given, GRADIENTS[case])
+    torch.testing.assert_close(found, torch.autograd.grad(expected, given, GRADIENTS[case]), rtol=1e-5, atol=1e-5)
+    assert len(dense) == (1 if case == "everywhere" else 0)
+
+
+def test_a_gradient_that_is_not_finite_goes_on():
+    given = inputs(3, 4, 3)
+    gradient = sparse((0, 4, 5))
+    gradient[0, 2, 4, 5] = torch.nan
+    found = torch.autograd.grad(convolution_3x3_with_sparse_gradient(*given), given, gradient)
+    assert all(each.isnan().any() for each in found)
+
+
+@pytest.mark.parametrize("outputs", [2, 40])
+def test_a_pointwise_convolutions_gradients_in_bfloat16(outputs):
+    given = inputs(12, outputs, 1, torch.bfloat16)
+    gradient = maps(outputs, 5, torch.bfloat16)
+    output = pointwise_convolution(*given)
+    assert output.grad_fn.name() == "_PointwiseConvolutionBackward"
+    assert torch.equal(output, F.conv2d(*given))
+    found = torch.autograd.grad(output, given, gradient)
+    exact = [each.detach().float().requires_grad_() for each in given]
+    expected = torch.autograd.grad(F.conv2d(*exact), exact, gradient.float())
+    for ours, reference in zip(found, expected, strict=True):
+        assert ours.shape == reference.shape and ours.dtype == torch.bfloat16
+        assert (ours.float() - reference).norm() < 0.004 * reference.norm()
+
+
+@pytest.mark.parametrize(
+    ("convolution", "kernel"), [(pointwise_convolution, 1), (convolution_3x3_with_sparse_gradient, 3)]
+)
+def test_under_autocast_outputs_are_bfloat16_and_parameters_gradients_float32(convolution, kernel):
+    given = inputs(3, 4, kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = convolution(*given)
+        expected = F.conv2d(*given, padding=kernel // 2)
+    assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
+    found = torch.autograd.grad(output.float().square().sum(), given)
+    reference = torch.autograd.grad(expected.float().square().sum(), given)
+    for ours, theirs in zip(found, reference, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_what_needs_no_gradient_gets_none_and_a_missing_bias_is_none():
+    x, weight, _ = inputs(3, 4, 3)
+    output = convolution_3x3_with_sparse_gradient(x.detach(), weight, None)
+    (found,) = torch.autograd.grad(output, weight, GRADIENTS["inside"])
+    (expected,) = torch.autograd.grad(F.conv2d(x.detach(), weight, padding=1), weight, GRADIENTS["inside"])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
