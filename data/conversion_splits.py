@@ -54,18 +54,18 @@ def split_by_lists(
         for number, line in enumerate(_lines(file), 1):
             if not line.strip():
                 continue
-            key = _listed_key(line, by_key.keys() | left_out, by_stem)
-            if key is None:
+            listed = _listed_key(line, by_key.keys() | left_out, by_stem)
+            if listed is None:
                 raise ConversionError(
                     f"{file}, line {number}: {line.strip()!r} names no label file that was found, or several. Correct "
                     "the line, or add the file"
                 )
-            if taken.setdefault(key, split) != split:
+            if taken.setdefault(listed, split) != split:
                 raise ConversionError(
-                    f"{file}, line {number}: {key!r} is in the list of {taken[key]} too: the two would measure the "
+                    f"{file}, line {number}: {listed!r} is in the list of {taken[listed]} too: the two would measure the "
                     "same picture. Take it out of one"
                 )
-            keys.append(key)
+            keys.append(listed)
         splits[split] = [by_key[key] for key in dict.fromkeys(keys) if key in by_key]
     return splits, [key for key in by_key if key not in taken]
 

@@ -1,10 +1,13 @@
-"""Pictures of what the model is fed: resized, augmented and padded, with the boxes it is trained on.
+"""A data set to look at: a gallery of it, or pictures of what the model is fed (resized, augmented and padded).
 
+    python3 scripts/browse_dataset.py --images DIR --annotations FILE.json --html gallery.html
     python3 scripts/browse_dataset.py --dataset shapes --data-path datasets/shapes --output-dir browse
     python3 scripts/browse_dataset.py --dataset shapes --lsj 512 --photometric-distortion --mosaic
 
-Takes train.py's options for training images (docs/augmentation.md). Boxes are drawn after augmentation, from the
-very tensors that the training step gets, so a box that is off here is off in training.
+--html writes one page that needs nothing beside it: pictures as stored with the boxes of the file, filters by class and
+text, counts and sizes. Without it PNG files are written of what the model is fed, by train.py's options for training
+images (docs/augmentation.md). There, boxes are drawn after augmentation, from the very tensors that the training step
+gets, so a box that is off there is off in training.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import checkout  # noqa: F401
 from data import (
@@ -29,18 +33,27 @@ from data import (
     make_shapes,
     read_coco,
 )
+from data.gallery import GalleryError, write_gallery
 from detection.augmentation_options import add_augmentation_options, augmentation_config
 from detection.config_error import ConfigError
 from detection.engine.augmentation import augmentation_of
-from detection.reporting.pictures import draw_boxes, mosaic, save_png
+from detection.reporting.pictures import class_colour, draw_boxes, mosaic, save_png
+
+GALLERY_COUNT, PNG_COUNT = 200, 32
+USER_ERRORS = (
+    *(AnnotationError, ConfigError, DatasetError, GalleryError, ImageError, MissingDataset, OSError, ShapesError),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
-        dataset = open_dataset(arguments)
+        images, annotations = locate(arguments)
+        if arguments.html is not None:
+            return write_html(images, annotations, arguments)
+        dataset = CocoDataset(images, read_coco(annotations), training=arguments.split == "train")
         count = browse(dataset, arguments)
-    except (AnnotationError, ConfigError, DatasetError, ImageError, MissingDataset, ShapesError) as error:
+    except USER_ERRORS as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{count} pictures in {arguments.output_dir / 'mosaic.png' if arguments.mosaic else arguments.output_dir}")
@@ -63,33 +76,61 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--annotations", type=Path, help="annotation file of that set")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="val: no flips, every image")
     parser.add_argument("--output-dir", type=Path, default=Path("browse"), help="where the PNG files go")
-    parser.add_argument("--count", type=int, default=32, help="number of pictures")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="a gallery in one file instead; replaces nothing but a gallery"
+    )
+    parser.add_argument("--thumbnail-size", type=_positive, default=480, help="gallery: longest side, pixels")
+    parser.add_argument(
+        "--count", type=_positive, help=f"number of pictures at most [{PNG_COUNT}; gallery {GALLERY_COUNT}]"
+    )
     parser.add_argument("--mosaic", action="store_true", help="one file, mosaic.png, with all of them")
     parser.add_argument("--min-size", type=int, default=800, help="shorter side after the resize")
     parser.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
     parser.add_argument("--batch-size", type=int, default=16, help="global batch size: decides order and padding")
     parser.add_argument("--epoch", type=int, default=0, help="0-based: which epoch's order and augmentation")
-    parser.add_argument("--seed", type=int, default=0, help="that of the training to be looked at")
+    parser.add_argument("--seed", type=int, default=0, help="that of the training; gallery: which pictures")
     add_augmentation_options(parser)
     return parser
 
 
-def open_dataset(arguments: argparse.Namespace) -> CocoDataset:
-    """Raises what its readers raise: one of the errors that main prints."""
+def locate(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Image folder and annotation file. Raises what its readers raise: one of the errors that main prints."""
     images, annotations = arguments.images, arguments.annotations
     if (images is None) != (annotations is None):
         raise DatasetError("--images and --annotations go together: give both or none.")
-    if images is None:
-        folder = arguments.data_path or Path("datasets") / arguments.dataset
-        if arguments.dataset == "shapes":
-            make_shapes(folder)
-        layout = coco_layout(folder, train=arguments.split == "train", val=arguments.split == "val")
-        images, annotations = (
-            (layout.train_images, layout.train_annotations)
-            if arguments.split == "train"
-            else (layout.val_images, layout.val_annotations)
+    if images is not None:
+        return images, annotations
+    folder = arguments.data_path or Path("datasets") / arguments.dataset
+    if arguments.dataset == "shapes":
+        make_shapes(folder)
+    layout = coco_layout(folder, train=arguments.split == "train", val=arguments.split == "val")
+    if arguments.split == "train":
+        return layout.train_images, layout.train_annotations
+    return layout.val_images, layout.val_annotations
+
+
+def write_html(images: Path, file: Path, arguments: argparse.Namespace) -> int:
+    """Writes the gallery; 1 where pictures cannot be read or have another size than the file says, else 0."""
+    annotations = read_coco(file)
+    count = arguments.count or GALLERY_COUNT
+    with tqdm(total=min(count, len(annotations)), desc="pictures", unit="img", disable=None) as bar:
+        summary = write_gallery(
+            arguments.html,
+            images,
+            annotations,
+            colours=[f"rgb{class_colour(label)}" for label in range(len(annotations.class_names))],
+            count=count,
+            seed=arguments.seed,
+            longest_side=arguments.thumbnail_size,
+            progress=bar.update,
         )
-    return CocoDataset(images, read_coco(annotations), training=arguments.split == "train")
+    shown = f"{summary.num_shown:,} pictures"
+    if summary.num_shown < summary.num_pictures:
+        shown = f"{summary.num_shown:,} of {summary.num_pictures:,} pictures (--count N shows more, --seed N others)"
+    print(f"{arguments.html}: {shown}, {summary.num_bytes / 1e6:.1f} MB. Open it in a browser.")
+    if summary.num_problems:
+        print(f'{summary.num_problems:,} pictures have a problem: choose "with a problem" in the page', file=sys.stderr)
+    return int(summary.num_problems > 0)
 
 
 def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
@@ -110,7 +151,7 @@ def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
     else:
         batches = EvalLoader(dataset, **scale, batch_size=arguments.batch_size).batches()
     pictures = ((batch, place) for batch in (raw.to("cpu") for raw in batches) for place in range(len(batch)))
-    shown = itertools.islice(pictures, arguments.count)
+    shown = itertools.islice(pictures, arguments.count or PNG_COUNT)
     if arguments.mosaic:
         cells = [drawn(batch, place, dataset.class_names) for batch, place in shown]
         save_png(arguments.output_dir / "mosaic.png", mosaic(cells))
@@ -132,6 +173,13 @@ def drawn(batch: DeviceBatch, place: int, class_names: tuple[str, ...]) -> np.nd
         batch.labels[place][valid].numpy(),
         class_names,
     )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
 
 
 if __name__ == "__main__":
