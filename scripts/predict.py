@@ -2,9 +2,12 @@
 
     python scripts/predict.py --weights runs/mine/checkpoints/best.pt --output-dir out photo.jpg holiday/ "more/*.png"
     python scripts/predict.py --weights detector.pt --json results.json --annotations instances_val2017.json val2017/
+    python scripts/predict.py --weights detector.pt --tta --min-score 0.5 --save-crops crops holiday/
 
-Pixels are taken as they are stored (orientation tags are ignored), as in training. A picture that cannot be read is
-reported and passed over, and the exit status is then 1. Pictures below 640 pixels are drawn enlarged.
+Photos are turned upright by their EXIF orientation first; boxes, pictures and crops are those of the turned photo.
+With --annotations pixels are taken as they are stored, as in training and evaluation. A picture that cannot be read is
+reported and passed over, and the exit status is then 1. What exists is not overwritten without --overwrite. Pictures
+below 640 pixels are drawn enlarged.
 """
 
 import argparse
@@ -26,12 +29,19 @@ from detection.engine.prediction import (
     match_image_ids,
     predict_files,
 )
-from detection.engine.prediction_outputs import PredictionOutputs, write_coco_results, write_images_list
+from detection.engine.prediction_outputs import (
+    PredictionOutputs,
+    refuse_existing,
+    write_coco_results,
+    write_images_list,
+)
+from detection.engine.prediction_views import DEFAULT_SCALES, View, make_views
 from detection.evaluation import ResultsError
 from detection.models import WeightsError, load_detector
 from detection.reporting import Console
 
 DEFAULT_MIN_SCORE = 0.3
+DEFAULT_FOLDER = Path("predictions")
 USER_ERRORS = (AnnotationError, PictureFilesError, PredictionError, ResultsError, WeightsError, OSError)
 
 
@@ -39,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _predict(arguments, Console())
+    except torch.OutOfMemoryError:
+        print("error: the device's memory is full; use a smaller --batch-size, or --device cpu", file=sys.stderr)
+        return 2
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file"
     )
-    group = parser.add_argument_group("what to write (at least one)")
+    group = parser.add_argument_group(f"what to write (default: --output-dir {DEFAULT_FOLDER})")
     group.add_argument("--output-dir", metavar="DIR", type=Path, help="pictures with boxes, JPEG or PNG as they came")
     group.add_argument("--json", metavar="FILE", type=Path, help="boxes in COCO's results format")
     group.add_argument("--save-crops", metavar="DIR", type=Path, help="each box as DIR/CLASS/PICTURE_NUMBER.png")
@@ -66,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         help="for --json: COCO file with the image ids (by file name) and category ids (by name); without it pictures "
         "count from 1, and FILE_images.json beside the results says which is which",
     )
+    group.add_argument("--overwrite", action="store_true", help="replace files of an earlier call (never an input)")
     group = parser.add_argument_group("which boxes")
     group.add_argument(
         "--min-score",
@@ -75,20 +89,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--classes", metavar="NAME,...", help="only these classes (default: all)")
     group.add_argument("--max-boxes", metavar="N", type=_positive, help="the best N of a picture (default: all)")
+    group = parser.add_argument_group("how to look at a picture")
+    group.add_argument(
+        "--exif",
+        choices=["auto", "apply", "ignore"],
+        default="auto",
+        help="orientation tags: apply, ignore, or auto (default): ignore with --annotations, else apply",
+    )
+    group.add_argument(
+        "--tta",
+        action="store_true",
+        help="test-time augmentation: look at each picture in several sizes and mirrored, and merge what is found by "
+        "suppression within each class; takes as many times longer as there are views",
+    )
+    scales = ",".join(f"{scale:g}" for scale in DEFAULT_SCALES)
+    group.add_argument("--tta-scales", metavar="X,...", type=_scales, help=f"factors on the input size ({scales})")
+    group.add_argument("--no-tta-flip", action="store_true", help="not mirrored: for text, road sides, left and right")
     group = parser.add_argument_group("running")
     group.add_argument("--limit", metavar="N", type=_positive, help="only the first N pictures")
     group.add_argument("--batch-size", metavar="N", type=_positive, default=4, help="pictures at a time (default 4)")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default auto: CUDA if any")
+    group.add_argument(
+        "--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ..., or auto (default): CUDA if any"
+    )
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off)")
     return parser
 
 
 def _predict(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.output_dir is arguments.json is arguments.save_crops is None:
+        arguments.output_dir = DEFAULT_FOLDER
     outputs = [path for path in (arguments.output_dir, arguments.save_crops, arguments.json) if path is not None]
-    if not outputs:
-        raise PredictionError("nothing to write: give --output-dir, --json or --save-crops")
     if arguments.annotations is not None and arguments.json is None:
         raise PredictionError("--annotations goes with --json")
+    views = _views(arguments)
+    turn_upright = arguments.exif == "apply" or (arguments.exif == "auto" and arguments.annotations is None)
     min_score = arguments.min_score
     if min_score is None:
         min_score = 0.0 if outputs == [arguments.json] else DEFAULT_MIN_SCORE
@@ -104,6 +138,9 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
             images_list = arguments.json.with_name(f"{arguments.json.stem}_images.json")
             protected.check(images_list)
             outputs.append(images_list)
+        if not arguments.overwrite:
+            for path in filter(None, (arguments.json, images_list)):
+                refuse_existing(path)
 
     detector = load_detector(arguments.weights, _device(arguments.device))
     labels = None if arguments.classes is None else find_labels(arguments.classes.split(","), detector.class_names)
@@ -118,6 +155,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
 
     boxes: list[PictureDetections] = []
     sizes: dict[int, tuple[int, int]] = {}
+    num_turned = 0
     precision = Precision(arguments.amp, detector.model.pixel_mean.device)
     with (
         console.progress(len(files), description="detecting", unit="pictures") as bar,
@@ -127,6 +165,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
             picture_folder=arguments.output_dir,
             crop_folder=arguments.save_crops,
             protected=protected,
+            overwrite=arguments.overwrite,
         ) as writer,
     ):
 
@@ -140,19 +179,24 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
             batch_size=arguments.batch_size,
             autocast=precision.autocast,
             on_broken=report_broken,
+            turn_upright=turn_upright,
+            views=views,
         ):
             found = everything.select(min_score, labels, arguments.max_boxes)
             writer.add(found)
             boxes.append(found.without_pixels())
             sizes[found.index] = (found.pixels.shape[0], found.pixels.shape[1])
+            num_turned += found.is_turned
             bar.update(1)
 
     if arguments.json is not None:
         write_coco_results(arguments.json, boxes, image_ids, category_ids)
     if images_list is not None:
-        write_images_list(images_list, detector, files, sizes)
+        write_images_list(images_list, detector, files, sizes, turned_upright=turn_upright)
     kinds = ", ".join(f"{name} {count}" for name, count in writer.counts.most_common(8))
     console.say(f"{len(sizes)} pictures, {writer.counts.total()} boxes" + (f": {kinds}" if kinds else ""))
+    if num_turned:
+        console.say(f"{num_turned} pictures were turned upright by their EXIF orientation (--exif ignore: as stored)")
     for path in outputs:
         console.say(f"written: {path}")
     num_broken = len(files) - len(sizes)
@@ -161,12 +205,32 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     return 1 if num_broken else 0
 
 
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise PredictionError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
+def _views(arguments: argparse.Namespace) -> tuple[View, ...]:
+    """Of test-time augmentation; none where it is off."""
+    if not arguments.tta:
+        if arguments.tta_scales is not None or arguments.no_tta_flip:
+            raise PredictionError("--tta-scales and --no-tta-flip go with --tta")
+        return ()
+    return make_views(arguments.tta_scales or DEFAULT_SCALES, flip=not arguments.no_tta_flip)
+
+
+def _device(name: str) -> torch.device:
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise PredictionError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise PredictionError(
+                f"--device {name}: PyTorch sees no CUDA device here; use --device cpu, or check the driver"
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise PredictionError(f"--device {name}: there are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return device
 
 
 def _positive(text: str) -> int:
@@ -181,6 +245,13 @@ def _fraction(text: str) -> float:
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
     return number
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    scales = tuple(float(part) for part in text.split(","))
+    if not all(0.1 <= scale <= 10 for scale in scales) or len(set(scales)) < len(scales):
+        raise argparse.ArgumentTypeError(f"{text}: scales are different numbers from 0.1 to 10")
+    return scales
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ torchrun --nproc_per_node="$processes" train.py --schedule 1x \
     --min-size 192 --max-size 256 --batch-size 4 --set param_scheduler.0.end=200 --clip-grad 35 --amp bf16 \
     --output-dir "$output" --resume auto "${extra[@]}"
 python scripts/predict.py --weights "$output/checkpoints/best.pt" --output-dir "$output/predictions" \
-    --min-score 0.5 --limit 8 datasets/shapes/val2017
+    --overwrite --min-score 0.5 --limit 8 datasets/shapes/val2017
 set +x
 echo
 echo "pictures of detections: $output/predictions"

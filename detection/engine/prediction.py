@@ -10,11 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data import CocoAnnotations, ImageError, read_image
+from detection.engine.prediction_orientation import AS_STORED, orientation_of, upright
+from detection.engine.prediction_views import View, predict_views
 from detection.models import Detector
 
 READERS = 4  # threads that decode pictures ahead of the model
@@ -28,8 +30,8 @@ class PredictionError(ValueError):
 class PictureDetections:
     """What was found in one picture file, best first.
 
-    index: place of the file in the list. pixels: uint8 RGB [H, W, 3] as stored. boxes_xyxy: float32 [N, 4] in its
-    pixels. scores: float32 [N]. labels: int64 [N].
+    index: place of the file in the list. pixels: uint8 RGB [H, W, 3], as stored or turned upright. boxes_xyxy: float32
+    [N, 4] in these pixels. scores: float32 [N]. labels: int64 [N]. is_turned: whether they are not as stored.
     """
 
     index: int
@@ -37,6 +39,7 @@ class PictureDetections:
     boxes_xyxy: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    is_turned: bool = False
 
     def select(self, min_score: float, labels: Iterable[int] | None, max_boxes: int | None) -> PictureDetections:
         """Those with at least min_score, of these classes (None: all), and of them the max_boxes best."""
@@ -69,27 +72,34 @@ def predict_files(
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     on_broken: Callable[[Path, ImageError], None],
+    turn_upright: bool = False,
+    views: Sequence[View] = (),
 ) -> Iterator[PictureDetections]:
     """The detections of each file, lying and standing pictures in batches of their own (they would pad each other).
 
     Threads read ahead. Files that cannot be read are given to on_broken and left out. The order is that in which
-    batches fill up, not that of the files.
+    batches fill up, not that of the files. turn_upright: pictures are turned as their EXIF orientation says. views: of
+    test-time augmentation; none: pictures are looked at once, as they are.
     """
-    waiting: dict[bool, list[tuple[int, np.ndarray]]] = {False: [], True: []}
+    waiting: dict[bool, list[tuple[int, _Picture]]] = {False: [], True: []}
 
-    def run(batch: list[tuple[int, np.ndarray]]) -> Iterator[PictureDetections]:
+    def run(batch: list[tuple[int, _Picture]]) -> Iterator[PictureDetections]:
+        pictures = [picture.pixels for _, picture in batch]
         with autocast():
-            results = detector.predict([pixels for _, pixels in batch], batch_size=batch_size)
-        for (index, pixels), found in zip(batch, results, strict=True):
-            arrays = (found[key].numpy() for key in ("boxes_xyxy", "scores", "labels"))
-            yield PictureDetections(index, pixels, *arrays)
+            if views:
+                results = predict_views(detector, pictures, views, batch_size=batch_size)
+            else:
+                results = detector.predict(pictures, batch_size=batch_size)
+        for (index, picture), found in zip(batch, results, strict=True):
+            boxes, scores, labels = (found[key].numpy() for key in ("boxes_xyxy", "scores", "labels"))
+            yield PictureDetections(index, picture.pixels, boxes, scores, labels, picture.is_turned)
 
-    for index, pixels in _read_ahead(files, READERS + batch_size):
-        if isinstance(pixels, ImageError):
-            on_broken(files[index], pixels)
+    for index, picture in _read_ahead(files, READERS + batch_size, turn_upright):
+        if isinstance(picture, ImageError):
+            on_broken(files[index], picture)
             continue
-        queue = waiting[pixels.shape[0] > pixels.shape[1]]
-        queue.append((index, pixels))
+        queue = waiting[picture.pixels.shape[0] > picture.pixels.shape[1]]
+        queue.append((index, picture))
         if len(queue) == batch_size:
             batch = queue.copy()
             queue.clear()
@@ -154,14 +164,21 @@ def match_category_ids(detector: Detector, annotations: CocoAnnotations) -> list
     return ids
 
 
-def _read_ahead(files: Sequence[Path], depth: int) -> Iterator[tuple[int, np.ndarray | ImageError]]:
-    def read(file: Path) -> np.ndarray | ImageError:
+class _Picture(NamedTuple):
+    pixels: np.ndarray
+    is_turned: bool
+
+
+def _read_ahead(files: Sequence[Path], depth: int, turn_upright: bool) -> Iterator[tuple[int, _Picture | ImageError]]:
+    def read(file: Path) -> _Picture | ImageError:
         try:
-            return read_image(file)
+            pixels = read_image(file)
         except ImageError as error:
             return error
+        orientation = orientation_of(file) if turn_upright else AS_STORED
+        return _Picture(upright(pixels, orientation), orientation != AS_STORED)
 
-    pending: deque[Future[np.ndarray | ImageError]] = deque()
+    pending: deque[Future[_Picture | ImageError]] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="reader") as pool:
         try:
             for index in range(len(files)):

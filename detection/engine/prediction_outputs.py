@@ -13,13 +13,12 @@ from pathlib import Path
 from PIL import Image
 
 from data.picture_files import ProtectedFiles, distinct_names
-from detection.engine.prediction import PictureDetections
+from detection.engine.prediction import PictureDetections, PredictionError
+from detection.engine.prediction_drawing import LEGIBLE_SIDE
 from detection.evaluation import Detections, write_results
 from detection.models import Detector
 from detection.reporting import draw_boxes
 
-LEGIBLE_SIDE = 640
-"""Smaller pictures are drawn enlarged to it, so that names do not hide what they name."""
 JPEG_QUALITY = 92
 WRITERS = 4  # threads that draw and compress behind the model
 
@@ -27,7 +26,8 @@ WRITERS = 4  # threads that draw and compress behind the model
 class PredictionOutputs:
     """Writes while the detector runs. A context manager; leaving it waits for what is still being written.
 
-    Raises PictureFilesError, at once where it can be known, for an output that would replace one of the inputs.
+    Raises PictureFilesError, at once where it can be known, for an output that would replace one of the inputs, and
+    PredictionError, before anything is written, for one that exists already, unless `overwrite`.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class PredictionOutputs:
         picture_folder: Path | None,
         crop_folder: Path | None,
         protected: ProtectedFiles,
+        overwrite: bool = False,
     ) -> None:
         self.counts: Counter[str] = Counter()
         """Boxes written of each class."""
@@ -50,7 +51,13 @@ class PredictionOutputs:
         self._pending: deque[Future[None]] = deque()
         if picture_folder is not None:
             for index in range(len(files)):
-                protected.check(self._picture_path(picture_folder, index))
+                path = self._picture_path(picture_folder, index)
+                protected.check(path)
+                if not overwrite:
+                    refuse_existing(path)
+        # Which crops there will be is not known yet, and those of two calls in one folder could not be told apart.
+        if crop_folder is not None and not overwrite and crop_folder.is_dir() and any(crop_folder.iterdir()):
+            raise PredictionError(f"{crop_folder} holds files already; choose another folder for crops, or --overwrite")
 
     def add(self, found: PictureDetections) -> None:
         """Writes the picture and the crops of one file soon."""
@@ -93,6 +100,12 @@ class PredictionOutputs:
         return folder / (self._names[index] + self._suffixes[index])
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises PredictionError where the file exists."""
+    if path.exists():
+        raise PredictionError(f"{path} exists; choose another place for the output, or --overwrite")
+
+
 def write_coco_results(
     path: Path, found: Sequence[PictureDetections], image_ids: Sequence[int], category_ids: Sequence[int | None]
 ) -> None:
@@ -112,11 +125,19 @@ def write_coco_results(
     write_results(detections, path)
 
 
-def write_images_list(path: Path, detector: Detector, files: Sequence[Path], sizes: dict[int, tuple[int, int]]) -> None:
+def write_images_list(
+    path: Path,
+    detector: Detector,
+    files: Sequence[Path],
+    sizes: dict[int, tuple[int, int]],
+    *,
+    turned_upright: bool = False,
+) -> None:
     """A COCO file of images and categories without boxes, which says what the ids in a results file mean.
 
     The image id is the place in `files`, from 1. File names are relative to the deepest folder that holds all files,
     which stands under info.image_folder. sizes: (height, width) by place from 0; places not in it are left out.
+    turned_upright: whether these and the boxes are those of pictures turned by EXIF, as info.turned_upright then says.
     """
     root = os.path.commonpath([file.absolute().parent for file in files])
     images = []
@@ -125,6 +146,7 @@ def write_images_list(path: Path, detector: Detector, files: Sequence[Path], siz
         images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
     pairs = zip(detector.category_ids, detector.class_names, strict=True)
     categories = [{"id": number, "name": name} for number, name in pairs]
+    info = {"image_folder": root, "turned_upright": turned_upright}
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"info": {"image_folder": root}, "images": images, "categories": categories}))
+    partial.write_text(json.dumps({"info": info, "images": images, "categories": categories}))
     partial.replace(path)

@@ -41,15 +41,15 @@ class Detector:
     min_size: int
     max_size: int
 
-    def predict(self, pictures: Picture | list[Picture] | tuple[Picture, ...], batch_size: int = 1) -> Any:
-        """Detections in one picture, or a list of them for a list or tuple of pictures, best first.
+    def predict(self, pictures: Picture | Sequence[Picture], batch_size: int = 1) -> Any:
+        """Detections in one picture, or a list of them for a list of pictures, best first.
 
         Each is {"boxes_xyxy": float32 [N, 4] in pixels of the picture as it is stored, "scores": float32 [N],
         "labels": int64 [N], "names": list of N class names}, tensors on the CPU. Any EXIF orientation is
-        ignored. Raises DetectorError for a picture that cannot be read or has another form than `Picture`
-        says.
+        ignored, as in training: turn photos with PIL.ImageOps.exif_transpose first. Raises DetectorError for a
+        picture that cannot be read or has another form than `Picture` says.
         """
-        if not isinstance(pictures, (list, tuple)):
+        if isinstance(pictures, (str, bytes)) or not isinstance(pictures, Sequence):
             return self.predict([pictures])[0]
         results: list[dict[str, Any]] = []
         for first in range(0, len(pictures), batch_size):
@@ -59,7 +59,7 @@ class Detector:
     @torch.inference_mode()
     def _predict_batch(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
         device = self.model.pixel_mean.device
-        originals = [_read(picture) for picture in pictures]
+        originals = [read_picture(picture) for picture in pictures]
         resized = [resize(image.to(device), self.min_size, self.max_size) for image in originals]
         results = []
         for detection, original, network_input in zip(self.model(resized), originals, resized, strict=True):
@@ -136,8 +136,8 @@ def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
     return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _read(picture: Picture) -> Tensor:
-    """uint8 [3, H, W], RGB."""
+def read_picture(picture: Picture) -> Tensor:
+    """Pixels of a picture in any of its forms: uint8 [3, H, W], RGB, as stored. Raises DetectorError."""
     if isinstance(picture, (str, Path)):
         try:
             with Image.open(picture) as image:

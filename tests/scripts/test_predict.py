@@ -120,7 +120,7 @@ def test_ids_come_from_the_annotations_by_file_name_and_class_name(predict, pict
     assert "1 classes of the detector are not in" in capsys.readouterr().err
     assert not (tmp_path / "out_images.json").exists()
 
-    assert predict("--json", tmp_path / "out.json", "--annotations", annotations, pictures) == 2
+    assert predict("--json", tmp_path / "other.json", "--annotations", annotations, pictures) == 2
     assert "1 of 4 pictures are not in" in capsys.readouterr().err
 
 
@@ -177,8 +177,87 @@ def test_no_input_is_ever_overwritten(predict, weights, pictures, tmp_path, caps
 
 def test_what_an_earlier_call_wrote_is_not_taken_as_input(predict, pictures):
     for _ in range(2):
-        assert predict("--output-dir", pictures / "out", pictures, f"{pictures}/**") == 0
+        assert predict("--output-dir", pictures / "out", "--overwrite", pictures, f"{pictures}/**") == 0
     assert len(list((pictures / "out").iterdir())) == 4
+
+
+def test_what_an_earlier_call_wrote_is_replaced_only_when_asked(predict, pictures, tmp_path, capsys):
+    (tmp_path / "crops" / "cat").mkdir(parents=True)
+    (tmp_path / "crops" / "cat" / "mine.png").write_bytes(b"mine")
+    (tmp_path / "out").mkdir()
+    for name in ("out/b.png", "r.json", "s_images.json"):
+        (tmp_path / name).write_text("mine")
+    before = content_of(tmp_path)
+    wishes = (["--output-dir", tmp_path / "out"], ["--json", tmp_path / "r.json"], ["--json", tmp_path / "s.json"])
+    for wish in (*wishes, ["--save-crops", tmp_path / "crops"]):
+        assert predict(*wish, pictures) == 2
+        error = capsys.readouterr().err
+        assert "--overwrite" in error and error.count("\n") == 1
+    assert content_of(tmp_path) == before
+    assert predict("--overwrite", "--json", tmp_path / "r.json", pictures) == 0
+    assert json.loads((tmp_path / "r.json").read_text())
+
+
+def test_pictures_go_to_a_folder_of_their_own_where_nothing_is_said(predict, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert predict(pictures / "b.png") == 0
+    assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["b.png"]
+
+
+def stored_sideways(path, target):
+    """The picture as a camera held on its side stores it: other pixels, and a tag that says how to turn them."""
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.transpose(Image.Transpose.ROTATE_90).save(target, exif=exif)
+
+
+def test_photos_are_turned_upright_but_not_for_annotations_of_stored_pixels(predict, pictures, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    stored_sideways(pictures / "b.png", folder / "b.png")
+    straight = json_rows(predict, tmp_path / "straight.json", pictures / "b.png")
+    assert "turned upright" not in capsys.readouterr().out
+    turned = json_rows(predict, tmp_path / "turned.json", folder)
+    assert turned == straight
+    assert "1 pictures were turned upright" in capsys.readouterr().out
+    listing = json.loads((tmp_path / "turned_images.json").read_text())
+    assert listing["info"]["turned_upright"] is True
+    assert (listing["images"][0]["width"], listing["images"][0]["height"]) == (60, 80)
+
+    stored = json_rows(predict, tmp_path / "stored.json", "--exif", "ignore", folder)
+    assert stored != straight
+    image = {"id": 1, "file_name": "b.png", "width": 80, "height": 60}
+    categories = [{"id": i, "name": name} for i, name in zip(CATEGORY_IDS, CLASS_NAMES, strict=True)]
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text(json.dumps({"images": [image], "categories": categories, "annotations": []}))
+    options = ["--annotations", annotations]
+    assert json_rows(predict, tmp_path / "annotated.json", *options, folder) == stored
+    assert json_rows(predict, tmp_path / "wanted.json", *options, "--exif", "apply", folder) == straight
+
+
+def json_rows(predict, target, *arguments):
+    assert predict("--json", target, *arguments) == 0
+    return json.loads(target.read_text())
+
+
+def test_test_time_augmentation_finds_the_same_in_a_picture_and_its_mirror_image(predict, pictures, tmp_path):
+    mirrored = tmp_path / "mirrored.png"
+    with Image.open(pictures / "b.png") as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirrored)
+    options = ["--tta", "--tta-scales", "1,1.5"]
+    one = json_rows(predict, tmp_path / "one.json", *options, pictures / "b.png")
+    other = json_rows(predict, tmp_path / "other.json", *options, mirrored)
+    assert len(one) > 5
+    np.testing.assert_allclose([row["score"] for row in one], [row["score"] for row in other], atol=1e-5)
+    boxes, back = (np.array([row["bbox"] for row in rows]) for rows in (one, other))
+    back[:, 0] = 60 - back[:, 0] - back[:, 2]
+    np.testing.assert_allclose(boxes, back, atol=1e-3)
+    plain = json_rows(
+        predict, tmp_path / "plain.json", "--tta", "--tta-scales", "1", "--no-tta-flip", pictures / "b.png"
+    )
+    assert plain == json_rows(predict, tmp_path / "none.json", pictures / "b.png")
+    assert plain != one
 
 
 def test_patterns_take_the_pictures_that_fit_each_once(predict, pictures, tmp_path):
@@ -195,7 +274,8 @@ def test_patterns_take_the_pictures_that_fit_each_once(predict, pictures, tmp_pa
         (["--output-dir", "out", "--classes", "zebra", "in"], "there are person, race car, cat"),
         (["--output-dir", "out", "absent.jpg"], "absent.jpg: no such file or folder"),
         (["--output-dir", "out", "in/*.bmp"], "no pictures there"),
-        (["in"], "nothing to write"),
+        (["--tta-scales", "1,2", "in"], "go with --tta"),
+        (["--device", "tpu", "in"], "choose auto, cpu, cuda or cuda:N"),
         (["--output-dir", "out", "--annotations", "a.json", "in"], "--annotations goes with --json"),
         (["--output-dir", "out", "--weights", "absent.pt", "in"], "absent.pt"),
         (["--json", "r.json", "--annotations", "absent.json", "in"], "absent.json"),
@@ -207,7 +287,7 @@ def test_a_wish_that_cannot_be_met_is_one_line(predict, pictures, tmp_path, monk
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "predictions").exists()
 
 
 def test_cuda_that_is_not_there_is_one_line(predict, pictures, tmp_path, monkeypatch, capsys):
