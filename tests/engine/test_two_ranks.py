@@ -1,6 +1,7 @@
 """Two processes: what they agree on, and that they do together what one would do alone."""
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, shapes_set: Path) -> Path:
     kept = content["images"][0]["id"]
     content["annotations"] = [record for record in content["annotations"] if record["image_id"] == kept]
     (folder / "one_image.json").write_text(json.dumps(content))
+    # Two pictures to train on and one to validate on cannot be read.
+    shutil.copytree(shapes_set, folder / "broken_set")
+    for name in ("train2017/000000000003", "train2017/000000000010", "val2017/000000000002"):
+        (file,) = (folder / "broken_set").glob(f"{name}.*")
+        file.write_bytes(b"no picture")
     return folder
 
 
@@ -41,7 +47,7 @@ def ranks(folder: Path, program: Callable[..., Any], arguments: Callable[..., li
     words = arguments(folder, "--max-epochs", "1")
     place = words.index("--output-dir")
     del words[place : place + 2]
-    with program("two_ranks.py", folder, json.dumps(free_ports(8)), *words, ranks=2) as processes:
+    with program("two_ranks.py", folder, json.dumps(free_ports(12)), *words, ranks=2) as processes:
         for process in processes:
             out, err = process.communicate(timeout=240)
             assert process.returncode == 0, out[-3000:] + err[-6000:]
@@ -207,3 +213,47 @@ def test_missing_data_is_told_once_by_two_processes_without_a_traceback(ranks):
     assert "--dataset shapes" in said
     assert not found[1]["said"]
     assert not any(one["wrote"] for one in found)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_both(ranks, folder, records_of):
+    assert [found["faults"]["skipping"] for found in ranks] == ["status 0", "status 0"]
+    assert [record["skipped_steps"] for record in records_of(folder / "skipping", "train")] == [0, 1, 1]
+    first, second = (found["faults"]["weights"] for found in ranks)
+    for found in (first, second):
+        for name, value in found[0].items():
+            assert torch.equal(value, found[1][name]), name
+        assert any(not torch.equal(value, found[2][name]) for name, value in found[0].items())
+    for one, other in zip(first, second, strict=True):
+        for name, value in one.items():
+            if "running" not in name and "num_batches" not in name:  # statistics are each process's own
+                assert torch.equal(value, other[name]), name
+    log = (folder / "skipping" / "train.log").read_text()
+    assert log.count("step skipped (1 so far): iteration 1 ") == 1
+    assert "process 1: loss = inf, loss_cls = inf; image ids [" in log and "process 0: " not in log
+
+
+def test_unreadable_pictures_are_replaced_reported_once_and_counted(ranks, folder, alone, records_of):
+    assert [found["faults"]["replacing"] for found in ranks] == ["status 0", "status 0"]
+    records = records_of(folder / "replacing", "train")
+    assert sum(record.get("replaced_images", 0) for record in records) >= 2
+    (validation,) = records_of(folder / "replacing", "val")
+    assert validation["unreadable_images"] == 1 and validation["num_images"] == 6
+    assert any("could not be read" in note for note in validation["notes"])
+    results = json.loads((folder / "replacing" / "detections_val.json").read_text())
+    assert {entry["image_id"] for entry in results} == {1, 3, 4, 5, 6}
+    log = (folder / "replacing" / "train.log").read_text()
+    for image in ("train image id 3 ", "train image id 10 ", "val image id 2 "):
+        assert log.count(f"warning: {image}") == 1
+    # One process does the same.
+    one = alone("--data-path", folder / "broken_set", "--batch-size", "4", "--limit-train-batches", "9", "--norm", "bn")
+    assert [r.get("replaced_images") for r in records_of(one, "train")] == [r.get("replaced_images") for r in records]
+
+
+def test_too_many_unreadable_pictures_end_both_processes_with_one_message(ranks, folder):
+    first, second = (found["faults"]["too many"] for found in ranks)
+    assert first == second
+    assert "2 images cannot be used, --max-bad-images is 1" in first
+    assert "000000000003" in first and "000000000010" in first
+    assert not list((folder / "too_many").glob("checkpoints/*.pt"))
+    first, second = (found["faults"]["too many to validate"] for found in ranks)
+    assert first == second and "--max-bad-images is 0" in first

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from detection.engine.evaluation_loops import EvalLoader
 from detection.engine.step_records import LOSSES, NonFiniteLoss, StepRecords
 from detection.engine.sync_batch_norm import synchronise_batch_norm
 from detection.engine.train_loop import EpochBasedTrainLoop
-from detection.models import ImageBatch, TargetBatch, build_model
+from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
 from tests.engine.tiny_model import make_known
 
 
@@ -167,6 +168,46 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
     return found
 
 
+def faults(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any]:
+    """Trainings in which something is wrong on rank 1 alone."""
+    rank = int(os.environ["RANK"])
+    found: dict[str, Any] = {}
+
+    def train(name: str, *more: str) -> str:
+        os.environ["MASTER_PORT"] = ports.pop()
+        try:
+            return f"status {run(parse_arguments([*words, '--output-dir', str(folder / name), *more]))}"
+        except RunError as error:
+            return str(error)
+
+    plain_losses, plain_iteration = FasterRCNN._losses, EpochBasedTrainLoop.train_iteration
+    calls: list[None] = []
+
+    def losses(self: FasterRCNN, images: ImageBatch, targets: TargetBatch) -> dict[str, Any]:
+        calls.append(None)
+        values = plain_losses(self, images, targets)
+        if (rank, len(calls)) == (1, 2):
+            # Of finite gradients: nothing but the guard itself can tell the other process.
+            values["loss_cls"] = values["loss_cls"] * 0 + math.inf
+        return values
+
+    def watched(self: EpochBasedTrainLoop, iteration: int, batches: Any) -> None:
+        plain_iteration(self, iteration, batches)
+        state = self.detector.state_dict() | {f"ema {k}": v for k, v in self.ema.module.state_dict().items()}  # type: ignore[union-attr]
+        found.setdefault("weights", []).append({name: value.clone() for name, value in state.items()})
+
+    FasterRCNN._losses, EpochBasedTrainLoop.train_iteration = losses, watched  # type: ignore[method-assign]
+    found["skipping"] = train("skipping", "--skip-nonfinite", "--norm", "bn", "--ema", "0.5")
+    FasterRCNN._losses, EpochBasedTrainLoop.train_iteration = plain_losses, plain_iteration  # type: ignore[method-assign]
+
+    where = ["--data-path", str(folder / "broken_set")]
+    words = [*words[: words.index("--data-path")], *where, *words[words.index("--data-path") + 2 :]]
+    found["replacing"] = train("replacing", "--limit-train-batches", "9", "--limit-val-batches", "9")
+    found["too many"] = train("too_many", "--limit-train-batches", "9", "--max-bad-images", "1")
+    found["too many to validate"] = train("too_many_val", "--limit-val-batches", "9", "--max-bad-images", "0")
+    return found
+
+
 def missing_data(folder: Path, port: str) -> dict[str, Any]:
     """What the program itself says where there is no data set, and its exit status."""
     os.environ["MASTER_PORT"] = port
@@ -188,6 +229,7 @@ def main() -> None:
         found[claim.__name__] = claim(processes)
     stop_processes()
     found["trainings"] = trainings(folder, ports, words)
+    found["faults"] = faults(folder, ports, words)
     found["missing_data"] = missing_data(folder, ports.pop())
     torch.save(found, folder / f"{processes.rank}.pt")
 
