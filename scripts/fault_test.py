@@ -27,12 +27,21 @@ from fault_test_signals import stop_and_resume
 from fault_test_training import FaultTestError, Life, Training, newest_on_disk, position, send, starts
 
 KILLS_PER_TRAINING = 20
+EPOCHS_FOR_SIGNALS = 5
+"""One for each validation that is stopped, and one to go on in."""
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if not Path("/proc/self/environ").exists():
         print("fault_test: it needs Linux (/proc), to find the processes that it kills", file=sys.stderr)
+        return 2
+    if arguments.signals and arguments.epochs < EPOCHS_FOR_SIGNALS:
+        print(
+            f"fault_test: the signals need trainings of {EPOCHS_FOR_SIGNALS} epochs: give --epochs "
+            f"{EPOCHS_FOR_SIGNALS} or more, or --no-signals",
+            file=sys.stderr,
+        )
         return 2
     with tempfile.TemporaryDirectory(prefix="fault_test_") as temporary:
         work = (arguments.work_dir or Path(temporary)).resolve()
