@@ -10,7 +10,7 @@ from data.findings import Finding
 from data.layout import CocoLayout, MissingDataset, coco_layout, standard_layout
 from data.loader import EvalLoader, TrainLoader
 from data.pictures import ImageError, read_image
-from data.prefetcher import DevicePrefetcher
+from data.prefetcher import DevicePrefetcher, LoadTimes
 from data.randomness import hash_key
 from data.replacements import UnreadableImage
 from data.samplers import plan_epoch
@@ -33,6 +33,7 @@ __all__ = [
     "Finding",
     "ImageError",
     "LargeScaleJitter",
+    "LoadTimes",
     "MissingDataset",
     "PhotometricDistortion",
     "RawBatch",

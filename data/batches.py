@@ -59,9 +59,13 @@ class RawBatch:
     iteration: int
     """0-based, over the whole run; in an evaluation, the batch's number"""
     epoch: int
+    """0-based"""
     unreadable: tuple[UnreadableImage, ...] = ()
     """Pictures that were to be in the batch, or were tried instead of one, and could not be used"""
-    """0-based"""
+    load_seconds: float = 0.0
+    """What it took to read and decode the batch"""
+    load_cpu_seconds: float = 0.0
+    """The part of it that was not spent waiting, for the disk say"""
 
     def __len__(self) -> int:
         return len(self.native_sizes)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -107,6 +108,7 @@ class _BatchReader(Dataset):
 
     def read(self, plan: BatchPlan, room: np.ndarray | None) -> RawBatch | LoadFailure:
         """The plan's batch; its pixels are the start of `room` (uint8) where they fit in."""
+        start, cpu_start = time.perf_counter(), time.thread_time()
         if room is None:
             room = np.empty(self.dataset.num_bytes(plan.indices).sum(), dtype=np.uint8)
         try:
@@ -145,6 +147,8 @@ class _BatchReader(Dataset):
             iteration=plan.iteration,
             epoch=plan.epoch,
             unreadable=tuple(unreadable),
+            load_seconds=time.perf_counter() - start,
+            load_cpu_seconds=time.thread_time() - cpu_start,
         )
 
     def _read(self, plan: BatchPlan, room: np.ndarray) -> tuple[BatchPlan, list[np.ndarray], list[UnreadableImage]]:
@@ -336,7 +340,8 @@ class TrainLoader:
         self.iterations_per_epoch = iterations_per_epoch(self.images_per_epoch, self.global_batch_size)
         if limit_batches is not None:
             self.iterations_per_epoch = min(self.iterations_per_epoch, limit_batches)
-        self._min_size, self._max_size = min_size, max_size
+        self.min_size, self.max_size = min_size, max_size
+        self.num_workers = workers
         self._batch_size, self._accumulate = batch_size, accumulate
         self._rank, self._world_size = rank, world_size
         self._seed, self._augmentation = seed, augmentation
@@ -383,8 +388,8 @@ class TrainLoader:
             words=words,
             seed=self._seed,
             epoch=epoch,
-            min_size=self._min_size,
-            max_size=self._max_size,
+            min_size=self.min_size,
+            max_size=self.max_size,
         )
         num_box_rows = _box_rows(self.dataset.box_counts[images])
         for micro_step in range(self._accumulate):

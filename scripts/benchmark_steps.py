@@ -172,6 +172,7 @@ class OurStep:
     def stages(self) -> list[Place]:
         return [
             (DevicePrefetcher, "__next__", INPUT),
+            (DevicePrefetcher, "prepare", INPUT),
             (self.model, "extract_features", FEATURES),
             (self.model, "_anchors", PROPOSALS),
             (faster_rcnn, "anchor_targets", ASSIGNMENT),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-TIMINGS = {"images_per_second", "data_seconds", "seconds", "memory_gb"}
+TIMINGS = {"images_per_second", "data_seconds", "idle_share", "seconds", "memory_gb"}
 """What depends on the clock, and on what else the machine does."""
 
 

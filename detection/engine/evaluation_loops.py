@@ -168,6 +168,7 @@ def detect(inputs: EvaluationInputs, model: nn.Module, verb: str) -> tuple[Detec
                 stop_wanted = processes.largest_later(_OVER if over else int(inputs.stop.requested))
                 if round_index < len(loader):
                     batch = next(batches)
+                    batches.prepare()
                     parts.append(_detect_batch(inputs, model, batch))
                     image_ids += batch.image_ids.tolist()
                     unreadable += batch.unreadable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ class StepRecords:
         """Lines for the console, of the latest read."""
         self.unreadable: list[UnreadableImage] = []
         """This process's pictures that could not be used, of the latest read."""
+        self.take_idle_seconds: Callable[[], float] = lambda: 0.0
+        """How long this process's device has waited for data since the last call, see DevicePrefetcher."""
         self._skipped_in_a_row = 0
         self._values: list[Tensor] = []
         self._facts: list[dict[str, Any]] = []
@@ -98,6 +100,9 @@ class StepRecords:
     def read(self) -> list[dict[str, Any]]:
         """The records since the last read, losses averaged over the processes; every process must call it.
 
+        "idle_share" is the part of the time since then in which a device had nothing to do for want of a batch: that
+        of the process which waited longest, since the others wait for it when gradients are exchanged.
+
         A record has "replaced_images" where pictures of its iteration could not be used, and with skips_nonfinite
         "skipped_steps", the count so far.
 
@@ -109,14 +114,21 @@ class StepRecords:
         if not self._facts:
             return []
         values = torch.stack(self._values)
-        rows = self._processes.mean(values).tolist()
+        # A column of its own for each process's wait: the mean over the processes tells them all apart.
+        idle = values.new_zeros(len(values), self._processes.world_size)
+        idle[:, self._processes.rank] = self.take_idle_seconds()
+        means = self._processes.mean(torch.cat([values, idle], dim=1)).tolist()
         now = time.perf_counter()
+        rows = [row[: values.shape[1]] for row in means]
+        idle_seconds = max(means[0][values.shape[1] :]) * self._processes.world_size
+        idle_share = min(idle_seconds / max(now - self._since, 1e-9), 1.0)
         rate = len(rows) * self._images_per_iteration / max(now - self._since, 1e-9)
         checked = len(_FIGURES) - 1 if self._gradient_may_overflow else len(_FIGURES)
         records, bad = [], []
         too_many_in_a_row = False
         for place, (facts, (*row, replaced)) in enumerate(zip(self._facts, rows, strict=True)):
             record = {**facts, **dict(zip(_FIGURES, row, strict=True)), "images_per_second": rate}
+            record["idle_share"] = idle_share
             if self._processes.device.type == "cuda":
                 record["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
             if replaced > 0:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from data import DevicePrefetcher, TrainLoader, UnreadableImage
 from detection.engine.bad_images import BadImages
 from detection.engine.checkpoint import BEST, LAST, CheckpointStore
+from detection.engine.data_wait import DataAdvice, DataWaitWatch
 from detection.engine.distributed import Processes, without_gradient_exchange
 from detection.engine.ema import AveragedModel
 from detection.engine.nonfinite_guard import NonFiniteGuard
@@ -114,6 +115,7 @@ class EpochBasedTrainLoop:
             gradient_may_overflow=precision.amp == "fp16",
             skips_nonfinite=skip_nonfinite,
         )
+        self.data_wait: DataWaitWatch | None = None
         self._saved_iteration: int | None = None
         self._last_save = time.monotonic()
 
@@ -128,6 +130,11 @@ class EpochBasedTrainLoop:
         self.records.skipped_steps = progress.skipped_steps
         self._saved_iteration = progress.iteration or None
         batches = DevicePrefetcher(self.loader.batches(progress.iteration, self.num_iterations), self.processes.device)
+        self.records.take_idle_seconds = batches.take_idle_seconds
+        self.data_wait = DataWaitWatch(
+            self.loader.global_batch_size,
+            lambda: DataAdvice.of(self.loader, self.processes).text(batches.load_times),
+        )
         if progress.validation_due and self.validate is not None:
             self.run_validation(progress)
         progress.validation_due = False
@@ -174,6 +181,8 @@ class EpochBasedTrainLoop:
             total = {name: total[name] + value for name, value in losses.items()} if total else losses
             image_ids += batch.image_ids.tolist()
             unreadable += batch.unreadable
+            # While the device is at work; a validation may come between this batch and the next iteration's.
+            batches.prepare()
         self.precision.unscale(self.optimizer)
         clip = self.schedule.clip_grad
         grad_norm = gradient_norm(
@@ -220,6 +229,9 @@ class EpochBasedTrainLoop:
         self.recorder.train(records)
         for line in self.records.warnings if self.processes.is_main else ():
             self.recorder.warn(line)
+        waited = self.data_wait.note(records) if self.data_wait is not None else None
+        if waited is not None and self.processes.is_main:
+            self.recorder.warn(waited)
         progress.skipped_steps = self.records.skipped_steps
         if any("replaced_images" in record for record in records):
             self.bad_images.agree("train", self.records.unreadable)

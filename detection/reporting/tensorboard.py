@@ -52,6 +52,7 @@ _LAYOUT: dict[str, dict[str, list[Any]]] = {
     },
     "Speed": {
         "seconds waiting for data": ["Multiline", ["^train/data_seconds$"]],
+        "device idle for want of data (share)": ["Multiline", ["^train/idle_share$"]],
         "GPU memory (GB)": ["Multiline", ["^train/memory_gb$"]],
         "seconds of a validation": ["Multiline", ["^val/seconds$"]],
     },

@@ -19,7 +19,7 @@ from detection.engine import run
 from tests.engine.tiny_model import make_known
 
 FOLDER = Path(__file__).parent
-TIMINGS = ("images_per_second", "data_seconds", "seconds")
+TIMINGS = ("images_per_second", "data_seconds", "idle_share", "seconds")
 
 
 @pytest.fixture(scope="session", autouse=True)
