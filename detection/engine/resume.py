@@ -79,8 +79,8 @@ def check_resumable(
             f"{path} was trained with a global batch of {run['global_batch_size']} images on {run['world_size']} "
             f"processes; this run has {facts.global_batch_size} ({facts.world_size} processes x {per_process}), with "
             "which epochs, learning rate and image order would not go on where they were. Give "
-            f"--global-batch-size {run['global_batch_size']}, or --batch-size and --accumulate so that processes x batch "
-            f"size x accumulate is {run['global_batch_size']}."
+            f"--global-batch-size {run['global_batch_size']}, or --batch-size and --accumulate so that processes x "
+            f"batch size x accumulate is {run['global_batch_size']}."
         )
     if state["iterations_per_epoch"] != iterations_per_epoch:
         raise CheckpointError(
