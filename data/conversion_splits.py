@@ -10,6 +10,7 @@ from data.conversion import ConversionError, LabelledPicture
 
 SPLIT_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Names of folders and lists that say which split their pictures are of."""
+PICTURE_FOLDERS = {"images", "JPEGImages"}
 
 
 def split_by_seed(
@@ -24,13 +25,19 @@ def split_by_seed(
     """
     if len(pictures) < 2:
         raise ConversionError(f"{len(pictures)} pictures cannot be split into training and validation: add some")
-    turns = sorted(pictures, key=lambda picture: hashlib.sha256(f"{seed}\0{picture.key}".encode()).digest())
+    turns = sorted(pictures, key=lambda picture: _turn(picture.key, seed))
     num_val = min(max(1, round(val_fraction * len(turns))), len(turns) - 1)
     chosen = {picture.key for picture in turns[:num_val]}
     return {
         "train": [picture for picture in pictures if picture.key not in chosen],
         "val": [picture for picture in pictures if picture.key in chosen],
     }
+
+
+def _turn(key: str, seed: int) -> tuple[bytes, str]:
+    # Without the folders that formats ask for, so that a set is split alike whichever format it comes in.
+    name = "/".join(part for part in Path(key).parts if part not in PICTURE_FOLDERS)
+    return hashlib.sha256(f"{seed}\0{name}".encode()).digest(), key
 
 
 def split_by_lists(
@@ -62,8 +69,8 @@ def split_by_lists(
                 )
             if taken.setdefault(listed, split) != split:
                 raise ConversionError(
-                    f"{file}, line {number}: {listed!r} is in the list of {taken[listed]} too: the two would measure the "
-                    "same picture. Take it out of one"
+                    f"{file}, line {number}: {listed!r} is in the list of {taken[listed]} too: validation would measure "
+                    "what was trained on. Take it out of one"
                 )
             keys.append(listed)
         splits[split] = [by_key[key] for key in dict.fromkeys(keys) if key in by_key]
