@@ -122,6 +122,8 @@ class RunConfig:
     mode: str = "train"
     """train, val or test."""
     dry_run: bool = False
+    collective_timeout: float = 15.0
+    """Minutes that a process waits for the others before the run ends with an error."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     def for_processes(self, world_size: int) -> RunConfig:
@@ -356,6 +358,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of the images [on]"
     )
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
+    group.add_argument(
+        "--collective-timeout",
+        type=_positive_float,
+        default=15.0,
+        metavar="MIN",
+        help="minutes that a process waits for the others before the run ends and says who is missing [15]",
+    )
     group.add_argument("--seed", type=_seed, default=0, metavar="N", help="[0]")
     group.add_argument("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower")
 
@@ -454,4 +463,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     )
     output = OutputConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(OutputConfig)})
     mode = "val" if options.val_only else "test" if options.test_only else "train"
-    return RunConfig(data, model, train, output, options.device, mode, options.dry_run, augmentation)
+    return RunConfig(
+        data,
+        model,
+        train,
+        output,
+        options.device,
+        mode,
+        options.dry_run,
+        collective_timeout=options.collective_timeout,
+        augmentation=augmentation,
+    )

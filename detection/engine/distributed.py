@@ -22,10 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-STEP_TIMEOUT = timedelta(minutes=15)
-"""How long a training collective waits for a missing process before the run ends with an error."""
+from detection.engine.meeting import meet
+from detection.engine.roll_call import RollCall, join_roll_call
+
 CONTROL_TIMEOUT = timedelta(hours=3)
-"""The same for control messages: as long as the longest evaluation on one process may take."""
+"""How long the others wait for what the main process does alone: as long as the longest evaluation may take."""
+_GRACE = timedelta(minutes=1)
+"""The backends' own timeouts come after the roll call's, which says who is missing."""
 
 
 class DeviceError(ValueError):
@@ -43,22 +46,36 @@ class Processes:
     device: torch.device
     control_group: Any = None
     """gloo group of all processes; None where there is one process."""
+    roll_call: RollCall | None = None
+    """Who is still there; None where there is one process."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def at(self, place: str) -> None:
+        """Note what this process is doing ("in iteration 7"), for the message of the others should it be lost."""
+        if self.roll_call is not None:
+            self.roll_call.at(place)
+
+    def waiting(self, what: str, limit: timedelta | None = None) -> AbstractContextManager[Any]:
+        """Inside, this process waits for the others; in vain for too long (`limit`, or the run's timeout), and it ends
+        with a message that names them."""
+        return self.roll_call.waiting(what, limit) if self.roll_call is not None else nullcontext()
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.world_size > 1:
-            dist.barrier(group=self.control_group)
+            with self.waiting("every process"):
+                dist.barrier(group=self.control_group)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value (plain types) on every process."""
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control_group)
+        with self.waiting("what process 0 does alone", CONTROL_TIMEOUT):
+            dist.broadcast_object_list(box, src=0, group=self.control_group)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -66,7 +83,8 @@ class Processes:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control_group)
+        with self.waiting("the word of every process"):
+            dist.all_gather_object(values, value, group=self.control_group)
         return values
 
     def gather_arrays(self, array: NDArray[Any]) -> list[NDArray[Any]] | None:
@@ -79,7 +97,8 @@ class Processes:
         padded[: len(array)] = array
         mine = torch.from_numpy(padded)
         parts = [torch.empty_like(mine) for _ in lengths] if self.is_main else None
-        dist.gather(mine, parts, dst=0, group=self.control_group)
+        with self.waiting("the results of every process"):
+            dist.gather(mine, parts, dst=0, group=self.control_group)
         if parts is None:
             return None
         return [part.numpy()[:length] for part, length in zip(parts, lengths, strict=True)]
@@ -88,7 +107,8 @@ class Processes:
         """Mean over the processes of `values` (float, any shape, on this process's device); a new tensor."""
         values = values.clone()
         if self.world_size > 1:
-            dist.all_reduce(values)
+            with self.waiting("the losses of every process"):
+                dist.all_reduce(values)
             values /= self.world_size
         return values
 
@@ -99,13 +119,14 @@ class Processes:
         """
         box = torch.tensor([value], dtype=torch.int64)
         work = dist.all_reduce(box, dist.ReduceOp.MAX, self.control_group, True) if self.world_size > 1 else None
-        return PendingMaximum(box, work)
+        return PendingMaximum(box, work, self)
 
     def share_buffers(self, module: nn.Module) -> None:
         """Give every process rank 0's buffers: batch-norm statistics, which each keeps for itself while it trains."""
         if self.world_size > 1:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, src=0)
+            with self.waiting("the statistics of process 0"):
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, src=0)
 
     def wrap(self, model: nn.Module, *, broadcast_buffers: bool) -> nn.Module:
         """The model with gradients averaged over the processes (the model itself where there is one)."""
@@ -130,10 +151,12 @@ class PendingMaximum:
 
     box: Tensor
     work: Any
+    processes: Processes
 
     def result(self) -> int:
         if self.work is not None:
-            self.work.wait()
+            with self.processes.waiting("every process to come as far"):
+                self.work.wait()
         return int(self.box)
 
 
@@ -147,11 +170,12 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def start_processes(device: str) -> Processes:
+def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> Processes:
     """Join the run's processes as torchrun's environment says; one process without it.
 
     Args:
         device: auto (CUDA where there is one), cpu or cuda.
+        timeout: how long a process waits for the others before it ends with an error that names them.
 
     Raises:
         DeviceError: cuda is asked for and absent, or has fewer GPUs than local processes.
@@ -175,12 +199,14 @@ def start_processes(device: str) -> Processes:
         torch.cuda.set_device(chosen)
     else:
         _share_cpu_cores(local_world_size)
-    group = None
+    group = roll_call = None
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
-        group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    return Processes(rank, local_rank, world_size, local_world_size, chosen, group)
+        store, start = meet(timeout + _GRACE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + _GRACE)
+        group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT + _GRACE)
+        roll_call = join_roll_call(start, rank, world_size, timeout)
+    return Processes(rank, local_rank, world_size, local_world_size, chosen, group, roll_call)
 
 
 def stop_processes() -> None:

@@ -11,6 +11,7 @@ from detection.engine.bad_images import TooManyBadImages
 from detection.engine.checkpoint import CheckpointError
 from detection.engine.distributed import DeviceError, Processes
 from detection.engine.output_directory import OutputDirectoryError
+from detection.engine.roll_call import LostProcess
 from detection.engine.step_records import NonFiniteLoss
 from detection.evaluation import EvaluationError, ResultsError
 from detection.models import ModelError, WeightsError
@@ -25,6 +26,7 @@ USER_ERRORS = (
     DeviceError,
     EvaluationError,
     ImageError,
+    LostProcess,
     MetricsError,
     MissingDataset,
     ModelError,

@@ -73,6 +73,7 @@ class ValLoop:
         detections, image_ids, num_unreadable = detect(self.inputs, model, "validating")
         forward_seconds = time.perf_counter() - started
         # The others wait here, on gloo, for as long as rank 0 needs.
+        processes.at("computing the metrics" if processes.is_main else "validating, all batches done")
         metrics = main_first(processes, partial(self._metrics, detections, image_ids, num_unreadable))
         metrics["seconds"] = time.perf_counter() - started
         metrics["images_per_second"] = metrics["num_images"] / forward_seconds
@@ -164,6 +165,7 @@ def detect(inputs: EvaluationInputs, model: nn.Module, verb: str) -> tuple[Detec
     try:
         with inputs.recorder.evaluation_bar(verb, len(loader)) as bar:
             for round_index in range(rounds):
+                processes.at(f"{verb}, batch {round_index + 1} of {rounds}")
                 over = inputs.bad_images.exceeded_by(inputs.split, unreadable)
                 stop_wanted = processes.largest_later(_OVER if over else int(inputs.stop.requested))
                 if round_index < len(loader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -12,9 +13,10 @@ from detection.engine.build import build, prepare
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.distributed import Processes, start_processes, stop_processes
 from detection.engine.errors import USER_ERRORS, RunError, main_first, together
-from detection.engine.host_memory import keep_freed_memory
 from detection.engine.evaluation_run import evaluate
+from detection.engine.host_memory import keep_freed_memory
 from detection.engine.output_directory import OutputDirectory
+from detection.engine.roll_call import LostProcess, is_network_error
 from detection.engine.stopping import StopRequest
 from detection.engine.training_run import train
 from detection.reporting import Console
@@ -29,13 +31,23 @@ def run(config: RunConfig) -> int:
     Raises:
         RunError and the errors in detection.engine.errors.USER_ERRORS: the user's to mend.
     """
-    processes = start_processes(config.device)
+    processes = start_processes(config.device, timedelta(minutes=config.collective_timeout))
     output = OutputDirectory(config.output_dir)
+    last_words: str | None = None
     try:
         config = config.for_processes(processes.world_size)
         with StopRequest() as stop:
             return _run(config, processes, output, stop)
+    except BaseException as error:
+        # A process that fails alone leaves the others waiting: they are told why.
+        last_words = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if processes.roll_call is not None and is_network_error(error):
+            last_words = "lost contact as well"
+            raise LostProcess(processes.roll_call.report(str(error).splitlines()[0])) from error
+        raise
     finally:
+        if processes.roll_call is not None:
+            processes.roll_call.close(last_words)
         output.release()
         stop_processes()
 

@@ -160,6 +160,7 @@ class EpochBasedTrainLoop:
 
     def train_iteration(self, iteration: int, batches: DevicePrefetcher) -> None:
         """One optimiser step."""
+        self.processes.at(f"in iteration {iteration}")
         learning_rate = set_learning_rate(self.optimizer, self.schedule, iteration, self.iterations_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
@@ -177,7 +178,8 @@ class EpochBasedTrainLoop:
                 with without_gradient_exchange(self.model):
                     losses = self.forward_backward(images, targets)
             else:
-                losses = self.forward_backward(images, targets)
+                with self.processes.waiting("the gradients of every process"):
+                    losses = self.forward_backward(images, targets)
             total = {name: total[name] + value for name, value in losses.items()} if total else losses
             image_ids += batch.image_ids.tolist()
             unreadable += batch.unreadable

@@ -1,0 +1,170 @@
+"""Who is still there: what each process of a run is doing, known to the others when one of them is lost or stuck.
+
+A collective that fails says "connection reset by peer" or "timed out", and not by whom. So each process leaves a sign
+of life in the run's key-value store every second, with what it is at, and looks after itself: where it waits for the
+others longer than it should, it says who is missing and what it waited for, and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+BEAT_SECONDS = 1.0
+_PATIENCE_BEATS = 3
+"""So many beats without a new sign, and a process counts as gone."""
+
+_MARKS = ("gloo", "nccl", "connection closed", "connection reset", "connection was", "timed out", "broken pipe")
+_NETWORK_ERRORS = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+
+
+class LostProcess(ValueError):
+    """Another process of the run is gone or stuck. The message names it, and what was waited for."""
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether a collective failed, rather than a computation."""
+    if isinstance(error, _NETWORK_ERRORS):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in _MARKS)
+
+
+class RollCall:
+    """This process's signs of life, and its view of the others'.
+
+    `limit`: how long a wait for the others may take where `waiting` is not told otherwise.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, limit: timedelta) -> None:
+        self._store = store
+        self._rank, self._world_size = rank, world_size
+        self._limit = limit.total_seconds()
+        self._at = "starting"
+        self._waits_for: str | None = None
+        self._allowed = self._limit
+        self._waits_since = 0.0
+        self._beats = 0
+        self._last_words: str | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat_on, daemon=True, name="roll call")
+        self._sign()
+        self._thread.start()
+
+    def at(self, place: str) -> None:
+        """Note what this process is doing; costs nothing."""
+        self._at = place
+
+    @contextlib.contextmanager
+    def waiting(self, what: str, limit: timedelta | None = None) -> Iterator[None]:
+        """Inside, this process waits for the others; longer than `limit`, and it ends with a message."""
+        if self._waits_for is not None:  # one wait inside another: the outer one's name says more
+            yield
+            return
+        self._allowed = self._limit if limit is None else limit.total_seconds()
+        self._waits_since = time.monotonic()
+        self._waits_for = what
+        try:
+            yield
+        except BaseException:
+            self._waits_since = float("inf")  # what was waited for stays known to `report`
+            raise
+        self._waits_for = None
+
+    def report(self, reason: str) -> str:
+        """What to say when the wait is in vain; takes a few seconds, in which signs of the others are looked for."""
+        waits_for = self._waits_for
+        before = self._signs()
+        for _ in range(_PATIENCE_BEATS):
+            time.sleep(BEAT_SECONDS)
+            self._sign()  # the others may be looking too, and this may be the thread that does it
+        after = self._signs()
+        missing, elsewhere = [], []
+        for rank, (old, new) in enumerate(zip(before, after, strict=True)):
+            if rank == self._rank:
+                continue
+            if new is None:
+                missing.append(f"process {rank} cannot be asked: the store of the run, on process 0's machine, is gone")
+                continue
+            who = f"process {rank} (pid {new['pid']} on {new['host']})"
+            if new["last_words"] is not None:
+                missing.append(f"{who} ended {new['at']}: {new['last_words']}")
+            elif old is not None and old["beats"] == new["beats"]:
+                missing.append(f"{who} gives no sign of life; the last was {new['at']}")
+            elif waits_for is not None and new["waits_for"] != waits_for:
+                doing = f"waits for {new['waits_for']}" if new["waits_for"] else "does not wait"
+                elsewhere.append(f"{who} is alive and elsewhere: {new['at']}, {doing}")
+        lines = [f"process {self._rank}, {self._at}, waited for {waits_for or 'the others'} in vain: {reason}"]
+        lines += [f"  {line}" for line in missing + elsewhere]
+        if not missing and not elsewhere:
+            lines.append("  all processes are alive; the network between them may have failed for a moment")
+        lines.append(
+            "Its own message stands above, or in its output. Go on with --resume; torchrun --max-restarts=N with "
+            "--resume auto does so by itself."
+        )
+        return "\n".join(lines)
+
+    def close(self, last_words: str | None = None) -> None:
+        """Leave; `last_words`: why, where it is before the end."""
+        self._last_words = last_words
+        self._over.set()
+        self._thread.join(BEAT_SECONDS)
+        if last_words is not None:
+            self._sign()
+
+    def _beat_on(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            self._sign()
+            if self._waits_for is not None and time.monotonic() - self._waits_since >= self._allowed:
+                self._end_here(self._waits_since)
+
+    def _end_here(self, since: float) -> None:
+        # The main thread hangs in a collective, from which nothing but the end of the process brings it back.
+        text = self.report(f"nothing came for {self._allowed / 60:g} minutes (--collective-timeout)")
+        if self._waits_for is None or self._waits_since != since:  # it came after all
+            return
+        self._last_words = f"gave up waiting for {self._waits_for}"
+        self._sign()
+        print(f"\nerror: {text}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _sign(self) -> None:
+        self._beats += 1
+        sign = {
+            "beats": self._beats,
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "at": self._at,
+            "waits_for": self._waits_for,
+            "last_words": self._last_words,
+        }
+        with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
+            self._store.set(str(self._rank), json.dumps(sign))
+
+    def _signs(self) -> list[dict[str, Any] | None]:
+        """The latest sign of each process; None where the store cannot be read or it never gave any."""
+        signs: list[dict[str, Any] | None] = []
+        for rank in range(self._world_size):
+            sign = None
+            with contextlib.suppress(RuntimeError, ValueError):
+                if self._store.check([str(rank)]):
+                    sign = json.loads(self._store.get(str(rank)))
+            signs.append(sign)
+        return signs
+
+
+def join_roll_call(start: str, rank: int, world_size: int, limit: timedelta) -> RollCall:
+    """Begin the signs of life, over a connection of their own to the store that the run's processes met at."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
+    # torchrun keeps its store over restarts: signs of an earlier start are not these.
+    return RollCall(dist.PrefixStore(f"roll_call/{start}", store), rank, world_size, limit)
