@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +18,14 @@ from torchvision.models.detection import roi_heads as torchvision_roi_heads
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import checkout  # noqa: F401
+from benchmark_ablation import FUSED_OPTIMISER, KEPT_MEMORY, OPTIMISATIONS
 from benchmark_timing import BenchmarkError
 from data import DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine import train_loop
 from detection.engine.bad_images import BadImages
 from detection.engine.checkpoint import CheckpointStore
 from detection.engine.distributed import Processes
+from detection.engine.host_memory import keep_freed_memory, return_freed_memory
 from detection.engine.optimizer import build_optimizer
 from detection.engine.precision import Precision
 from detection.engine.recorder import Recorder
@@ -58,18 +60,22 @@ class Variant:
     amp: str
     channels_last: bool
     compiled: bool
+    without: str | None = None
+    """Of ours: the one of OPTIMISATIONS that is left out."""
 
     @staticmethod
     def parse(name: str) -> Variant:
-        match = re.fullmatch(r"(ours|torchvision)-(fp32|bf16|fp16)(-cl)?(-compile)?", name)
+        match = re.fullmatch(r"(ours|torchvision)-(fp32|bf16|fp16)(-cl)?(-compile)?(?:-without-([a-z0-9-]+))?", name)
         if match is None:
             raise BenchmarkError(
                 f"variant {name!r}: write ours or torchvision, then -fp32, -bf16 or -fp16, then -cl (channels last) "
                 "and -compile as wanted, e.g. torchvision-bf16-cl"
             )
-        owner, precision, channels_last, compiled = match.groups()
+        owner, precision, channels_last, compiled, without = match.groups()
+        if without is not None and (owner != "ours" or without not in OPTIMISATIONS):
+            raise BenchmarkError(f"variant {name!r}: -without- goes with ours and one of {', '.join(OPTIMISATIONS)}")
         amp = "off" if precision == "fp32" else precision
-        return Variant(name, owner, amp, channels_last is not None, compiled is not None)
+        return Variant(name, owner, amp, channels_last is not None, compiled is not None, without)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -97,6 +103,9 @@ class Step(Protocol):
 
     variant: Variant
 
+    def settle(self, run: Callable[[], object]) -> None:
+        """Right before `run` is timed: memory as this step's own program has it."""
+
     def train(self, batches: Sequence[RawBatch]) -> None:
         """One optimiser step a batch, from what workers hand over to updated weights."""
 
@@ -114,10 +123,24 @@ def build_step(variant: Variant, work: Work) -> Step:
     return OurStep(variant, work) if variant.owner == "ours" else TorchvisionStep(variant, work)
 
 
+class _HostMemory:
+    """Whether this process keeps what it frees: train.py on the CPU does, torchvision's reference training does not."""
+
+    keeps = False
+
+    @classmethod
+    def switch(cls, keep: bool) -> bool:
+        """True where that changed something."""
+        if keep == cls.keeps:
+            return False
+        cls.keeps = keep
+        return keep_freed_memory() if keep else return_freed_memory()
+
+
 class OurStep:
     """EpochBasedTrainLoop.train_iteration itself, with the prefetcher in front of it and the records behind it."""
 
-    def __init__(self, variant: Variant, work: Work) -> None:
+    def __init__(self, variant: Variant, work: Work, processes: Processes | None = None) -> None:
         self.variant, self.work = variant, work
         model = build_model(work.model, work.num_classes)
         load_weights(model, str(work.weights))
@@ -128,10 +151,14 @@ class OurStep:
         precision = Precision(variant.amp, work.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="benchmark_")
         processes, recorder = Processes(0, 0, 1, 1, work.device), Recorder(Console(None))
-        processes, recorder = Processes(0, 0, 1, 1, work.device), Recorder(Console(None))
+        optimizer = build_optimizer(self.model, schedule)
+        if variant.without == FUSED_OPTIMISER:
+            for group in optimizer.param_groups:
+                group.update(fused=False, foreach=None)
+        processes, recorder = processes or Processes(0, 0, 1, 1, work.device), Recorder(Console(None))
         self.loop = EpochBasedTrainLoop(
-            model=self.model,
-            optimizer=build_optimizer(self.model, schedule),
+            model=processes.wrap(self.model, broadcast_buffers=False),
+            optimizer=optimizer,
             schedule=schedule,
             loader=work.loader,
             accumulate=1,
@@ -150,13 +177,25 @@ class OurStep:
         )
         self._record: dict[str, Any] = {}
 
+    def settle(self, run: Callable[[], object]) -> None:
+        if self.work.device.type == "cpu" and _HostMemory.switch(self.variant.without != KEPT_MEMORY):
+            run()  # takes its memory from the system; the next run has it
+
     def train(self, batches: Sequence[RawBatch]) -> None:
         self.model.train()
         prefetcher = DevicePrefetcher(iter(batches), self.work.device)
-        for _ in batches:
-            self.loop.train_iteration(_LEARNING_RATE_ITERATION, prefetcher)
+        with self._patches():
+            for _ in batches:
+                self.loop.train_iteration(_LEARNING_RATE_ITERATION, prefetcher)
         # The losses are fetched at the end of the block, as at a logging step.
         self._record = self.loop.records.read()[-1]
+
+    def _patches(self) -> AbstractContextManager[Any]:
+        """While inside, the step does without what its variant says."""
+        optimisation = OPTIMISATIONS.get(self.variant.without or "")
+        if optimisation is None or optimisation.without is None:
+            return nullcontext()
+        return optimisation.without(self.model)
 
     def detect(self, batches: Sequence[RawBatch]) -> None:
         self.model.eval()
@@ -178,6 +217,8 @@ class OurStep:
             (faster_rcnn, "anchor_targets", ASSIGNMENT),
             # The table of all levels' cells serves the sampled anchors and RoIAlign alike.
             (faster_rcnn, "cell_table", ROI_ALIGN),
+            (faster_rcnn, "windows_3x3", RPN_HEAD),
+            (faster_rcnn, "take_rows", RPN_HEAD),
             (self.model.rpn, "at_anchors", RPN_HEAD),
             (self.model, "rpn", RPN_HEAD),
             (faster_rcnn, "rpn_losses", LOSSES),
@@ -218,6 +259,10 @@ class TorchvisionStep:
         self.precision = Precision(variant.amp, work.device)
         self._decoded: list[tuple[RawBatch, TorchvisionInputs]] = []
         self._losses: dict[str, float] = {}
+
+    def settle(self, run: Callable[[], object]) -> None:
+        if self.work.device.type == "cpu":
+            _HostMemory.switch(False)
 
     def train(self, batches: Sequence[RawBatch]) -> None:
         self.model.train()

@@ -32,13 +32,16 @@ def interleave(
     *,
     wait: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
+    settle: Mapping[str, Callable[[Callable[[], object]], None]] | None = None,
 ) -> dict[str, Samples]:
     """Time each of `runs` once a round, `repeats` rounds, after one untimed round.
 
     Whatever else slows the machine for a while slows all variants of a round alike, and the order rotates from round
-    to round. `wait` ends when the device has done all it was given.
+    to round. `wait` ends when the device has done all it was given. `settle` has, by name, what goes before each
+    timed run and does not count; it is given the run.
     """
     names = list(runs)
+    settle = settle or {}
     samples = {name: Samples() for name in names}
     for name in names:
         start = time.perf_counter()
@@ -49,6 +52,8 @@ def interleave(
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             gc.collect()
+            if name in settle:
+                settle[name](runs[name])
             wait()
             wall, cpu = time.perf_counter(), time.process_time()
             runs[name]()

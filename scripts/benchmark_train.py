@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import checkout  # noqa: F401
+from benchmark_ablation import ablation_rows, ablation_table, ablation_variants
 from benchmark_inputs import add_picture_arguments, open_pictures
 from benchmark_machine import add_common_arguments
 from benchmark_probes import (
@@ -28,9 +29,10 @@ from benchmark_probes import (
     wrapped,
     write_trace,
 )
+from benchmark_scaling import measure_scaling
 from benchmark_scenes import native_size
 from benchmark_steps import STAGES, Step, Variant, Work, build_step, starting_weights
-from benchmark_timing import BenchmarkError, format_table, interleave, timing_rows, timing_table
+from benchmark_timing import BenchmarkError, Samples, format_table, interleave, timing_rows, timing_table
 from data import CocoDataset, RawBatch, TrainLoader
 
 _DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,6 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU-seconds, for a machine that others use too"
     )
     parser.add_argument("--inference", action="store_true", help="also images/s, and the latency of one image")
+    parser.add_argument(
+        "--ablation", action="store_true", help="ours alone: each optimisation taken out in turn, in the same run"
+    )
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="scaling: images/s of N processes (GPUs, or CPU processes) over N times one",
+    )
     parser.add_argument("--no-probes", action="store_true", help="times only: no stages, synchronisations and FLOPs")
     parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the last of our variants")
 
@@ -76,12 +87,29 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     device = _device(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    variants = [Variant.parse(name) for name in arguments.variants or _usual_variants(arguments)]
+    if arguments.nproc is not None:
+        return measure_scaling(arguments, device, say)
+    ablated: dict[str, str] = {}
+    if arguments.ablation:
+        ablated = ablation_variants(arguments.amp, device, compiled=arguments.compile)
+    variants = [Variant.parse(name) for name in arguments.variants or list(ablated) or _usual_variants(arguments)]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark_")))
         work = _work(arguments, device, folder, stack)
         steps, resident = _build(variants, work, say)
+        if ablated:
+            return _ablation(arguments, work, steps, ablated, say)
         return _measure(arguments, work, steps, resident, say)
+
+
+def _ablation(
+    arguments: argparse.Namespace, work: Work, steps: Mapping[str, Step], ablated: Mapping[str, str], say: Say
+) -> tuple[dict[str, Any], str]:
+    figures, samples = _timed(arguments, work, steps, [], say)
+    ablated = {name: text for name, text in ablated.items() if name in samples}
+    figures["ablation"] = ablation_rows(ablated, {name: samples[name].by(arguments.clock) for name in ablated})
+    times = timing_table(figures["train"], clock=arguments.clock, rate="images/s", units=figures["batch_size"])
+    return figures, "\n".join([_describe(figures), "", times, "", ablation_table(figures["ablation"])])
 
 
 def _measure(
@@ -93,24 +121,8 @@ def _measure(
 ) -> tuple[dict[str, Any], str]:
     device, batches = work.device, work.batches
     peers = [name for name, step in steps.items() if step.variant.owner == "torchvision"]
-    batch_size = len(batches[0])
-    timed = {name: partial(step.train, batches) for name, step in steps.items()}
-    samples = interleave(timed, arguments.repeats, wait=partial(synchronise, device), say=say)
-    rows = timing_rows(samples, peers, units=len(batches), clock=arguments.clock)
-    key = "seconds" if arguments.clock == "wall" else "cpu_seconds"
-    for row in rows:
-        row["images_per_second"] = batch_size / row[key]["median"]
-        row["losses"] = steps[row["name"]].losses()
-    figures: dict[str, Any] = {
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "clock": arguments.clock,
-        "batch_size": batch_size,
-        "shapes": [list(batch.padded_size) for batch in batches],
-        "padding_share": _padding_share(batches),
-        "boxes_per_image": sum(int(batch.valid.sum()) for batch in batches) / (batch_size * len(batches)),
-        "train": rows,
-    }
+    figures, _ = _timed(arguments, work, steps, peers, say)
+    rows, batch_size = figures["train"], figures["batch_size"]
     texts = [_describe(figures), "", timing_table(rows, clock=arguments.clock, rate="images/s", units=batch_size)]
     if device.type == "cuda":
         figures["peak_memory_gb"] = _peak_memory(steps, batches, resident)
@@ -133,6 +145,33 @@ def _measure(
             if arguments.profile:
                 texts += ["", f"trace of {ours[-1].variant.name}: {file}"]
     return figures, "\n".join(texts)
+
+
+def _timed(
+    arguments: argparse.Namespace, work: Work, steps: Mapping[str, Step], peers: Sequence[str], say: Say
+) -> tuple[dict[str, Any], dict[str, Samples]]:
+    """Seconds of the training steps, in an interleaved run; and every single one."""
+    device, batches = work.device, work.batches
+    batch_size = len(batches[0])
+    timed = {name: partial(step.train, batches) for name, step in steps.items()}
+    settle = {name: step.settle for name, step in steps.items()}
+    samples = interleave(timed, arguments.repeats, wait=partial(synchronise, device), say=say, settle=settle)
+    rows = timing_rows(samples, peers, units=len(batches), clock=arguments.clock)
+    key = "seconds" if arguments.clock == "wall" else "cpu_seconds"
+    for row in rows:
+        row["images_per_second"] = batch_size / row[key]["median"]
+        row["losses"] = steps[row["name"]].losses()
+    figures: dict[str, Any] = {
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "clock": arguments.clock,
+        "batch_size": batch_size,
+        "shapes": [list(batch.padded_size) for batch in batches],
+        "padding_share": _padding_share(batches),
+        "boxes_per_image": sum(int(batch.valid.sum()) for batch in batches) / (batch_size * len(batches)),
+        "train": rows,
+    }
+    return figures, samples
 
 
 def _device(arguments: argparse.Namespace) -> torch.device:
@@ -230,7 +269,8 @@ def _inference(
     results, texts = {}, []
     for title, batches in (("batch", work.batches), ("one_image", tuple(single))):
         timed = {name: partial(step.detect, batches) for name, step in steps.items()}
-        samples = interleave(timed, arguments.repeats, wait=partial(synchronise, work.device), say=say)
+        settle = {name: step.settle for name, step in steps.items()}
+        samples = interleave(timed, arguments.repeats, wait=partial(synchronise, work.device), say=say, settle=settle)
         results[title] = timing_rows(samples, peers, units=len(batches), clock=arguments.clock)
         number = len(batches[0])
         for row in results[title]:
@@ -244,6 +284,7 @@ def _probes(steps: Mapping[str, Step], work: Work, rows: Sequence[Mapping[str, A
     ticks = time.perf_counter if clock == "wall" else time.process_time
     stages, waits, missing = {}, {}, []
     for name, step in steps.items():
+        step.settle(partial(step.train, work.batches))
         stages[name], absent = stage_seconds(step, work, ticks)
         missing += absent
         if not step.variant.compiled:

@@ -19,6 +19,16 @@ def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d
     return conv
 
 
+def _lateral(conv: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(conv, nn.Conv2d)
+    return pointwise_convolution(x, conv.weight, conv.bias)
+
+
+def _output(conv: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(conv, nn.Conv2d)
+    return convolution_3x3_with_sparse_gradient(x, conv.weight, conv.bias)
+
+
 def _norms(norm: str | None, count: int, channels: int) -> nn.ModuleList | None:
     if norm is None:
         return None
@@ -48,19 +58,13 @@ class FPN(nn.Module):
 
         P6 is every second row and column of P5.
         """
-        maps = [
-            pointwise_convolution(feature, conv.weight, conv.bias)
-            for conv, feature in zip(self.lateral, features, strict=True)
-        ]
+        maps = [_lateral(conv, feature) for conv, feature in zip(self.lateral, features, strict=True)]
         if self.lateral_norm is not None:
             maps = [norm(x) for norm, x in zip(self.lateral_norm, maps, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
             finer = maps[level - 1]
             finer.add_(F.interpolate(maps[level], size=finer.shape[-2:], mode="nearest"))
-        outputs = [
-            convolution_3x3_with_sparse_gradient(x, conv.weight, conv.bias)
-            for conv, x in zip(self.output, maps, strict=True)
-        ]
+        outputs = [_output(conv, x) for conv, x in zip(self.output, maps, strict=True)]
         if self.output_norm is not None:
             outputs = [norm(x) for norm, x in zip(self.output_norm, outputs, strict=True)]
         outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))

@@ -230,6 +230,8 @@ def test_generated_pictures_are_textured_and_their_boxes_lie_inside(script):
     ("argv", "words"),
     [
         (["train", "--variants", "theirs-fp32"], "theirs-fp32"),
+        (["train", "--variants", "ours-fp32-without-wheels"], "wheels"),
+        (["train", "--nproc", "1"], "2 processes"),
         (["train", "--height", "320"], "--width"),
         (["train", "--model", "faster_rcnn_x101_32x4d_fpn", *TOY], "resnext101_32x4d"),
         (["data", "--images", "somewhere"], "--annotations"),

@@ -1,0 +1,148 @@
+"""The training step's optimisations one by one: each taken out again, to see what it is worth on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkout  # noqa: F401
+from benchmark_timing import format_table, pairwise_ratio
+from detection.models import FasterRCNN, backbones, faster_rcnn, fpn
+from detection.models.backbones import FrozenBatchNorm
+from detection.models.roi_align import ROI_LEVELS, RoIAlign
+
+KEPT_MEMORY, FUSED_OPTIMISER = "kept-memory", "fused-optimiser"
+
+Patches = Callable[[FasterRCNN], contextlib.AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """One thing that makes the step faster, and how to do without it while a step runs."""
+
+    text: str
+    without: Patches | None
+    """None: the step itself knows how"""
+    cpu_only: bool = False
+
+
+def _unfolded(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
+    def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+        out = conv(x)
+        if not isinstance(norm, FrozenBatchNorm):
+            return norm(out)
+        scale, shift = norm.scale_and_shift()
+        return out * scale[:, None, None].to(out.dtype) + shift[:, None, None].to(out.dtype)
+
+    return mock.patch.object(backbones, "conv_norm", conv_norm)
+
+
+@contextlib.contextmanager
+def _dense_rpn(model: FasterRCNN) -> Iterator[None]:
+    """The RPN's head over whole maps with its gradient, as both reference implementations have it."""
+    head, extract = model.rpn.forward, model.extract_features
+    kept: dict[str, Any] = {}
+
+    def extract_features(images: Any) -> tuple[Tensor, ...]:
+        kept["features"] = extract(images)
+        return kept["features"]
+
+    def at_anchors(patches: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        logits, deltas = head(kept.pop("features"))
+        kept["dense"] = logits.detach(), deltas.detach()
+        return logits.gather(1, anchors), deltas.gather(1, anchors[..., None].expand(-1, -1, 4))
+
+    def forward(features: Any) -> tuple[Tensor, Tensor]:
+        return kept.pop("dense") if "dense" in kept else head(features)
+
+    with (
+        mock.patch.object(model, "extract_features", extract_features),
+        mock.patch.object(model.rpn, "at_anchors", at_anchors),
+        mock.patch.object(model.rpn, "forward", forward),
+    ):
+        yield
+
+
+def _stock_roi_align(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
+    def pool(self: RoIAlign, features: Sequence[Tensor], boxes: Tensor, levels: Tensor, table: Any = None) -> Tensor:
+        return self._by_operator(features[:ROI_LEVELS], boxes, levels)
+
+    return mock.patch.object(RoIAlign, "__call__", pool)
+
+
+def _dense_pyramid_gradient(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
+    def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    return mock.patch.object(fpn, "convolution_3x3_with_sparse_gradient", convolution)
+
+
+@contextlib.contextmanager
+def _stock_pointwise(model: FasterRCNN) -> Iterator[None]:
+    with (
+        mock.patch.object(fpn, "pointwise_convolution", F.conv2d),
+        mock.patch.object(backbones, "pointwise_convolution", lambda x, weight, bias: F.conv2d(x, weight, bias)),
+    ):
+        yield
+
+
+def _two_table_gradients(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(faster_rcnn, "take_rows", lambda table, rows: (table, table.index_select(0, rows)))
+
+
+OPTIMISATIONS: dict[str, Optimisation] = {
+    "folded-norm": Optimisation("frozen batch norm folded into the convolutions", _unfolded),
+    "sampled-rpn": Optimisation("RPN learns at its sampled anchors only", _dense_rpn),
+    FUSED_OPTIMISER: Optimisation("fused SGD", None),
+    "shared-table-gradient": Optimisation("one gradient for the cell table", _two_table_gradients),
+    "sparse-roi-align": Optimisation("RoIAlign as a sparse matrix product", _stock_roi_align, cpu_only=True),
+    "sparse-pyramid-gradient": Optimisation(
+        "pyramid's 3x3 convolutions: no backward work where nothing was learnt", _dense_pyramid_gradient, cpu_only=True
+    ),
+    "pointwise-products": Optimisation(
+        "1x1 convolutions: weight gradient as a matrix product", _stock_pointwise, cpu_only=True
+    ),
+    KEPT_MEMORY: Optimisation("freed memory stays with the process", None, cpu_only=True),
+}
+
+
+def ablation_variants(amp: str, device: torch.device, *, compiled: bool) -> dict[str, str]:
+    """Variants to be timed beside "ours-<precision>-cl", which is the first, and what each does without."""
+    precision = "fp32" if amp == "off" else amp
+    full = f"ours-{precision}-cl"
+    variants = {full: "nothing"}
+    if amp != "off":
+        variants["ours-fp32-cl"] = f"{precision} (float32 instead)"
+    variants[f"ours-{precision}"] = "channels-last"
+    for name, optimisation in OPTIMISATIONS.items():
+        if device.type == "cpu" or not optimisation.cpu_only:
+            variants[f"{full}-without-{name}"] = optimisation.text
+    if compiled:
+        variants[f"{full}-compile"] = "(with --compile added)"
+    return variants
+
+
+def ablation_rows(variants: Mapping[str, str], seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """{"variant", "without", "ratio"} for each but the first: its seconds over the first's, round by round. Above 1,
+    what it does without is worth having."""
+    full = next(iter(variants))
+    return [
+        {"variant": name, "without": text, "ratio": pairwise_ratio(seconds[full], seconds[name])}
+        for name, text in variants.items()
+        if name != full
+    ]
+
+
+def ablation_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [
+        [row["without"], f"{row['ratio']['median']:.3f} ({row['ratio']['min']:.3f}..{row['ratio']['max']:.3f})"]
+        for row in rows
+    ]
+    return format_table(["without", "x time of the whole"], cells)
