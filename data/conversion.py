@@ -29,6 +29,9 @@ SWAPS_SIDES = {5, 6, 7, 8}
 ROUNDING = Decimal("0.02")  # pixels that a box may stick out by the rounding of its file; not worth a remark
 SLIGHT = Decimal(1)  # pixels that a box may stick out by another way of counting them
 
+RARE_SHARE = 0.02  # of another class's boxes: so rare, a name that is nearly the other's may be a slip
+ALIKE = 0.8  # difflib's ratio: "WBCs" and "WBC" have 0.86
+
 Exif = Literal["auto", "stored", "displayed"]
 Corners = tuple[Decimal, Decimal, Decimal, Decimal]
 """x1, y1, x2, y2 of a box: edges in pixels, the picture's left upper corner being (0, 0)."""
@@ -123,7 +126,11 @@ SHARED_TEXTS: dict[str, tuple[Severity, str]] = {
         "pictures ask viewers to turn them (EXIF); their boxes, drawn on the turned picture, were turned to the pixels "
         "as stored",
     ),
-    "class-names-alike": ("warning", "class names differ only in case or blanks. Are they one class? Then correct one"),
+    "class-names-alike": (
+        "warning",
+        "class names differ only in case or blanks, or a rare one is nearly another. Are they one class? Then correct "
+        "the name",
+    ),
     "class-not-in-val": ("warning", "classes without a box to validate on: their AP will be undefined"),
     "class-not-in-train": ("warning", "classes without a box to train on"),
     "class-unused": ("info", "classes of the class list have no box at all"),
@@ -221,13 +228,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def derived_classes(pictures: Sequence[LabelledPicture], remarks: Remarks) -> list[str]:
     """The names of all boxes in alphabetical order."""
-    names = sorted({box.name for picture in pictures for box in picture.boxes})
+    counts = Counter(box.name for picture in pictures for box in picture.boxes)
+    names = sorted(counts)
     spellings: dict[str, list[str]] = {}
     for name in names:
         spellings.setdefault("".join(name.casefold().split()), []).append(name)
     for alike in spellings.values():
         if len(alike) > 1:
             remarks.add("class-names-alike", ", ".join(map(repr, alike)))
+    for rare in names:
+        often = [name for name in names if counts[name] * RARE_SHARE >= counts[rare]]
+        for name in difflib.get_close_matches(rare, often, n=1, cutoff=ALIKE):
+            if "".join(rare.casefold().split()) != "".join(name.casefold().split()):
+                found = f"{rare!r} ({counts[rare]:,} boxes), {name!r} ({counts[name]:,} boxes)"
+                remarks.add("class-names-alike", found)
     return names
 
 

@@ -69,8 +69,8 @@ def split_by_lists(
                 )
             if taken.setdefault(listed, split) != split:
                 raise ConversionError(
-                    f"{file}, line {number}: {listed!r} is in the list of {taken[listed]} too: validation would measure "
-                    "what was trained on. Take it out of one"
+                    f"{file}, line {number}: {listed!r} is in the list of {taken[listed]} too: validation would "
+                    "measure what was trained on. Take it out of one"
                 )
             keys.append(listed)
         splits[split] = [by_key[key] for key in dict.fromkeys(keys) if key in by_key]

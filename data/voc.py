@@ -223,6 +223,8 @@ class _Reader:
             root = parse_xml(file)
         except XmlError as error:
             self.remarks.add("malformed-xml", str(error))
+            for namesake in self._by_stem.get(file.stem, []):  # it has an XML file, only not one to read
+                self._described.setdefault(namesake, file)
             return None
         if root.tag != "annotation":
             self.remarks.add("not-annotation", f"{file}: <{root.tag[:40]}>")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.conversion import ConversionError, LabelledBox, LabelledPicture, Remarks
+from data.conversion import ConversionError, LabelledBox, LabelledPicture, Remarks, derived_classes
 from data.voc import VOC_TEXTS, VocSet, find_voc, read_class_file, read_voc, voc_xml
 from data.voc_xml import XmlError, parse_xml
 
@@ -268,3 +268,18 @@ def test_folders_without_what_is_wanted_say_what_to_give(tmp_path):
         find_voc(tmp_path)
     with pytest.raises(ConversionError, match="no XML files there"):
         read_voc(find_voc(tmp_path / "VOCdevkit" / "VOC2012"), Remarks(VOC_TEXTS))
+
+
+def test_names_that_may_be_slips_are_pointed_out(read):
+    objects = [an_object(i % 60, 1, i % 60 + 2, 3 + i // 60, name="WBC") for i in range(100)]
+    slips = [an_object(1, 10, 20, 20, name="WBCs"), an_object(1, 20, 20, 30, name="wbc")]
+    found, remarks = read({"a.xml": an_xml(*objects, *slips, an_object(2, 9, 40, 40, name="tree"))})
+    assert derived_classes(found.pictures, remarks) == ["WBC", "WBCs", "tree", "wbc"]
+    (finding,) = remarks.findings
+    assert finding.code == "class-names-alike"
+    assert finding.places == ("'WBC', 'wbc'", "'WBCs' (1 boxes), 'WBC' (100 boxes)")
+
+
+def test_a_picture_whose_xml_cannot_be_read_is_not_called_unlabelled(read):
+    _, remarks = read({"a.xml": "<annotation>"})
+    assert codes(remarks) == {"malformed-xml": 1}
