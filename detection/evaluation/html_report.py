@@ -47,6 +47,8 @@ td, th { padding: .2em .6em; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child { text-align: left; } th { cursor: pointer; position: sticky; top: 0; background: #fff; }
 .scroll { max-height: 34em; overflow: auto; } .row { display: flex; flex-wrap: wrap; gap: 1.5em; }
 figure { margin: 0; flex: 1 1 340px; max-width: 560px; } figure svg { width: 100%; height: auto; }
+figure.picture svg { cursor: zoom-in; } figure.large { flex-basis: 100%; max-width: none; }
+figure.large svg { cursor: zoom-out; max-height: 95vh; }
 figcaption, .quiet { color: #666; font-size: .9em; } .key { white-space: nowrap; margin-right: 1em; }
 .key i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
 svg text { font: 12px system-ui, sans-serif; fill: #333; }
@@ -59,6 +61,10 @@ for (const head of document.querySelectorAll("table.sortable th")) head.onclick 
   [...body.rows].sort((a, b) => { const x = value(a), y = value(b);
     return sign * (typeof x === typeof y ? (x > y) - (x < y) : typeof x === "number" ? 1 : -1);
   }).forEach(row => body.append(row));
+};
+for (const figure of document.querySelectorAll("figure.picture")) figure.onclick = () => {
+  figure.classList.toggle("large");
+  figure.scrollIntoView({block: "nearest"});
 };
 """
 
@@ -250,13 +256,20 @@ def _worst_images(
     keys = "".join(
         f'<span class="key"><i style="background:{colour}"></i>{kind}</span>' for kind, colour in KIND_COLOURS.items()
     )
-    parts = [f"<p>{keys}</p>", '<div class="row">']
+    parts = [
+        f"<p>{keys}</p>",
+        '<p class="quiet">Names stand at errors only; every box tells what it is when the mouse is on it. A click makes'
+        " a picture large.</p>",
+        '<div class="row">',
+    ]
     for image in images:
         words = (
             f"{image['file_name']} (id {image['image_id']}): {image['correct']} correct, {image['wrong']} wrong,"
             f" {image['missed']} not found"
         )
-        parts.append(f"<figure>{_picture(image, picture_of)}<figcaption>{escape(words)}</figcaption></figure>")
+        parts.append(
+            f'<figure class="picture">{_picture(image, picture_of)}<figcaption>{escape(words)}</figcaption></figure>'
+        )
     return [*parts, "</div>"]
 
 
@@ -273,7 +286,8 @@ def _picture(image: dict[str, Any], picture_of: Callable[[str], npt.NDArray[np.u
     data = io.BytesIO()
     small.save(data, "JPEG", quality=82)
     line = max(width, height) / 280
-    frames = []
+    frames: list[str] = []
+    names: list[str] = []  # above all frames
     for box in image["boxes"]:
         x, y, w, h = box["box_xywh"]
         score = "" if box["score"] is None else f" {box['score']:.2f}"
@@ -281,14 +295,19 @@ def _picture(image: dict[str, Any], picture_of: Callable[[str], npt.NDArray[np.u
         colour = KIND_COLOURS[box["kind"]]
         words = box["kind"] + ": " + box["name"] + score + truth
         dashes = f' stroke-dasharray="{3 * line} {2 * line}"' if box["kind"] == "missed" else ""
+        is_correct = box["kind"] == "correct"
+        stroke = line / 2 if is_correct else line
         frames.append(
             f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="transparent" stroke="{colour}"'
-            f' stroke-width="{line:.1f}"{dashes}><title>{escape(words)}</title>'
-            f'</rect><text x="{x}" y="{max(y - line, 8 * line)}" style="font-size:{7 * line:.1f}px;fill:{colour};'
-            f'paint-order:stroke;stroke:#fff;stroke-width:{1.6 * line:.1f}px">{escape(box["name"] + score)}</text>'
+            f' stroke-width="{stroke:.1f}"{dashes}><title>{escape(words)}</title></rect>'
         )
+        if not is_correct:  # the names of all boxes would hide the picture
+            names.append(
+                f'<text x="{x}" y="{max(y - line, 8 * line)}" style="font-size:{6 * line:.1f}px;fill:{colour};'
+                f'paint-order:stroke;stroke:#fff;stroke-width:{1.5 * line:.1f}px">{escape(box["name"] + score)}</text>'
+            )
     encoded = base64.b64encode(data.getvalue()).decode()
     return (
         f'<svg viewBox="0 0 {width} {height}"><image width="{width}" height="{height}"'
-        f' href="data:image/jpeg;base64,{encoded}"/>{"".join(frames)}</svg>'
+        f' href="data:image/jpeg;base64,{encoded}"/>{"".join(frames + names)}</svg>'
     )
