@@ -66,7 +66,7 @@ class InputShape:
         }
 
 
-def save_program(detector: Detector, shape: InputShape, path: Path) -> None:
+def save_program(detector: Detector, shape: InputShape, path: str | Path) -> None:
     """A torch.export program (.pt2) with class names and the rest in METADATA_FILE.
 
     `torch.export.load` opens it where torchvision has been imported, on the kind of device that the detector is on;
@@ -77,7 +77,7 @@ def save_program(detector: Detector, shape: InputShape, path: Path) -> None:
         torch.export.save(program, partial, extra_files={METADATA_FILE: json.dumps(_metadata(detector, shape))})
 
 
-def save_onnx(detector: Detector, shape: InputShape, path: Path, opset: int = ONNX_OPSET) -> None:
+def save_onnx(detector: Detector, shape: InputShape, path: str | Path, opset: int = ONNX_OPSET) -> None:
     """An ONNX model in one file; class names and the rest are metadata properties, JSON each.
 
     Raises ExportError where the extra "export" is not installed, or the weights exceed ONNX's 2 GiB for one file.
@@ -107,7 +107,7 @@ def save_onnx(detector: Detector, shape: InputShape, path: Path, opset: int = ON
             raise ExportError(f"{path} cannot be written as one file: {error}") from error
 
 
-def save_weights(detector: Detector, path: Path) -> None:
+def save_weights(detector: Detector, path: str | Path) -> None:
     """A stripped weights file: all that `load_detector` needs and nothing of a training run."""
     content = stripped_file(
         detector.model.state_dict(),
@@ -120,7 +120,7 @@ def save_weights(detector: Detector, path: Path) -> None:
         torch.save(content, partial)
 
 
-def open_program(path: Path) -> Runner:
+def open_program(path: str | Path) -> Runner:
     """The program in a .pt2 file."""
     with _quiet():
         module = torch.export.load(path).module()
@@ -132,7 +132,7 @@ def open_program(path: Path) -> Runner:
     return run
 
 
-def open_onnx(path: Path) -> Runner:
+def open_onnx(path: str | Path) -> Runner:
     """The model in an .onnx file, in onnxruntime on the CPU.
 
     Raises ExportError where the extra "export" is not installed.
@@ -186,8 +186,9 @@ def _extra(name: str) -> Any:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A place to write to, moved to `path` where nothing went wrong, else removed."""
+def _whole_file(target: str | Path) -> Iterator[Path]:
+    """A place to write to, moved to `target` where nothing went wrong, else removed."""
+    path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     # torch.export wants the suffix, so the mark stands in front.
     partial = path.with_name(f".partial-{path.name}")
