@@ -14,7 +14,7 @@ import torch
 from fault_test_comparison import differences
 from fault_test_training import FaultTestError, Life, Training, finish, newest_on_disk
 
-KINDS = ("truncated", "bit flipped", "empty", "foreign file", "half-written", "zeroed block")
+KINDS = ("truncated", "bit flipped", "empty", "foreign file", "half-written", "overwritten block")
 
 
 @dataclass
@@ -156,8 +156,8 @@ def _damage(output: Path, kind: str, random_state: random.Random) -> Corruption:
         else:
             start = random_state.randrange(0, size - 4096)
             stream.seek(start)
-            stream.write(bytes(4096))
-            how = f"4096 zeros at byte {start}"
+            stream.write(random_state.randbytes(4096))
+            how = f"4096 random bytes at byte {start}"
     return Corruption(kind, how, names)
 
 

@@ -1,0 +1,70 @@
+"""torchrun restarts a job of which a rank was killed, and the job goes on from its last checkpoint."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+PATIENCE = 250.0
+"""Seconds; a machine that does much else takes long to start four processes one after the other."""
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the ranks through /proc"),
+    pytest.mark.timeout(600),
+]
+
+
+def ranks_of(agent: int) -> dict[int, int]:
+    """Rank -> process id of what torchrun has started."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) != agent:
+                continue
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            found[int(next(v[5:] for v in variables if v.startswith(b"RANK=")))] = int(entry.name)
+    return found
+
+
+def test_a_killed_rank_restarts_the_job_from_the_last_checkpoint(
+    arguments: Callable[..., list[str]], tmp_path: Path, records_of, load
+):
+    output = tmp_path / "run"
+    words = arguments(
+        output, "--batch-size", "1", "--max-epochs", "2", "--limit-train-batches", "6", "--checkpoint-iterations", "1",
+        "--limit-val-batches", "1", "--resume", "auto",
+    )  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])}
+    with (tmp_path / "log.txt").open("w") as log:
+        agent = subprocess.Popen(
+            [sys.executable, *torchrun, str(FOLDER / "tiny_model.py"), *words],
+            env=environment, stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            until = time.monotonic() + PATIENCE
+            metrics = output / "metrics.jsonl"
+            while not (metrics.is_file() and metrics.read_bytes().count(b'"kind": "train"') >= 3):
+                assert agent.poll() is None and time.monotonic() < until, (tmp_path / "log.txt").read_text()[-3000:]
+                time.sleep(0.01)
+            os.kill(ranks_of(agent.pid)[1], signal.SIGKILL)
+            status = agent.wait(PATIENCE)
+        finally:
+            if agent.poll() is None:
+                agent.terminate()  # it ends its ranks, which a SIGKILL would leave behind
+                agent.wait(60)
+    said = (tmp_path / "log.txt").read_text()
+    assert status == 0, said[-3000:]
+    assert "resumed   at iteration" in said
+    assert [r["iteration"] for r in records_of(output, "train")] == list(range(12))
+    assert [r["iteration"] for r in records_of(output, "val")] == [5, 11]
+    assert load(output / "checkpoints" / "last.pt")["iteration"] == 12
