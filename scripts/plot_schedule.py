@@ -100,12 +100,12 @@ def draw(path: Path, schedule: Schedule, rates: list[float], iterations_per_epoc
     whole.plot([i / iterations_per_epoch for i in range(len(rates))], rates, linewidth=1.8)
     whole.set(xlabel="epoch", ylabel="learning rate", ylim=(0, 1.2 * max(rates)), xlim=(0, schedule.max_epochs))
     whole.set_title("whole run")
-    for epoch in milestones(schedule, iterations_per_epoch):
+    for number, epoch in enumerate(milestones(schedule, iterations_per_epoch)):
         rate = rates[round(epoch * iterations_per_epoch)]
         whole.axvline(epoch, color="tab:red", linestyle="--", linewidth=1)
         whole.annotate(
             f"after epoch {epoch:g}\nlr {rate:.3g}",
-            (epoch, 0.98),
+            (epoch, 0.98 - 0.1 * (number % 2)),  # neighbours would run into each other
             xycoords=("data", "axes fraction"),
             xytext=(-4, 0),
             textcoords="offset points",
