@@ -60,12 +60,21 @@ def parser_of(program: str, arguments: tuple[str, ...] = ()) -> argparse.Argumen
     return _first_parser(module.main, list(arguments))
 
 
+def with_subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parser and those of its sub-commands."""
+    found = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += list(action.choices.values())
+    return found
+
+
 def accepted(command: Command) -> None:
     """Raises ValueError where the program would refuse the command's options."""
     words = [_filled_in(word) for word in command.arguments]
     parser = parser_of(command.program, tuple(words))
     # Values of the reader's own need not exist; what is asked here is whether the words fit.
-    for words_parser in (parser, *_subparsers(parser)):
+    for words_parser in with_subparsers(parser):
         words_parser.error = _refuse  # type: ignore[method-assign]
         words_parser.exit = _leave  # type: ignore[method-assign]
     with contextlib.suppress(_Left):
@@ -116,14 +125,6 @@ def _first_parser(main: object, arguments: list[str]) -> argparse.ArgumentParser
     finally:
         argparse.ArgumentParser.parse_args = original  # type: ignore[method-assign]
     raise AssertionError("the program parsed no arguments")
-
-
-def _subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    found = []
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found += list(action.choices.values())
-    return found
 
 
 def _refuse(message: str) -> None:

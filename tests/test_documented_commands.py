@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documented_commands import ROOT, Command, accepted, commands_of, parser_of
+from tests.documented_commands import ROOT, Command, accepted, commands_of, parser_of, with_subparsers
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
@@ -25,15 +25,11 @@ SHELL_OPTIONS = {"--short", "--list", "--dry-run"}
 
 @cache
 def known_options() -> frozenset[str]:
-    """Options of train.py and of every program in scripts/ that a page names."""
-    programs = {command.program for command in COMMANDS if command.program.endswith(".py")}
+    """Options of train.py and of every program in scripts/ that a page starts."""
     options = set(FOREIGN_OPTIONS | SHELL_OPTIONS)
-    for program in programs - {"scripts/benchmark.py"}:
-        options.update(parser_of(program)._option_string_actions)
-    for command in COMMANDS:
-        if command.program == "scripts/benchmark.py":
-            (group,) = parser_of(command.program, command.arguments)._subparsers._group_actions
-            options.update(option for sub in group.choices.values() for option in sub._option_string_actions)
+    for program, arguments in {(c.program, c.arguments[:1]) for c in COMMANDS if c.program.endswith(".py")}:
+        for parser in with_subparsers(parser_of(program, arguments)):
+            options.update(parser._option_string_actions)
     return frozenset(options)
 
 
