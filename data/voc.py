@@ -108,7 +108,8 @@ def find_voc(root: Path, *, xml: Path | None = None, pictures: Path | None = Non
     years = sorted((nested if nested.is_dir() else root).glob("VOC20[0-9][0-9]"))
     if xml is None and not any((root / name).is_dir() for name in XML_FOLDERS) and years:
         raise ConversionError(f"{root}: holds {', '.join(map(str, years))}. Give one of these folders")
-    chosen_xml = xml or next((root / name for name in XML_FOLDERS if (root / name).is_dir()), root)
+    # A folder "annotations" may also hold the JSON files of an earlier conversion.
+    chosen_xml = xml or next((root / name for name in XML_FOLDERS if xml_files(root / name)), root)
     chosen_pictures = pictures or next((root / name for name in PICTURE_FOLDERS if (root / name).is_dir()), root)
     sets = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in ("train", "val", "test")}
     sets = {split: file for split, file in sets.items() if file.is_file()}

@@ -171,6 +171,13 @@ def test_nothing_is_overwritten_and_with_overwrite_it_is_moved_aside(convert, tm
     assert (tmp_path / "set" / "train.json").is_file()
 
 
+def test_the_output_may_lie_in_the_source_and_does_not_get_in_the_way_of_the_next_time(convert, tmp_path):
+    source = loose_set(tmp_path / "a", 4)
+    assert convert("to-coco", source, source) == 0
+    assert convert("to-coco", source, source, "--overwrite") == 0
+    assert names_in(source / "annotations" / "instances_train.json")
+
+
 def test_copies_make_a_set_that_needs_its_source_no_more(convert, tmp_path):
     source = loose_set(tmp_path / "a", 4)
     assert convert("to-coco", source, tmp_path / "out", "--copy") == 0
