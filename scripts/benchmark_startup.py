@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,14 @@ _TOY = {
 Say = Callable[[str], None]
 
 
+class Duration(NamedTuple):
+    """Of a command."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all its processes that have ended, and counted where others use the machine too"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, repeats=3)
     parser.add_argument(
@@ -58,7 +66,7 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
         folder = Path(name)
         training = [sys.executable, str(ROOT / "train.py"), "--schedule", "1x"]
         training += arguments.train_arguments.split() or _toy_run(folder / "pictures")
-        seconds: dict[str, list[float]] = {}
+        durations: dict[str, list[Duration]] = {}
         for number in range(arguments.repeats):
             say(f"round {number + 1} of {arguments.repeats}")
             output = ["--output-dir", str(folder / f"run_{number}")]
@@ -68,10 +76,17 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
                 ("train.py --dry-run", _finished([*training, *output, "--dry-run"])),
                 ("train.py to the first iteration's record", _first_record([*training, *output], Path(output[1]))),
             ):
-                seconds.setdefault(title, []).append(measured)
-        rows = [{"name": title, "seconds": spread(values)} for title, values in seconds.items()]
+                durations.setdefault(title, []).append(measured)
+        rows = [
+            {
+                "name": title,
+                "seconds": spread([one.seconds for one in values]),
+                "cpu_seconds": spread([one.cpu_seconds for one in values]),
+            }
+            for title, values in durations.items()
+        ]
         figures: dict[str, Any] = {"device": "cpu", "startup": rows}
-        text = format_table(["", "s", "min..max"], [_cells(row) for row in rows])
+        text = format_table(["", "s", "min..max", "CPU s"], [_cells(row) for row in rows])
         if arguments.annotation_images:
             figures["annotations"] = _annotation_figures(arguments, folder, say)
             text += "\n\n" + _annotation_table(figures["annotations"])
@@ -88,24 +103,27 @@ def _toy_run(folder: Path) -> list[str]:
     return [text for name, value in settings.items() for text in (f"--{name}", value)]
 
 
-def _finished(command: Sequence[str]) -> float:
-    """Seconds until the command has ended."""
-    start = time.perf_counter()
+def _finished(command: Sequence[str]) -> Duration:
+    """Until the command has ended."""
+    start, cpu_start = time.perf_counter(), _cpu_of_children()
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode != 0:
         raise BenchmarkError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return time.perf_counter() - start
+    return Duration(time.perf_counter() - start, _cpu_of_children() - cpu_start)
 
 
-def _first_record(command: Sequence[str], output: Path) -> float:
-    """Seconds until metrics.jsonl holds the record of the first iteration; the run is ended then."""
-    start = time.perf_counter()
+def _first_record(command: Sequence[str], output: Path) -> Duration:
+    """Until metrics.jsonl holds the record of the first iteration; the run is ended then."""
+    start, cpu_start = time.perf_counter(), _cpu_of_children()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     metrics = output / "metrics.jsonl"
     try:
         while time.perf_counter() - start < _TIMEOUT_SECONDS:
             if metrics.exists() and '"train"' in metrics.read_text():
-                return time.perf_counter() - start
+                seconds = time.perf_counter() - start
+                process.kill()
+                process.communicate()
+                return Duration(seconds, _cpu_of_children() - cpu_start)
             if process.poll() is not None:
                 error = process.stderr.read() if process.stderr else ""
                 raise BenchmarkError(f"{' '.join(command)} ended before its first iteration:\n{error[-2000:]}")
@@ -113,7 +131,12 @@ def _first_record(command: Sequence[str], output: Path) -> float:
         raise BenchmarkError(f"{' '.join(command)}: no iteration within {_TIMEOUT_SECONDS:.0f} s")
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+
+
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _annotation_figures(arguments: argparse.Namespace, folder: Path, say: Say) -> dict[str, Any]:
@@ -214,16 +237,14 @@ def read_once(reader: str, file: Path, cache: Path) -> dict[str, float]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    seconds = row["seconds"]
-    return [row["name"], f"{seconds['median']:.2f}", f"{seconds['min']:.2f}..{seconds['max']:.2f}"]
+    seconds, cpu = row["seconds"], row["cpu_seconds"]
+    spread_out = f"{seconds['min']:.2f}..{seconds['max']:.2f}"
+    return [row["name"], f"{seconds['median']:.2f}", spread_out, f"{cpu['median']:.2f}"]
 
 
 def _annotation_table(figures: dict[str, Any]) -> str:
     head = f"annotations of {figures['images']:,} images, {figures['boxes']:,} boxes, {figures['file_mb']:.0f} MB"
-    cells = [
-        [*_cells(row), f"{row['cpu_seconds']['median']:.2f}", f"{row['grown_mb']['median']:.0f}"]
-        for row in figures["readers"]
-    ]
+    cells = [[*_cells(row), f"{row['grown_mb']['median']:.0f}"] for row in figures["readers"]]
     return head + "\n" + format_table(["", "s", "min..max", "CPU s", "grown MB"], cells)
 
 

@@ -124,18 +124,22 @@ def test_eval_compares_all_twelve_figures_with_pycocotools(measured):
     for row in rows.values():
         assert row["largest_difference"] < 1e-3
         assert row["cpu_seconds"]["median"] > 0 and row["peak_mb"]["median"] > 0
+    assert judge["results_file_cpu_seconds"]["median"] > 0
 
 
 def test_startup_measures_the_way_to_the_first_iteration_and_reading_annotations(measured, script, monkeypatch):
     startup = script("benchmark_startup")
     # Processes would take most of a minute on a small machine.
     commands = []
-    monkeypatch.setattr(startup, "_finished", lambda command: commands.append(command) or 1.0)
-    monkeypatch.setattr(startup, "_first_record", lambda command, output: commands.append(command) or 2.0)
+    monkeypatch.setattr(startup, "_finished", lambda command: commands.append(command) or startup.Duration(1.0, 0.5))
+    monkeypatch.setattr(
+        startup, "_first_record", lambda command, output: commands.append(command) or startup.Duration(2.0, 0.5)
+    )
     monkeypatch.setattr(startup, "_in_own_process", startup.read_once)
     record = measured("startup", "--repeats", 2, "--annotation-images", 40)
     assert len(commands) == 8
     assert [row["seconds"]["median"] for row in record["startup"]] == [1.0, 1.0, 1.0, 2.0]
+    assert [row["cpu_seconds"]["median"] for row in record["startup"]] == [0.5] * 4
     readers = {row["name"] for row in record["annotations"]["readers"]}
     assert readers == {"json.loads", "pycocotools.COCO", "ours, first start", "ours, later starts"}
     assert record["annotations"]["boxes"] >= 40
