@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data.coco_records import AnnotationError, Records, parse_coco
+from data.coco_records import MAX_IMAGE_PIXELS, AnnotationError, Records, parse_coco
 from data.findings import MAX_PLACES, Finding, Severity, examples
 from data.packed_file import Packed, load_or_build
 
@@ -213,6 +213,7 @@ def _read_file(path: Path) -> CocoAnnotations:
     images = Records(path, "images", content.pop("images"))
     image_ids = images.unique_integers("id")
     widths, heights = images.sides("width"), images.sides("height")
+    _require_decodable(images, widths, heights)
     encoded_names = images.file_names("file_name")
 
     annotations = Records(path, "annotations", content.pop("annotations", []))
@@ -246,6 +247,13 @@ def _read_file(path: Path) -> CocoAnnotations:
     )
 
 
+def _require_decodable(images: Records, widths: np.ndarray, heights: np.ndarray) -> None:
+    # Memory is set aside by these sizes before a picture is opened.
+    remedy = 'Correct "width" and "height", or store a smaller copy of the image.'
+    problem = f"and with the height more than the {MAX_IMAGE_PIXELS:,} pixels that an image may have"
+    images.fail_where(widths * heights > MAX_IMAGE_PIXELS, "width", problem, remedy)
+
+
 def find_fatal(file: str | Path) -> list[Finding]:
     """Why read_coco refuses `file`: the first fault of every column, not only of the first faulty one. Empty for a
     file that it reads.
@@ -268,8 +276,9 @@ def find_fatal(file: str | Path) -> list[Finding]:
             category_ids = attempt(categories.unique_integers, "id")
         if images := attempt(Records, path, "images", content.get("images") or []):
             image_ids = attempt(images.unique_integers, "id")
-            for function, key in ((images.sides, "width"), (images.sides, "height")):
-                attempt(function, key)
+            widths, heights = attempt(images.sides, "width"), attempt(images.sides, "height")
+            if widths is not None and heights is not None:
+                attempt(_require_decodable, images, widths, heights)
             attempt(images.file_names, "file_name")
         if annotations := attempt(Records, path, "annotations", content.get("annotations", [])):
             attempt(annotations.unique_integers, "id")

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+MAX_IMAGE_PIXELS = 178_956_970  # what Pillow is willing to decode (Image.MAX_IMAGE_PIXELS twice)
 MAX_IMAGE_SIDE = 1_000_000  # pixels; far beyond what an image file can hold, far below what overflows
 MAX_COORDINATE = 1e9  # pixels; float32 and float64 sums of such values stay finite
 MAX_AREA = 1e18  # square pixels

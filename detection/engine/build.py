@@ -31,6 +31,7 @@ from detection.models import (
     build_model,
     load_detector,
     load_weights,
+    model_config,
     model_from_config,
     prefetch_weights,
 )
@@ -69,8 +70,12 @@ def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
             "--skip-nonfinite does not go with the schedule's dampening, for which no fused step exists that could be "
             "skipped on the device: leave one of them away"
         )
-    lines = prepare_files(config.data, mode=config.mode)
+    # Before the data, which may take a while to find and to read.
     resumes = config.output.resume is not None
+    model_config(
+        config.model.model, num_classes=1, **(_chosen_settings(config) if resumes else _model_settings(config))
+    )
+    lines = prepare_files(config.data, mode=config.mode)
     if not resumes:
         prefetch_weights(config.model.weights, config.model.model)
     # The output directory comes last: a run that cannot begin leaves it as it was.

@@ -69,10 +69,10 @@ def prepare_files(config: DataConfig, *, mode: str) -> list[str]:
             findings += check_split(annotations, split.images, training=training, needs_boxes=needs_boxes)
     if files.train is not None and files.val is not None:
         findings += check_pair(splits[files.train], splits[files.val], files.train.images, files.val.images)
-    errors = [str(finding) for finding in findings if finding.severity == "error"]
+    errors = ["  " + str(finding).removeprefix("error: ") for finding in findings if finding.severity == "error"]
     if errors:
         raise DatasetError(
-            "\n".join(["the data cannot be trained on as they are:", *errors])
+            "\n".join(["the data cannot be used as they are:", *errors])
             + "\nscripts/check_dataset.py lists every place, and looks into the images too."
         )
     return [str(finding) for finding in findings if finding.severity == "warning"]
@@ -117,10 +117,11 @@ def class_names_of(files: SplitFiles) -> tuple[str, ...]:
 
 
 def _read(files: SplitFiles, class_names: tuple[str, ...] | None = None) -> CocoAnnotations:
-    return read_coco(files.annotations, class_names, cache_dir=_cache_folder())
+    return read_coco(files.annotations, class_names, cache_dir=cache_folder())
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where this user keeps what can be made again: $XDG_CACHE_HOME/detection-harness, or ~/.cache/..."""
     # The annotations' own folder may be read-only and shared; a user's cache serves all of his runs.
     base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(base) / "detection-harness"

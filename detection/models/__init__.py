@@ -3,7 +3,7 @@
 from detection.models.batch import ImageBatch, TargetBatch
 from detection.models.detector import Detector, DetectorError, load_detector
 from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
-from detection.models.recipes import MODELS, FasterRCNNConfig, ModelError
+from detection.models.recipes import MODELS, FasterRCNNConfig, ModelError, model_config
 from detection.models.weight_layouts import mmdet_name
 from detection.models.weights import (
     WeightReport,
@@ -31,6 +31,7 @@ __all__ = [
     "load_detector",
     "load_weights",
     "mmdet_name",
+    "model_config",
     "model_from_config",
     "prefetch_weights",
 ]

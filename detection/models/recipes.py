@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,11 @@ class FasterRCNNConfig:
             number = getattr(self, field)
             if number is not None and number < 1:
                 raise ModelError(f"{field} is {number}; give a positive number, or None to take all")
+        if len(self.anchor_sizes) != len(self.anchor_strides):
+            raise ModelError(
+                f"anchor_sizes has {len(self.anchor_sizes)} sizes and anchor_strides {len(self.anchor_strides)} strides: "
+                "give one of each for every level"
+            )
 
 
 TORCHVISION_RECIPE: dict[str, Any] = {
@@ -184,7 +190,36 @@ def config_from_dict(settings: Mapping[str, Any]) -> FasterRCNNConfig:
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
     }
+    for key, value in fields.items():
+        _require_kind(key, value)
     return FasterRCNNConfig(**fields)
+
+
+_KINDS = {
+    "str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number",
+    "tuple[int, ...]": "a list of whole numbers", "tuple[float, ...]": "a list of numbers", "None": "None",
+}  # fmt: skip
+_MAY_BE_NEGATIVE = ("frozen_stages", "pixel_mean")
+
+
+def _require_kind(key: str, value: Any) -> None:
+    """Raises ModelError where `value` is not of the kind that the field `key` is annotated with."""
+    annotation = str(FasterRCNNConfig.__annotations__[key])
+    kinds = annotation.split(" | ")
+    if not any(_is_of_kind(value, kind) for kind in kinds):
+        raise ModelError(f"{key} is {value!r}, expected {' or '.join(_KINDS[kind] for kind in kinds)}")
+    numbers = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, (int, float))]
+    if not all(map(math.isfinite, numbers)) or (min(numbers, default=0) < 0 and key not in _MAY_BE_NEGATIVE):
+        raise ModelError(f"{key} is {value!r}, expected finite numbers of at least 0")
+
+
+def _is_of_kind(value: Any, kind: str) -> bool:
+    if kind.startswith("tuple["):
+        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+        return isinstance(value, tuple) and len(value) > 0 and all(_is_of_kind(one, inner) for one in value)
+    # True is an int to Python, and 1 is a float to people.
+    types = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int), "None": (type(None),)}[kind]
+    return type(value) in types
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,10 +1,11 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
 from detection.models import MODELS, ModelError, build_model, model_from_config
-from detection.models.recipes import TORCHVISION_RECIPE, FasterRCNNConfig, model_config
+from detection.models.recipes import TORCHVISION_RECIPE, FasterRCNNConfig, config_from_dict, model_config
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name():
@@ -65,3 +66,29 @@ def test_fresh_heads_start_near_silence_and_the_hidden_layers_keep_variance():
     for name, std in expected.items():
         assert model.get_parameter(name).std().item() == pytest.approx(std, rel=0.05), name
     assert all(not p.any() for n, p in model.named_parameters() if n.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"score_threshold": "high"}, "score_threshold is 'high', expected a number"),
+        ({"roi_output_size": 7.5}, "roi_output_size is 7.5, expected a whole number"),
+        ({"roi_output_size": True}, "expected a whole number"),
+        ({"round_anchors": 1}, "round_anchors is 1, expected True or False"),
+        ({"anchor_sizes": 32}, "anchor_sizes is 32, expected a list of numbers"),
+        ({"anchor_sizes": [32, "64"]}, "expected a list of numbers"),
+        ({"anchor_sizes": [32, 64]}, "has 2 sizes and anchor_strides 5 strides"),
+        ({"detection_min_size": "none"}, "expected a number or None"),
+        ({"nms_iou": float("nan")}, "expected finite numbers"),
+        ({"fpn_channels": -1}, "expected finite numbers of at least 0"),
+    ],
+)
+def test_a_setting_of_another_kind_is_one_error_that_says_what_was_expected(settings, said):
+    with pytest.raises(ModelError, match=re.escape(said)):
+        model_config("faster_rcnn_r50_fpn", **settings)
+
+
+def test_whole_numbers_are_numbers_and_every_default_passes():
+    assert model_config("faster_rcnn_r50_fpn", nms_iou=1, frozen_stages=-1).frozen_stages == -1
+    for name in MODELS:
+        assert config_from_dict(dataclasses.asdict(model_config(name))) == model_config(name)
