@@ -124,8 +124,8 @@ class FasterRCNNConfig:
                 raise ModelError(f"{field} is {number}; give a positive number, or None to take all")
         if len(self.anchor_sizes) != len(self.anchor_strides):
             raise ModelError(
-                f"anchor_sizes has {len(self.anchor_sizes)} sizes and anchor_strides {len(self.anchor_strides)} strides: "
-                "give one of each for every level"
+                f"anchor_sizes has {len(self.anchor_sizes)} sizes and anchor_strides {len(self.anchor_strides)} "
+                "strides: give one of each for every level"
             )
 
 

@@ -9,6 +9,7 @@ of metadata classes of a few known packages, and refuses every other name.
 from __future__ import annotations
 
 import pickle
+import struct
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -139,6 +140,7 @@ _DAMAGE = (
     AssertionError,
     ArithmeticError,
     MemoryError,
+    struct.error,
 )
 
 
