@@ -211,6 +211,9 @@ class CheckpointStore:
     def _write(self, state: dict[str, Any], names: list[str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         temporary = self.directory / ".writing"
+        # What a killed run left: it may be another name of last.pt, which must not be written into, and takes room.
+        for left in (temporary, *self.directory.glob(".*.new")):
+            left.unlink(missing_ok=True)
         try:
             with temporary.open("wb") as stream:
                 _save({"format": FORMAT, "version": VERSION, **state}, stream)
@@ -262,6 +265,7 @@ def _link(source: Path, target: Path) -> None:
         with staging.open("rb") as stream:
             os.fsync(stream.fileno())
     staging.replace(target)
+    staging.unlink(missing_ok=True)  # renaming one name of a file to another name of it does nothing
 
 
 def _sync_folder(folder: Path) -> None:

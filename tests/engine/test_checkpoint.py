@@ -362,3 +362,57 @@ def test_a_checkpoint_whose_weights_are_not_of_its_model_is_refused(start, finis
     torch.save(state, tmp_path / "strange.pt")
     with pytest.raises(RunError, match="strange.pt: its weights are not of its own model"):
         start(tmp_path / "run", "--resume", tmp_path / "strange.pt")
+
+
+def killed_while_saving(folder: Path, iteration: int, *, at_step: int) -> bool:
+    """Save in a process that ends, as a SIGKILL ends it, before its `at_step`th change of the folder (0: in the
+    middle of the file's bytes); whether it came so far."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    steps = 0
+
+    def or_end(action):
+        def counted(*arguments, **options):
+            nonlocal steps
+            steps += 1
+            if steps == at_step:
+                os._exit(9)
+            return action(*arguments, **options)
+
+        return counted
+
+    def half(state, stream):
+        stream.write(b"half of a file")
+        stream.flush()
+        os._exit(9)
+
+    try:
+        os.link, os.fsync = or_end(os.link), or_end(os.fsync)
+        Path.unlink, Path.replace = or_end(Path.unlink), or_end(Path.replace)
+        if at_step == 0:
+            checkpoint._save = half
+        CheckpointStore(folder, keep=1)._write(state_at(iteration), [LAST, BEST, f"epoch_{iteration:04d}.pt"])
+    finally:
+        os._exit(0)
+
+
+def test_a_kill_at_any_step_of_a_save_and_another_in_the_next_one_lose_nothing(tmp_path):
+    save(tmp_path / "before", 1, [LAST, "epoch_0001.pt"])
+    save(tmp_path / "before", 2, [LAST, "epoch_0002.pt"])
+    at_step, was_killed, newest = 0, True, []
+    while was_killed:
+        folder = tmp_path / f"killed_{at_step}"
+        shutil.copytree(tmp_path / "before", folder)
+        was_killed = killed_while_saving(folder, 3, at_step=at_step)
+        found = newest_checkpoint(folder)
+        assert found is not None and not found.skipped
+        newest.append(found.state["iteration"])
+        assert killed_while_saving(folder, 4, at_step=0)
+        again = newest_checkpoint(folder)
+        assert again is not None and not again.skipped, f"a file was damaged after a kill at step {at_step}"
+        assert again.state["iteration"] == newest[-1]
+        save(folder, 4, [LAST])
+        assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        at_step += 1
+    assert newest[0] == 2 and newest[-1] == 3 and newest == sorted(newest) and at_step > 10
