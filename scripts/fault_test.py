@@ -203,12 +203,14 @@ def _kill_all(
     """Trainings with kills, in turn, until there were as many kills as wanted."""
     results: list[Any] = []
     number = 0
+    # Few kills are spread over all kinds of training.
+    at_most = min(KILLS_PER_TRAINING, -(-arguments.kills // len(trainings)))
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         while (left := arguments.kills - sum(len(result.kills) for result in results)) > 0:
             round_results = []
-            for _ in range(min(max(arguments.jobs, 1), -(-left // KILLS_PER_TRAINING))):
+            for _ in range(min(max(arguments.jobs, 1), -(-left // at_most))):
                 training = trainings[number % len(trainings)]
-                wanted = min(KILLS_PER_TRAINING, left)
+                wanted = min(at_most, left)
                 left -= wanted
                 round_results.append(
                     pool.submit(
