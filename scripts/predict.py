@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--tta",
         action="store_true",
-        help="test-time augmentation: look at each picture in several sizes and mirrored, and merge what is found by "
-        "suppression within each class; takes as many times longer as there are views",
+        help="test-time augmentation: look at each picture in several sizes and mirrored, and fuse the boxes (weighted "
+        "box fusion); takes as many times longer as there are views",
     )
     scales = ",".join(f"{scale:g}" for scale in DEFAULT_SCALES)
     group.add_argument("--tta-scales", metavar="X,...", type=_scales, help=f"factors on the input size ({scales})")

@@ -65,7 +65,7 @@ def folder(tmp_path, monkeypatch):
 def test_the_page_on_python_runs(folder):
     names = run("python_api.md")
     assert names["metrics"]["mAP"] == pytest.approx(1.0)
-    assert len(names["found"]["scores"]) > 0 and len(names["merged"]["scores"]) > 0
+    assert len(names["found"]["scores"]) > 0 and len(names["fused"]["scores"]) > 0
     assert names["report"].matched and not names["report"].missing
     assert set(names["losses"]) == {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}
     with Image.open(folder / "drawn.png") as drawn:

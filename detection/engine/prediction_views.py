@@ -1,4 +1,4 @@
-"""Test-time augmentation: one picture looked at in several sizes and mirrored, the detections of all views merged."""
+"""Test-time augmentation: one picture looked at in several sizes and mirrored, the detections of all views fused."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
 from detection.models import Detector
+from detection.models.boxes import pairwise_iou
 
 DEFAULT_SCALES = (0.75, 1.0, 1.25)
+FUSION_IOU = 0.55  # Solovyev et al. 2021, section 3.1
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def make_views(scales: Sequence[float], *, flip: bool) -> tuple[View, ...]:
 def predict_views(
     detector: Detector, pictures: Sequence[np.ndarray], views: Sequence[View], *, batch_size: int
 ) -> list[dict[str, Any]]:
-    """What `detector.predict` gives (without names) for each picture, uint8 RGB [H, W, 3], merged over the views."""
+    """What `detector.predict` gives (without names) for each picture, uint8 RGB [H, W, 3], fused over the views."""
     of_views = []
     for view in views:
         at_scale = dataclasses.replace(
@@ -47,11 +48,8 @@ def predict_views(
             for found, pixels in zip(results, pictures, strict=True):
                 found["boxes_xyxy"] = mirror(found["boxes_xyxy"], pixels.shape[1])
         of_views.append(results)
-    config = detector.model.config
-    return [
-        merge_views(found, nms_iou=config.nms_iou, most=config.detections_per_image)
-        for found in zip(*of_views, strict=True)
-    ]
+    most = detector.model.config.detections_per_image
+    return [fuse_views(found, most=most) for found in zip(*of_views, strict=True)]
 
 
 def mirror(boxes_xyxy: Tensor, width: int) -> Tensor:
@@ -60,11 +58,32 @@ def mirror(boxes_xyxy: Tensor, width: int) -> Tensor:
     return torch.stack((width - x2, y1, width - x1, y2), dim=-1)
 
 
-def merge_views(found: Sequence[Mapping[str, Any]], *, nms_iou: float, most: int) -> dict[str, Tensor]:
-    """Detections of one picture in all its views: greedy suppression within each class, the `most` best of the rest.
+def fuse_views(found: Sequence[Mapping[str, Any]], *, most: int) -> dict[str, Any]:
+    """Detections of one picture in all its views, by weighted box fusion (Solovyev et al. 2021), the `most` best.
 
-    The model's own rule for its proposals, applied once more, so that scores keep their meaning.
+    Best first, each detection joins the group of its class that it overlaps most, if by more than FUSION_IOU, or begins
+    one. A group's box is the mean of its boxes, weighted by their scores; its score is the mean of their scores, times
+    the share of the views that found it. One view is left as it is.
     """
+    if len(found) == 1:
+        return {key: found[0][key] for key in ("boxes_xyxy", "scores", "labels")}
     boxes, scores, labels = (torch.cat([view[key] for view in found]) for key in ("boxes_xyxy", "scores", "labels"))
-    keep = torchvision.ops.batched_nms(boxes, scores, labels, nms_iou)[:most]
-    return {"boxes_xyxy": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+    order = scores.argsort(descending=True, stable=True)
+    boxes, scores, labels = boxes[order], scores[order], labels[order]
+    fused, weighted = torch.zeros_like(boxes), torch.zeros_like(boxes)
+    totals, sizes, group_labels = torch.zeros_like(scores), torch.zeros_like(scores), torch.full_like(labels, -1)
+    num_groups = 0
+    for row in range(len(boxes)):
+        overlap = pairwise_iou(boxes[row : row + 1], fused[:num_groups])[0]
+        overlap = torch.where(group_labels[:num_groups] == labels[row], overlap, 0.0)
+        group = int(overlap.argmax()) if num_groups else 0
+        if num_groups == 0 or overlap[group] <= FUSION_IOU:
+            group, num_groups = num_groups, num_groups + 1
+            group_labels[group] = labels[row]
+        weighted[group] += boxes[row] * scores[row]
+        totals[group] += scores[row]
+        sizes[group] += 1
+        fused[group] = weighted[group] / totals[group]
+    group_scores = totals[:num_groups] / sizes[:num_groups] * sizes[:num_groups].clamp(max=len(found)) / len(found)
+    best = group_scores.argsort(descending=True, stable=True)[:most]
+    return {"boxes_xyxy": fused[best], "scores": group_scores[best], "labels": group_labels[best]}
