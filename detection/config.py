@@ -353,7 +353,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DECAY",
         help=f"average the weights; validation uses the average [without a value {EMA_DECAY_DEFAULT}]",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile the dense parts")
+    group.add_argument("--compile", action="store_true", help="torch.compile the dense parts, for a few padded sizes")
     group.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of the images [on]"
     )

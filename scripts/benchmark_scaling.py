@@ -165,7 +165,7 @@ def _loader(
         seed=arguments.seed,
         rank=rank,
         world_size=world_size,
-        workers=0,
+        few_shapes=arguments.compile,
     )
 
 

@@ -24,6 +24,7 @@ from data import DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine import train_loop
 from detection.engine.bad_images import BadImages
 from detection.engine.checkpoint import CheckpointStore
+from detection.engine.compilation import compile_for_training
 from detection.engine.distributed import Processes
 from detection.engine.host_memory import keep_freed_memory, return_freed_memory
 from detection.engine.optimizer import build_optimizer
@@ -146,7 +147,7 @@ class OurStep:
         load_weights(model, str(work.weights))
         self.model: FasterRCNN = model.to(work.device).to(memory_format=variant.memory_format)
         if variant.compiled:
-            self.model.compile_dense_parts()
+            compile_for_training(self.model)
         schedule = load_schedule("1x")
         precision = Precision(variant.amp, work.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="benchmark_")

@@ -225,7 +225,13 @@ def load_batches(
 
 def _loader(arguments: argparse.Namespace, dataset: CocoDataset, min_size: int, max_size: int) -> TrainLoader:
     return TrainLoader(
-        dataset, min_size=min_size, max_size=max_size, batch_size=arguments.batch_size, seed=arguments.seed, workers=0
+        dataset,
+        min_size=min_size,
+        max_size=max_size,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        # The same batches for all variants; more sizes than the buckets would be compiled in vain.
+        few_shapes=arguments.compile,
     )
 
 

@@ -14,6 +14,7 @@ from detection.engine.augmentation import augmentation_of
 from detection.engine.bad_images import BadImages, TooManyBadImages
 from detection.engine.build import Built
 from detection.engine.checkpoint import CheckpointError, CheckpointStore, LoadedCheckpoint, continue_from
+from detection.engine.compilation import compile_for_training, uncompiled
 from detection.engine.distributed import Processes
 from detection.engine.ema import AveragedModel
 from detection.engine.errors import RunError, main_first, together
@@ -98,7 +99,8 @@ def train(
         recorder.pictures(0, [training_mosaic(first, built.class_names)], "train/batch")
     val_loader, validate = validation(config, processes, output, stop, recorder, built, precision, workers, bad_images)
     if config.train.compile:
-        model.compile_dense_parts()
+        compile_for_training(model)
+        validate = uncompiled(validate) if validate is not None else None
     trains_batch_norm = any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
     )
@@ -164,6 +166,7 @@ def _train_loader(config: RunConfig, processes: Processes, built: Built, *, work
         augmentation=augmentation_of(config.augmentation, config.data.max_size),
         repeat_threshold=config.augmentation.repeat_threshold,
         limit_batches=config.data.limit_train_batches,
+        few_shapes=config.train.compile,
         pin=processes.device.type == "cuda" and workers > 0,
         max_bad_images=config.data.max_bad_images,
     )

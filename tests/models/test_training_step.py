@@ -368,6 +368,31 @@ def test_compiled_dense_parts_have_no_graph_break_and_the_same_losses_and_names(
         sum(model(batch, truth).values()).backward()
 
 
+def test_each_padded_size_is_compiled_once_and_gives_the_same_losses_and_gradients():
+    model = make_model()
+    batches = []
+    for size in ((HEIGHT, WIDTH), (64, 160), (HEIGHT, WIDTH)):
+        batches.append((batch_images(pictures(size, size), CPU), batch_targets([target([BOX]), target([])], 5, CPU)))
+
+    def train():
+        found = []
+        for batch, truth in batches:
+            model.zero_grad(set_to_none=True)
+            losses = model(batch, truth)
+            sum(losses.values()).backward()
+            found.append((losses, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+        return found
+
+    expected = train()
+    torch._dynamo.utils.counters.clear()
+    model.compile_dense_parts(dynamic=False, backend="aot_eager")
+    for (losses, gradients), (other_losses, other_gradients) in zip(train(), expected, strict=True):
+        torch.testing.assert_close(losses, other_losses, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gradients, other_gradients, rtol=1e-3, atol=1e-5)
+    # Two sizes of backbone, FPN and RPN head, and one of the box head.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
+
+
 def test_a_deep_copy_of_a_compiled_model_is_independent():
     model = make_model()
     model.compile_dense_parts(backend="eager")
