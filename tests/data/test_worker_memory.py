@@ -1,0 +1,54 @@
+"""What workers and the main process hold does not grow with the epochs."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.coco import read_coco
+from data.dataset import CocoDataset
+from data.loader import TrainLoader
+
+NUM_IMAGES = 1200
+NUM_EPOCHS = 7
+ALLOWED_GROWTH = 8e6
+"""Bytes, of 66 MB that the pictures of the watched epochs would take"""
+
+
+def private_bytes(pid: int) -> int:
+    """What a process shares with nobody."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell the memory of processes"
+)
+def test_memory_stays_flat_over_epochs(tmp_path: Path) -> None:
+    Image.effect_noise((64, 48), 50).convert("RGB").save(tmp_path / "0.jpg")
+    images = [{"id": i, "file_name": "0.jpg", "width": 64, "height": 48} for i in range(1, NUM_IMAGES + 1)]
+    annotations = [
+        {"id": i * 10 + j, "image_id": i, "category_id": 1, "bbox": [j, j, 20, 20], "area": 400, "iscrowd": 0}
+        for i in range(1, NUM_IMAGES + 1)
+        for j in range(8)
+    ]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    dataset = CocoDataset(tmp_path, read_coco(tmp_path / "a.json"), training=True)
+    loader = TrainLoader(dataset, min_size=48, max_size=64, batch_size=8, seed=0, workers=1)
+    num = loader.iterations_per_epoch
+    used = []
+    try:
+        for epoch in range(NUM_EPOCHS):
+            for raw in loader.batches(epoch * num, (epoch + 1) * num):
+                assert len(raw) == 8
+            (worker,) = multiprocessing.active_children()
+            used.append((private_bytes(os.getpid()), private_bytes(worker.pid)))
+    finally:
+        loader.close()
+    # The first epoch fills what is kept: allocator, buffers, modules imported late.
+    for name, values in zip(("main process", "worker"), zip(*used, strict=True), strict=True):
+        assert max(values[1:]) - values[0] < ALLOWED_GROWTH, f"{name}: {values}"
