@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -181,6 +182,9 @@ class _Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(word.split("=")[0], known, n=1)
                 if near:
                     message += f" (did you mean {near[0]}?)"
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice and (near := difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)):
+            message += f": did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists every option)\n")
 
 

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data import (
     CocoAnnotations,
     CocoDataset,
@@ -61,8 +63,12 @@ def prepare_files(config: DataConfig, *, mode: str) -> list[str]:
     files = dataset_files(config, mode=mode)
     findings: list[Finding] = []
     splits = {}
-    for split, needs_boxes in ((files.train, True), (files.val, True), (files.test, False)):
+    wanted = [(files.train, True), (files.val, True), (files.test, False)]
+    # A set is packed when it is first read, which takes a minute for COCO; on a terminal that shows.
+    bar = tqdm([pair for pair in wanted if pair[0] is not None], unit="set", leave=False, disable=None)
+    for split, needs_boxes in bar:
         if split is not None:
+            bar.set_description(f"reading {split.annotations.name}")
             annotations = _read(split)
             splits[split] = annotations
             training = split == files.train

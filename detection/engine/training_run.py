@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from functools import partial
+from shlex import quote
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from detection.engine.bad_images import BadImages, TooManyBadImages
 from detection.engine.build import Built
 from detection.engine.checkpoint import CheckpointError, CheckpointStore, LoadedCheckpoint, continue_from
 from detection.engine.compilation import compile_for_training, uncompiled
+from detection.engine.datasets import SplitFiles
 from detection.engine.distributed import Processes
 from detection.engine.ema import AveragedModel
 from detection.engine.errors import RunError, main_first, together
@@ -147,7 +149,7 @@ def train(
     # At the end nothing more can be tried: a run whose last checkpoint is missing has failed.
     main_first(processes, partial(_require_saved, problem))
     if status == 0:
-        console.say(_closing_words(output, recorder, progress, bad_images))
+        console.say(_closing_words(output, recorder, progress, bad_images, built.evaluation_files))
     return status
 
 
@@ -244,7 +246,14 @@ def _require_saved(problem: str | None) -> None:
         )
 
 
-def _closing_words(output: OutputDirectory, recorder: Recorder, progress: Progress, bad_images: BadImages) -> str:
+def _closing_words(
+    output: OutputDirectory,
+    recorder: Recorder,
+    progress: Progress,
+    bad_images: BadImages,
+    validated: SplitFiles | None,
+) -> str:
+    """The table of the run's validations, where everything is, and commands to go on with, ready to paste."""
     best, remarks = "", []
     if progress.skipped_steps:
         remarks.append(f"{progress.skipped_steps} of {progress.iteration} iterations were not finite and made no step")
@@ -252,7 +261,18 @@ def _closing_words(output: OutputDirectory, recorder: Recorder, progress: Progre
         remarks.append(bad_images.summary())
     if progress.best_map is not None:
         best = f"   best.pt has mAP {progress.best_map:.3f} (epoch {progress.best_epoch})"
-    weights = "best.pt" if (output.checkpoints / "best.pt").is_file() else "last.pt"
+    weights = output.checkpoints / "best.pt"
+    if not weights.is_file():
+        weights = output.checkpoints / "last.pt"
+    results, images = output.detections("val"), "IMAGE_OR_FOLDER"
+    found, analysis = [], []
+    if validated is not None and progress.best_map is not None:
+        images = quote(str(validated.images))
+        found.append(f"detections   {results} (of the last validation)")
+        analysis.append(
+            f"why so       python3 scripts/analyze_results.py --annotations {quote(str(validated.annotations))} "
+            f"--results {quote(str(results))} --images {images}"
+        )
     return "\n".join(
         [
             "",
@@ -260,7 +280,10 @@ def _closing_words(output: OutputDirectory, recorder: Recorder, progress: Progre
             "",
             *remarks,
             f"checkpoints  {output.checkpoints}{best}",
-            f"curves       tensorboard --logdir {output.tensorboard}",
-            f"try it       python3 scripts/predict.py --weights {output.checkpoints / weights} IMAGE ...",
+            *found,
+            f"figures      {output.metrics}, {output.log}",
+            f"curves       tensorboard --logdir {quote(str(output.path))}",
+            *analysis,
+            f"try it       python3 scripts/predict.py --weights {quote(str(weights))} {images}",
         ]
     )

@@ -86,6 +86,7 @@ def test_options_that_contradict_each_other_are_refused_with_a_remedy(words: str
     ("words", "said"),
     [
         ("--batchsize 4", "did you mean --batch-size?"),
+        ("--dataset shaps", "did you mean shapes?"),
         ("--bach-size=4", "did you mean --batch-size?"),
         ("--batch-size 0", "at least 1"),
         ("--lr nan", "finite"),
