@@ -136,7 +136,8 @@ class TestLoop:
 def _note_unreadable(metrics: dict[str, Any], number: int) -> None:
     if number:
         metrics["unreadable_images"] = number
-        metrics["notes"].append(f"{number} images could not be read and count as images without a detection")
+        what = "1 image could not be read and counts" if number == 1 else f"{number} images could not be read and count"
+        metrics["notes"].append(f"{what} as without a detection")
 
 
 @torch.no_grad()
