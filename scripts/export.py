@@ -40,6 +40,7 @@ from detection.reporting import Console
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "weights": ".pt"}
 MOST_PICTURES = 16
+OPSETS = range(18, 24)  # what PyTorch's exporter can write
 USER_ERRORS = (ExportError, ImageError, PictureFilesError, WeightsError, OSError)
 
 
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--max-size", metavar="N", type=_positive, help="limit of the longer side, pixels")
     group = parser.add_argument_group("the rest")
     group.add_argument(
-        "--opset", metavar="N", type=_positive, default=ONNX_OPSET, help=f"of ONNX, default {ONNX_OPSET}"
+        "--opset", metavar="N", type=int, choices=OPSETS, default=ONNX_OPSET, help=f"of ONNX, default {ONNX_OPSET}"
     )
     group.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="for torch: where it is to run (cpu)")
     group.add_argument("--no-compare", action="store_true", help="only write")
@@ -172,7 +173,9 @@ def _compare(
     arguments: argparse.Namespace,
     console: Console,
 ) -> int:
-    run = open_onnx(arguments.output) if arguments.format == "onnx" else open_program(arguments.output)
+    run = (
+        open_onnx(arguments.output) if arguments.format == "onnx" else open_program(arguments.output, arguments.device)
+    )
     ours, theirs = [], []
     with console.progress(len(pictures), description="comparing", unit="pictures") as bar:
         for picture in pictures:

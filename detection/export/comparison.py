@@ -45,8 +45,8 @@ def compare_detections(
 ) -> Difference:
     """Detections of the same pictures, {"boxes_xyxy", "scores", "labels"} each, matched by class and overlap.
 
-    What only one found is not counted where its score is within score_tolerance of what it had to exceed: the
-    threshold, or the last of a full list.
+    What only one found is not counted where its score is within score_tolerance of what it would have had to exceed
+    in the other: the threshold, or the last of a full list.
     """
     matched, unmatched = 0, []
     largest_score = largest_box = 0.0
@@ -58,11 +58,10 @@ def compare_detections(
             boxes = one["boxes_xyxy"][rows] - other["boxes_xyxy"][columns]
             largest_score = max(largest_score, float(scores.abs().max()))
             largest_box = max(largest_box, float(boxes.abs().max()))
-        bar = score_threshold
-        for scores in (one["scores"], other["scores"]):
-            if len(scores) == detections_per_image:
-                bar = max(bar, float(scores.min()))
-        for scores, used in ((one["scores"], rows), (other["scores"], columns)):
+        sides = ((one["scores"], rows, other["scores"]), (other["scores"], columns, one["scores"]))
+        for scores, used, rivals in sides:
+            is_full = len(rivals) == detections_per_image
+            bar = max(score_threshold, float(rivals.min())) if is_full else score_threshold
             alone = torch.ones(len(scores), dtype=torch.bool).index_fill(0, used, False)
             unmatched += [score for score in scores[alone].tolist() if score > bar + score_tolerance]
     return Difference(matched, tuple(unmatched), largest_score, largest_box)

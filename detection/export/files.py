@@ -98,6 +98,7 @@ def save_onnx(detector: Detector, shape: InputShape, path: str | Path, opset: in
         )
     assert converted is not None
     model = converted.model_proto
+    _name_open_lengths(model.graph, shape)
     for key, value in _metadata(detector, shape).items():
         model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=json.dumps(value)))
     with _whole_file(path) as partial:
@@ -120,14 +121,14 @@ def save_weights(detector: Detector, path: str | Path) -> None:
         torch.save(content, partial)
 
 
-def open_program(path: str | Path) -> Runner:
-    """The program in a .pt2 file."""
+def open_program(path: str | Path, device: str = "cpu") -> Runner:
+    """The program in a .pt2 file, which was exported for `device`."""
     with _quiet():
         module = torch.export.load(path).module()
 
     def run(images: np.ndarray) -> list[dict[str, Tensor]]:
         with torch.no_grad():
-            return _per_picture(*(tensor.cpu() for tensor in module(torch.from_numpy(images))))
+            return _per_picture(*(tensor.cpu() for tensor in module(torch.from_numpy(images).to(device))))
 
     return run
 
@@ -135,9 +136,13 @@ def open_program(path: str | Path) -> Runner:
 def open_onnx(path: str | Path) -> Runner:
     """The model in an .onnx file, in onnxruntime on the CPU.
 
-    Raises ExportError where the extra "export" is not installed.
+    Raises ExportError where the extra "export" is not installed, or onnxruntime cannot run the file.
     """
-    session = _extra("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    runtime = _extra("onnxruntime")
+    try:
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors have no base class but this
+        raise ExportError(f"onnxruntime {runtime.__version__} cannot run {path}: {error}") from error
 
     def run(images: np.ndarray) -> list[dict[str, Tensor]]:
         return _per_picture(*map(torch.from_numpy, session.run(list(OUTPUT_NAMES), {"images": images})))
@@ -153,6 +158,17 @@ def _exported(detector: Detector, shape: InputShape, suppress: Suppression) -> t
         return torch.export.export(
             graph, (shape.example().to(device),), dynamic_shapes=(shape.dimensions(),), strict=False
         )
+
+
+def _name_open_lengths(graph: Any, shape: InputShape) -> None:
+    """Gives the open lengths of an ONNX graph the names batch, height and width."""
+    (images,) = graph.input
+    lengths = images.type.tensor_type.shape.dim
+    name_of = {lengths[place].dim_param: dimension.__name__ for place, dimension in shape.dimensions().items()}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for length in value.type.tensor_type.shape.dim:
+            if length.dim_param in name_of:  # to write another, be it "", would erase a known length
+                length.dim_param = name_of[length.dim_param]
 
 
 def _metadata(detector: Detector, shape: InputShape) -> dict[str, Any]:
