@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from detection.engine.checkpoint import (
@@ -153,6 +153,8 @@ def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @examples(150)
 @given(damage=DAMAGE)
+@example(damage=[("cut", share, 0, 0) for share in (0.25, 0.25, 0.1875)])  # inside a number of an old file
+@example(damage=[("cut", share, 0, 0) for share in (0.25, 0.25, 0.125)])
 def test_damaged_weights_are_refused_with_the_readers_own_error_or_read(
     model: FasterRCNN, weights: Path, tmp_path: Path, damage: Damage
 ) -> None:
