@@ -12,6 +12,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
 # Options of other programs that the pages mention.
 FOREIGN_OPTIONS = {
+    "--timeout",
     *("--nproc_per_node", "--nproc-per-node", "--nnodes", "--node_rank", "--node-rank", "--master_addr"),
     *("--master-addr", "--master_port", "--master-port", "--rdzv_backend", "--rdzv-backend", "--rdzv_endpoint"),
     *("--rdzv-endpoint", "--rdzv_id", "--rdzv-id", "--max_restarts", "--max-restarts", "--standalone"),
@@ -20,7 +21,14 @@ FOREIGN_OPTIONS = {
     *("--ipc", "--cfg-options", "--num-gpus", "--eval-only", "--epochs", "--lr-steps"),
     *("--trainable-backbone-layers",),
 }
-SHELL_OPTIONS = {"--short", "--list", "--dry-run"}
+# Options that a shell script of ours compares its arguments with.
+SHELL_OPTIONS = {
+    option
+    for script in (ROOT / "scripts").glob("*.sh")
+    for option in re.findall(
+        r"""(?:= "?|^\s*|\| )(--[a-z][\w-]*)(?=" \]|\)| \])""", script.read_text(), flags=re.MULTILINE
+    )
+}
 
 
 @cache
