@@ -111,6 +111,7 @@ iterations() { grep -c '"kind": "train"' "$output/metrics.jsonl" 2>/dev/null || 
 "$PYTHON" scripts/make_shapes.py --data-path "$work/shapes" > /dev/null
 start_node a
 start_node b
+disown "${agents[1]}" # the shell is to say nothing of its end
 echo "two nodes ($way): training"
 for _ in $(seq 3000); do
     [ "$(iterations)" -ge 8 ] 2>/dev/null && break
@@ -122,7 +123,6 @@ grep -q "2 processes x 2 images" "$work/a.log" "$work/b.log" || fail "the two no
 
 # The node that hosts the rendezvous (a) is the one that stays.
 kill_node b
-{ wait "${agents[1]}"; } 2> /dev/null || true # so that the shell has no word to say on its end
 echo "node b killed at iteration $(iterations)"
 if ! wait "${agents[0]}"; then fail "node a did not finish"; fi
 
