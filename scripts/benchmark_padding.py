@@ -17,11 +17,15 @@ from data import plan_epoch, read_coco, resized_sizes
 from data.shape_buckets import bucket_of, shape_buckets
 from data.transforms import padded_size
 
+TRAIN2017_IMAGES = 117_266  # those with boxes
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, repeats=1)
-    parser.add_argument("--annotations", metavar="FILE", help="sizes of this COCO-format file, instead of drawn ones")
-    parser.add_argument("--pictures", type=int, default=117_266, help="how many sizes to draw [train2017's 117266]")
+    parser.add_argument("--annotations", metavar="FILE", help="sizes of this COCO-format file, instead of made-up ones")
+    parser.add_argument(
+        "--pictures", type=int, help="how many sizes to draw, from the file's where one is given [all of it, 117266]"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--min-size", type=int, default=800)
     parser.add_argument("--max-size", type=int, default=1333)
@@ -35,8 +39,11 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict
     if arguments.annotations is not None:
         annotations = read_coco(arguments.annotations)
         widths, heights = annotations.widths, annotations.heights
+        if arguments.pictures is not None:
+            drawn = np.random.default_rng(arguments.seed).integers(len(widths), size=arguments.pictures)
+            widths, heights = widths[drawn], heights[drawn]
     else:
-        widths, heights = np.array(draw_sizes(arguments.pictures, arguments.seed)).T
+        widths, heights = np.array(draw_sizes(arguments.pictures or TRAIN2017_IMAGES, arguments.seed)).T
     sizes = resized_sizes(widths, heights, min_size=arguments.min_size, max_size=arguments.max_size)
     buckets = shape_buckets(arguments.min_size, arguments.max_size)
     rows = []

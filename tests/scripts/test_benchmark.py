@@ -59,6 +59,18 @@ def test_train_measures_both_steps_and_takes_them_apart(measured, capsys, tmp_pa
     assert "x torchvision-fp32" in capsys.readouterr().out
 
 
+def test_padding_counts_sizes_and_pixels_with_and_without_buckets(measured, script, tmp_path):
+    sizes = [(640, 480), (640, 427), (500, 375), (480, 640), (600, 593)]
+    annotations = script("benchmark_scenes").write_pictures(tmp_path / "own", sizes, seed=5)
+    record = measured("padding", "--annotations", annotations, "--pictures", 300, "--batch-sizes", 1, 4)
+    for row in record["padding"]:
+        natural, buckets = row["natural"], row["buckets"]
+        assert 1 <= buckets["shapes"] <= natural["shapes"] <= 9
+        assert 0 < natural["padding"] <= buckets["padding"] < 0.5
+        assert natural["pixels"] <= buckets["pixels"]
+    assert [row["batch_size"] for row in record["padding"]] == [1, 4]
+
+
 def test_data_measures_each_way_alone_and_through_a_worker(measured):
     record = measured("data", *TOY, "--pictures", 3)
     rows = {row["name"]: row for row in record["chains"]}
