@@ -19,7 +19,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import checkout  # noqa: F401
 from benchmark_timing import BenchmarkError
 from data import CocoDataset
-from data.loader import BatchPlan
+from data.batch_reader import BatchPlan
 
 try:
     import cv2

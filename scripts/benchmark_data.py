@@ -33,7 +33,7 @@ from benchmark_timing import (
     timing_table,
 )
 from data import CocoDataset, TrainLoader, assemble, pictures
-from data.loader import BatchPlan
+from data.batch_reader import BatchPlan
 
 PILLOW, TORCHVISION = "Pillow, decode alone", "torchvision reference"
 MMDETECTION, MMDETECTION_2 = "MMDetection 3", "MMDetection 2, padded float32"

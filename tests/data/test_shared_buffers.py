@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data.loader
+import data.batch_stream
 from data.batches import RawBatch
 from data.dataset import CocoDataset
 from data.hand_over import MainSide
@@ -143,7 +143,7 @@ def test_pixels_need_no_file_in_shared_memory(
     monkeypatch.setattr(torch.UntypedStorage, "share_memory_", refuse)
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)
     monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", refuse)
-    monkeypatch.setattr(data.loader, "LARGEST_BUFFER", 1.0)
+    monkeypatch.setattr(data.batch_stream, "LARGEST_BUFFER", 1.0)
     dataset = make_dataset([(40, 40)] * 8 + [(80, 80)] * 8)
     expected = pixels_of(train_loader(dataset), 8)
     loader = train_loader(dataset, workers=1)
@@ -222,7 +222,7 @@ def test_workers_that_are_not_forked_deliver_the_same(
 ) -> None:
     if method is None and "fork" in multiprocessing.get_all_start_methods():
         pytest.skip("the default of this system is fork")
-    monkeypatch.setattr(data.loader, "_worker_context", lambda: method)
+    monkeypatch.setattr(data.batch_stream, "_worker_context", lambda: method)
     dataset = make_dataset([(64, 48)] * 8)
     expected = pixels_of(train_loader(dataset), 4)
     loader = train_loader(dataset, workers=1)
