@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Above this share of cells with a gradient (or beside one), gathering them costs more than the zeros do.
-_LARGEST_SHARE = 0.6
+_LARGEST_SHARE = 0.7
 
 
 def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
