@@ -1,18 +1,31 @@
 """Train, validate or test a detector: python train.py --help"""
 
+import os
 import sys
 
 from detection.config import ConfigError, parse_arguments
-from detection.engine import USER_ERRORS, RunError, is_main_process, run
 
 
 def main() -> int:
     try:
-        return run(parse_arguments())
-    except (ConfigError, RunError) as error:  # every process has it, one says it
-        if is_main_process():
-            print(f"\nerror: {error}", file=sys.stderr)
+        config = parse_arguments()
+    except ConfigError as error:
+        return fail_together(error)
+    # Only now: PyTorch takes seconds, and neither --help nor a wrong option shall wait for it.
+    from detection.engine import USER_ERRORS, RunError, run
+
+    try:
+        return run(config)
+    except (ConfigError, RunError) as error:
+        return fail_together(error)
     except USER_ERRORS as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+    return 1
+
+
+def fail_together(error: Exception) -> int:
+    """The exit status of an error that every process has; one of them says it."""
+    if os.environ.get("RANK", "0") == "0":
         print(f"\nerror: {error}", file=sys.stderr)
     return 1
 

@@ -1,8 +1,7 @@
 """Loops, optimiser, precision, processes and checkpoints: everything that happens around a training step."""
 
-from detection.engine.distributed import is_main_process
 from detection.engine.errors import USER_ERRORS, RunError
 from detection.engine.run import run
 from detection.engine.stopping import STOPPED_EXIT_CODE
 
-__all__ = ["STOPPED_EXIT_CODE", "USER_ERRORS", "RunError", "is_main_process", "run"]
+__all__ = ["STOPPED_EXIT_CODE", "USER_ERRORS", "RunError", "run"]

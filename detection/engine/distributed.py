@@ -165,11 +165,6 @@ def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[Any]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that speaks; also before `start_processes` and after an error."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> Processes:
     """Join the run's processes as torchrun's environment says; one process without it.
 
