@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import boxes
 
+from detection.models import cpu_convolutions
+
 REST = "rest"
 # Operators whose result the host must see before it can go on, and how they show in the counts.
 _WAITING_OPERATORS = {
@@ -198,10 +200,12 @@ def count_waits(run: Callable[[], object]) -> dict[str, Any]:
     """
     downward: collections.Counter[str] = collections.Counter()
     upward: collections.Counter[str] = collections.Counter()
-    # Which of its two ways torchvision takes depends on the device; this is the one of the GPU.
+    # Which way torchvision and we take depends on the device; these are the ones of the GPU.
     as_on_gpu = mock.patch.object(boxes, "_batched_nms_vanilla", boxes._batched_nms_coordinate_trick)
+    no_cpu_convolutions = mock.patch.object(cpu_convolutions, "_applies", lambda x, weight: False)
     with (
         as_on_gpu,
+        no_cpu_convolutions,
         torch.compiler.set_stance("force_eager"),
         _CopyCounter(upward),
         _WaitCounter(downward, upward),
