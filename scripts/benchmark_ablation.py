@@ -84,15 +84,6 @@ def _dense_pyramid_gradient(model: FasterRCNN) -> contextlib.AbstractContextMana
     return mock.patch.object(fpn, "convolution_3x3_with_sparse_gradient", convolution)
 
 
-@contextlib.contextmanager
-def _stock_pointwise(model: FasterRCNN) -> Iterator[None]:
-    with (
-        mock.patch.object(fpn, "pointwise_convolution", F.conv2d),
-        mock.patch.object(backbones, "pointwise_convolution", lambda x, weight, bias: F.conv2d(x, weight, bias)),
-    ):
-        yield
-
-
 def _two_table_gradients(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(faster_rcnn, "take_rows", lambda table, rows: (table, table.index_select(0, rows)))
 
@@ -105,9 +96,6 @@ OPTIMISATIONS: dict[str, Optimisation] = {
     "sparse-roi-align": Optimisation("RoIAlign as a sparse matrix product", _stock_roi_align, cpu_only=True),
     "sparse-pyramid-gradient": Optimisation(
         "pyramid's 3x3 convolutions: no backward work where nothing was learnt", _dense_pyramid_gradient, cpu_only=True
-    ),
-    "pointwise-products": Optimisation(
-        "1x1 convolutions: weight gradient as a matrix product", _stock_pointwise, cpu_only=True
     ),
     KEPT_MEMORY: Optimisation("freed memory stays with the process", None, cpu_only=True),
 }

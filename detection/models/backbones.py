@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.cpu_convolutions import pointwise_convolution
-
 Norm = Literal["frozen_bn", "bn", "gn"]
 NORMS: tuple[str, ...] = ("frozen_bn", "bn", "gn")
 GROUPS_OF_GROUP_NORM = 32  # Wu and He, Group Normalization, section 4
@@ -82,8 +80,6 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(conv(x))
     scale, shift = norm.scale_and_shift()
     weight = conv.weight * scale[:, None, None, None]
-    if conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1:
-        return pointwise_convolution(x, weight, shift)
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -1,8 +1,8 @@
-"""Convolutions whose backward passes take less time on the CPU than torch's own, with the same results.
+"""A convolution whose backward pass takes less time on the CPU than torch's own, with the same results.
 
-Both want channels-last memory, where a map [B, C, H, W] is a matrix [B * H * W, C] of cells. Elsewhere than on the
-CPU, and inside torch.compile, they are plain convolutions: on a GPU the numbers of rows that the sparse one works
-with would have to be waited for.
+It wants channels-last memory, where a map [B, C, H, W] is a matrix [B * H * W, C] of cells. Elsewhere than on the CPU,
+and inside torch.compile, it is a plain convolution: on a GPU the numbers of rows that it works with would have to be
+waited for.
 """
 
 from __future__ import annotations
@@ -15,20 +15,6 @@ from torch import Tensor
 
 # Above this share of cells with a gradient (or beside one), gathering them costs more than the zeros do.
 _LARGEST_SHARE = 0.7
-
-
-def pointwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.conv2d(x, weight, bias) for a 1x1 `weight`.
-
-    In bfloat16 the weight's gradient is computed as one matrix product, which takes two thirds to four fifths of the
-    time that oneDNN's convolution takes for it.
-    """
-    if not _applies(x, weight):
-        return F.conv2d(x, weight, bias)
-    x, weight, bias = _in_autocasts_precision(x, weight, bias)
-    if x.dtype != torch.bfloat16:
-        return F.conv2d(x, weight, bias)
-    return _PointwiseConvolution.apply(x, weight, bias)
 
 
 def convolution_3x3_with_sparse_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,33 +55,11 @@ def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _dense_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, padding: int, wanted: tuple[bool, bool, bool]
+    gradient: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return torch.ops.aten.convolution_backward(
-        gradient, x, weight, [len(weight)], [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, list(wanted)
+        gradient, x, weight, [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
     )
-
-
-class _PointwiseConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        x_gradient = weight_gradient = bias_gradient = None
-        if of_x:
-            x_gradient, _, _ = _dense_backward(gradient, x, weight, 0, (True, False, False))
-        rows = _as_rows(gradient)
-        if of_weight:
-            weight_gradient = _product_over_rows(rows, _as_rows(x))[..., None, None]
-        if of_bias:
-            bias_gradient = _sum_of_rows(rows)
-        return x_gradient, weight_gradient, bias_gradient
 
 
 class _SparseGradientConvolution(torch.autograd.Function):
@@ -117,7 +81,7 @@ class _SparseGradientConvolution(torch.autograd.Function):
         maps = learnt.view(num_images, 1, height, width).float()
         reached = F.max_pool2d(maps, kernel_size=3, stride=1, padding=1).view(-1).nonzero()[:, 0]
         if len(reached) > _LARGEST_SHARE * len(gradient_rows):
-            return _dense_backward(gradient, x, weight, 1, (of_x, of_weight, of_bias))
+            return _dense_backward(gradient, x, weight, [of_x, of_weight, of_bias])
         x_gradient = weight_gradient = bias_gradient = None
         cells = learnt.nonzero()[:, 0]
         of_cells = gradient_rows.index_select(0, cells)
@@ -133,11 +97,6 @@ class _SparseGradientConvolution(torch.autograd.Function):
             rows = gradient_rows.new_zeros(len(gradient_rows), num_inputs)
             x_gradient = _as_maps(rows.index_copy_(0, reached, patches @ mirrored), x)
         return x_gradient, weight_gradient, bias_gradient
-
-
-def _product_over_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a.t() @ b for a [N, P] and b [N, Q]. The product rearranges what it transposes, so that is the narrower one."""
-    return a.t() @ b if a.shape[1] <= b.shape[1] else (b.t() @ a).t()
 
 
 def _sum_of_rows(rows: Tensor) -> Tensor:

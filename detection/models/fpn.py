@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.backbones import GROUPS_OF_GROUP_NORM
-from detection.models.cpu_convolutions import convolution_3x3_with_sparse_gradient, pointwise_convolution
+from detection.models.cpu_convolutions import convolution_3x3_with_sparse_gradient
 
 
 def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d:
@@ -17,11 +17,6 @@ def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv
-
-
-def _lateral(conv: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(conv, nn.Conv2d)
-    return pointwise_convolution(x, conv.weight, conv.bias)
 
 
 def _output(conv: nn.Module, x: Tensor) -> Tensor:
@@ -58,7 +53,7 @@ class FPN(nn.Module):
 
         P6 is every second row and column of P5.
         """
-        maps = [_lateral(conv, feature) for conv, feature in zip(self.lateral, features, strict=True)]
+        maps = [conv(feature) for conv, feature in zip(self.lateral, features, strict=True)]
         if self.lateral_norm is not None:
             maps = [norm(x) for norm, x in zip(self.lateral_norm, maps, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
