@@ -3,7 +3,9 @@
 import argparse
 import os
 import shlex
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +28,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists every option)\n")
+
+
+def convert(
+    arguments: argparse.Namespace,
+    to_coco: Callable[[argparse.Namespace], int],
+    from_coco: Callable[[argparse.Namespace], int],
+) -> int:
+    """Goes the way that was asked for; the exit status."""
+    try:
+        return to_coco(arguments) if arguments.way == "to-coco" else from_coco(arguments)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
 
 
 def to_coco_options(parser: argparse.ArgumentParser, exif_help: str) -> None:

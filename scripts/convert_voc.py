@@ -15,11 +15,11 @@ from pathlib import Path
 
 import checkout  # noqa: F401
 from conversion_face import (
-    USER_ERRORS,
     Parser,
     bar,
     class_table,
     coco_remarks,
+    convert,
     from_coco_options,
     next_commands,
     read_coco_splits,
@@ -34,15 +34,7 @@ from data.voc import VOC_TEXTS, VocFolders, VocSet, find_voc, read_class_file, r
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    try:
-        return _to_coco(arguments) if arguments.way == "to-coco" else _from_coco(arguments)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    return convert(_parser().parse_args(argv), _to_coco, _from_coco)
 
 
 def _parser() -> argparse.ArgumentParser:
