@@ -146,9 +146,8 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
     in pinned memory: all sizes are known to the host.
     """
     native_pixels = raw.pixels.to(device, non_blocking=True)
-    height, width = raw.padded_size
     pixels = torch.empty(
-        (len(raw), 3, height, width), dtype=torch.uint8, device=device, memory_format=torch.channels_last
+        (len(raw), 3, *raw.padded_size), dtype=torch.uint8, device=device, memory_format=torch.channels_last
     )
     start = 0
     for i, (target, native) in enumerate(zip(pixels, raw.native_sizes, strict=True)):
