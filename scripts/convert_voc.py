@@ -30,7 +30,8 @@ from conversion_face import (
 from data.conversion import ConversionError, LabelledPicture, Remarks, derived_classes
 from data.conversion_output import write_coco_set, write_voc_set
 from data.conversion_splits import split_by_folder, split_by_lists
-from data.voc import VOC_TEXTS, VocFolders, VocSet, find_voc, read_class_file, read_voc, xml_files
+from data.voc import VOC_TEXTS, VocSet, read_voc
+from data.voc_folders import VocFolders, find_voc, read_class_file, xml_files
 
 
 def main(argv: list[str] | None = None) -> int:

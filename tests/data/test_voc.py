@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from data.conversion import ConversionError, LabelledBox, LabelledPicture, Remarks, derived_classes
-from data.voc import VOC_TEXTS, VocSet, find_voc, read_class_file, read_voc, voc_xml
+from data.voc import VOC_TEXTS, VocSet, read_voc, voc_xml
+from data.voc_folders import find_voc, read_class_file
 from data.voc_xml import XmlError, parse_xml
 
 OBJECT = (
