@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gzip
 import json
 import statistics
 import time
@@ -202,7 +203,7 @@ def count_waits(run: Callable[[], object]) -> dict[str, Any]:
     upward: collections.Counter[str] = collections.Counter()
     # Which way torchvision and we take depends on the device; these are the ones of the GPU.
     as_on_gpu = mock.patch.object(boxes, "_batched_nms_vanilla", boxes._batched_nms_coordinate_trick)
-    no_cpu_convolutions = mock.patch.object(cpu_convolutions, "_applies", lambda x, weight: False)
+    no_cpu_convolutions = mock.patch.object(cpu_convolutions, "_applies", lambda *arguments: False)
     with (
         as_on_gpu,
         no_cpu_convolutions,
@@ -225,7 +226,8 @@ def count_cuda_waits(run: Callable[[], object]) -> int:
             run()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    # Switching the mode on warns too, once a process: that it does not see all "synchronizing operations".
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def count_flops(run: Callable[[], object]) -> int:
@@ -272,9 +274,10 @@ def write_trace(run: Callable[[], object], file: Path, device: torch.device) -> 
 
 
 def gpu_figures(trace: Path, num_steps: int) -> dict[str, float]:
-    """From a Chrome trace: kernels, launches and copies a step, and the share of the time in which the GPU had
-    nothing to do between its first and last work."""
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
+    """From a Chrome trace (.json, or .json.gz): kernels, launches and copies a step, seconds a step in which the GPU
+    worked, and the share of the time between its first and last work in which it had nothing to do."""
+    content = gzip.decompress(trace.read_bytes()) if trace.suffix == ".gz" else trace.read_bytes()
+    events = [event for event in json.loads(content)["traceEvents"] if event.get("ph") == "X"]
     work = sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events if e.get("cat") in _GPU_WORK)
     kernels = sum(event.get("cat") == "kernel" for event in events)
     launches = sum(
@@ -290,5 +293,6 @@ def gpu_figures(trace: Path, num_steps: int) -> dict[str, float]:
         for start, end in work:
             busy += max(0.0, end - max(start, reached))
             reached = max(reached, end)
+        figures["gpu_busy_seconds_per_step"] = busy / 1e6 / num_steps
         figures["gpu_idle_share"] = 1 - busy / (reached - work[0][0])
     return figures

@@ -24,7 +24,7 @@ from data import DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine import train_loop
 from detection.engine.bad_images import BadImages
 from detection.engine.checkpoint import CheckpointStore
-from detection.engine.compilation import compile_for_training
+from detection.engine.compilation import compile_for_training, prepare_compiler
 from detection.engine.distributed import Processes
 from detection.engine.host_memory import keep_freed_memory, return_freed_memory
 from detection.engine.optimizer import build_optimizer
@@ -254,6 +254,7 @@ class TorchvisionStep:
                 memory_format=torch.channels_last
             )
         if variant.compiled:
+            prepare_compiler()
             self.model.backbone.compile(dynamic=False)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=2e-5, momentum=0.9, weight_decay=1e-4)

@@ -140,8 +140,9 @@ def _measure(
             file = Path(arguments.profile or Path(folder) / "trace.json")
             write_trace(partial(ours[-1].train, batches), file, device)
             if device.type == "cuda":
-                figures["gpu"] = {"variant": ours[-1].variant.name, **gpu_figures(file, len(batches))}
-                texts += ["", "GPU work: " + ", ".join(f"{k} {v}" for k, v in figures["gpu"].items())]
+                (row,) = (row for row in rows if row["name"] == ours[-1].variant.name)
+                figures["gpu"] = {"variant": row["name"], **_gpu_figures(file, len(batches), row["seconds"]["median"])}
+                texts += ["", _gpu_line(figures["gpu"])]
             if arguments.profile:
                 texts += ["", f"trace of {ours[-1].variant.name}: {file}"]
     return figures, "\n".join(texts)
@@ -296,7 +297,9 @@ def _probes(steps: Mapping[str, Step], work: Work, rows: Sequence[Mapping[str, A
         if not step.variant.compiled:
             waits[name] = count_waits(partial(step.train, work.batches[:1]))
             if work.device.type == "cuda":
-                waits[name]["cuda_runtime"] = count_cuda_waits(partial(step.train, work.batches[:1]))
+                # The second step's: a block ends with a logging step, where ours reads its losses.
+                one, two = (count_cuda_waits(partial(step.train, work.batches[:1] * number)) for number in (1, 2))
+                waits[name]["cuda_runtime"] = two - one
     # Ours does less work for the same losses (the RPN learns at its samples only), so each owner's own is counted.
     flops: dict[str, float] = {}
     for step in steps.values():
@@ -355,6 +358,24 @@ def _probe_tables(figures: Mapping[str, Any]) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in figures["utilisation"].items())
     texts += ["", f"GFLOP an image: {work}; GFLOP/s of a matrix multiplication: {rates}; share reached: {shares}"]
     return "\n".join(texts)
+
+
+def _gpu_figures(trace: Path, num_steps: int, step_seconds: float) -> dict[str, float]:
+    """Also the idle share of the timed steps: a profiler slows the host down, and so lets the GPU wait more."""
+    figures = gpu_figures(trace, num_steps)
+    if "gpu_busy_seconds_per_step" in figures:
+        figures["idle_share"] = max(0.0, 1 - figures["gpu_busy_seconds_per_step"] / step_seconds)
+    return figures
+
+
+def _gpu_line(figures: Mapping[str, Any]) -> str:
+    counts = ("kernels_per_step", "launches_per_step", "copies_per_step")
+    text = ", ".join(f"{figures[name]:,.0f} {name.removesuffix('_per_step')}" for name in counts)
+    if "idle_share" not in figures:
+        return f"GPU work of {figures['variant']}, a step: none in the trace"
+    busy = f"busy {figures['gpu_busy_seconds_per_step'] * 1e3:.1f} ms"
+    idle = f"idle {figures['idle_share']:.0%} of a timed step ({figures['gpu_idle_share']:.0%} under the profiler)"
+    return f"GPU work of {figures['variant']}, a step: {text}, {busy}; {idle}"
 
 
 def _padding_share(batches: Sequence[RawBatch]) -> float:

@@ -22,12 +22,23 @@ _MOST_SHAPES = 32
 def compile_for_training(model: FasterRCNN) -> None:
     """Compiles the dense parts, each padded size by itself when it first comes up.
 
-    The data side keeps the sizes few (data.shape_buckets). What the compiler makes lies in the user's cache folder
-    (TORCHINDUCTOR_CACHE_DIR, if that is set), so that the next run has it at once.
+    The data side keeps the sizes few (data.shape_buckets).
     """
+    prepare_compiler()
+    model.compile_dense_parts(dynamic=False)
+
+
+def compile_for_evaluation(model: FasterRCNN) -> None:
+    """Compiles the dense parts, from the second padded size on for any: an evaluation has dozens of them."""
+    prepare_compiler()
+    model.compile_dense_parts()
+
+
+def prepare_compiler() -> None:
+    """Room for all padded sizes, and a folder for what the compiler makes: the user's cache folder
+    (TORCHINDUCTOR_CACHE_DIR, if that is set), so that the next run has it at once."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
-    model.compile_dense_parts(dynamic=False)
 
 
 def uncompiled(run: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -14,6 +14,7 @@ from data import EvalLoader
 from detection.config import RunConfig
 from detection.engine.bad_images import BadImages, TooManyBadImages
 from detection.engine.build import Built
+from detection.engine.compilation import compile_for_evaluation
 from detection.engine.datasets import SplitFiles
 from detection.engine.distributed import Processes
 from detection.engine.errors import RunError, main_first, together
@@ -80,7 +81,7 @@ def evaluate(
     workers = config.data.workers if config.data.workers is not None else (4 if on_gpu else 1)
     bad_images = BadImages(processes, recorder, config.data.max_bad_images)
     if config.train.compile:
-        built.model.compile_dense_parts()
+        compile_for_evaluation(built.model)
     inputs = _evaluation_inputs(config, processes, output, stop, recorder, built, precision, workers, bad_images)
     evaluator = together(processes, partial(_evaluator, config, processes, built.evaluation_files))
     with contextlib.closing(inputs.loader):

@@ -1,7 +1,9 @@
 """scripts/benchmark.py runs at toy size and writes what its readers rely on. No test judges how long anything took."""
 
+import gzip
 import importlib
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,24 +210,149 @@ def test_waits_are_counted_by_kind(script):
     assert counts["host_to_device"] == {"tensor made from Python numbers": 1}
 
 
-def test_gpu_figures_read_kernels_launches_and_idle_time_from_a_trace(script, tmp_path):
-    def event(category, name, start, duration):
-        return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
+def event(category, name, start, duration):
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "pid": 1, "tid": 1}
 
-    events = [
+
+# As Kineto writes it: two steps of work on two streams, between events of other kinds.
+TRACE = {
+    "schemaVersion": 1,
+    "traceEvents": [
+        event("cpu_op", "aten::convolution", 0, 9),
+        event("user_annotation", "backward", 0, 50),
         event("cuda_runtime", "cudaLaunchKernel", 0, 1),
         event("cuda_runtime", "cudaMemcpyAsync", 1, 1),
+        event("cuda_runtime", "cudaDeviceSynchronize", 2, 190),
+        event("cuda_driver", "cuLaunchKernelEx", 3, 1),
         event("kernel", "convolution", 100, 50),
-        event("kernel", "overlapping", 120, 40),
-        event("gpu_memcpy", "copy", 180, 20),
+        event("kernel", "overlapping", 120.5, 39.5),
+        event("gpu_user_annotation", "backward", 100, 100),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 180, 10),
+        event("gpu_memset", "Memset (Device)", 190, 10),
+        {"ph": "f", "cat": "ac2g", "name": "ac2g", "id": 3, "ts": 100, "pid": 1, "tid": 1},
         {"ph": "M", "name": "process_name"},
-    ]
+    ],
+}
+FROM_TRACE = {
+    "kernels_per_step": 1,
+    "launches_per_step": 1,
+    "copies_per_step": 1,
+    "gpu_busy_seconds_per_step": 40e-6,
+    "gpu_idle_share": 0.2,
+}
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
+def test_gpu_figures_read_kernels_launches_and_idle_time_from_a_trace(script, tmp_path, name):
+    trace = tmp_path / name
+    content = json.dumps(TRACE).encode()
+    trace.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert script("benchmark_probes").gpu_figures(trace, 2) == pytest.approx(FROM_TRACE)
+
+
+def test_a_trace_without_gpu_work_gives_counts_of_zero(script, tmp_path):
     trace = tmp_path / "trace.json"
-    trace.write_text(json.dumps({"traceEvents": events}))
-    figures = script("benchmark_probes").gpu_figures(trace, 2)
-    assert figures == pytest.approx(
-        {"kernels_per_step": 1, "launches_per_step": 0.5, "copies_per_step": 0.5, "gpu_idle_share": 0.2}
-    )
+    trace.write_text(json.dumps({"traceEvents": [event("cpu_op", "aten::add", 0, 1)]}))
+    assert script("benchmark_probes").gpu_figures(trace, 1) == {
+        "kernels_per_step": 0,
+        "launches_per_step": 0,
+        "copies_per_step": 0,
+    }
+
+
+class PretendedGpu:
+    """What the benchmark asks torch.cuda for, answered as one would that holds 3 GiB and has a peak of 5."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        answers = {
+            "synchronize": None,
+            "reset_peak_memory_stats": None,
+            "memory_allocated": 3 * 2**30,
+            "max_memory_allocated": 5 * 2**30,
+            "get_sync_debug_mode": 0,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set_sync_debug_mode)
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        self.mode = 0
+
+    def set_sync_debug_mode(self, mode):
+        if mode == "warn" and not self.calls:
+            warnings.warn(
+                "Synchronization debug mode ... does not yet detect all synchronizing operations", stacklevel=2
+            )
+        self.mode = mode
+        self.calls.append(mode)
+
+    def synchronises(self):
+        if self.mode == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    @staticmethod
+    def event(enable_timing):
+        assert enable_timing
+        return SimpleNamespace(record=lambda: None, elapsed_time=lambda other: 2.0)
+
+
+class PretendedStep:
+    """A step of two synchronisations, and one more where a block ends."""
+
+    def __init__(self, script, name, gpu):
+        self.variant = script("benchmark_steps").Variant.parse(name)
+        self.gpu = gpu
+
+    def settle(self, run):
+        pass
+
+    def train(self, batches):
+        for _ in batches:
+            self.gpu.synchronises()
+            self.gpu.synchronises()
+        self.gpu.synchronises()
+
+    def losses(self):
+        return {"loss": 1.0}
+
+    def stages(self):
+        return [(self, "settle", "input")]
+
+
+def test_what_only_a_gpu_shows_is_in_the_record_and_the_table(script, monkeypatch, tmp_path):
+    benchmark, steps = script("benchmark_train"), script("benchmark_steps")
+    gpu = PretendedGpu(monkeypatch)
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda *args: 1e12)
+    traced = []
+
+    def write_trace(run, file, device):
+        run()
+        traced.append((file, device.type))
+        file.write_text(json.dumps(TRACE))
+
+    monkeypatch.setattr(benchmark, "write_trace", write_trace)
+    annotations = script("benchmark_scenes").write_pictures(tmp_path / "set", [(64, 48)] * 2, seed=5)
+    data = script("data")
+    dataset = data.CocoDataset(tmp_path / "set", data.read_coco(annotations), training=True)
+    loader = data.TrainLoader(dataset, min_size=64, max_size=96, batch_size=1, seed=1)
+    device = torch.device("cuda", 0)
+    work = steps.Work("tiny", 1, 64, 96, device, loader, tuple(loader.batches(0, 2)), tmp_path / "none")
+    compared = {name: PretendedStep(script, name, gpu) for name in ("torchvision-fp32", "ours-bf16-cl")}
+    arguments = SimpleNamespace(repeats=1, clock="wall", inference=False, no_probes=False, profile=None)
+    resident = dict.fromkeys(compared, 2**30)
+    figures, text = benchmark._measure(arguments, work, compared, resident, lambda line: None)
+    assert figures["peak_memory_gb"] == dict.fromkeys(compared, 3.0)
+    assert [kinds["cuda_runtime"] for kinds in figures["waits"].values()] == [2, 2]
+    assert gpu.mode == 0
+    assert figures["stage_seconds"]["ours-bf16-cl"]["rest"] == pytest.approx(1e-3)  # 2 ms, two batches
+    ((file, place),) = traced
+    assert place == "cuda" and not file.exists()
+    assert figures["gpu"]["variant"] == "ours-bf16-cl"
+    for name, value in FROM_TRACE.items():
+        assert figures["gpu"][name] == pytest.approx(value)
+    assert 0 <= figures["gpu"]["idle_share"] <= 1
+    assert "ours-bf16-cl 3.00 GB" in text
+    assert "1 kernels, 1 launches, 1 copies, busy 0.0 ms; idle " in text
 
 
 def test_generated_pictures_are_textured_and_their_boxes_lie_inside(script):
