@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from checkout import ROOT
+from marked_processes import marked_processes
 
 ITERATIONS_PER_EPOCH = 10
 MARK = "FAULT_TEST_LIFE"
@@ -218,16 +219,7 @@ class Life:
 
     def all_ids(self) -> list[int]:
         """Process ids of everything that belongs to this life, orphans included."""
-        wanted = f"{MARK}={self.mark}".encode()
-        found = []
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit():
-                try:
-                    if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                        found.append(int(folder.name))
-                except OSError:  # ended meanwhile, or another user's
-                    continue
-        return found
+        return marked_processes(MARK, self.mark)
 
     def kill_all(self) -> None:
         """SIGKILL to every process of this life, until none is left."""
