@@ -17,6 +17,7 @@ import checkout  # noqa: F401
 from benchmark_ablation import ablation_rows, ablation_table, ablation_variants
 from benchmark_inputs import add_picture_arguments, open_pictures
 from benchmark_machine import add_common_arguments
+from benchmark_peak_memory import peak_memory_on_cpu
 from benchmark_probes import (
     REST,
     StageClock,
@@ -126,7 +127,11 @@ def _measure(
     texts = [_describe(figures), "", timing_table(rows, clock=arguments.clock, rate="images/s", units=batch_size)]
     if device.type == "cuda":
         figures["peak_memory_gb"] = _peak_memory(steps, batches, resident)
-        texts += ["", "peak memory: " + ", ".join(f"{k} {v:.2f} GB" for k, v in figures["peak_memory_gb"].items())]
+    elif not arguments.no_probes:
+        say("peak memory")
+        figures["peak_memory_gb"] = peak_memory_on_cpu([step.variant for step in steps.values()], work)
+    if peaks := figures.get("peak_memory_gb"):
+        texts += ["", "peak memory: " + ", ".join(f"{name} {peak:.2f} GB" for name, peak in peaks.items())]
     if arguments.inference:
         figures["inference"], text = _inference(arguments, work, steps, peers, say)
         texts += ["", text]

@@ -38,7 +38,11 @@ def measured(script, tmp_path):
     return run
 
 
-def test_train_measures_both_steps_and_takes_them_apart(measured, capsys, tmp_path):
+def test_train_measures_both_steps_and_takes_them_apart(measured, script, capsys, tmp_path, monkeypatch):
+    benchmark = script("benchmark_train")
+    in_own_processes = benchmark.peak_memory_on_cpu
+    # Ours alone: a process takes some seconds to start.
+    monkeypatch.setattr(benchmark, "peak_memory_on_cpu", lambda found, work: in_own_processes(found[1:], work))
     trace = tmp_path / "trace.json"
     variants = ["torchvision-fp32", "ours-bf16-cl"]
     options = [*TOY, "--device", "cpu", "--variants", *variants, "--inference", "--profile", trace]
@@ -57,8 +61,35 @@ def test_train_measures_both_steps_and_takes_them_apart(measured, capsys, tmp_pa
     assert waits["ours-bf16-cl"] < waits["torchvision-fp32"]
     assert record["gflop_per_image"].keys() == {"torchvision", "ours"}
     assert record["utilisation"].keys() == set(variants)
+    if Path("/proc/self/status").exists():
+        assert record["peak_memory_gb"].keys() == {"ours-bf16-cl"}
+        # Weights, gradients and momentum of a ResNet-18 detector are 0.3 GB alone.
+        assert 0.3 < record["peak_memory_gb"]["ours-bf16-cl"] < 3
     assert {"traceEvents"} <= json.loads(trace.read_text()).keys()
     assert "x torchvision-fp32" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, which tells the peak")
+def test_peak_memory_is_what_a_step_adds_and_not_what_its_first_run_took(script, monkeypatch):
+    peak_memory = script("benchmark_peak_memory")
+    script("detection.engine.host_memory").return_freed_memory()  # whatever was measured in this process before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the system does not let a process reset its peak")
+    sizes = [900, 300, 300]
+
+    def touch(megabytes):
+        torch.ones(megabytes * 2**20, dtype=torch.uint8)
+
+    def build(variant, work):
+        kept = torch.ones(100 * 2**20, dtype=torch.uint8)  # as weights are
+        return SimpleNamespace(settle=lambda run: run(), train=lambda batches: touch(sizes.pop(0)), kept=kept)
+
+    monkeypatch.setattr(peak_memory, "build_step", build)
+    added = peak_memory._bytes_added(None, SimpleNamespace(batches=()), 1)
+    assert not sizes
+    assert 390 < added / 2**20 < 480
 
 
 def test_padding_counts_sizes_and_pixels_with_and_without_buckets(measured, script, tmp_path):

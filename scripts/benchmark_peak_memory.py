@@ -1,0 +1,58 @@
+"""Peak memory of a training step on the CPU: each variant in a process of its own, as the system counts it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import checkout  # noqa: F401
+from benchmark_steps import Variant, Work, build_step
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+"""proc(5), clear_refs: the peak resident set size becomes the present one."""
+
+
+def peak_memory_on_cpu(variants: Iterable[Variant], work: Work) -> dict[str, float]:
+    """GB that training steps add at their highest point to a process that has imported torch and read the batches.
+
+    Weights, gradients, momentum, activations and workspace, and what the C library holds on to; without pages of
+    program files. Empty where the system does not tell (it needs Linux).
+    """
+    if not _STATUS.exists():
+        return {}
+    threads = torch.get_num_threads()
+    peaks = {}
+    for variant in variants:
+        # In one process, a variant would use what another has left behind.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            peaks[variant.name] = pool.submit(_bytes_added, variant, work, threads).result() / 2**30
+    return peaks
+
+
+def _bytes_added(variant: Variant, work: Work, threads: int) -> int:
+    torch.set_num_threads(threads)
+    before = _bytes_by_kind()
+    step = build_step(variant, work)
+    run = partial(step.train, work.batches)
+    step.settle(run)
+    # What happens once only, a compiler at work say, is over after a first run.
+    run()
+    with contextlib.suppress(OSError):  # forbidden in some containers: then the first run counts as well
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+    run()
+    after = _bytes_by_kind()
+    read_from_files = after["RssFile"] - before["RssFile"]
+    return after["VmHWM"] - before["VmRSS"] - read_from_files
+
+
+def _bytes_by_kind() -> dict[str, int]:
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS", "RssFile")}
