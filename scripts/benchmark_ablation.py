@@ -79,9 +79,9 @@ def _stock_roi_align(model: FasterRCNN) -> contextlib.AbstractContextManager[Any
 
 def _dense_pyramid_gradient(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
     def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, padding=1)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
-    return mock.patch.object(fpn, "convolution_3x3_with_sparse_gradient", convolution)
+    return mock.patch.object(fpn, "convolution_with_sparse_gradient", convolution)
 
 
 def _two_table_gradients(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:

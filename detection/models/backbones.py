@@ -12,11 +12,13 @@ layer1.0.downsample.0.weight, ...), whatever the normalisation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from detection.models.cpu_convolutions import convolution
 
 Norm = Literal["frozen_bn", "bn", "gn"]
 NORMS: tuple[str, ...] = ("frozen_bn", "bn", "gn")
@@ -70,17 +72,20 @@ class FrozenBatchNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}, train_affine={self.weight.requires_grad}"
 
 
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(conv(x)), folded into one convolution where the norm's statistics are frozen.
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
+    """norm(conv(x)), then ReLU if that is asked for; the norm is folded into the convolution where its statistics are
+    frozen.
 
     The fold happens in the parameters' own precision; under autocast the convolution then rounds the folded
     weight once.
     """
     if not isinstance(norm, FrozenBatchNorm):
-        return norm(conv(x))
+        out = norm(conv(x))
+        return F.relu_(out) if relu else out
     scale, shift = norm.scale_and_shift()
     weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    padding = cast("tuple[int, ...]", conv.padding)  # never one of the words that nn.Conv2d takes
+    return convolution(x, weight, shift, stride=conv.stride, padding=padding, groups=conv.groups, relu=relu)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class BasicBlock(nn.Module):
             nn.init.zeros_(self.bn2.get_parameter("weight"))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu_(conv_norm(self.conv1, self.bn1, x))
+        out = conv_norm(self.conv1, self.bn1, x, relu=True)
         out = conv_norm(self.conv2, self.bn2, out)
         return F.relu_(out.add_(_identity(self.downsample, x)))
 
@@ -175,8 +180,8 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(self.bn3.get_parameter("weight"))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu_(conv_norm(self.conv1, self.bn1, x))
-        out = F.relu_(conv_norm(self.conv2, self.bn2, out))
+        out = conv_norm(self.conv1, self.bn1, x, relu=True)
+        out = conv_norm(self.conv2, self.bn2, out, relu=True)
         out = conv_norm(self.conv3, self.bn3, out)
         return F.relu_(out.add_(_identity(self.downsample, x)))
 
@@ -246,7 +251,7 @@ class ResNet(nn.Module):
         """
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and self.frozen_stages < 0):
-            x = F.relu_(conv_norm(self.conv1, self.bn1, x))
+            x = conv_norm(self.conv1, self.bn1, x, relu=True)
             x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         features = []
         for number, stage in enumerate(self.stages, 1):

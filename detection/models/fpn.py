@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.backbones import GROUPS_OF_GROUP_NORM
-from detection.models.cpu_convolutions import convolution_3x3_with_sparse_gradient
+from detection.models.cpu_convolutions import convolution_with_sparse_gradient
 
 
 def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d:
@@ -19,9 +19,9 @@ def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d
     return conv
 
 
-def _output(conv: nn.Module, x: Tensor) -> Tensor:
+def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(conv, nn.Conv2d)
-    return convolution_3x3_with_sparse_gradient(x, conv.weight, conv.bias)
+    return convolution_with_sparse_gradient(x, conv.weight, conv.bias)
 
 
 def _norms(norm: str | None, count: int, channels: int) -> nn.ModuleList | None:
@@ -53,13 +53,13 @@ class FPN(nn.Module):
 
         P6 is every second row and column of P5.
         """
-        maps = [conv(feature) for conv, feature in zip(self.lateral, features, strict=True)]
+        maps = [_convolve(conv, feature) for conv, feature in zip(self.lateral, features, strict=True)]
         if self.lateral_norm is not None:
             maps = [norm(x) for norm, x in zip(self.lateral_norm, maps, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
             finer = maps[level - 1]
             finer.add_(F.interpolate(maps[level], size=finer.shape[-2:], mode="nearest"))
-        outputs = [_output(conv, x) for conv, x in zip(self.output, maps, strict=True)]
+        outputs = [_convolve(conv, x) for conv, x in zip(self.output, maps, strict=True)]
         if self.output_norm is not None:
             outputs = [norm(x) for norm, x in zip(self.output_norm, outputs, strict=True)]
         outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))

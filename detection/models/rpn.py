@@ -13,6 +13,7 @@ from detection.models.anchors import AnchorGrid, anchors_inside_padding
 from detection.models.assigners import MaxIoUAssigner
 from detection.models.batch import TargetBatch
 from detection.models.boxes import clip_boxes, decode_boxes, encode_boxes, sides_above
+from detection.models.cpu_convolutions import convolution
 from detection.models.losses import count_at_least_one, smooth_l1
 from detection.models.nms import suppress_within_levels
 from detection.models.recipes import FasterRCNNConfig
@@ -20,6 +21,11 @@ from detection.models.samplers import RPN_STAGE, Sample, sample
 
 ANCHOR_STDS = (1.0, 1.0, 1.0, 1.0)  # the RPN's deltas are not scaled, in either recipe
 _INIT_STD = 0.01  # Ren et al. 2015, section 3.1.3
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
 
 
 class RPNHead(nn.Module):
@@ -33,18 +39,20 @@ class RPNHead(nn.Module):
         self.deltas = nn.Conv2d(channels, 4 * anchors_per_cell, 1)
         for conv in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(conv.weight, std=_INIT_STD)
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(_bias(conv))
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """P2..P6 to logits [B, A] and deltas [B, A, 4], anchors ordered as in `AnchorGrid`."""
-        logits, deltas = [], []
+        # Both outputs in one convolution: it reads the hidden maps, the largest of the detector, once.
+        weight = torch.cat([self.objectness.weight, self.deltas.weight])
+        bias = torch.cat([_bias(self.objectness), _bias(self.deltas)])
+        levels = []
         for feature in features:
-            hidden = F.relu_(self.conv(feature))
-            num_images = hidden.shape[0]
-            logits.append(self.objectness(hidden).permute(0, 2, 3, 1).reshape(num_images, -1))
-            deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(num_images, -1, 4))
-        return torch.cat(logits, dim=1), torch.cat(deltas, dim=1)
+            hidden = convolution(feature, self.conv.weight, self.conv.bias, padding=(1, 1), relu=True)
+            levels.append(F.conv2d(hidden, weight, bias).permute(0, 2, 3, 1).flatten(1, 2))
+        outputs = torch.cat(levels, dim=1)
+        logits, deltas = outputs.split([self.anchors_per_cell, 4 * self.anchors_per_cell], dim=2)
+        return logits.flatten(1), deltas.reshape(deltas.shape[0], -1, 4)
 
     def at_anchors(self, patches: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """The same for chosen anchors only, int64 [B, S]: logits [B, S], deltas [B, S, 4].

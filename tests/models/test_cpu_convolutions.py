@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from detection.models import cpu_convolutions
-from detection.models.cpu_convolutions import convolution_3x3_with_sparse_gradient
+from detection.models.cpu_convolutions import convolution_with_sparse_gradient
 
 HEIGHT, WIDTH = 9, 11
 
@@ -44,7 +44,7 @@ def test_gradients_through_few_cells_are_those_of_a_plain_convolution(case, monk
     dense = []
     monkeypatch.setattr(cpu_convolutions, "_dense_backward", lambda *args: dense.append(args) or dense_backward(*args))
     given = inputs(3, 4, 3)
-    output = convolution_3x3_with_sparse_gradient(*given)
+    output = convolution_with_sparse_gradient(*given)
     expected = F.conv2d(*given, padding=1)
     assert torch.equal(output, expected)
     found = torch.autograd.grad(output, given, GRADIENTS[case])
@@ -56,14 +56,14 @@ def test_a_gradient_that_is_not_finite_goes_on():
     given = inputs(3, 4, 3)
     gradient = sparse((0, 4, 5))
     gradient[0, 2, 4, 5] = torch.nan
-    found = torch.autograd.grad(convolution_3x3_with_sparse_gradient(*given), given, gradient)
+    found = torch.autograd.grad(convolution_with_sparse_gradient(*given), given, gradient)
     assert all(each.isnan().any() for each in found)
 
 
 def test_under_autocast_outputs_are_bfloat16_and_parameters_gradients_float32():
     given = inputs(3, 4, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        output = convolution_3x3_with_sparse_gradient(*given)
+        output = convolution_with_sparse_gradient(*given)
         expected = F.conv2d(*given, padding=1)
     assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
     found = torch.autograd.grad(output.float().square().sum(), given)
@@ -75,7 +75,7 @@ def test_under_autocast_outputs_are_bfloat16_and_parameters_gradients_float32():
 
 def test_what_needs_no_gradient_gets_none_and_a_missing_bias_is_none():
     x, weight, _ = inputs(3, 4, 3)
-    output = convolution_3x3_with_sparse_gradient(x.detach(), weight, None)
+    output = convolution_with_sparse_gradient(x.detach(), weight, None)
     (found,) = torch.autograd.grad(output, weight, GRADIENTS["inside"])
     (expected,) = torch.autograd.grad(F.conv2d(x.detach(), weight, padding=1), weight, GRADIENTS["inside"])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
