@@ -1,0 +1,191 @@
+"""How each command of the documentation is run here: as it is written, with what makes it small, or not at all.
+
+Everything in which a run differs from the page is said in this file, with its reason. A command that fits nothing below
+has no way to be run, and that is an error until a way is given.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+from tests.documented_commands import ROOT, ShellCommand, program_of
+
+# Pages whose every command another test runs: page -> (test, a text that this test must hold).
+OTHER_TESTS = {"docs/own_data.md": ("tests/scripts/test_own_data_guide.py", '"own_data.md"')}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a command is run.
+
+    kind: "run"; "serve" (started, asked for its page, stopped); "twice" (on two machines of this computer at once);
+    "extras" (not run: the extras it names must exist); "elsewhere" (not run: `file` must hold `text`).
+    text: what the shell gets. reason: why that is not what the page says, for any kind but "run".
+    """
+
+    kind: str
+    text: str
+    reason: str = ""
+    file: str = ""
+
+
+class NoWay(LookupError):
+    """A command that nothing here says how to run."""
+
+
+# Written here -> in its place, in every command. The reader's own names (DIR, FILE.json, runs/NAME, photo.jpg, ...)
+# need nothing: tree.py lays out pictures, annotations and runs under just these names.
+SUBSTITUTIONS = (
+    (r"--nproc_per_node=(8|4|gpu)(?= )", "--nproc_per_node=2", "two CPU processes in place of the GPUs"),
+    (r"--nproc 8\b", "--nproc 2", "the same"),
+    (r"--processes 8\b", "--processes 2", "the same"),
+    (r"--device cuda\b", "--device cpu", "no GPU"),
+    (r"\bnode0:29500\b", "127.0.0.1:{port}", "both machines are this one"),
+    (r"(?<=[ =])/(shared|datasets)/", r"\1/", "no folder outside the scratch tree"),
+    (r"\bFUZZ_EXAMPLES=\d+", "FUZZ_EXAMPLES=5", "seconds in place of hours"),
+    (r"--val-images DIR --val-annotations FILE", "--val-images DIR_VAL --val-annotations FILE_VAL", "two splits"),
+    (r"\bIMAGE\.\.\.", "photo.jpg", "a picture"),
+)
+
+SMALL_MODEL = (
+    "--model faster_rcnn_r18_fpn --model-set fpn_channels=16 --model-set roi_hidden_channels=32 "
+    "--model-set roi_samples_per_image=32 --model-set rpn_nms_pre_train=100 --model-set rpn_proposals_train=60 "
+    "--model-set rpn_proposals_test=30"
+)
+SHORT_TRAINING = "--device cpu --workers 0 --min-size 64 --max-size 96 --limit-train-batches 2 --limit-val-batches 1"
+
+
+def _train(words: list[str]) -> str:
+    added = [SHORT_TRAINING]
+    if "--model" not in words:
+        added.append(SMALL_MODEL)
+    resumes = "--resume" in words and words[words.index("--resume") + 1 :][:1] != ["auto"]
+    added.append(f"--max-epochs {2 if resumes else 1}")
+    if "--output-dir" not in words:
+        # Each of the alternatives on a page has a directory of its own; `COMMAND --resume` goes on in COMMAND's.
+        start = " ".join(word for word in words if word != "--resume").replace("python3", "python")
+        added.append(f"--output-dir runs/{crc32(start.encode()):08x}")
+    return " ".join(added)
+
+
+def _benchmark_train(words: list[str]) -> str:
+    added = "--model faster_rcnn_r18_fpn --height 64 --width 96 --batch-size 1 --repeats 1 --threads 1"
+    # What is counted beside the times takes ten seconds more: with one of the commands it is.
+    return added if "--profile" in words else f"{added} --no-probes"
+
+
+def _reproduce(words: list[str]) -> str:
+    if "--list" in words:
+        return ""
+    if "--dry-run" in words:
+        return "1x"
+    return ("" if "--" in words else "-- ") + f"{SHORT_TRAINING} {SMALL_MODEL} --max-epochs 1"
+
+
+# Program -> what is added behind its arguments, where the later of two options counts: small sizes and short runs.
+# A program that is not here has no way to be run.
+ADDED: dict[str, str | Callable[[list[str]], str]] = {
+    "train.py": _train,
+    "docs/slurm/train_1x.sbatch": f"{SHORT_TRAINING} {SMALL_MODEL} --max-epochs 1",
+    "scripts/analyze_results.py": "",
+    "scripts/benchmark.py data": "--pictures 4 --repeats 1",
+    "scripts/benchmark.py eval": "--images 20 --detections 5 --repeats 1",
+    "scripts/benchmark.py memory": "--listed 32 --epochs 1 --repeats 1",
+    "scripts/benchmark.py padding": "--pictures 200",
+    "scripts/benchmark.py startup": "--repeats 1 --annotation-images 50",
+    "scripts/benchmark.py train": _benchmark_train,
+    "scripts/browse_dataset.py": "",
+    "scripts/check_dataset.py": "",
+    "scripts/check_gpu.py": "--device cpu --short --parts deterministic",
+    "scripts/compare_runs.py": "",
+    "scripts/convert_weights.py": "",
+    "scripts/download_coco.py": "--base-url http://127.0.0.1:{coco_port}",  # the archives are small ones, see tree.py
+    "scripts/export.py": "",
+    "scripts/plot_schedule.py": "",
+    "scripts/predict.py": "--device cpu --limit 2",
+    "scripts/reproduce_coco.sh": _reproduce,
+    "scripts/two_node_test.sh": "",
+    "pytest": "",
+    "source": "",
+}
+
+# Command -> what is done in its place. CI is .ci/run.
+IN_PLACE = {
+    "bash scripts/quickstart.sh": Way(
+        "elsewhere", "bash scripts/quickstart.sh --short", "ten minutes, and it installs PyTorch", ".ci/run"
+    ),
+    "bash scripts/test.sh": Way("elsewhere", "bash scripts/test.sh", "the suite itself", ".ci/run"),
+    "bash scripts/two_node_test.sh": Way(
+        "run", "bash scripts/two_node_test.sh --localhost", "network namespaces need root and ip"
+    ),
+}
+for _more in ("", " --device cuda --processes 8", " --jobs 4"):
+    IN_PLACE[f"python scripts/fault_test.py --kills 100{_more} --report report.md --json report.json"] = Way(
+        "elsewhere", "scripts/fault_test.py --kills 6", "an hour, and minutes there", ".ci/run"
+    )
+
+
+def program_key(command: ShellCommand) -> str:
+    """The name under which ADDED knows what the command starts; "" where it starts nothing that could be there."""
+    words = command.words
+    if words[0] in ("source", "sbatch"):
+        return words[0] if words[0] == "source" else words[1]
+    if "pytest" in words:
+        return "pytest"
+    try:
+        found = program_of(command)
+    except ValueError:
+        return ""
+    name = "scripts/benchmark.py"
+    return f"{name} {found.arguments[0]}" if found.program == name else found.program
+
+
+def way_of(command: ShellCommand) -> Way:
+    """How the command is run.
+
+    Raises NoWay where nothing here says so.
+    """
+    if command.text in IN_PLACE:
+        return IN_PLACE[command.text]
+    page = command.place.partition(":")[0]
+    if page in OTHER_TESTS:
+        file, text = OTHER_TESTS[page]
+        return Way("elsewhere", text, "a test of its own runs the whole page", file)
+    first = command.words[0]
+    if first == "tensorboard":
+        return Way(
+            "serve", f"{command.text} --host 127.0.0.1 --port {{port}}", "a server, which ends when it is told to"
+        )
+    if first == "pip":
+        return Way("extras", command.text, "installs packages; the extras it names must be those of setup.cfg")
+    key = program_key(command)
+    if key not in ADDED:
+        raise NoWay(
+            f"{command}\n  no way to run it here is given: tests/documentation/stand_ins.py says how every other is run"
+        )
+    text = command.text
+    for pattern, replacement, _ in SUBSTITUTIONS:
+        text = re.sub(pattern, replacement, text)
+    added = ADDED[key]
+    if not command.is_refused:
+        text = f"{text} {added(shlex.split(text)) if callable(added) else added}".strip()
+    if "--nnodes=2" in command.words:
+        return Way("twice", text, "both machines are this one")
+    return Way("run", text)
+
+
+def missing_extras(command: ShellCommand) -> set[str]:
+    """Extras that a pip command names and setup.cfg does not have."""
+    named = {name for extras in re.findall(r"\[([\w,-]+)\]", command.text) for name in extras.split(",")}
+    known = set(re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text().partition("extras_require]")[2], re.M))
+    return named - known
+
+
+def is_done_elsewhere(way: Way) -> bool:
+    """Whether the file that is said to run it holds what it is said to hold."""
+    return way.text in Path(ROOT / way.file).read_text()
