@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import checkout  # noqa: F401
 from benchmark_timing import format_table, pairwise_ratio
-from detection.models import FasterRCNN, backbones, faster_rcnn, fpn
+from detection.models import FasterRCNN, backbones, faster_rcnn, fpn, rpn
 from detection.models.backbones import FrozenBatchNorm
 from detection.models.roi_align import ROI_LEVELS, RoIAlign
 
@@ -84,6 +84,16 @@ def _dense_pyramid_gradient(model: FasterRCNN) -> contextlib.AbstractContextMana
     return mock.patch.object(fpn, "convolution_with_sparse_gradient", convolution)
 
 
+@contextlib.contextmanager
+def _plain_convolutions(model: FasterRCNN) -> Iterator[None]:
+    def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False, **places: Any) -> Tensor:
+        out = F.conv2d(x, weight, bias, **places)
+        return F.relu_(out) if relu else out
+
+    with mock.patch.object(backbones, "convolution", convolution), mock.patch.object(rpn, "convolution", convolution):
+        yield
+
+
 def _two_table_gradients(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(faster_rcnn, "take_rows", lambda table, rows: (table, table.index_select(0, rows)))
 
@@ -95,7 +105,10 @@ OPTIMISATIONS: dict[str, Optimisation] = {
     "shared-table-gradient": Optimisation("one gradient for the cell table", _two_table_gradients),
     "sparse-roi-align": Optimisation("RoIAlign as a sparse matrix product", _stock_roi_align, cpu_only=True),
     "sparse-pyramid-gradient": Optimisation(
-        "pyramid's 3x3 convolutions: no backward work where nothing was learnt", _dense_pyramid_gradient, cpu_only=True
+        "pyramid's convolutions: no backward work where nothing was learnt", _dense_pyramid_gradient, cpu_only=True
+    ),
+    "fused-convolutions": Optimisation(
+        "convolution and ReLU in one pass, 1x1 weights' gradients as products", _plain_convolutions, cpu_only=True
     ),
     KEPT_MEMORY: Optimisation("freed memory stays with the process", None, cpu_only=True),
 }
