@@ -39,20 +39,46 @@ def peak_memory_on_cpu(variants: Iterable[Variant], work: Work) -> dict[str, flo
 
 def _bytes_added(variant: Variant, work: Work, threads: int) -> int:
     torch.set_num_threads(threads)
-    before = _bytes_by_kind()
+    memory = PeakMemory(work.device)
     step = build_step(variant, work)
     run = partial(step.train, work.batches)
     step.settle(run)
     # What happens once only, a compiler at work say, is over after a first run.
     run()
-    with contextlib.suppress(OSError):  # forbidden in some containers: then the first run counts as well
-        _CLEAR_REFS.write_text(_RESET_PEAK)
+    memory.reset()
     run()
-    after = _bytes_by_kind()
-    read_from_files = after["RssFile"] - before["RssFile"]
-    return after["VmHWM"] - before["VmRSS"] - read_from_files
+    return memory.bytes_added()
+
+
+class PeakMemory:
+    """Memory that this process has added at its highest point: resident memory without pages of program files, or what
+    torch has allocated on a GPU. 0 where the system does not tell."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = {} if device.type == "cuda" else _bytes_by_kind()
+
+    def reset(self) -> None:
+        """What was highest before does not count."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        with contextlib.suppress(OSError):  # forbidden in some containers: then it counts after all
+            _CLEAR_REFS.write_text(_RESET_PEAK)
+
+    def bytes_added(self) -> int:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            return torch.cuda.max_memory_allocated(self._device)
+        after = _bytes_by_kind()
+        if not after:
+            return 0
+        read_from_files = after["RssFile"] - self._before["RssFile"]
+        return after["VmHWM"] - self._before["VmRSS"] - read_from_files
 
 
 def _bytes_by_kind() -> dict[str, int]:
+    if not _STATUS.exists():
+        return {}
     fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS", "RssFile")}

@@ -15,6 +15,7 @@ import torch
 
 import checkout  # noqa: F401
 from benchmark_ablation import ablation_rows, ablation_table, ablation_variants
+from benchmark_exchange import measure_exchange
 from benchmark_inputs import add_picture_arguments, open_pictures
 from benchmark_machine import add_common_arguments
 from benchmark_peak_memory import peak_memory_on_cpu
@@ -71,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--inference", action="store_true", help="also images/s, and the latency of one image")
     parser.add_argument(
-        "--ablation", action="store_true", help="ours alone: each optimisation taken out in turn, in the same run"
+        "--ablation",
+        action="store_true",
+        help="ours alone: each optimisation taken out in turn, in the same run; with --nproc, settings of the exchange",
     )
     parser.add_argument(
         "--nproc",
@@ -89,7 +92,8 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if arguments.nproc is not None:
-        return measure_scaling(arguments, device, say)
+        measure = measure_exchange if arguments.ablation else measure_scaling
+        return measure(arguments, device, say)
     ablated: dict[str, str] = {}
     if arguments.ablation:
         ablated = ablation_variants(arguments.amp, device, compiled=arguments.compile)

@@ -87,7 +87,7 @@ def test_peak_memory_is_what_a_step_adds_and_not_what_its_first_run_took(script,
         return SimpleNamespace(settle=lambda run: run(), train=lambda batches: touch(sizes.pop(0)), kept=kept)
 
     monkeypatch.setattr(peak_memory, "build_step", build)
-    added = peak_memory._bytes_added(None, SimpleNamespace(batches=()), 1)
+    added = peak_memory._bytes_added(None, SimpleNamespace(batches=(), device=torch.device("cpu")), 1)
     assert not sizes
     assert 390 < added / 2**20 < 480
 
@@ -384,6 +384,21 @@ def test_what_only_a_gpu_shows_is_in_the_record_and_the_table(script, monkeypatc
     assert 0 <= figures["gpu"]["idle_share"] <= 1
     assert "ours-bf16-cl 3.00 GB" in text
     assert "1 kernels, 1 launches, 1 copies, busy 0.0 ms; idle " in text
+
+
+def test_settings_of_the_gradient_exchange_reach_torch_and_one_of_them_is_the_engines(script, monkeypatch):
+    exchange, given = script("benchmark_exchange"), []
+
+    class Recorded:
+        def __init__(self, module, device_ids=None, gradient_as_bucket_view=False, static_graph=False, **kwargs):
+            given.append((gradient_as_bucket_view, static_graph))
+
+    monkeypatch.setattr(exchange, "DistributedDataParallel", Recorded)
+    monkeypatch.setattr(exchange, "OurStep", lambda variant, work, all_: all_.wrap(None, broadcast_buffers=False))
+    two = exchange.Processes(0, 0, 2, 2, torch.device("cpu"))
+    for name in exchange.SETTINGS:
+        assert isinstance(exchange._step(name, None, None, two), Recorded)
+    assert given == [(True, False), (False, False), (True, True)]
 
 
 def test_generated_pictures_are_textured_and_their_boxes_lie_inside(script):
