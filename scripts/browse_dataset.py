@@ -64,7 +64,7 @@ class _DefaultsOnce(argparse.ArgumentDefaultsHelpFormatter):
     """Adds a default where there is one and the help does not say it, in brackets, already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default is None or "[" in (action.help or "")
+        said = action.default is None or action.nargs == 0 or "[" in (action.help or "")
         return action.help if said else super()._get_help_string(action)
 
 
