@@ -74,9 +74,12 @@ def _train(words: list[str]) -> str:
 
 
 def _benchmark_train(words: list[str]) -> str:
-    added = "--model faster_rcnn_r18_fpn --height 64 --width 96 --batch-size 1 --repeats 1 --threads 1"
-    # What is counted beside the times takes ten seconds more: with one of the commands it is.
-    return added if "--profile" in words else f"{added} --no-probes"
+    # What is counted beside the times, with operators traced, takes longer than all the rest.
+    added = "--model faster_rcnn_r18_fpn --height 64 --width 96 --batch-size 1 --repeats 1 --threads 1 --no-probes"
+    if {"--ablation", "--compile"} <= set(words) and "--variants" not in words:
+        # Every one of them is taken out by the command without --compile.
+        added += " --variants ours-bf16-cl ours-bf16-cl-without-fused-optimiser"
+    return added
 
 
 def _reproduce(words: list[str]) -> str:
@@ -101,7 +104,7 @@ ADDED: dict[str, str | Callable[[list[str]], str]] = {
     "scripts/benchmark.py train": _benchmark_train,
     "scripts/browse_dataset.py": "",
     "scripts/check_dataset.py": "",
-    "scripts/check_gpu.py": "--device cpu --short --parts deterministic",
+    "scripts/check_gpu.py": "--device cpu --short --parts tests",
     "scripts/compare_runs.py": "",
     "scripts/convert_weights.py": "",
     "scripts/download_coco.py": "--base-url http://127.0.0.1:{coco_port}",  # the archives are small ones, see tree.py
