@@ -17,7 +17,7 @@ from detection.engine.train_loop import EpochBasedTrainLoop
 COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++"]
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile wants a C++ compiler")
 
-ONE_KEPT = ["--keep-checkpoints", "1"]
+
 LOSSES = ("loss", "loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "grad_norm")
 
 
@@ -39,7 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def recipe(finished: Path) -> list[str]:
     """Folded frozen normalisation, as trainings on COCO have it, and an average of the weights."""
-    return ["--weights", str(finished / "checkpoints" / "last.pt"), "--norm", "frozen_bn", "--ema", "0.5", *ONE_KEPT]
+    return ["--weights", str(finished / "checkpoints" / "last.pt"), "--norm", "frozen_bn", "--ema", "0.5"]
 
 
 @pytest.fixture(scope="module")
