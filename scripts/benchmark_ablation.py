@@ -34,12 +34,14 @@ class Optimisation:
 
 
 def _unfolded(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
-    def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
         out = conv(x)
-        if not isinstance(norm, FrozenBatchNorm):
-            return norm(out)
-        scale, shift = norm.scale_and_shift()
-        return out * scale[:, None, None].to(out.dtype) + shift[:, None, None].to(out.dtype)
+        if isinstance(norm, FrozenBatchNorm):
+            scale, shift = norm.scale_and_shift()
+            out = out * scale[:, None, None].to(out.dtype) + shift[:, None, None].to(out.dtype)
+        else:
+            out = norm(out)
+        return F.relu_(out) if relu else out
 
     return mock.patch.object(backbones, "conv_norm", conv_norm)
 

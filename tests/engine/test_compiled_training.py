@@ -17,7 +17,6 @@ from detection.engine.train_loop import EpochBasedTrainLoop
 COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++"]
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile wants a C++ compiler")
 
-
 LOSSES = ("loss", "loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "grad_norm")
 
 

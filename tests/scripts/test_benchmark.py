@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from detection.models import ImageBatch, TargetBatch, build_model
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RECORD_KEYS = {"benchmark", "command", "date", "git", "hardware", "versions", "settings", "device"}
 TOY = ["--min-size", "64", "--max-size", "96", "--batch-size", "1", "--threads", "1", "--repeats", "1"]
@@ -384,6 +386,32 @@ def test_what_only_a_gpu_shows_is_in_the_record_and_the_table(script, monkeypatc
     assert 0 <= figures["gpu"]["idle_share"] <= 1
     assert "ours-bf16-cl 3.00 GB" in text
     assert "1 kernels, 1 launches, 1 copies, busy 0.0 ms; idle " in text
+
+
+def test_a_step_without_one_of_the_optimisations_has_the_same_losses(script):
+    optimisations = script("benchmark_ablation").OPTIMISATIONS
+    small = {"fpn_channels": 16, "roi_hidden_channels": 16, "roi_samples_per_image": 16, "rpn_proposals_train": 50}
+    torch.manual_seed(0)
+    model = build_model("faster_rcnn_r18_fpn", 3, **small).train().to(memory_format=torch.channels_last)
+    pixels = torch.rand(2, 3, 64, 96).mul(255).contiguous(memory_format=torch.channels_last)
+    images = ImageBatch(pixels, torch.tensor([[64, 96], [60, 90]]))
+    boxes = torch.tensor([[[8.0, 8.0, 40.0, 40.0]], [[20.0, 10.0, 80.0, 60.0]]])
+    labels, keys = torch.tensor([[1], [2]]), torch.tensor([11, 12])
+    targets = TargetBatch(boxes, labels, torch.ones(2, 1, dtype=torch.bool), keys)
+
+    def losses_and_norm():
+        model.zero_grad()
+        losses = model(images, targets)
+        sum(losses.values()).backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return [*(loss.item() for loss in losses.values()), torch.nn.utils.get_total_norm(gradients).item()]
+
+    full = losses_and_norm()
+    for name, optimisation in optimisations.items():
+        if optimisation.without is not None:
+            with optimisation.without(model):
+                assert losses_and_norm() == pytest.approx(full, rel=1e-3), name
+    assert losses_and_norm() == pytest.approx(full, rel=1e-6)
 
 
 def test_settings_of_the_gradient_exchange_reach_torch_and_one_of_them_is_the_engines(script, monkeypatch):
