@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import checkout  # noqa: F401
 from benchmark_timing import format_table, pairwise_ratio
-from detection.models import FasterRCNN, backbones, faster_rcnn, fpn, rpn
+from detection.models import FasterRCNN, backbones, faster_rcnn, fpn, nms, rpn
 from detection.models.backbones import FrozenBatchNorm
 from detection.models.roi_align import ROI_LEVELS, RoIAlign
 
@@ -30,7 +30,8 @@ class Optimisation:
     text: str
     without: Patches | None
     """None: the step itself knows how"""
-    cpu_only: bool = False
+    device: str | None = None
+    """The only type of device that has it"""
 
 
 def _unfolded(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
@@ -96,6 +97,10 @@ def _plain_convolutions(model: FasterRCNN) -> Iterator[None]:
         yield
 
 
+def _nms_operator(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(nms, "_in_rounds", nms._one_call_per_level)
+
+
 def _two_table_gradients(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(faster_rcnn, "take_rows", lambda table, rows: (table, table.index_select(0, rows)))
 
@@ -105,14 +110,17 @@ OPTIMISATIONS: dict[str, Optimisation] = {
     "sampled-rpn": Optimisation("RPN learns at its sampled anchors only", _dense_rpn),
     FUSED_OPTIMISER: Optimisation("fused SGD", None),
     "shared-table-gradient": Optimisation("one gradient for the cell table", _two_table_gradients),
-    "sparse-roi-align": Optimisation("RoIAlign as a sparse matrix product", _stock_roi_align, cpu_only=True),
+    "nms-in-rounds": Optimisation(
+        "NMS of all images and levels in rounds, instead of an operator call each", _nms_operator, device="cuda"
+    ),
+    "sparse-roi-align": Optimisation("RoIAlign as a sparse matrix product", _stock_roi_align, device="cpu"),
     "sparse-pyramid-gradient": Optimisation(
-        "pyramid's convolutions: no backward work where nothing was learnt", _dense_pyramid_gradient, cpu_only=True
+        "pyramid's convolutions: no backward work where nothing was learnt", _dense_pyramid_gradient, device="cpu"
     ),
     "fused-convolutions": Optimisation(
-        "convolution and ReLU in one pass, 1x1 weights' gradients as products", _plain_convolutions, cpu_only=True
+        "convolution and ReLU in one pass, 1x1 weights' gradients as products", _plain_convolutions, device="cpu"
     ),
-    KEPT_MEMORY: Optimisation("freed memory stays with the process", None, cpu_only=True),
+    KEPT_MEMORY: Optimisation("freed memory stays with the process", None, device="cpu"),
 }
 
 
@@ -125,7 +133,7 @@ def ablation_variants(amp: str, device: torch.device, *, compiled: bool) -> dict
         variants["ours-fp32-cl"] = f"{precision} (float32 instead)"
     variants[f"ours-{precision}"] = "channels-last"
     for name, optimisation in OPTIMISATIONS.items():
-        if device.type == "cpu" or not optimisation.cpu_only:
+        if optimisation.device in (None, device.type):
             variants[f"{full}-without-{name}"] = optimisation.text
     if compiled:
         variants[f"{full}-compile"] = "(with --compile added)"

@@ -35,7 +35,7 @@ _WAITING_OPERATORS = {
     "aten._local_scalar_dense": "scalar read by the host",
     "aten.is_nonzero": "scalar read by the host",
     "torchvision.nms": "nms",
-    # Runs torchvision's nms once on a GPU.
+    # Asks a GPU once whether suppression has settled.
     "detection.suppress_within_levels": "nms",
 }
 _MATMUL_SIDES = {"cpu": 2048, "cuda": 8192}

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor
+
+from detection.models.boxes import pairwise_iou
+
+# Rounds before the host is asked whether they were enough. The RPN's proposals need 5 to 15.
+_ROUNDS = 24
+# Pairs of boxes whose overlaps are computed at a time: 0.3 GB a matrix in float32.
+_PAIRS_AT_ONCE = 1 << 26
 
 
 def suppress(
@@ -29,7 +38,7 @@ def suppress(
     if boxes_xyxy.device.type == "cpu":
         keep = _one_call_per_level(shifted, ranking, per_level, iou_threshold)
     else:
-        keep = _one_call(shifted, ranking, iou_threshold)
+        keep = _in_rounds(shifted, ranking, per_level, iou_threshold)
     return keep & valid
 
 
@@ -45,7 +54,7 @@ def _(boxes_xyxy: Tensor, scores: Tensor, valid: Tensor, per_level: Sequence[int
 def _one_call_per_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
     # The operator's time grows with the square of its boxes (0.4 s for two images at once, 0.1 s for their
     # levels one by one), and on the CPU a call makes no one wait.
-    keep = torch.zeros(ranking.shape, dtype=torch.bool)
+    keep = torch.zeros(ranking.shape, dtype=torch.bool, device=ranking.device)
     for image in range(len(boxes)):
         start = 0
         for count in per_level:
@@ -56,13 +65,53 @@ def _one_call_per_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int]
     return keep
 
 
-def _one_call(boxes: Tensor, ranking: Tensor, iou_threshold: float) -> Tensor:
-    # The size of the operator's result is the training step's one synchronisation with the host, so all
-    # images share one call, side by side. In float64 their distance costs no digits of the coordinates.
-    boxes = boxes.double()
-    distance = boxes.amax() + 1
-    places = torch.arange(len(boxes), device=boxes.device)[:, None, None]
-    side_by_side = (boxes + places * distance).view(-1, 4)
-    kept = torchvision.ops.nms(side_by_side, ranking.double().view(-1), iou_threshold)
-    keep = torch.zeros(ranking.numel(), dtype=torch.bool, device=boxes.device)
-    return keep.index_fill_(0, kept, True).view(ranking.shape)
+def _in_rounds(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
+    """Greedy suppression of all images and levels at once, on a device that should not be waited for.
+
+    A box is kept where no better box that is kept overlaps it. Round after round that rule is applied to all boxes,
+    beginning with all of them kept. After n rounds it holds for every box at the end of a chain of up to n boxes, each
+    overlapping the next; when a round changes nothing the result is that of the greedy loop. Whether it did is the
+    training step's one question to the device.
+    """
+    longest = max(per_level)
+    levels = zip(boxes.split(list(per_level), dim=1), ranking.split(list(per_level), dim=1), strict=True)
+    padded_boxes, padded_ranking = [], []
+    for level_boxes, level_ranking in levels:
+        missing = longest - level_ranking.shape[1]
+        padded_boxes.append(F.pad(level_boxes, (0, 0, 0, missing)))
+        padded_ranking.append(F.pad(level_ranking, (0, missing), value=-torch.inf))
+    # Groups of boxes that can suppress each other: [B * levels, longest].
+    ranked, order = torch.stack(padded_ranking, dim=1).flatten(0, 1).sort(dim=1, descending=True, stable=True)
+    grouped = torch.stack(padded_boxes, dim=1).flatten(0, 1).gather(1, order[..., None].expand(-1, -1, 4))
+    valid = ranked > -torch.inf
+    rounds = _ROUNDS
+    while True:
+        keep, is_settled = _rounds_of_all(grouped, valid, iou_threshold, rounds)
+        if is_settled:
+            break
+        rounds *= 4
+    keep = torch.zeros_like(keep).scatter_(1, order, keep).view(len(boxes), len(per_level), longest)
+    return torch.cat([keep[:, level, :count] for level, count in enumerate(per_level)], dim=1)
+
+
+def _rounds_of_all(boxes: Tensor, valid: Tensor, iou_threshold: float, rounds: int) -> tuple[Tensor, Tensor]:
+    """`rounds` rounds for groups of boxes [G, N, 4], best first: keep bool [G, N], and whether the last round changed
+    nothing, a bool scalar."""
+    # The operator compares float32 overlaps with a threshold in float64.
+    threshold = np.float32(iou_threshold)
+    if float(threshold) > iou_threshold:
+        threshold = np.nextafter(threshold, np.float32(-np.inf))
+    num_groups = max(1, _PAIRS_AT_ONCE // max(1, boxes.shape[1] ** 2))
+    kept, is_settled = [], []
+    for some_boxes, some_valid in zip(boxes.split(num_groups), valid.split(num_groups), strict=True):
+        overlaps = pairwise_iou(some_boxes, some_boxes) > float(threshold)
+        # Better ones of row j by the boxes of column i that they suppress; as numbers, for a matrix product.
+        suppresses = overlaps.triu_(1).to(torch.bfloat16)
+        keep = before = some_valid
+        for _ in range(rounds):
+            before = keep
+            is_suppressed = torch.bmm(keep[:, None].to(torch.bfloat16), suppresses)[:, 0] > 0
+            keep = some_valid & ~is_suppressed
+        kept.append(keep)
+        is_settled.append((keep == before).all())
+    return torch.cat(kept), torch.stack(is_settled).all()

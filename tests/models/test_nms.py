@@ -6,13 +6,15 @@ from detection.models import nms
 from tests.reference.parity import formula
 
 
-@pytest.fixture(params=["a call a level", "one call"])
+@pytest.fixture(params=["a call a level", "in rounds", "in too few rounds", "group by group"])
 def suppress(request, monkeypatch):
-    """Both ways to call the operator; the second is the one that devices other than the CPU take."""
-    if request.param == "one call":
-        monkeypatch.setattr(
-            nms, "_one_call_per_level", lambda boxes, ranking, levels, iou: nms._one_call(boxes, ranking, iou)
-        )
+    """What the CPU does, and what other devices do."""
+    if request.param != "a call a level":
+        monkeypatch.setattr(nms, "_one_call_per_level", nms._in_rounds)
+    if request.param == "in too few rounds":
+        monkeypatch.setattr(nms, "_ROUNDS", 1)
+    if request.param == "group by group":
+        monkeypatch.setattr(nms, "_PAIRS_AT_ONCE", 1)
     return nms.suppress
 
 
@@ -48,6 +50,30 @@ def test_images_and_levels_do_not_suppress_each_other(suppress):
             kept = torchvision.ops.nms(boxes[image, start:stop], scores[image, start:stop], 0.5)
             assert torch.equal(keep[image, start:stop].nonzero()[:, 0], kept.sort().values)
     assert 0 < keep.sum() < 600
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.6, 0.7])
+def test_rounds_give_what_the_operator_gives(threshold):
+    generator = torch.Generator().manual_seed(3)
+    # Boxes at whole pixels among few places: many overlaps, many equal ones, many at a threshold exactly.
+    corners = torch.randint(0, 30, (4, 900, 2), generator=generator)
+    sides = torch.randint(0, 12, (4, 900, 2), generator=generator)
+    boxes = torch.cat((corners, corners + sides), dim=2).float()
+    ranking = torch.randint(0, 200, (4, 900), generator=generator).float()
+    ranking[:, ::7] = -torch.inf
+    per_level = [500, 300, 100]
+    expected = nms._one_call_per_level(boxes, ranking, per_level, threshold) & (ranking > -torch.inf)
+    assert torch.equal(nms._in_rounds(boxes, ranking, per_level, threshold), expected)
+    assert 0 < expected.sum() < (ranking > -torch.inf).sum()
+
+
+def test_a_chain_longer_than_the_rounds_is_followed_to_its_end(monkeypatch):
+    monkeypatch.setattr(nms, "_ROUNDS", 3)
+    # Each box overlaps the next by more than half, and no other by as much: every second one is kept.
+    left = torch.arange(101.0) * 30
+    boxes = torch.stack((left, torch.zeros(101), left + 100, torch.ones(101)), dim=1)[None]
+    keep = nms._in_rounds(boxes, -torch.arange(101.0)[None], [101], 0.5)
+    assert keep[0].nonzero()[:, 0].tolist() == list(range(0, 101, 2))
 
 
 def test_an_invalid_box_is_neither_kept_nor_suppresses(suppress):

@@ -274,15 +274,13 @@ def use_device_code(monkeypatch):
         "_by_sparse_matrix",
         lambda self, features, boxes, levels, table: self._by_operator(features[:4], boxes, levels),
     )
-    monkeypatch.setattr(
-        nms, "_one_call_per_level", lambda boxes, ranking, levels, iou: nms._one_call(boxes, ranking, iou)
-    )
+    monkeypatch.setattr(nms, "_one_call_per_level", nms._in_rounds)
     monkeypatch.setattr(rpn_module, "suppress_within_levels", nms.suppress)
 
 
 @pytest.mark.parametrize("code", ["cpu", "device"])
 @pytest.mark.parametrize("samples", [None, 64])
-def test_a_training_step_synchronises_in_one_nms_call_at_most(monkeypatch, code, samples):
+def test_a_training_step_asks_the_device_once_at_most(monkeypatch, code, samples):
     model = make_model(rpn_samples_per_image=samples, roi_samples_per_image=samples)
     if code == "device":
         use_device_code(monkeypatch)
@@ -293,9 +291,10 @@ def test_a_training_step_synchronises_in_one_nms_call_at_most(monkeypatch, code,
         losses = model(batch, truth)
         total = losses["loss_rpn_cls"] + losses["loss_rpn_bbox"] + losses["loss_cls"] + losses["loss_bbox"]
         total.backward()
-    assert count.found == []
+    # Whether suppression has settled; on the CPU nobody waits for anybody.
+    assert count.found == (["aten._local_scalar_dense.default"] if code == "device" else [])
     assert numbers.found == []
-    assert count.num_nms == (1 if code == "device" else 0)
+    assert count.num_nms == 0
 
 
 def test_the_code_for_other_devices_gives_the_same_losses(model, monkeypatch):
@@ -311,7 +310,7 @@ def test_the_code_for_other_devices_gives_the_same_losses(model, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
-def test_a_step_on_the_gpu_waits_for_nothing_but_its_nms(monkeypatch, name):
+def test_a_step_on_the_gpu_waits_for_nothing_but_its_suppression(monkeypatch, name):
     calls = []
 
     def suppress(*arguments):
