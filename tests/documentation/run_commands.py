@@ -37,7 +37,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 ALONE = ("scripts/benchmark.py", "scripts/plot_schedule.py", "scripts/two_node_test.sh")
 # Seconds for a command; the slowest takes about 70.
 TIME_LIMIT = 400
-SHOWN_LINES = 40
+SHOWN_LINES = 60
 
 
 @dataclass
