@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from data import CocoDataset
+from data import CocoAnnotations, CocoDataset
 from detection.config import ConfigError, RunConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
 from detection.engine.datasets import (
     DatasetFiles,
     SplitFiles,
-    class_names_of,
+    categories_of,
     dataset_files,
     load_evaluation,
     load_train,
@@ -129,7 +129,7 @@ def build(config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint 
         assert files.train is not None
         train_set = load_train(files.train)
         class_names = train_set.class_names
-        model, weights_line = _model_to_train(config, processes, checkpoint, class_names)
+        model, weights_line = _model_to_train(config, processes, checkpoint, train_set.annotations)
     else:
         train_set = None
         model, class_names, weights_line = _model_to_evaluate(config, checkpoint, files)
@@ -152,18 +152,19 @@ def build(config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint 
 
 
 def _model_to_train(
-    config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint | None, class_names: tuple[str, ...]
+    config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint | None, annotations: CocoAnnotations
 ) -> tuple[FasterRCNN, str]:
     """The model with its starting weights, and a line that says where they come from."""
     if checkpoint is not None:
         # Settings come with the weights: what is frozen and how it is normalised cannot change in mid-run.
         return _stored_model(checkpoint, "model"), f"{checkpoint.path} (iteration {checkpoint.state['iteration']})"
+    class_names = annotations.class_names
     torch.manual_seed(config.train.seed)
     model = build_model(config.model.model, len(class_names), **_model_settings(config))
     if config.model.weights == "none":
         norm = "group norm" if config.model.norm == "gn" else "batch norm is trained"
         return model, f"none: random weights, {norm}\n{_describe_frozen(model)}"
-    report = load_weights(model, config.model.weights)
+    report = load_weights(model, config.model.weights, category_ids=annotations.category_ids)
     lines = [report.table(), *_renamed_classes(config.model.weights, class_names), _describe_frozen(model)]
     return model, "\n".join(lines)
 
@@ -219,9 +220,9 @@ def _model_to_evaluate(
             return _with_chosen_settings(config, detector.model), detector.class_names, line
     chosen = files.test if config.mode == "test" else files.val
     assert chosen is not None
-    names = class_names_of(chosen)
+    names, category_ids = categories_of(chosen)
     model = build_model(config.model.model, len(names), **_model_settings(config))
-    report = load_weights(model, spec) if spec != "none" else None
+    report = load_weights(model, spec, category_ids=category_ids) if spec != "none" else None
     if report is None or report.missing or report.reshaped:
         raise ConfigError(
             f"--{config.mode}-only needs the weights of a whole detector: give --weights FILE, or --resume"

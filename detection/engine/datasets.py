@@ -117,9 +117,10 @@ def load_evaluation(files: SplitFiles, class_names: tuple[str, ...]) -> CocoData
     return CocoDataset(files.images, _read(files, class_names), training=False)
 
 
-def class_names_of(files: SplitFiles) -> tuple[str, ...]:
-    """The classes of an annotation file, by label."""
-    return _read(files).class_names
+def categories_of(files: SplitFiles) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and ids of the classes of an annotation file, by label."""
+    annotations = _read(files)
+    return annotations.class_names, annotations.category_ids
 
 
 def _read(files: SplitFiles, class_names: tuple[str, ...] | None = None) -> CocoAnnotations:

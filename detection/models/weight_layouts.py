@@ -32,7 +32,7 @@ divided by a standard deviation.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -101,6 +101,9 @@ _READ = {
     "torchvision": (*_TORCHVISION, *_TORCHVISION_OLD),
     "detectron2": _DETECTRON2,
 }
+
+COCO_CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+"""The ids of COCO's 80 categories. torchvision's reference training takes them for labels, so its head has 90."""
 
 # What our input is divided by, channel by channel (ImageNet's standard deviations).
 PIXEL_STD_RGB = (58.395, 57.12, 57.375)
@@ -228,6 +231,19 @@ def _move_background(state: dict[str, Tensor], *, first_to_last: bool) -> None:
         for name in names:
             if name in state:
                 state[name] = torch.roll(state[name], -count if first_to_last else count, dims=0)
+
+
+def take_categories(state: dict[str, Tensor], category_ids: Sequence[int]) -> None:
+    """Leaves the head (of our layout) the rows of these labels, in this order, and the background's. Labels begin at
+    1."""
+    background = len(state[CLASSIFIER[0]]) - 1
+    rows = torch.tensor([*(number - 1 for number in category_ids), background])
+    for names, count in ((CLASSIFIER, 1), (REGRESSOR, 4)):
+        for name in names:
+            if name in state:
+                blocks = state[name].unflatten(0, (-1, count))
+                kept = rows[rows < len(blocks)].to(blocks.device)  # a regressor may have no background
+                state[name] = blocks[kept].flatten(0, 1)
 
 
 def _detectron2_block(name: str) -> str:

@@ -5,7 +5,7 @@ fitted.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,14 @@ from detection.models.faster_rcnn import FasterRCNN
 from detection.models.recipes import model_config
 from detection.models.stored_weights import StoredWeights, read_weights
 from detection.models.weight_files import WeightsError
-from detection.models.weight_layouts import CLASSIFIER, REGRESSOR, clean_names, to_layout
+from detection.models.weight_layouts import (
+    CLASSIFIER,
+    COCO_CATEGORY_IDS,
+    REGRESSOR,
+    clean_names,
+    take_categories,
+    to_layout,
+)
 from detection.models.weight_report import WeightReport
 from detection.models.weight_sources import WeightsUnavailable, fetch, find_published
 
@@ -38,15 +45,23 @@ _LAYOUT_WORDS = {
 }
 
 
-def load_weights(model: FasterRCNN, spec: str | Path, *, map_location: str | torch.device = "cpu") -> WeightReport:
+def load_weights(
+    model: FasterRCNN,
+    spec: str | Path,
+    *,
+    category_ids: Sequence[int] | None = None,
+    map_location: str | torch.device = "cpu",
+) -> WeightReport:
     """Fills `model` with the weights `spec` and reports what fitted.
 
     spec: a file of ours, torchvision's, MMDetection's or Detectron2's, or the name of published weights:
     "imagenet" (IMAGENET1K_V1 of the model's backbone), "IMAGENET1K_V2", "COCO_V1",
     "ResNet50_Weights.IMAGENET1K_V2", ... A head for another number of classes keeps the model's own
-    initialisation, as do tensors of another shape. map_location: where the file's tensors are put on their
-    way into the model. Raises WeightsError where nothing fits or the file cannot be read, WeightsUnavailable
-    where published weights are neither cached nor reachable.
+    initialisation, as do tensors of another shape. category_ids: those of the model's classes; torchvision's
+    head for COCO has a row for each of 90 ids, and gives COCO's 80 categories theirs (None: 80 classes are
+    taken for COCO's). map_location: where the file's tensors are put on their way into the model. Raises
+    WeightsError where nothing fits or the file cannot be read, WeightsUnavailable where published weights are
+    neither cached nor reachable.
     """
     published = find_published(str(spec), model.backbone.name)
     path = Path(spec) if published is None else fetch(published)
@@ -59,6 +74,9 @@ def load_weights(model: FasterRCNN, spec: str | Path, *, map_location: str | tor
     refused = _foreign_norms(state, own)
     if refused:
         notes.append("the file's batch norms have no use for the model's group norms; those keep their initialisation")
+    if stored.layout == "torchvision" and _wants_coco(state, own, category_ids):
+        take_categories(state, COCO_CATEGORY_IDS)
+        notes.append("of the 90 ids that the file's head has rows for, COCO's 80 categories take theirs")
     heads = _foreign_heads(state, own, notes)
     if not heads:
         _fit_regressor(state, own)
@@ -110,6 +128,16 @@ def _foreign_norms(state: dict[str, Tensor], own: dict[str, Tensor]) -> set[str]
     modules = [name.removesuffix("running_mean") for name in state if name.endswith(".running_mean")]
     modules = [module for module in modules if module + "weight" in own and module + "running_mean" not in own]
     return {module + kind for module in modules for kind in ("weight", "bias")}
+
+
+def _wants_coco(state: dict[str, Tensor], own: dict[str, Tensor], category_ids: Sequence[int] | None) -> bool:
+    weight = CLASSIFIER[0]
+    if weight not in state or weight not in own:
+        return False
+    is_coco = category_ids is None or tuple(category_ids) == COCO_CATEGORY_IDS
+    return (
+        is_coco and len(state[weight]) == COCO_CATEGORY_IDS[-1] + 1 and len(own[weight]) == len(COCO_CATEGORY_IDS) + 1
+    )
 
 
 def _foreign_heads(state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> set[str]:

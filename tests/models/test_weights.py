@@ -21,7 +21,7 @@ from detection.models import (
     prefetch_weights,
 )
 from detection.models import stored_weights as stored_weights_module
-from detection.models.weight_layouts import stem_from_bgr
+from detection.models.weight_layouts import CLASSIFIER, COCO_CATEGORY_IDS, REGRESSOR, stem_from_bgr
 
 SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16}
 HEAD = {f"roi_head.{layer}.{kind}" for layer in ("classifier", "regressor") for kind in ("weight", "bias")}
@@ -284,6 +284,27 @@ def test_torchvisions_published_detectors_set_the_norms_epsilon_to_zero(cache, t
     monkeypatch.setattr(stored_weights_module, "published_hash", lambda name: digest[:8])
     load_weights(model, tmp_path / "renamed.pth")
     assert model.config.norm_eps == model.backbone.bn1.eps == 0.0
+
+
+@pytest.mark.parametrize("ids", [None, COCO_CATEGORY_IDS])
+def test_torchvisions_head_for_90_ids_gives_cocos_80_categories_their_rows(ids, tmp_path):
+    source = trained("fasterrcnn_resnet50_fpn", num_classes=90)
+    torch.save(export_state_dict(source, "torchvision"), tmp_path / "model.pth")
+    model = small("fasterrcnn_resnet50_fpn", num_classes=80)
+    report = load_weights(model, tmp_path / "model.pth", category_ids=ids)
+    assert not report.missing and not report.reshaped and any("90 ids" in note for note in report.notes)
+    head, theirs = model.roi_head, source.roi_head
+    for label, number in ((0, 1), (10, 11), (11, 13), (79, 90)):  # person, fire hydrant, stop sign, toothbrush
+        assert torch.equal(head.classifier.weight[label], theirs.classifier.weight[number - 1])
+        assert torch.equal(head.regressor.bias[4 * label :][:4], theirs.regressor.bias[4 * (number - 1) :][:4])
+    assert torch.equal(head.classifier.bias[80], theirs.classifier.bias[90])
+
+
+def test_eighty_other_classes_get_a_new_head(tmp_path):
+    torch.save(export_state_dict(trained("fasterrcnn_resnet50_fpn", num_classes=90), "torchvision"), tmp_path / "a.pth")
+    model = small("fasterrcnn_resnet50_fpn", num_classes=80)
+    report = load_weights(model, tmp_path / "a.pth", category_ids=range(1, 81))
+    assert {name for name, _, _ in report.reshaped} == {*CLASSIFIER, *REGRESSOR}
 
 
 def test_a_checkpoint_brings_the_epsilon_its_model_had(tmp_path):
