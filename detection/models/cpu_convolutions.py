@@ -20,6 +20,9 @@ from torch.utils.flop_counter import register_flop_formula
 _LARGEST_SHARE = 0.7
 # Windows of 3x3 cells that are gathered at a time: 10 MB for 256 channels in bfloat16, which stays in a cache.
 _WINDOWS_AT_ONCE = 2048
+# The operator that torch.compile takes on the CPU; PyTorch offers it under no public name, and builds without oneDNN
+# (macOS on ARM) do not have it.
+_IS_FUSED_KERNEL_BUILT = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def convolution(
@@ -66,8 +69,7 @@ def _applies(x: Tensor) -> bool:
 
 
 def _has_fused_kernel(x: Tensor) -> bool:
-    # The operator that torch.compile takes on the CPU; PyTorch offers it under no public name.
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+    if not _IS_FUSED_KERNEL_BUILT:
         return False
     dtype = _precision(x)
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -155,10 +157,13 @@ class _FusedConvolution(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-@register_flop_formula(torch.ops.mkldnn._convolution_pointwise)  # type: ignore[untyped-decorator]
 def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, **out: Any) -> int:
     images, channels, height, width = out["out_shape"]
     return 2 * images * channels * height * width * math.prod(weight[1:])
+
+
+if _IS_FUSED_KERNEL_BUILT:
+    register_flop_formula(torch.ops.mkldnn._convolution_pointwise)(_flops)
 
 
 class _SparseGradientConvolution(torch.autograd.Function):
@@ -186,7 +191,8 @@ class _SparseGradientConvolution(torch.autograd.Function):
         cells = learnt.nonzero()[:, 0]
         if of_weight:
             x_rows = _as_rows(x)
-            total = torch.zeros(num_outputs, side * side * num_inputs)
+            sums = torch.promote_types(weight.dtype, torch.float32)
+            total = torch.zeros(num_outputs, side * side * num_inputs, dtype=sums)
             for some in cells.split(_WINDOWS_AT_ONCE):
                 total += gradient_rows.index_select(0, some).t() @ _windows(x_rows, some, height, width, side)
             by_place = total.to(weight.dtype).view(num_outputs, side, side, num_inputs)

@@ -83,7 +83,8 @@ def _in_rounds(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_thr
     # Groups of boxes that can suppress each other: [B * levels, longest].
     ranked, order = torch.stack(padded_ranking, dim=1).flatten(0, 1).sort(dim=1, descending=True, stable=True)
     grouped = torch.stack(padded_boxes, dim=1).flatten(0, 1).gather(1, order[..., None].expand(-1, -1, 4))
-    valid = ranked > -torch.inf
+    # Not ">": a score that is not a number goes on, as with the operator.
+    valid = ranked != -torch.inf
     rounds = _ROUNDS
     while True:
         keep, is_settled = _rounds_of_all(grouped, valid, iou_threshold, rounds)
@@ -105,7 +106,7 @@ def _rounds_of_all(boxes: Tensor, valid: Tensor, iou_threshold: float, rounds: i
     kept, is_settled = [], []
     for some_boxes, some_valid in zip(boxes.split(num_groups), valid.split(num_groups), strict=True):
         overlaps = pairwise_iou(some_boxes, some_boxes) > float(threshold)
-        # Better ones of row j by the boxes of column i that they suppress; as numbers, for a matrix product.
+        # [G, i, j]: whether box i, where it is kept, suppresses the worse box j; as numbers, for a matrix product.
         suppresses = overlaps.triu_(1).to(torch.bfloat16)
         keep = before = some_valid
         for _ in range(rounds):

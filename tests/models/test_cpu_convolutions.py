@@ -1,3 +1,6 @@
+import importlib.util
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +52,7 @@ PLACES = {
 }
 
 
+@pytest.mark.skipif(not cpu_convolutions._IS_FUSED_KERNEL_BUILT, reason="PyTorch is built without oneDNN")
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_fused_convolution_and_its_gradients_are_those_of_torch(place, relu, monkeypatch):
@@ -100,6 +104,15 @@ def test_memory_in_rows_of_channels_gets_the_plain_convolution(monkeypatch):
     assert torch.equal(convolution(x, weight, bias, relu=True), F.relu(F.conv2d(x, weight, bias)))
 
 
+def test_a_build_without_the_fused_kernel_has_the_plain_convolution(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    spec = importlib.util.spec_from_file_location("without_kernel", cpu_convolutions.__file__)
+    without_kernel = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(without_kernel)
+    given = inputs(3, 4, 3)
+    assert torch.equal(without_kernel.convolution(*given, relu=True), F.relu(F.conv2d(*given)))
+
+
 def test_operations_are_counted_as_those_of_a_plain_convolution():
     given = inputs(4, 6, 3)
     counts = []
@@ -123,6 +136,14 @@ def test_gradients_through_few_cells_are_those_of_a_plain_convolution(case, kern
     found = torch.autograd.grad(output, given, GRADIENTS[case])
     torch.testing.assert_close(found, torch.autograd.grad(expected, given, GRADIENTS[case]), rtol=1e-5, atol=1e-5)
     assert len(dense) == (1 if case == "everywhere" else 0)
+
+
+def test_gradients_through_few_cells_keep_the_digits_of_float64():
+    given = inputs(3, 4, 3, torch.float64)
+    gradient = GRADIENTS["inside"].double()
+    found = torch.autograd.grad(convolution_with_sparse_gradient(*given), given, gradient)
+    expected = torch.autograd.grad(F.conv2d(*given, padding=1), given, gradient)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_gradient_that_is_not_finite_goes_on():

@@ -61,10 +61,11 @@ def test_rounds_give_what_the_operator_gives(threshold):
     boxes = torch.cat((corners, corners + sides), dim=2).float()
     ranking = torch.randint(0, 200, (4, 900), generator=generator).float()
     ranking[:, ::7] = -torch.inf
+    ranking[0, 3] = torch.nan
     per_level = [500, 300, 100]
-    expected = nms._one_call_per_level(boxes, ranking, per_level, threshold) & (ranking > -torch.inf)
+    expected = nms._one_call_per_level(boxes, ranking, per_level, threshold) & (ranking != -torch.inf)
     assert torch.equal(nms._in_rounds(boxes, ranking, per_level, threshold), expected)
-    assert 0 < expected.sum() < (ranking > -torch.inf).sum()
+    assert 0 < expected.sum() < (ranking > -torch.inf).sum() and expected[0, 3]
 
 
 def test_a_chain_longer_than_the_rounds_is_followed_to_its_end(monkeypatch):
