@@ -7,6 +7,7 @@ part said) and a profiler trace; the exit status is 1 where a part failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -103,7 +104,8 @@ def _run(part: Part, limit: float, work: Path) -> Outcome:
     outcome = Outcome(part.name, state, time.monotonic() - start, status, shlex.join(part.command))
     outcome.said = log.read_text(errors="replace").splitlines()[-LINES_KEPT:]
     if part.record is not None and part.record.is_file():
-        outcome.figures = json.loads(part.record.read_text())
+        with contextlib.suppress(ValueError):  # killed while it wrote them
+            outcome.figures = json.loads(part.record.read_text())
     return outcome
 
 

@@ -63,7 +63,8 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
     # One padded size: each takes the compiler a minute.
     of_one_size: tuple[str, ...] = toy if short else ("--batch-size", "16", "--batches", "1", "--repeats", "7")
     of_one_size += () if short else ("--height", "800", "--width", "1088")
-    data = ("--data-path", str(arguments.data_path)) if arguments.data_path is not None else ()
+    # The parts run in the checkout's folder, wherever this program was started.
+    data = ("--data-path", str(arguments.data_path.resolve())) if arguments.data_path is not None else ()
     length = ("--short",) if short else ()
     kills = ("--kills", "1" if short else "4", "--corruptions", "0", "--no-signals", "--no-disk", "--epochs", "2")
     commands: dict[str, tuple[str, float, tuple[str, ...]]] = {

@@ -46,7 +46,8 @@ def test_the_commands_of_all_parts_fit_their_programs(script, tmp_path, words):
             assert len(files) >= 4 and all((SCRIPTS.parent / file).is_file() for file in files)
         else:
             assert (SCRIPTS.parent / program).is_file()
-            parser_of(script, program).parse_args(rest)
+            parsed = parser_of(script, program).parse_args(rest)
+            assert getattr(parsed, "data_path", None) in (None, Path.cwd() / "coco")
     of_gpu = "--compile" in parts[3].command
     assert of_gpu == (arguments.device == "cuda")
     assert sum(part.limit for part in parts) < 20 * 60
@@ -70,7 +71,7 @@ def test_a_folder_with_something_in_it_is_refused(script, tmp_path, capsys):
 def test_a_part_that_fails_or_hangs_is_told_and_stops_no_other(script, tmp_path, capsys):
     check, part = script("check_gpu"), script("check_gpu_parts").Part
     arguments = check._parser().parse_args(["--out", str(tmp_path / "out"), "--device", "cpu"])
-    figures, child = tmp_path / "figures.json", tmp_path / "child"
+    figures, torn, child = tmp_path / "figures.json", tmp_path / "torn.json", tmp_path / "child"
 
     def python(code: str) -> tuple[str, ...]:
         return (sys.executable, "-c", code)
@@ -79,11 +80,12 @@ def test_a_part_that_fails_or_hangs_is_told_and_stops_no_other(script, tmp_path,
     hangs = (
         "import pathlib, subprocess, sys, time; "
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'], start_new_session=True); "
-        f"pathlib.Path({str(child)!r}).write_text(str(child.pid)); time.sleep(99)"
+        f"pathlib.Path({str(child)!r}).write_text(str(child.pid)); "
+        f"pathlib.Path({str(torn)!r}).write_text('{{'); time.sleep(99)"
     )
     parts = [
         part("fails", "", python("print('why it failed'); raise SystemExit(3)"), 60),
-        part("hangs", "", python(hangs), 2),
+        part("hangs", "", python(hangs), 2, torn),
         part("works", "", python(f"open({str(figures)!r}, 'w').write('{{\"speed\": 5}}')"), 60, figures),
     ]
     (tmp_path / "work").mkdir()
@@ -96,6 +98,7 @@ def test_a_part_that_fails_or_hangs_is_told_and_stops_no_other(script, tmp_path,
         "works": "ok",
     }
     assert found["fails"]["status"] == 3 and found["works"]["figures"] == {"speed": 5}
+    assert torn.exists() and found["hangs"]["figures"] is None
     assert "why it failed" in (tmp_path / "out" / "report.md").read_text()
     assert "timed out" in capsys.readouterr().out
     for _ in range(200):
