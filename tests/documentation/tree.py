@@ -21,9 +21,6 @@ from tests.documented_commands import ROOT
 # Published weights that commands name, as files of random weights in torch's cache: (model, name).
 PUBLISHED = (("resnet18", "ResNet18_Weights.IMAGENET1K_V1"), ("detector", "FasterRCNN_ResNet50_FPN_Weights.COCO_V1"))
 
-# With as many categories as COCO, and its ids, weights for COCO fit.
-COCO_CATEGORY_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
-
 # Slurm's commands on this machine, with one node. The port is in the job script.
 SLURM = {
     "sbatch": 'exec env SLURM_JOB_ID=1 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=127.0.0.1 GPUS_PER_NODE=2 bash "$@"',
@@ -124,6 +121,7 @@ class Trees:
             torch.save(models[model](weights=None).state_dict(), file)
         # A file of MMDetection's: the small model that train.py is told to take, for COCO.
         from detection.models import build_model, export_state_dict
+        from detection.models.weight_layouts import COCO_CATEGORY_IDS
 
         small = build_model("faster_rcnn_r18_fpn", len(COCO_CATEGORY_IDS), fpn_channels=16, roi_hidden_channels=32)
         self.given.mkdir(exist_ok=True)
@@ -135,6 +133,7 @@ class Trees:
         from PIL import Image
 
         from data.shapes import make_shapes
+        from detection.models.weight_layouts import COCO_CATEGORY_IDS
 
         given = self.given
         shapes = make_shapes(given / "datasets" / "shapes")
@@ -142,6 +141,7 @@ class Trees:
         for file in coco.glob("annotations/*.json"):
             content = json.loads(file.read_text())
             named = {category["id"]: category["name"] for category in content["categories"]}
+            # With as many categories as COCO, and its ids, weights for COCO fit.
             content["categories"] = [{"id": n, "name": named.get(n, f"class {n}")} for n in COCO_CATEGORY_IDS]
             file.write_text(json.dumps(content))
         # COCO as pages name it outside its folder; the results of runs/NAME are of the shapes' val2017.
