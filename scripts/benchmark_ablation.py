@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -36,7 +36,9 @@ class Optimisation:
 
 def _unfolded(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
     def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
-        out = conv(x)
+        # As the folded one computes it, but for the fold.
+        padding = cast("tuple[int, ...]", conv.padding)
+        out = backbones.convolution(x, conv.weight, conv.bias, stride=conv.stride, padding=padding, groups=conv.groups)
         if isinstance(norm, FrozenBatchNorm):
             scale, shift = norm.scale_and_shift()
             out = out * scale[:, None, None].to(out.dtype) + shift[:, None, None].to(out.dtype)

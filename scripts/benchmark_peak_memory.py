@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 from collections.abc import Iterable
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def peak_memory_on_cpu(variants: Iterable[Variant], work: Work) -> dict[str, flo
     for variant in variants:
         # In one process, a variant would use what another has left behind.
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+        # The system may kill a process that takes too much: that one has no figure.
+        with pool, contextlib.suppress(BrokenProcessPool):
             peaks[variant.name] = pool.submit(_bytes_added, variant, work, threads).result() / 2**30
     return peaks
 
