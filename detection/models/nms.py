@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from detection.models.boxes import pairwise_iou
 
 # Rounds before the host is asked whether they were enough. The RPN's proposals need 5 to 15.
 _ROUNDS = 24
+# Boxes on a CPU from which on groups are shared out among threads: some milliseconds of work.
+_WORTH_THREADS = 2000
 # Pairs of boxes whose overlaps are computed at a time: 0.3 GB a matrix in float32.
 _PAIRS_AT_ONCE = 1 << 26
 
@@ -55,13 +58,29 @@ def _one_call_per_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int]
     # The operator's time grows with the square of its boxes (0.4 s for two images at once, 0.1 s for their
     # levels one by one), and on the CPU a call makes no one wait.
     keep = torch.zeros(ranking.shape, dtype=torch.bool, device=ranking.device)
-    for image in range(len(boxes)):
-        start = 0
-        for count in per_level:
-            level = slice(start, start + count)
-            kept = torchvision.ops.nms(boxes[image, level], ranking[image, level], iou_threshold)
-            keep[image, level].index_fill_(0, kept, True)
-            start += count
+    groups = [
+        group
+        for image in range(len(boxes))
+        for group in zip(
+            boxes[image].split(list(per_level)),
+            ranking[image].split(list(per_level)),
+            keep[image].split(list(per_level)),
+            strict=True,
+        )
+    ]
+
+    def kept(group: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return torchvision.ops.nms(group[0], group[1], iou_threshold)
+
+    num_threads = torch.get_num_threads() if boxes.device.type == "cpu" else 1
+    if num_threads > 1 and ranking.numel() >= _WORTH_THREADS:
+        # The operator has one thread, and lets go of Python's lock.
+        with ThreadPoolExecutor(num_threads) as pool:
+            found = list(pool.map(kept, groups))
+    else:
+        found = [kept(group) for group in groups]
+    for group, places in zip(groups, found, strict=True):
+        group[2].index_fill_(0, places, True)
     return keep
 
 

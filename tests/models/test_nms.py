@@ -6,10 +6,13 @@ from detection.models import nms
 from tests.reference.parity import formula
 
 
-@pytest.fixture(params=["a call a level", "in rounds", "in too few rounds", "group by group"])
+@pytest.fixture(params=["a call a level", "in threads", "in rounds", "in too few rounds", "group by group"])
 def suppress(request, monkeypatch):
     """What the CPU does, and what other devices do."""
-    if request.param != "a call a level":
+    if request.param == "in threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        monkeypatch.setattr(nms, "_WORTH_THREADS", 0)
+    elif request.param != "a call a level":
         monkeypatch.setattr(nms, "_one_call_per_level", nms._in_rounds)
     if request.param == "in too few rounds":
         monkeypatch.setattr(nms, "_ROUNDS", 1)
