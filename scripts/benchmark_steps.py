@@ -152,7 +152,6 @@ class OurStep:
         schedule = load_schedule("1x")
         precision = Precision(variant.amp, work.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="benchmark_")
-        processes, recorder = Processes(0, 0, 1, 1, work.device), Recorder(Console(None))
         optimizer = build_optimizer(self.model, schedule)
         if variant.without == FUSED_OPTIMISER:
             for group in optimizer.param_groups:
