@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from detection.engine.distributed import Processes
 from detection.models import ImageBatch, TargetBatch, build_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -412,6 +413,19 @@ def test_a_step_without_one_of_the_optimisations_has_the_same_losses(script):
             with optimisation.without(model):
                 assert losses_and_norm() == pytest.approx(full, rel=1e-3), name
     assert losses_and_norm() == pytest.approx(full, rel=1e-6)
+
+
+def test_a_step_of_several_processes_is_wrapped_for_their_exchange(script, monkeypatch):
+    steps, wrapped = script("benchmark_steps"), []
+    monkeypatch.setattr(steps, "load_weights", lambda model, path: None)
+    processes = Processes(0, 0, 2, 2, torch.device("cpu"))
+    monkeypatch.setattr(Processes, "wrap", lambda self, model, **_: wrapped.append((self, model)) or model)
+    loader = SimpleNamespace(iterations_per_epoch=1)
+    work = SimpleNamespace(
+        model="faster_rcnn_r18_fpn", num_classes=3, device=processes.device, weights="", loader=loader
+    )
+    step = steps.OurStep(steps.Variant.parse("ours-fp32-cl"), work, processes)
+    assert wrapped == [(processes, step.model)]
 
 
 def test_settings_of_the_gradient_exchange_reach_torch_and_one_of_them_is_the_engines(script, monkeypatch):
