@@ -420,7 +420,7 @@ def test_a_step_of_several_processes_is_wrapped_for_their_exchange(script, monke
     monkeypatch.setattr(steps, "load_weights", lambda model, path: None)
     processes = Processes(0, 0, 2, 2, torch.device("cpu"))
     monkeypatch.setattr(Processes, "wrap", lambda self, model, **_: wrapped.append((self, model)) or model)
-    loader = SimpleNamespace(iterations_per_epoch=1)
+    loader = SimpleNamespace(iterations_per_epoch=1, global_batch_size=4, seed=0, batch_size=2)
     work = SimpleNamespace(
         model="faster_rcnn_r18_fpn", num_classes=3, device=processes.device, weights="", loader=loader
     )
