@@ -4,6 +4,7 @@ import os
 import sys
 
 from detection.config import ConfigError, parse_arguments
+from detection.leaving import leave
 
 
 def main() -> int:
@@ -31,4 +32,4 @@ def fail_together(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -21,6 +21,7 @@ from benchmark_steps import Variant, Work, starting_weights
 from benchmark_timing import BenchmarkError
 from data import CocoDataset, TrainLoader, read_coco
 from detection.engine.distributed import Processes, start_processes, stop_processes
+from detection.leaving import leave
 
 Measure = Callable[[Processes, Work, Variant, argparse.Namespace], dict[str, Any]]
 """What every process does; rank 0's result counts. It is sent to the processes by its name."""
@@ -97,6 +98,7 @@ def _process(rank: int, settings: dict[str, Any], measure: Measure) -> None:
             Path(settings["result"]).write_text(json.dumps(figures))
     finally:
         stop_processes()
+    leave(0)
 
 
 def _work(processes: Processes, settings: dict[str, Any]) -> Work:

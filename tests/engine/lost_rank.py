@@ -8,6 +8,7 @@ from typing import Any
 
 import train
 from detection.engine.train_loop import EpochBasedTrainLoop
+from detection.leaving import leave
 from tests.engine.tiny_model import make_known
 
 
@@ -33,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

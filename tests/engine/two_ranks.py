@@ -24,6 +24,7 @@ from detection.engine.evaluation_loops import EvalLoader
 from detection.engine.step_records import LOSSES, NonFiniteLoss, StepRecords
 from detection.engine.sync_batch_norm import synchronise_batch_norm
 from detection.engine.train_loop import EpochBasedTrainLoop
+from detection.leaving import leave
 from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
 from tests.engine.tiny_model import make_known
 
@@ -232,6 +233,7 @@ def main() -> None:
     found["faults"] = faults(folder, ports, words)
     found["missing_data"] = missing_data(folder, ports.pop())
     torch.save(found, folder / f"{processes.rank}.pt")
+    leave(0)
 
 
 if __name__ == "__main__":

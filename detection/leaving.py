@@ -1,0 +1,23 @@
+"""How a process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import NoReturn
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with `status`; one among several at once, without clearing up Python first.
+
+    gloo's threads let go of a collective's tensors some time after it is done, and need the interpreter for that. One
+    that comes to it while the interpreter is being taken down aborts the process (PyTorch 2.14 and 2.15, Python 3.11),
+    and a run that has ended well counts as failed. Whatever must be closed is closed before.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
+            stream.flush()
+    os._exit(status)
