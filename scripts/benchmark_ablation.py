@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 from unittest import mock
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 import checkout  # noqa: F401
 from benchmark_timing import format_table, pairwise_ratio
-from detection.models import FasterRCNN, backbones, faster_rcnn, fpn, nms, rpn
+from detection.models import FasterRCNN, assigners, backbones, faster_rcnn, fpn, nms, roi_align, rpn
 from detection.models.backbones import FrozenBatchNorm
-from detection.models.roi_align import ROI_LEVELS, RoIAlign
+from detection.models.roi_align import RoIAlign
 
 KEPT_MEMORY, FUSED_OPTIMISER = "kept-memory", "fused-optimiser"
 
@@ -77,7 +78,7 @@ def _dense_rpn(model: FasterRCNN) -> Iterator[None]:
 
 def _stock_roi_align(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
     def pool(self: RoIAlign, features: Sequence[Tensor], boxes: Tensor, levels: Tensor, table: Any = None) -> Tensor:
-        return self._by_operator(features[:ROI_LEVELS], boxes, levels)
+        return self.by_operator(features, boxes, levels)
 
     return mock.patch.object(RoIAlign, "__call__", pool)
 
@@ -99,8 +100,15 @@ def _plain_convolutions(model: FasterRCNN) -> Iterator[None]:
         yield
 
 
-def _nms_operator(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(nms, "_in_rounds", nms._one_call_per_level)
+def _plain(module: ModuleType) -> Patches:
+    """Without the module's Triton kernel."""
+    return lambda model: mock.patch.object(module, "uses_triton", lambda device: False)
+
+
+@contextlib.contextmanager
+def _nms_operator(model: FasterRCNN) -> Iterator[None]:
+    with _plain(nms)(model), mock.patch.object(nms, "in_rounds", nms._one_call_per_level):
+        yield
 
 
 def _two_table_gradients(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
@@ -112,9 +120,12 @@ OPTIMISATIONS: dict[str, Optimisation] = {
     "sampled-rpn": Optimisation("RPN learns at its sampled anchors only", _dense_rpn),
     FUSED_OPTIMISER: Optimisation("fused SGD", None),
     "shared-table-gradient": Optimisation("one gradient for the cell table", _two_table_gradients),
-    "nms-in-rounds": Optimisation(
-        "NMS of all images and levels in rounds, instead of an operator call each", _nms_operator, device="cuda"
+    "triton-nms": Optimisation("NMS as a Triton kernel, instead of rounds of products", _plain(nms), device="cuda"),
+    "joint-nms": Optimisation(
+        "NMS of all images and levels at once, instead of an operator call each", _nms_operator, device="cuda"
     ),
+    "triton-assignment": Optimisation("assignment as a Triton kernel", _plain(assigners), device="cuda"),
+    "triton-roi-align": Optimisation("RoIAlign as a Triton kernel", _plain(roi_align), device="cuda"),
     "sparse-roi-align": Optimisation("RoIAlign as a sparse matrix product", _stock_roi_align, device="cpu"),
     "sparse-pyramid-gradient": Optimisation(
         "pyramid's convolutions: no backward work where nothing was learnt", _dense_pyramid_gradient, device="cpu"

@@ -21,6 +21,7 @@ from detection.engine.augmentation import describe_augmentation
 from detection.engine.distributed import Processes
 from detection.engine.output_directory import OutputDirectory
 from detection.engine.train_loop import Progress
+from detection.models import describe_kernels
 from detection.reporting import sparkline
 from schedules import Schedule
 
@@ -61,6 +62,7 @@ def describe_plan(
             "\n".join(describe_augmentation(config.augmentation, loader, config.data.min_size, config.data.max_size)),
         ),
         ("device", _describe_device(processes)),
+        ("kernels", describe_kernels(processes.device)),
         ("output", str(output.path)),
     ]
     if notes:

@@ -3,6 +3,7 @@
 from detection.models.batch import ImageBatch, TargetBatch
 from detection.models.detector import Detector, DetectorError, load_detector
 from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
+from detection.models.kernels import describe_kernels
 from detection.models.recipes import MODELS, FasterRCNNConfig, ModelError, model_config
 from detection.models.weight_layouts import mmdet_name
 from detection.models.weights import (
@@ -27,6 +28,7 @@ __all__ = [
     "WeightsError",
     "WeightsUnavailable",
     "build_model",
+    "describe_kernels",
     "export_state_dict",
     "load_detector",
     "load_weights",

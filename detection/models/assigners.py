@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from detection.models.boxes import pairwise_iou
+from detection.models.kernels import uses_triton
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
@@ -23,6 +24,19 @@ class Assignment(NamedTuple):
 
     kind: Tensor
     gt_index: Tensor
+
+
+class Matches(NamedTuple):
+    """What an assignment is decided by.
+
+    best_iou: float32 [B, N], a candidate's best IoU, -1 without a usable box. best_index: int64 [B, N], the first box
+    that it has it with. low_quality_index: int64 [B, N], the last box whose best IoU (of at least low_quality_iou) the
+    candidate has, -1 where there is none; None where low quality does not count.
+    """
+
+    best_iou: Tensor
+    best_index: Tensor
+    low_quality_index: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -55,13 +69,41 @@ class MaxIoUAssigner:
             gt_valid = gt_valid[:, : _used_rows(gt_valid)]
             if candidate_valid is not None and candidate_valid.numpy().all():
                 candidate_valid = None
+        find = self.best_by_triton if uses_triton(gt_valid.device) else self.best_in_blocks
+        best_iou, best_index, low_quality_index = find(gt_boxes_xyxy, gt_valid, candidates_xyxy, candidate_valid)
+        kind = torch.full_like(best_index, IGNORED)
+        kind.masked_fill_(best_iou < self.negative_iou, NEGATIVE)
+        kind.masked_fill_(best_iou >= self.positive_iou, POSITIVE)
+        if low_quality_index is not None:
+            is_low_quality = low_quality_index >= 0
+            kind.masked_fill_(is_low_quality, POSITIVE)
+            if self.low_quality_takes_own_box:
+                best_index = torch.where(is_low_quality, low_quality_index, best_index)
+        if candidate_valid is not None:
+            kind.masked_fill_(~candidate_valid, IGNORED)
+        return Assignment(kind, best_index)
+
+    def best_by_triton(
+        self, gt_boxes_xyxy: Tensor, gt_valid: Tensor, candidates_xyxy: Tensor, candidate_valid: Tensor | None
+    ) -> Matches:
+        """As `best_in_blocks`, to the last bit, on a GPU."""
+        from detection.models.triton_kernels.assignment import best_matches
+
+        return Matches(*best_matches(gt_boxes_xyxy, gt_valid, candidates_xyxy, candidate_valid, self.low_quality_iou))
+
+    def best_in_blocks(
+        self, gt_boxes_xyxy: Tensor, gt_valid: Tensor, candidates_xyxy: Tensor, candidate_valid: Tensor | None
+    ) -> Matches:
+        """The matches of a batch, a block of boxes at a time; arguments as above."""
         num_images, num_gt = gt_valid.shape
         num_candidates = candidates_xyxy.shape[1]
         device = gt_boxes_xyxy.device
         shape = (num_images, num_candidates)
         best_iou = torch.full(shape, -1.0, device=device)
         best_index = torch.zeros(shape, dtype=torch.int64, device=device)
-        low_quality_index = torch.full(shape, -1, dtype=torch.int64, device=device)
+        low_quality_index = None
+        if self.low_quality_iou is not None:
+            low_quality_index = torch.full(shape, -1, dtype=torch.int64, device=device)
 
         budget = _BLOCK_ON_CPU if device.type == "cpu" else _BLOCK_ON_DEVICE
         block = min(max(1, budget // max(1, num_images * num_candidates)), torch.iinfo(torch.int16).max)
@@ -76,7 +118,7 @@ class MaxIoUAssigner:
             better = block_iou > best_iou
             best_iou = torch.where(better, block_iou, best_iou)
             best_index = torch.where(better, block_index + start, best_index)
-            if self.low_quality_iou is not None:
+            if low_quality_index is not None and self.low_quality_iou is not None:
                 best_of_box = iou.amax(dim=2, keepdim=True)
                 # A box without any usable candidate has -1 everywhere, below every threshold.
                 is_best = (iou == best_of_box) & (best_of_box >= self.low_quality_iou)
@@ -84,17 +126,7 @@ class MaxIoUAssigner:
                 places = torch.arange(stop - start, device=device, dtype=torch.int16)[:, None]
                 last = places.where(is_best, -1).amax(dim=1).long()
                 low_quality_index = torch.where(last >= 0, last + start, low_quality_index)
-
-        kind = torch.full(shape, IGNORED, dtype=torch.int64, device=device)
-        kind.masked_fill_(best_iou < self.negative_iou, NEGATIVE)
-        kind.masked_fill_(best_iou >= self.positive_iou, POSITIVE)
-        is_low_quality = low_quality_index >= 0
-        kind.masked_fill_(is_low_quality, POSITIVE)
-        if candidate_valid is not None:
-            kind.masked_fill_(~candidate_valid, IGNORED)
-        if self.low_quality_takes_own_box:
-            best_index = torch.where(is_low_quality, low_quality_index, best_index)
-        return Assignment(kind, best_index)
+        return Matches(best_iou, best_index, low_quality_index)
 
 
 def _used_rows(gt_valid: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor
 
 from detection.models.boxes import pairwise_iou
+from detection.models.kernels import uses_triton
 
 # Rounds before the host is asked whether they were enough. The RPN's proposals need 5 to 15.
 _ROUNDS = 24
@@ -40,8 +41,10 @@ def suppress(
     ranking = torch.where(valid, scores, -torch.inf)
     if boxes_xyxy.device.type == "cpu":
         keep = _one_call_per_level(shifted, ranking, per_level, iou_threshold)
+    elif uses_triton(boxes_xyxy.device):
+        keep = by_triton(shifted, ranking, per_level, iou_threshold)
     else:
-        keep = _in_rounds(shifted, ranking, per_level, iou_threshold)
+        keep = in_rounds(shifted, ranking, per_level, iou_threshold)
     return keep & valid
 
 
@@ -84,14 +87,33 @@ def _one_call_per_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int]
     return keep
 
 
-def _in_rounds(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
-    """Greedy suppression of all images and levels at once, on a device that should not be waited for.
+def by_triton(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
+    """As `in_rounds`, in two kernels that need no rounds, and without the question."""
+    from detection.models.triton_kernels.nms import keep_best
+
+    return _all_groups(boxes, ranking, per_level, iou_threshold, keep_best)
+
+
+def in_rounds(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
+    """Greedy suppression of all images and levels at once, on a device that should not be waited for: keep bool [B, N].
+
+    boxes: float32 [B, N, 4]; ranking: float32 [B, N], -inf where a box takes no part.
 
     A box is kept where no better box that is kept overlaps it. Round after round that rule is applied to all boxes,
     beginning with all of them kept. After n rounds it holds for every box at the end of a chain of up to n boxes, each
     overlapping the next; when a round changes nothing the result is that of the greedy loop. Whether it did is the
     training step's one question to the device.
     """
+    return _all_groups(boxes, ranking, per_level, iou_threshold, _rounds_until_settled)
+
+
+def _all_groups(
+    boxes: Tensor,
+    ranking: Tensor,
+    per_level: Sequence[int],
+    iou_threshold: float,
+    keep_best: Callable[[Tensor, Tensor, float], Tensor],
+) -> Tensor:
     longest = max(per_level)
     levels = zip(boxes.split(list(per_level), dim=1), ranking.split(list(per_level), dim=1), strict=True)
     padded_boxes, padded_ranking = [], []
@@ -102,29 +124,32 @@ def _in_rounds(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_thr
     # Groups of boxes that can suppress each other: [B * levels, longest].
     ranked, order = torch.stack(padded_ranking, dim=1).flatten(0, 1).sort(dim=1, descending=True, stable=True)
     grouped = torch.stack(padded_boxes, dim=1).flatten(0, 1).gather(1, order[..., None].expand(-1, -1, 4))
-    # Not ">": a score that is not a number goes on, as with the operator.
-    valid = ranked != -torch.inf
-    rounds = _ROUNDS
-    while True:
-        keep, is_settled = _rounds_of_all(grouped, valid, iou_threshold, rounds)
-        if is_settled:
-            break
-        rounds *= 4
-    keep = torch.zeros_like(keep).scatter_(1, order, keep).view(len(boxes), len(per_level), longest)
-    return torch.cat([keep[:, level, :count] for level, count in enumerate(per_level)], dim=1)
-
-
-def _rounds_of_all(boxes: Tensor, valid: Tensor, iou_threshold: float, rounds: int) -> tuple[Tensor, Tensor]:
-    """`rounds` rounds for groups of boxes [G, N, 4], best first: keep bool [G, N], and whether the last round changed
-    nothing, a bool scalar."""
     # The operator compares float32 overlaps with a threshold in float64.
     threshold = np.float32(iou_threshold)
     if float(threshold) > iou_threshold:
         threshold = np.nextafter(threshold, np.float32(-np.inf))
+    # Not ">": a score that is not a number goes on, as with the operator.
+    keep = keep_best(grouped, ranked != -torch.inf, float(threshold))
+    keep = torch.zeros_like(keep).scatter_(1, order, keep).view(len(boxes), len(per_level), longest)
+    return torch.cat([keep[:, level, :count] for level, count in enumerate(per_level)], dim=1)
+
+
+def _rounds_until_settled(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    rounds = _ROUNDS
+    while True:
+        keep, is_settled = _rounds_of_all(boxes, valid, threshold, rounds)
+        if is_settled:
+            return keep
+        rounds *= 4
+
+
+def _rounds_of_all(boxes: Tensor, valid: Tensor, threshold: float, rounds: int) -> tuple[Tensor, Tensor]:
+    """`rounds` rounds for groups of boxes [G, N, 4], best first: keep bool [G, N], and whether the last round changed
+    nothing, a bool scalar."""
     num_groups = max(1, _PAIRS_AT_ONCE // max(1, boxes.shape[1] ** 2))
     kept, is_settled = [], []
     for some_boxes, some_valid in zip(boxes.split(num_groups), valid.split(num_groups), strict=True):
-        overlaps = pairwise_iou(some_boxes, some_boxes) > float(threshold)
+        overlaps = pairwise_iou(some_boxes, some_boxes) > threshold
         # [G, i, j]: whether box i, where it is kept, suppresses the worse box j; as numbers, for a matrix product.
         suppresses = overlaps.triu_(1).to(torch.bfloat16)
         keep = before = some_valid

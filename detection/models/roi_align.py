@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor
 
 from detection.models.feature_cells import cell_table
+from detection.models.kernels import uses_triton
 from detection.models.sparse_pooling import Sampling, pooling_matrix, weighted_row_sums
 
 ROI_LEVELS = 4  # P2..P5; P6 serves the RPN only
@@ -50,13 +51,34 @@ class RoIAlign:
         """Boxes [B, R, 4] in pixels, each from the map of its level [B, R] among [B, C, H_l, W_l], P2 first.
 
         table: `cell_table(features)` where it exists already. Gives [B * R, C, output_size, output_size] in the
-        features' dtype on the CPU, float32 elsewhere.
+        features' dtype on the CPU and through Triton, float32 elsewhere.
         """
         if boxes_xyxy.device.type == "cpu" and not self.exportable:
             return self._by_sparse_matrix(features, boxes_xyxy, levels, table)
-        return self._by_operator(features[:ROI_LEVELS], boxes_xyxy, levels)
+        # The kernel adds up its gradient in no fixed order.
+        in_order = self.exportable or torch.are_deterministic_algorithms_enabled()
+        if features[0].dtype != torch.float64 and not in_order and uses_triton(boxes_xyxy.device):
+            return self.by_triton(features, boxes_xyxy, levels, table)
+        return self.by_operator(features, boxes_xyxy, levels)
 
-    def _by_operator(self, maps: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor) -> Tensor:
+    def by_triton(
+        self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor, table: Tensor | None = None
+    ) -> Tensor:
+        """From the table of cells, on a GPU."""
+        from detection.models.triton_kernels.roi_align import pool_from_table
+
+        return pool_from_table(
+            cell_table(features) if table is None else table,
+            [(feature.shape[2], feature.shape[3]) for feature in features],
+            self.strides[:ROI_LEVELS],
+            boxes_xyxy,
+            levels,
+            output_size=self.output_size,
+            sampling_ratio=self.sampling_ratio,
+            aligned=self.aligned,
+        )
+
+    def by_operator(self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor) -> Tensor:
         """One call of torchvision's operator a level, over all RoIs, because to find a level's own RoIs would wait
         for the device. RoIs of other levels are moved far outside the map, where they cost and contribute nothing.
         """
@@ -64,7 +86,7 @@ class RoIAlign:
         images = torch.arange(num_images, device=levels.device, dtype=boxes_xyxy.dtype)
         images = images[:, None, None].expand(-1, num_rois, 1)
         pooled: Tensor | None = None
-        for level, (feature, stride) in enumerate(zip(maps, self.strides, strict=False)):
+        for level, (feature, stride) in enumerate(zip(features[:ROI_LEVELS], self.strides, strict=False)):
             here = torch.where((levels == level)[..., None], boxes_xyxy, _FAR_OUTSIDE)
             rois = torch.cat((images, here), dim=2).view(-1, 5)
             of_level = torchvision.ops.roi_align(

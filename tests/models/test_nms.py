@@ -13,7 +13,7 @@ def suppress(request, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         monkeypatch.setattr(nms, "_WORTH_THREADS", 0)
     elif request.param != "a call a level":
-        monkeypatch.setattr(nms, "_one_call_per_level", nms._in_rounds)
+        monkeypatch.setattr(nms, "_one_call_per_level", nms.in_rounds)
     if request.param == "in too few rounds":
         monkeypatch.setattr(nms, "_ROUNDS", 1)
     if request.param == "group by group":
@@ -67,7 +67,7 @@ def test_rounds_give_what_the_operator_gives(threshold):
     ranking[0, 3] = torch.nan
     per_level = [500, 300, 100]
     expected = nms._one_call_per_level(boxes, ranking, per_level, threshold) & (ranking != -torch.inf)
-    assert torch.equal(nms._in_rounds(boxes, ranking, per_level, threshold), expected)
+    assert torch.equal(nms.in_rounds(boxes, ranking, per_level, threshold), expected)
     assert 0 < expected.sum() < (ranking > -torch.inf).sum() and expected[0, 3]
 
 
@@ -76,7 +76,7 @@ def test_a_chain_longer_than_the_rounds_is_followed_to_its_end(monkeypatch):
     # Each box overlaps the next by more than half, and no other by as much: every second one is kept.
     left = torch.arange(101.0) * 30
     boxes = torch.stack((left, torch.zeros(101), left + 100, torch.ones(101)), dim=1)[None]
-    keep = nms._in_rounds(boxes, -torch.arange(101.0)[None], [101], 0.5)
+    keep = nms.in_rounds(boxes, -torch.arange(101.0)[None], [101], 0.5)
     assert keep[0].nonzero()[:, 0].tolist() == list(range(0, 101, 2))
 
 

@@ -8,7 +8,7 @@ from tests.reference.parity import formula
 STRIDES = (4, 8, 16, 32)
 
 
-@pytest.fixture(params=["_by_sparse_matrix", "_by_operator"])
+@pytest.fixture(params=["_by_sparse_matrix", "by_operator"])
 def pool(request):
     """Both implementations; the second is the one that devices other than the CPU take."""
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detection.models import ImageBatch, TargetBatch, build_model, faster_rcnn, nms
+from detection.models import ImageBatch, TargetBatch, assigners, build_model, faster_rcnn, nms, roi_align
 from detection.models import rpn as rpn_module
 from detection.models.batch import batch_images, batch_targets
 from detection.models.feature_cells import cell_table, take_rows, windows_3x3
+from detection.models.kernels import describe_kernels, uses_triton
 from detection.models.roi_align import RoIAlign
 from detection.models.rpn import rpn_losses
 
@@ -272,9 +273,9 @@ def use_device_code(monkeypatch):
     monkeypatch.setattr(
         RoIAlign,
         "_by_sparse_matrix",
-        lambda self, features, boxes, levels, table: self._by_operator(features[:4], boxes, levels),
+        lambda self, features, boxes, levels, table: self.by_operator(features, boxes, levels),
     )
-    monkeypatch.setattr(nms, "_one_call_per_level", nms._in_rounds)
+    monkeypatch.setattr(nms, "_one_call_per_level", nms.in_rounds)
     monkeypatch.setattr(rpn_module, "suppress_within_levels", nms.suppress)
 
 
@@ -310,15 +311,22 @@ def test_the_code_for_other_devices_gives_the_same_losses(model, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
-def test_a_step_on_the_gpu_waits_for_nothing_but_its_suppression(monkeypatch, name):
+@pytest.mark.parametrize("with_triton", [True, False])
+def test_a_step_on_the_gpu_waits_for_nothing_and_without_triton_for_its_suppression(monkeypatch, name, with_triton):
     calls = []
 
     def suppress(*arguments):
         calls.append(arguments)
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("error" if with_triton else "default")
         keep = nms.suppress(*arguments)
         torch.cuda.set_sync_debug_mode("error")
         return keep
+
+    if with_triton:
+        assert uses_triton(torch.device("cuda")), describe_kernels(torch.device("cuda"))
+    else:
+        for module in (nms, assigners, roi_align):
+            monkeypatch.setattr(module, "uses_triton", lambda device: False)
 
     model = make_model(name).cuda()
     device = torch.device("cuda")
