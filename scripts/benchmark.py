@@ -1,4 +1,4 @@
-"""Figures with a peer in the same run, as a table and as JSON: train, padding, data, memory, eval, startup."""
+"""Figures with a peer in the same run, as a table and as JSON: train, traffic, padding, data, memory, eval, startup."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from benchmark_timing import BenchmarkError
 
 BENCHMARKS = {
     "train": "the training step (and inference) beside torchvision's Faster R-CNN",
+    "traffic": "bytes and FLOPs of a step on a GPU, by stage, counted without one",
     "padding": "padded sizes of COCO's batches: how many, and how much of them is padding",
     "data": "JPEG to trainer, beside MMDetection's, torchvision's and Pillow's ways",
     "memory": "memory of the main process and the workers, epoch after epoch",

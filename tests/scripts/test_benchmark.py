@@ -3,6 +3,9 @@
 import gzip
 import importlib
 import json
+import subprocess
+import sys
+import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -471,3 +474,28 @@ def test_generated_pictures_are_textured_and_their_boxes_lie_inside(script):
 def test_what_cannot_be_measured_is_said_in_one_line(script, capsys, argv, words):
     assert script("benchmark").main(argv) == 1
     assert words in capsys.readouterr().err
+
+
+def test_traffic_counts_a_steps_bytes_with_and_without_kernels():
+    # A process of its own: the device that is pretended stays with the process.
+    options = ["--model", "faster_rcnn_r18_fpn", "--batch-size", "2", "--height", "256", "--width", "320"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        command = [sys.executable, str(SCRIPTS / "benchmark.py"), "traffic", *options, "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "needs a newer PyTorch" in done.stderr:
+            pytest.skip("this PyTorch lets nobody pretend a device")
+        assert done.returncode == 0, done.stderr[-2000:]
+        record = json.loads(file.read_text())
+    operators, kernels = record["traffic"]["operators"], record["traffic"]["kernels"]
+    assert "whole step" in done.stdout and operators.keys() == kernels.keys()
+    for stage, row in operators.items():
+        assert row["calls"] > 0 and row["gigabytes"] > 0 and row["milliseconds"] > 0
+        # Suppression in rounds is a product of matrices; a kernel's is none.
+        if stage != "proposals and NMS":
+            assert kernels[stage]["teraflops"] == pytest.approx(row["teraflops"])
+    # What the counts are for: these three stages are passes over memory that kernels do without.
+    for stage in ("proposals and NMS", "assignment and sampling", "RoIAlign"):
+        assert kernels[stage]["gigabytes"] < operators[stage]["gigabytes"] / 2
+    # A 3x3 convolution at P2 of two images, one of many: products of 64 x 80 cells, 256 x 9 x 256 each.
+    assert operators["RPN head"]["teraflops"] > 2 * 2 * 64 * 80 * 256 * 9 * 256 / 1e12
