@@ -90,6 +90,8 @@ class TrainConfig:
     ema: float | None = None
     """Decay of the averaged weights an iteration. None: no averaging."""
     compile: bool = False
+    cuda_graphs: bool = False
+    """Forward and backward passes are recorded and replayed, for a few padded sizes."""
     channels_last: bool = True
     seed: int = 0
     deterministic: bool = False
@@ -358,6 +360,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"average the weights; validation uses the average [without a value {EMA_DECAY_DEFAULT}]",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the dense parts, for a few padded sizes")
+    group.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="record and replay the passes on a GPU, for a few padded sizes: for few images a GPU",
+    )
     group.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of the images [on]"
     )

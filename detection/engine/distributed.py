@@ -112,6 +112,13 @@ class Processes:
             values /= self.world_size
         return values
 
+    def average(self, values: Tensor) -> None:
+        """Replace `values` (float, any shape, on this process's device) by their mean over the processes."""
+        if self.world_size > 1:
+            with self.waiting("the gradients of every process"):
+                dist.all_reduce(values)
+            values /= self.world_size
+
     def largest_later(self, value: int) -> PendingMaximum:
         """Start finding the largest `value` over the processes; `.result()` waits for it.
 
@@ -127,6 +134,14 @@ class Processes:
             with self.waiting("the statistics of process 0"):
                 for buffer in module.buffers():
                     dist.broadcast(buffer, src=0)
+
+    def share_weights(self, module: nn.Module) -> None:
+        """Give every process rank 0's parameters and buffers, as `wrap` does."""
+        if self.world_size > 1:
+            with self.waiting("the weights of process 0"):
+                for parameter in module.parameters():
+                    dist.broadcast(parameter.detach(), src=0)
+        self.share_buffers(module)
 
     def wrap(self, model: nn.Module, *, broadcast_buffers: bool) -> nn.Module:
         """The model with gradients averaged over the processes (the model itself where there is one)."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from data import DevicePrefetcher, TrainLoader, UnreadableImage
@@ -21,6 +22,7 @@ from detection.engine.nonfinite_guard import NonFiniteGuard
 from detection.engine.optimizer import optimizer_state, set_learning_rate, trained_parameters
 from detection.engine.precision import Precision, gradient_norm
 from detection.engine.recorder import Recorder
+from detection.engine.step_graphs import FlatGradients, StepGraphs
 from detection.engine.step_records import NonFiniteLoss, StepRecords
 from detection.engine.stopping import StopRequest
 from detection.models import ImageBatch, TargetBatch
@@ -80,16 +82,18 @@ class EpochBasedTrainLoop:
         skip_nonfinite: bool,
         validate: Callable[[int, nn.Module], dict[str, Any]] | None,
         extra_state: dict[str, Any],
+        graphs: StepGraphs | None = None,
     ) -> None:
         """
         Args:
-            model: the detector, wrapped for the run's processes.
+            model: the detector, wrapped for the run's processes; with `graphs` the detector itself.
             skip_nonfinite: an iteration that is not finite makes no step, instead of ending the run.
             validate: (iteration, model) -> metrics; collective. None: the run has no validation set.
             extra_state: what describes the run and goes into every checkpoint as it is.
+            graphs: what records and replays the forward and backward passes.
         """
         self.model = model
-        self.detector: nn.Module = getattr(model, "module", model) if processes.world_size > 1 else model
+        self.detector: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.optimizer = optimizer
         self.parameters = trained_parameters(optimizer)
         self.schedule = schedule
@@ -107,6 +111,8 @@ class EpochBasedTrainLoop:
         self.guard = NonFiniteGuard(self.detector) if skip_nonfinite else None
         self.validate = validate
         self.extra_state = extra_state
+        self.graphs = graphs
+        self.gradients = FlatGradients(self.parameters) if graphs is not None else None
         self.iterations_per_epoch = loader.iterations_per_epoch
         self.num_iterations = schedule.max_epochs * self.iterations_per_epoch
         self.records = StepRecords(
@@ -116,6 +122,7 @@ class EpochBasedTrainLoop:
             skips_nonfinite=skip_nonfinite,
         )
         self.data_wait: DataWaitWatch | None = None
+        self._told_of_graphs = False
         self._saved_iteration: int | None = None
         self._last_save = time.monotonic()
 
@@ -162,7 +169,10 @@ class EpochBasedTrainLoop:
         """One optimiser step."""
         self.processes.at(f"in iteration {iteration}")
         learning_rate = set_learning_rate(self.optimizer, self.schedule, iteration, self.iterations_per_epoch)
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.gradients is not None:
+            self.gradients.zero()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         total: dict[str, Tensor] = {}
         image_ids: list[int] = []
         unreadable: list[UnreadableImage] = []
@@ -185,6 +195,8 @@ class EpochBasedTrainLoop:
             unreadable += batch.unreadable
             # While the device is at work; a validation may come between this batch and the next iteration's.
             batches.prepare()
+        if self.gradients is not None:
+            self.gradients.average(self.processes)
         self.precision.unscale(self.optimizer)
         clip = self.schedule.clip_grad
         grad_norm = gradient_norm(
@@ -207,6 +219,11 @@ class EpochBasedTrainLoop:
 
     def forward_backward(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
         """Gradients of one micro-step; its share of the iteration's losses, detached."""
+        if self.graphs is None:
+            return self.plain_forward_backward(images, targets)
+        return self.graphs.run(self.plain_forward_backward, images, targets)
+
+    def plain_forward_backward(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
         with self.precision.autocast():
             losses = self.model(images, targets)
         shares = {name: value / self.accumulate for name, value in losses.items()}
@@ -234,6 +251,9 @@ class EpochBasedTrainLoop:
         waited = self.data_wait.note(records) if self.data_wait is not None else None
         if waited is not None and self.processes.is_main:
             self.recorder.warn(waited)
+        if self.graphs is not None and self.graphs.problem is not None and not self._told_of_graphs:
+            self._told_of_graphs = True
+            self.recorder.warn(f"CUDA graphs cannot be recorded here, the run goes on without: {self.graphs.problem}")
         progress.skipped_steps = self.records.skipped_steps
         if any("replaced_images" in record for record in records):
             self.bad_images.agree("train", self.records.unreadable)

@@ -28,6 +28,7 @@ from detection.engine.plan import config_record, configuration_text, describe_pl
 from detection.engine.precision import Precision
 from detection.engine.recorder import Recorder
 from detection.engine.resume import RunFacts, check_resumable, progress_of, restore, settings_without_effect
+from detection.engine.step_graphs import cuda_step_graphs
 from detection.engine.step_records import NonFiniteLoss
 from detection.engine.stopping import STOPPED_EXIT_CODE, StopRequest
 from detection.engine.train_loop import EpochBasedTrainLoop, Progress, SavePlan, Stopped
@@ -52,6 +53,9 @@ def train(
     # What is wrong with the learning rate shows when it is first asked for.
     together(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
     facts = _run_facts(config, processes, built, loader)
+    graphs = None
+    if config.train.cuda_graphs:
+        graphs = together(processes, partial(cuda_step_graphs, processes, model))
     progress, changes = Progress(), []
     notes = [*built.overrides, *schedule.notes]
     if checkpoint is None:
@@ -107,8 +111,13 @@ def train(
         isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
     )
     store = CheckpointStore(output.checkpoints, config.output.keep_checkpoints)
+    if graphs is not None:
+        processes.share_weights(model)
+        trained: nn.Module = model
+    else:
+        trained = processes.wrap(model, broadcast_buffers=trains_batch_norm and not config.model.sync_bn)
     loop = EpochBasedTrainLoop(
-        model=processes.wrap(model, broadcast_buffers=trains_batch_norm and not config.model.sync_bn),
+        model=trained,
         optimizer=optimizer,
         schedule=schedule,
         loader=loader,
@@ -124,6 +133,7 @@ def train(
         bad_images=bad_images,
         skip_nonfinite=config.train.skip_nonfinite,
         validate=validate,
+        graphs=graphs,
         extra_state={"model_config": asdict(model.config), **facts.state(), "config": config.to_dict()},
     )
     status, problem = 0, None
@@ -168,7 +178,7 @@ def _train_loader(config: RunConfig, processes: Processes, built: Built, *, work
         augmentation=augmentation_of(config.augmentation, config.data.max_size),
         repeat_threshold=config.augmentation.repeat_threshold,
         limit_batches=config.data.limit_train_batches,
-        few_shapes=config.train.compile,
+        few_shapes=config.train.compile or config.train.cuda_graphs,
         pin=processes.device.type == "cuda" and workers > 0,
         max_bad_images=config.data.max_bad_images,
     )

@@ -3,7 +3,7 @@
 from detection.models.batch import ImageBatch, TargetBatch
 from detection.models.detector import Detector, DetectorError, load_detector
 from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
-from detection.models.kernels import describe_kernels
+from detection.models.kernels import describe_kernels, uses_triton
 from detection.models.recipes import MODELS, FasterRCNNConfig, ModelError, model_config
 from detection.models.weight_layouts import mmdet_name
 from detection.models.weights import (
@@ -36,4 +36,5 @@ __all__ = [
     "model_config",
     "model_from_config",
     "prefetch_weights",
+    "uses_triton",
 ]

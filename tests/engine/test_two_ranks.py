@@ -47,7 +47,7 @@ def ranks(folder: Path, program: Callable[..., Any], arguments: Callable[..., li
     words = arguments(folder, "--max-epochs", "1")
     place = words.index("--output-dir")
     del words[place : place + 2]
-    with program("two_ranks.py", folder, json.dumps(free_ports(12)), *words, ranks=2) as processes:
+    with program("two_ranks.py", folder, json.dumps(free_ports(14)), *words, ranks=2) as processes:
         for process in processes:
             out, err = process.communicate(timeout=240)
             assert process.returncode == 0, out[-3000:] + err[-6000:]
@@ -84,6 +84,8 @@ def test_an_error_on_one_process_is_the_same_error_on_all(ranks):
         assert found["broadcast"] == {"rank": 0}
         assert found["largest"] == 1
         assert found["mean"] == 1.5
+        assert found["average"] == [1.5, 5.0]
+        assert found["weights"] == [3.0, 7.0]
     assert [found["agreed"]["together"] for found in ranks] == ["result 0", "result 1"]
 
 
@@ -143,6 +145,8 @@ def test_every_training_ends_with_the_status_it_should_on_both(ranks):
             "stopped in training": 75,
             "stopped in validation": 75,
             "resumed": 0,
+            "wrapped": 0,
+            "averaged": 0,
         }
 
 
@@ -155,6 +159,14 @@ def test_two_processes_follow_the_losses_of_one_with_the_same_global_batch(ranks
             assert ours["lr"] == theirs["lr"]
             for name in ("loss", "loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "grad_norm"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (words, name)
+
+
+def test_gradients_averaged_by_the_loop_train_as_those_that_pytorch_exchanges(
+    ranks, folder, records_of, load, same_state
+):
+    assert records_of(folder / "averaged") == records_of(folder / "wrapped")
+    states = [load(folder / name / "checkpoints" / "last.pt") for name in ("averaged", "wrapped")]
+    same_state(states[0]["model"], states[1]["model"])
 
 
 def test_unequal_shards_are_validated_as_by_one_process(ranks, folder, alone, records_of):

@@ -17,10 +17,11 @@ from torch import nn
 
 import train
 from detection.config import ConfigError, parse_arguments
-from detection.engine import RunError, run
+from detection.engine import RunError, run, training_run
 from detection.engine.distributed import Processes, start_processes, stop_processes
 from detection.engine.errors import main_first, together
 from detection.engine.evaluation_loops import EvalLoader
+from detection.engine.step_graphs import Losses, StepGraphs
 from detection.engine.step_records import LOSSES, NonFiniteLoss, StepRecords
 from detection.engine.sync_batch_norm import synchronise_batch_norm
 from detection.engine.train_loop import EpochBasedTrainLoop
@@ -55,6 +56,12 @@ def agreed(processes: Processes) -> dict[str, Any]:
         except RunError as error:
             return str(error)
 
+    average = torch.tensor([1.0 + processes.rank, 5.0])
+    processes.average(average)
+    shared = nn.BatchNorm2d(1)
+    nn.init.constant_(shared.weight, 3.0 + processes.rank)
+    shared.running_mean.fill_(7.0 + processes.rank)
+    processes.share_weights(shared)
     return {
         "together, one fails": message(lambda: together(processes, lambda: fails_on(1))),
         "together, both fail": message(lambda: together(processes, fails_on_both)),
@@ -64,6 +71,8 @@ def agreed(processes: Processes) -> dict[str, Any]:
         "broadcast": processes.broadcast({"rank": processes.rank}),
         "largest": processes.largest_later(processes.rank).result(),
         "mean": processes.mean(torch.tensor([1.0 + processes.rank])).item(),
+        "average": average.tolist(),
+        "weights": [float(shared.weight.detach()), float(shared.running_mean)],
     }
 
 
@@ -131,6 +140,14 @@ def without_boxes(processes: Processes) -> dict[str, Any]:
     return found
 
 
+class NoRecorder:
+    def rehearse(self, step: Callable[[], Losses]) -> Losses:
+        return step()
+
+    def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
+        raise RuntimeError("nothing is recorded here")
+
+
 def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any]:
     """Whole trainings of one epoch, each as torchrun would start it."""
 
@@ -146,6 +163,12 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
     found["as one process"] = train("as_one", *as_one)
     found["one image"] = train("one_image", "--limit-train-batches", "1", "--sync-bn", *one_image)
     found["whole"] = train("whole", "--ema", "0.5")
+
+    # Gradients that the loop itself averages, beside DistributedDataParallel's.
+    words_of_graphs = ["--cuda-graphs", "--norm", "gn", "--limit-val-batches", "1"]
+    for name, graphs in (("wrapped", None), ("averaged", StepGraphs(NoRecorder()))):
+        training_run.cuda_step_graphs = lambda processes, model, graphs=graphs: graphs  # type: ignore[assignment, misc]
+        found[name] = train(name, *words_of_graphs)
 
     plain_iteration, plain_plan = EpochBasedTrainLoop.train_iteration, EvalLoader.batches
 

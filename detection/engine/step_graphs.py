@@ -1,0 +1,183 @@
+"""CUDA graphs of the forward and backward pass: recorded once for each size of batch, then started as a whole.
+
+A step launches some two thousand kernels, which takes the host longer than a fast GPU takes for a few images. Replaying
+a recording is one launch. It does again exactly what was recorded, at the same addresses: so the batch is copied to
+where the recording reads it, and gradients stay where it wrote them. Nothing in a step may depend on what the host
+knows of the batch but its shape, and nothing may ask the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from detection.config import ConfigError
+from detection.engine.distributed import Processes
+from detection.models import ImageBatch, TargetBatch, describe_kernels, uses_triton
+
+Losses = dict[str, Tensor]
+Step = Callable[[ImageBatch, TargetBatch], Losses]
+
+_FEWEST_BOX_ROWS = 32
+
+
+class Recorder(Protocol):
+    """Records what a function does on the device."""
+
+    def rehearse(self, step: Callable[[], Losses]) -> Losses:
+        """What `step` gives, done as recording wants it done once before."""
+
+    def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
+        """A function that does what `step` does, with what is in the tensors that it reads by then, and gives new
+        tensors. Recording itself does nothing. RuntimeError: it cannot be recorded."""
+
+
+class FlatGradients:
+    """The gradients of `parameters` (float32) as views of one tensor, where they stay."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        # Each begins at a multiple of 16 bytes, for operators that take four numbers at a time.
+        rounded = [-(-parameter.numel() // 4) * 4 for parameter in parameters]
+        self._flat = torch.zeros(sum(rounded), device=parameters[0].device)
+        start = 0
+        for parameter, length in zip(parameters, rounded, strict=True):
+            # As the parameter lies in memory, which fused optimisers rely on.
+            parameter.grad = torch.as_strided(self._flat, parameter.shape, parameter.stride(), start)
+            start += length
+
+    def zero(self) -> None:
+        self._flat.zero_()
+
+    def average(self, processes: Processes) -> None:
+        """Replace them by their mean over the processes."""
+        processes.average(self._flat)
+
+
+class StepGraphs:
+    """Runs forward and backward passes, from the third batch of a size on by replaying a recording.
+
+    problem: why nothing is recorded any more; None while all is well. Then passes run as they are written.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._seen: set[Hashable] = set()
+        self._graphs: dict[Hashable, _Graph] = {}
+        self.problem: str | None = None
+
+    @property
+    def num_recordings(self) -> int:
+        return len(self._graphs)
+
+    def run(self, step: Step, images: ImageBatch, targets: TargetBatch) -> Losses:
+        """What `step` gives for a batch; its gradients are added to those of the parameters."""
+        rows = _round_up_to_power_of_two(targets.valid.shape[1])
+        size = (tuple(images.pixels.shape), rows)
+        graph = self._graphs.get(size)
+        if graph is not None:
+            graph.load(images, targets)
+            return graph.replay()
+        if self.problem is not None or size not in self._seen:
+            # The first of a size makes what is kept for it: anchors, chosen algorithms, compiled code.
+            self._seen.add(size)
+            return step(images, targets)
+        graph = _Graph(images, targets, rows)
+        graph.load(images, targets)
+        losses = self._recorder.rehearse(lambda: step(graph.images, graph.targets))
+        try:
+            graph.replay = self._recorder.record(lambda: step(graph.images, graph.targets))
+        except RuntimeError as error:
+            self.problem = (str(error).splitlines() or [""])[0]
+        else:
+            self._graphs[size] = graph
+        return losses
+
+
+class _Graph:
+    """A recording, and the batch that it reads: with `rows` rows of boxes an image."""
+
+    replay: Callable[[], Losses]
+
+    def __init__(self, images: ImageBatch, targets: TargetBatch, rows: int) -> None:
+        self.images = ImageBatch(*(torch.empty_like(each) for each in images))
+        boxes, labels, valid, keys = targets
+        number = len(keys)
+        self.targets = TargetBatch(
+            boxes.new_zeros(number, rows, 4),
+            labels.new_zeros(number, rows),
+            valid.new_zeros(number, rows),
+            torch.empty_like(keys),
+        )
+
+    def load(self, images: ImageBatch, targets: TargetBatch) -> None:
+        for mine, given in zip(self.images, images, strict=True):
+            mine.copy_(given)
+        rows = targets.valid.shape[1]
+        # Rows that this batch does not have hold no box; what else is in them nobody looks at.
+        self.targets.valid[:, rows:].zero_()
+        for mine, given in zip(self.targets[:3], targets[:3], strict=True):
+            mine[:, :rows].copy_(given)
+        self.targets.sample_keys.copy_(targets.sample_keys)
+
+
+class CudaGraphRecorder:
+    """Records CUDA graphs, which share their memory: they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def rehearse(self, step: Callable[[], Losses]) -> Losses:
+        # On a stream of its own, as the recording will be.
+        current, own = torch.cuda.current_stream(), torch.cuda.Stream()
+        own.wait_stream(current)
+        with torch.cuda.stream(own):
+            losses = step()
+        current.wait_stream(own)
+        for value in losses.values():
+            value.record_stream(current)
+        return losses
+
+    def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (checkpoints, the loader's pinned memory) may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            recorded = step()
+
+        def replay() -> Losses:
+            graph.replay()
+            # The next replay writes over what this one gave.
+            return {name: value.clone() for name, value in recorded.items()}
+
+        return replay
+
+
+def cuda_step_graphs(processes: Processes, model: nn.Module) -> StepGraphs:
+    """Graphs for a training on a GPU.
+
+    Raises:
+        ConfigError: this training's passes cannot be recorded: they run on a CPU, ask the device, or talk to other
+            processes.
+    """
+    if processes.device.type != "cuda":
+        raise ConfigError("--cuda-graphs is for GPUs: leave it away on a CPU")
+    if not uses_triton(processes.device):
+        raise ConfigError(
+            "--cuda-graphs needs the Triton kernels, because PyTorch's own suppression waits for the host; here are "
+            f"{describe_kernels(processes.device)}"
+        )
+    trains_batch_norm = any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
+    )
+    if trains_batch_norm and processes.world_size > 1:
+        raise ConfigError(
+            "--cuda-graphs does not go with trained batch norm in several processes, which share its statistics in "
+            "every forward pass: leave it away, or use --norm gn or pretrained weights"
+        )
+    return StepGraphs(CudaGraphRecorder())
+
+
+def _round_up_to_power_of_two(rows: int) -> int:
+    return max(_FEWEST_BOX_ROWS, 1 << (rows - 1).bit_length())
