@@ -30,6 +30,7 @@ from detection.engine.host_memory import keep_freed_memory, return_freed_memory
 from detection.engine.optimizer import build_optimizer
 from detection.engine.precision import Precision
 from detection.engine.recorder import Recorder
+from detection.engine.step_graphs import cuda_step_graphs
 from detection.engine.stopping import StopRequest
 from detection.engine.train_loop import EpochBasedTrainLoop, SavePlan
 from detection.models import FasterRCNN, ImageBatch, build_model, faster_rcnn, load_weights
@@ -55,29 +56,35 @@ _LOGIT_STD = 1.0  # lets about 2 of 100 class scores pass the score threshold, a
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the steps compared, e.g. "ours-bf16-cl-compile": whose, precision, memory format, compiled or not."""
+    """One of the steps compared, e.g. "ours-bf16-cl-compile": whose, precision, memory format, compiled or not, in CUDA
+    graphs or not."""
 
     name: str
     owner: str
     amp: str
     channels_last: bool
     compiled: bool
+    graphs: bool = False
     without: str | None = None
     """Of ours: the one of OPTIMISATIONS that is left out."""
 
     @staticmethod
     def parse(name: str) -> Variant:
-        match = re.fullmatch(r"(ours|torchvision)-(fp32|bf16|fp16)(-cl)?(-compile)?(?:-without-([a-z0-9-]+))?", name)
+        match = re.fullmatch(
+            r"(ours|torchvision)-(fp32|bf16|fp16)(-cl)?(-compile)?(-graphs)?(?:-without-([a-z0-9-]+))?", name
+        )
         if match is None:
             raise BenchmarkError(
                 f"variant {name!r}: write ours or torchvision, then -fp32, -bf16 or -fp16, then -cl (channels last) "
                 "and -compile as wanted, e.g. torchvision-bf16-cl"
             )
-        owner, precision, channels_last, compiled, without = match.groups()
+        owner, precision, channels_last, compiled, graphs, without = match.groups()
+        if graphs is not None and owner != "ours":
+            raise BenchmarkError(f"variant {name!r}: -graphs goes with ours")
         if without is not None and (owner != "ours" or without not in OPTIMISATIONS):
             raise BenchmarkError(f"variant {name!r}: -without- goes with ours and one of {', '.join(OPTIMISATIONS)}")
         amp = "off" if precision == "fp32" else precision
-        return Variant(name, owner, amp, channels_last is not None, compiled is not None, without)
+        return Variant(name, owner, amp, channels_last is not None, compiled is not None, graphs is not None, without)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -157,8 +164,10 @@ class OurStep:
             for group in optimizer.param_groups:
                 group.update(fused=False, foreach=None)
         processes, recorder = processes or Processes(0, 0, 1, 1, work.device), Recorder(Console(None))
+        graphs = cuda_step_graphs(processes, self.model) if variant.graphs else None
         self.loop = EpochBasedTrainLoop(
-            model=processes.wrap(self.model, broadcast_buffers=False),
+            model=processes.wrap(self.model, broadcast_buffers=False) if graphs is None else self.model,
+            graphs=graphs,
             optimizer=optimizer,
             schedule=schedule,
             loader=work.loader,
@@ -191,6 +200,8 @@ class OurStep:
         with self._patches():
             for _ in batches:
                 self.loop.train_iteration(_LEARNING_RATE_ITERATION, prefetcher)
+        if self.loop.graphs is not None and self.loop.graphs.problem is not None:
+            raise BenchmarkError(f"{self.variant.name}: {self.loop.graphs.problem}")
         # The losses are fetched at the end of the block, as at a logging step.
         self._record = self.loop.records.read()[-1]
 

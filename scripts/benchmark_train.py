@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--amp", choices=["off", "bf16", "fp16"], default="bf16", help="precision of the variants [bf16]"
     )
     parser.add_argument("--compile", action="store_true", help="also the compiled variants")
+    parser.add_argument("--graphs", action="store_true", help="also ours in CUDA graphs, on a GPU")
     parser.add_argument(
         "--variants", nargs="+", metavar="NAME", help="instead of the usual ones, e.g. ours-fp32 ours-bf16-cl"
     )
@@ -194,6 +195,8 @@ def _device(arguments: argparse.Namespace) -> torch.device:
     for name, value in (_GPU_DEFAULTS if device.type == "cuda" else _CPU_DEFAULTS).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    if device.type == "cpu" and arguments.graphs:
+        raise BenchmarkError("--graphs is for GPUs: leave it away on a CPU")
     if (arguments.height is None) != (arguments.width is None):
         raise BenchmarkError("--height and --width go together")
     return device
@@ -206,6 +209,8 @@ def _usual_variants(arguments: argparse.Namespace) -> list[str]:
     names += [f"torchvision-{precision}-cl-compile"] if arguments.compile else []
     names += [f"ours-{precision}-cl"]
     names += [f"ours-{precision}-cl-compile"] if arguments.compile else []
+    if arguments.graphs:
+        names += [f"{name}-graphs" for name in names if name.startswith("ours")]
     return names
 
 
@@ -241,7 +246,7 @@ def _loader(arguments: argparse.Namespace, dataset: CocoDataset, min_size: int, 
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         # The same batches for all variants; more sizes than the buckets would be compiled in vain.
-        few_shapes=arguments.compile,
+        few_shapes=arguments.compile or arguments.graphs,
     )
 
 
@@ -300,6 +305,8 @@ def _probes(steps: Mapping[str, Step], work: Work, rows: Sequence[Mapping[str, A
     ticks = time.perf_counter if clock == "wall" else time.process_time
     stages, waits, missing = {}, {}, []
     for name, step in steps.items():
+        if step.variant.graphs:  # a replay calls nothing that could be timed
+            continue
         step.settle(partial(step.train, work.batches))
         stages[name], absent = stage_seconds(step, work, ticks)
         missing += absent

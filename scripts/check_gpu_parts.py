@@ -39,7 +39,7 @@ class Outcome:
     figures: Any = None
 
 
-PARTS = ("tests", "train", "training", "compiled", "ablation", "faults", "deterministic")
+PARTS = ("tests", "train", "training", "compiled", "few-images", "ablation", "faults", "deterministic")
 
 
 def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
@@ -48,6 +48,7 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
     device = ("--device", arguments.device)
     # A C++ compiler would take minutes for what a GPU's takes seconds for.
     compiled = ("--compile",) if on_gpu else ()
+    graphs = ("--graphs",) if on_gpu else ()
     toy: tuple[str, ...] = (
         "--model",
         "faster_rcnn_r18_fpn",
@@ -82,8 +83,14 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
         "compiled": (
             "training step, compiled too, and what the GPU does in it",
             240,
-            ("scripts/benchmark.py", "train", *device, *of_one_size, *compiled)
+            ("scripts/benchmark.py", "train", *device, *of_one_size, *compiled, *graphs)
             + ("--profile", str(out / "trace.json.gz")),
+        ),
+        "few-images": (
+            "training step with as few images as the schedule has on eight GPUs, where the host launches too slowly",
+            90,
+            ("scripts/benchmark.py", "train", *device, *of_one_size, *graphs, "--no-probes")
+            + (() if short else ("--batch-size", "2")),
         ),
         "ablation": (
             "each optimisation taken out in turn",
