@@ -71,15 +71,17 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **op
     return made.asm["ptx"]
 
 
-def test_suppression_compiles_for_a_gpu_and_rounds_as_the_plain_code_does():
-    from triton.backends.compiler import GPUTarget  # noqa: F401 (where Triton has no such interface the test is skipped)
+def assert_rounds_each_operation(ptx: str) -> None:
+    assert re.search(r"\bdiv\.rn(\.ftz)?\.f32", ptx) and not re.search(r"\bfma\.rn\.f32|\bdiv\.(full|approx)", ptx)
 
+
+def test_suppression_compiles_for_a_gpu_and_rounds_as_the_plain_code_does():
     from detection.models.triton_kernels.nms import overlap_bits, walk_down
 
     numbers = {"num_boxes": "i32", "num_words": "i32"}
     types = {"boxes": "*fp32", "bits": "*i32", "row_words": "i32", "threshold": "fp32", **numbers}
     text = compiled(overlap_bits, types, {"ROWS": 128, "WORDS": 4}, enable_fp_fusion=False)
-    assert "div.rn.f32" in text and not re.search(r"fma\.rn\.f32|div\.full", text)
+    assert_rounds_each_operation(text)
     compiled(walk_down, {"bits": "*i32", "valid": "*u8", "keep": "*u8", **numbers}, {"ROW_WORDS": 64}, num_warps=1)
 
 
@@ -97,7 +99,7 @@ def test_assignment_compiles_for_a_gpu_and_rounds_as_the_plain_code_does(has_val
         constants["candidate_valid"] = None
     for kernel, more in ((best_of_candidates, {"LOW_QUALITY": True}), (last_gt_with_its_best, {})):
         text = compiled(kernel, types, {**constants, **more}, enable_fp_fusion=False)
-        assert "div.rn.f32" in text and not re.search(r"fma\.rn\.f32|div\.full", text)
+        assert_rounds_each_operation(text)
 
 
 @pytest.mark.parametrize("backward", [True, False])
