@@ -1,5 +1,6 @@
 """Worker processes that carry out plans, one set of them for a whole run."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,9 @@ PLANS_AHEAD_PER_WORKER = 2
 
 BATCHES_IN_USE = 3
 """Decoded batches beyond those that workers are at: one being assembled, one before and one after it."""
+
+ORPHAN_CHECK_SECONDS = 2.0
+"""How often a worker looks whether the main process is still there."""
 
 LARGEST_BUFFER = 4.0
 """A buffer holds a batch of the largest pictures, but no more than so many times a batch of average ones: a few huge
@@ -67,7 +71,7 @@ class BatchStream:
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=PLANS_AHEAD_PER_WORKER if workers > 0 else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, main_pid=os.getpid()),
             multiprocessing_context=_worker_context() if workers > 0 else None,
             generator=torch.Generator(),
         )
@@ -102,18 +106,20 @@ def _worker_context() -> str | None:
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 
-def _start_worker(worker_id: int) -> None:
+def _start_worker(worker_id: int, main_pid: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group, and so does the SIGTERM of torchrun or a batch system. The main process
-    # decides what becomes of the run, and may still want batches: only its own SIGTERM counts here. A worker whose
-    # parent is gone ends by itself (torch's worker loop watches it).
+    # decides what becomes of the run, and may still want batches: only its own SIGTERM counts here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_parent_says, daemon=True, name="sigterm").start()
+    threading.Thread(target=_end_with_main_process, args=(main_pid,), daemon=True, name="end").start()
 
 
-def _end_when_parent_says() -> None:
+def _end_with_main_process(main_pid: int) -> None:
+    # torch's worker loop looks after its parent too, but takes for it whoever that is when the loop begins: killed
+    # before that, the main process would leave a worker that waits for ever.
     while True:
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+        received = signal.sigtimedwait({signal.SIGTERM}, ORPHAN_CHECK_SECONDS)
+        if os.getppid() != main_pid or (received is not None and received.si_pid == main_pid):
             os._exit(0)

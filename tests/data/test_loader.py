@@ -269,10 +269,16 @@ def test_workers_end_when_the_main_process_terminates_them(make_dataset: MakeDat
 
 ORPHANS = """
 import multiprocessing, os, sys, time
+from data import batch_stream
 from data.coco import read_coco
 from data.dataset import CocoDataset
 from data.loader import TrainLoader
 folder = sys.argv[1]
+start = batch_stream._start_worker
+def start_late(worker_id, **facts):
+    time.sleep(worker_id * float(sys.argv[2]))
+    start(worker_id, **facts)
+batch_stream._start_worker = start_late
 dataset = CocoDataset(folder, read_coco(folder + "/annotations.json"), training=True)
 loader = TrainLoader(dataset, min_size=64, max_size=112, batch_size=2, seed=0, workers=2)
 next(loader.batches(0, 1000))
@@ -281,11 +287,13 @@ time.sleep(60)
 """
 
 
-def test_workers_end_when_the_main_process_is_killed(make_dataset: MakeDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [0, 3])
+def test_workers_end_when_the_main_process_is_killed(make_dataset: MakeDataset, tmp_path: Path, late: float) -> None:
+    """Also one that begins its work only when the main process is gone already."""
     make_dataset(SIZES)
     root = Path(__file__).parent.parent.parent
     with subprocess.Popen(
-        [sys.executable, "-c", ORPHANS, str(tmp_path)],
+        [sys.executable, "-c", ORPHANS, str(tmp_path), str(late)],
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root)},
         stdout=subprocess.PIPE,
