@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 import checkout  # noqa: F401
 from benchmark_peak_memory import PeakMemory
 from benchmark_probes import synchronise
-from benchmark_steps import OurStep, Variant, Work
+from benchmark_steps import OurStep
 from benchmark_timing import format_table, pairwise_ratio, spread
 from benchmark_together import measure_together
+from benchmark_variants import Variant, Work
 from detection.engine import distributed
 from detection.engine.distributed import Processes
 

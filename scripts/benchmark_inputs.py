@@ -8,7 +8,7 @@ from pathlib import Path
 import checkout  # noqa: F401
 from benchmark_scenes import draw_sizes, write_pictures
 from benchmark_timing import BenchmarkError
-from data import CocoDataset, read_coco
+from data import CocoDataset, TrainLoader, read_coco
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser, *, num_pictures: int) -> None:
@@ -30,3 +30,25 @@ def open_pictures(arguments: argparse.Namespace, folder: Path, *, size: tuple[in
         return CocoDataset(arguments.images, read_coco(arguments.annotations), training=True)
     sizes = [size] * arguments.pictures if size is not None else draw_sizes(arguments.pictures, arguments.seed)
     return CocoDataset(folder, read_coco(write_pictures(folder, sizes, arguments.seed)), training=True)
+
+
+def train_loader(
+    arguments: argparse.Namespace,
+    dataset: CocoDataset,
+    sizes: tuple[int, int],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainLoader:
+    """A training's loader without workers; sizes: shorter side and longest side of the resize."""
+    return TrainLoader(
+        dataset,
+        min_size=sizes[0],
+        max_size=sizes[1],
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        rank=rank,
+        world_size=world_size,
+        # The same batches for all variants; more sizes than the buckets would be compiled in vain.
+        few_shapes=arguments.compile or arguments.graphs,
+    )

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import checkout  # noqa: F401
-from benchmark_steps import Variant, Work, build_step
+from benchmark_steps import build_step
+from benchmark_variants import Variant, Work
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"

@@ -13,9 +13,10 @@ import torch
 
 import checkout  # noqa: F401
 from benchmark_probes import synchronise
-from benchmark_steps import OurStep, Variant, Work
+from benchmark_steps import OurStep
 from benchmark_timing import format_table, spread
 from benchmark_together import measure_together
+from benchmark_variants import Variant, Work
 from detection.engine.distributed import Processes, without_gradient_exchange
 
 ALONE, APART, TOGETHER = "one process alone", "all, gradients kept apart", "all, gradients exchanged"

@@ -15,11 +15,12 @@ import torch
 import torch.multiprocessing
 
 import checkout  # noqa: F401
-from benchmark_inputs import open_pictures
+from benchmark_inputs import open_pictures, train_loader
 from benchmark_scenes import native_size
-from benchmark_steps import Variant, Work, starting_weights
 from benchmark_timing import BenchmarkError
-from data import CocoDataset, TrainLoader, read_coco
+from benchmark_torchvision import starting_weights
+from benchmark_variants import Variant, Work
+from data import CocoDataset, read_coco
 from detection.engine.distributed import Processes, start_processes, stop_processes
 from detection.leaving import leave
 
@@ -40,8 +41,8 @@ def measure_together(
     if device.type == "cuda" and num_processes > torch.cuda.device_count():
         raise BenchmarkError(f"--nproc {num_processes}: there are {torch.cuda.device_count()} GPUs")
     precision = "fp32" if arguments.amp == "off" else arguments.amp
-    compiled = "-compile" if arguments.compile else ""
-    names = arguments.variants or [f"ours-{precision}-cl{compiled}"]
+    how = ("-compile" if arguments.compile else "") + ("-graphs" if arguments.graphs else "")
+    names = arguments.variants or [f"ours-{precision}-cl{how}"]
     if len(names) > 1 or Variant.parse(names[0]).owner != "ours":
         raise BenchmarkError("--nproc: one variant of ours at a time")
     size, min_size, max_size = None, arguments.min_size, arguments.max_size
@@ -53,7 +54,7 @@ def measure_together(
         arguments.pictures = arguments.pictures or num_processes * arguments.batch_size * arguments.batches
         dataset = open_pictures(arguments, Path(folder), size=size)
         annotations = arguments.annotations or Path(folder) / "annotations.json"
-        first = next(_loader(dataset, arguments, min_size, max_size, 0, num_processes).batches(0, 1))
+        first = next(train_loader(arguments, dataset, (min_size, max_size), world_size=num_processes).batches(0, 1))
         with starting_weights(arguments.model, len(dataset.class_names), first) as weights:
             result = Path(folder) / "result.json"
             for measure in measures:
@@ -105,7 +106,9 @@ def _work(processes: Processes, settings: dict[str, Any]) -> Work:
     arguments, device = settings["arguments"], processes.device
     dataset = CocoDataset(settings["images"], read_coco(settings["annotations"]), training=True)
     min_size, max_size = settings["sizes"]
-    loader = _loader(dataset, arguments, min_size, max_size, processes.rank, processes.world_size)
+    loader = train_loader(
+        arguments, dataset, (min_size, max_size), rank=processes.rank, world_size=processes.world_size
+    )
     batches = tuple(loader.batches(0, arguments.batches))
     if device.type == "cuda":
         batches = tuple(batch.pin_memory() for batch in batches)
@@ -118,21 +121,6 @@ def _work(processes: Processes, settings: dict[str, Any]) -> Work:
         loader,
         batches,
         Path(settings["weights"]),
-    )
-
-
-def _loader(
-    dataset: CocoDataset, arguments: argparse.Namespace, min_size: int, max_size: int, rank: int, world_size: int
-) -> TrainLoader:
-    return TrainLoader(
-        dataset,
-        min_size=min_size,
-        max_size=max_size,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        rank=rank,
-        world_size=world_size,
-        few_shapes=arguments.compile,
     )
 
 

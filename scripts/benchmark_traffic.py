@@ -18,8 +18,8 @@ from torch.utils.flop_counter import flop_registry
 
 import checkout  # noqa: F401
 from benchmark_machine import add_common_arguments
-from benchmark_steps import ASSIGNMENT, BACKWARD, BOX_HEAD, FEATURES, LOSSES, PROPOSALS, ROI_ALIGN, RPN_HEAD
 from benchmark_timing import BenchmarkError, format_table
+from benchmark_variants import ASSIGNMENT, BACKWARD, BOX_HEAD, FEATURES, LOSSES, PROPOSALS, ROI_ALIGN, RPN_HEAD
 from detection.models import (
     FasterRCNN,
     ImageBatch,

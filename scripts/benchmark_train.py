@@ -16,7 +16,7 @@ import torch
 import checkout  # noqa: F401
 from benchmark_ablation import ablation_rows, ablation_table, ablation_variants
 from benchmark_exchange import measure_exchange
-from benchmark_inputs import add_picture_arguments, open_pictures
+from benchmark_inputs import add_picture_arguments, open_pictures, train_loader
 from benchmark_machine import add_common_arguments
 from benchmark_peak_memory import peak_memory_on_cpu
 from benchmark_probes import (
@@ -33,9 +33,11 @@ from benchmark_probes import (
 )
 from benchmark_scaling import measure_scaling
 from benchmark_scenes import native_size
-from benchmark_steps import STAGES, Step, Variant, Work, build_step, starting_weights
+from benchmark_steps import build_step
 from benchmark_timing import BenchmarkError, Samples, format_table, interleave, timing_rows, timing_table
-from data import CocoDataset, RawBatch, TrainLoader
+from benchmark_torchvision import starting_weights
+from benchmark_variants import STAGES, Step, Variant, Work
+from data import CocoDataset, RawBatch
 
 _DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GPU_BLOCKS = 2  # untimed passes over the batches before anything is measured on a GPU
@@ -225,7 +227,7 @@ def _work(arguments: argparse.Namespace, device: torch.device, folder: Path, sta
     batches = load_batches(arguments, dataset, min_size, max_size, device)
     num_classes = len(dataset.class_names)
     weights = stack.enter_context(starting_weights(arguments.model, num_classes, batches[0]))
-    loader = _loader(arguments, dataset, min_size, max_size)
+    loader = train_loader(arguments, dataset, (min_size, max_size))
     return Work(arguments.model, num_classes, min_size, max_size, device, loader, tuple(batches), weights)
 
 
@@ -233,21 +235,9 @@ def load_batches(
     arguments: argparse.Namespace, dataset: CocoDataset, min_size: int, max_size: int, device: torch.device
 ) -> list[RawBatch]:
     """The first batches of a training on the set."""
-    loader = _loader(arguments, dataset, min_size, max_size)
+    loader = train_loader(arguments, dataset, (min_size, max_size))
     batches = list(loader.batches(0, arguments.batches))
     return [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches
-
-
-def _loader(arguments: argparse.Namespace, dataset: CocoDataset, min_size: int, max_size: int) -> TrainLoader:
-    return TrainLoader(
-        dataset,
-        min_size=min_size,
-        max_size=max_size,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        # The same batches for all variants; more sizes than the buckets would be compiled in vain.
-        few_shapes=arguments.compile or arguments.graphs,
-    )
 
 
 def _build(variants: Sequence[Variant], work: Work, say: Say) -> tuple[dict[str, Step], dict[str, int]]:
