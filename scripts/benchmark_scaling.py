@@ -43,6 +43,8 @@ def _measure(processes: Processes, work: Work, variant: Variant, arguments: argp
             shared.train(batches)
 
     runs: dict[str, Callable[[], None]] = {ALONE: lambda: None, APART: apart, TOGETHER: partial(shared.train, batches)}
+    if variant.graphs:  # their exchange is the loop's own, after the passes
+        del runs[APART]
     if single is not None:
         runs[ALONE] = partial(single.train, batches)
     shared.settle(runs[TOGETHER])
