@@ -64,6 +64,10 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
     # One padded size: each takes the compiler a minute.
     of_one_size: tuple[str, ...] = toy if short else ("--batch-size", "16", "--batches", "1", "--repeats", "7")
     of_one_size += () if short else ("--height", "800", "--width", "1088")
+    # torchvision's float32 step and graphs, which keep their memory, do not fit into a GPU together.
+    variants = ("torchvision-bf16-cl", "torchvision-bf16-cl-compile", "ours-bf16-cl", "ours-bf16-cl-compile")
+    variants += ("ours-bf16-cl-compile-graphs",)
+    of_one_precision = ("--variants", *variants) if on_gpu else ()
     # The parts run in the checkout's folder, wherever this program was started.
     data = ("--data-path", str(arguments.data_path.resolve())) if arguments.data_path is not None else ()
     length = ("--short",) if short else ()
@@ -83,7 +87,7 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
         "compiled": (
             "training step, compiled too, and what the GPU does in it",
             240,
-            ("scripts/benchmark.py", "train", *device, *of_one_size, *compiled, *graphs)
+            ("scripts/benchmark.py", "train", *device, *of_one_size, *compiled, *graphs, *of_one_precision)
             + ("--profile", str(out / "trace.json.gz")),
         ),
         "few-images": (

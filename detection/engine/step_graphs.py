@@ -8,6 +8,7 @@ knows of the batch but its shape, and nothing may ask the device.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
@@ -22,6 +23,8 @@ Losses = dict[str, Tensor]
 Step = Callable[[ImageBatch, TargetBatch], Losses]
 
 _FEWEST_BOX_ROWS = 32
+# Sizes of a batch that are recorded; the buckets of padded sizes and numbers of boxes make some twenty.
+_MOST_RECORDINGS = 32
 
 
 class Recorder(Protocol):
@@ -80,7 +83,7 @@ class StepGraphs:
         if graph is not None:
             graph.load(images, targets)
             return graph.replay()
-        if self.problem is not None or size not in self._seen:
+        if self.problem is not None or size not in self._seen or len(self._graphs) == _MOST_RECORDINGS:
             # The first of a size makes what is kept for it: anchors, chosen algorithms, compiled code.
             self._seen.add(size)
             return step(images, targets)
@@ -90,7 +93,9 @@ class StepGraphs:
         try:
             graph.replay = self._recorder.record(lambda: step(graph.images, graph.targets))
         except RuntimeError as error:
-            self.problem = (str(error).splitlines() or [""])[0]
+            # What is raised at the end of a recording says no more than that something went wrong before.
+            cause = error.__context__ or error
+            self.problem = (str(cause).splitlines() or [""])[0]
         else:
             self._graphs[size] = graph
         return losses
@@ -128,23 +133,31 @@ class CudaGraphRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def rehearse(self, step: Callable[[], Losses]) -> Losses:
-        # On a stream of its own, as the recording will be.
-        current, own = torch.cuda.current_stream(), torch.cuda.Stream()
-        own.wait_stream(current)
-        with torch.cuda.stream(own):
+        # On the stream of the recording: libraries keep what they work with for each.
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             losses = step()
-        current.wait_stream(own)
+        current.wait_stream(self._stream)
         for value in losses.values():
             value.record_stream(current)
         return losses
 
     def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (checkpoints, the loader's pinned memory) may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            recorded = step()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads (checkpoints, the loader's pinned memory) may use the GPU meanwhile.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                recorded = step()
+        except RuntimeError:
+            # torch leaves these as they are in a recording: its stream, and an allocator that waits for its end.
+            torch.cuda.set_stream(current)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
+            raise
 
         def replay() -> Losses:
             graph.replay()

@@ -38,6 +38,7 @@ class AnchorGenerator:
     def __init__(self, config: FasterRCNNConfig) -> None:
         self._config = config
         self._grids: OrderedDict[tuple[object, ...], AnchorGrid] = OrderedDict()
+        self._recorded: list[AnchorGrid] = []
 
     def __call__(
         self, padded_size: tuple[int, int], map_sizes: Sequence[tuple[int, int]], device: torch.device
@@ -52,6 +53,9 @@ class AnchorGenerator:
                 self._grids[key] = self._make(padded_size, map_sizes, device)
             if len(self._grids) > _GRIDS_KEPT:
                 self._grids.popitem(last=False)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A CUDA graph reads them where they are, for as long as it is replayed.
+            self._recorded.append(self._grids[key])
         return self._grids[key]
 
     def _make(

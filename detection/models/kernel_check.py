@@ -11,6 +11,8 @@ from detection.models import nms
 from detection.models.assigners import MaxIoUAssigner
 from detection.models.roi_align import RoIAlign, roi_levels
 
+# As many as a training has in a group and in a cell: kernels are compiled for such numbers.
+NUM_BOXES, NUM_CHANNELS = 2000, 64
 _STRIDES = (4, 8, 16, 32)
 _WIDTH, _HEIGHT = 160, 96
 
@@ -34,12 +36,13 @@ def _boxes(generator: torch.Generator, *shape: int, device: torch.device) -> Ten
 
 def _suppression_agrees(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
-    boxes = _boxes(generator, 2, 150, device=device)
-    ranking = torch.randn(2, 150, generator=generator).to(device)
+    per_level = [NUM_BOXES, 40]
+    boxes = _boxes(generator, 2, sum(per_level), device=device)
+    ranking = torch.randn(2, sum(per_level), generator=generator).to(device)
     ranking[0, 5:40] = -torch.inf
     return all(
         torch.equal(
-            nms.by_triton(boxes, ranking, [110, 40], threshold), nms.in_rounds(boxes, ranking, [110, 40], threshold)
+            nms.by_triton(boxes, ranking, per_level, threshold), nms.in_rounds(boxes, ranking, per_level, threshold)
         )
         for threshold in (0.3, 0.5, 0.7)
     )
@@ -66,7 +69,7 @@ def _assignment_agrees(device: torch.device) -> bool:
 def _pooling_agrees(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(2)
     sizes = [(_HEIGHT // stride, _WIDTH // stride) for stride in _STRIDES]
-    maps = [torch.randn(2, 8, *size, generator=generator).to(device) for size in sizes]
+    maps = [torch.randn(2, NUM_CHANNELS, *size, generator=generator).to(device) for size in sizes]
     boxes = _boxes(generator, 2, 12, device=device)
     boxes[0, 0] = 0.0
     boxes[0, 1] = torch.tensor([0.0, 0.0, _WIDTH, 20.0])

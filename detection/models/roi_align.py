@@ -55,9 +55,7 @@ class RoIAlign:
         """
         if boxes_xyxy.device.type == "cpu" and not self.exportable:
             return self._by_sparse_matrix(features, boxes_xyxy, levels, table)
-        # The kernel adds up its gradient in no fixed order.
-        in_order = self.exportable or torch.are_deterministic_algorithms_enabled()
-        if features[0].dtype != torch.float64 and not in_order and uses_triton(boxes_xyxy.device):
+        if features[0].dtype != torch.float64 and not self.exportable and uses_triton(boxes_xyxy.device):
             return self.by_triton(features, boxes_xyxy, levels, table)
         return self.by_operator(features, boxes_xyxy, levels)
 

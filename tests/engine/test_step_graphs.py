@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from detection.config import ConfigError
 from detection.engine import step_graphs, training_run
 from detection.engine.distributed import Processes
-from detection.engine.step_graphs import FlatGradients, StepGraphs, cuda_step_graphs
+from detection.engine.step_graphs import CudaGraphRecorder, FlatGradients, StepGraphs, cuda_step_graphs
 from detection.models import ImageBatch, TargetBatch, assigners, backbones, build_model, fpn, rpn
 from detection.models.roi_align import RoIAlign
 
@@ -168,6 +168,51 @@ def test_flat_gradients_lie_as_their_parameters_and_begin_at_multiples_of_four()
     assert weight.grad.unique().tolist() == [3.0] and bias.grad.unique().tolist() == [3.0]
     gradients.zero()
     assert not any(parameter.grad.any() for parameter in (weight, bias, other))
+
+
+def on_gpu(*batches: tuple[ImageBatch, TargetBatch]) -> list[tuple[ImageBatch, TargetBatch]]:
+    return [
+        (ImageBatch(*(each.cuda() for each in images)), TargetBatch(*(each.cuda() for each in targets)))
+        for images, targets in batches
+    ]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_replayed_passes_give_what_passes_give_as_they_are_written(compiled):
+    batches = on_gpu(*(batch(seed, 1 + 5 * (seed % 3), 64 if seed % 2 else 96) for seed in range(10)))
+    graphs = StepGraphs(CudaGraphRecorder())
+    recorded, plain = tiny().cuda(), tiny().cuda()
+    if compiled:
+        recorded.compile_dense_parts(dynamic=False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        found, expected = passes(recorded, graphs, batches), passes(plain, None, batches)
+    assert graphs.problem is None and graphs.num_recordings == 2
+    for (losses, gradients), (plain_losses, plain_gradients) in zip(found, expected, strict=True):
+        torch.testing.assert_close(losses, plain_losses, rtol=1e-3, atol=1e-4)
+        assert (gradients - plain_gradients).norm() < 0.01 * plain_gradients.norm()
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_pass_that_cannot_be_recorded_leaves_a_training_that_goes_on():
+    batches = on_gpu(*(batch(seed, 3) for seed in range(6)))
+    model, graphs = tiny().cuda(), StepGraphs(CudaGraphRecorder())
+    model.register_forward_hook(lambda module, given, losses: losses["loss_cls"].item() and None)
+    found = passes(model, graphs, batches)
+    assert graphs.problem is not None and "captur" in graphs.problem
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    expected = passes(tiny().cuda(), None, batches)
+    assert all((g - e).norm() < 0.02 * e.norm() for (_, g), (_, e) in zip(found, expected, strict=True))
+    # What another stream has used is free again when it has done so.
+    own = torch.cuda.Stream()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        used = torch.zeros(2**20, device="cuda")
+        used.record_stream(own)
+        del used
+    torch.cuda.synchronize()
+    torch.zeros(1, device="cuda")
+    assert torch.cuda.memory_allocated() - before < 2**20
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_suppression_and_assignment_are_those_of_the_plain_code_to_the_last_box(
 def test_rois_and_their_gradients_are_pooled_as_by_the_sparse_matrix(interpreted):
     found = interpreted["pooled"]
     assert found.pop("levels") == [0, 1, 2, 3]
-    assert len(found) == 3
+    assert len(found) == 6  # each also as sums that know no order
     for values, gradients in found.values():
         assert values < 1e-5 and gradients < 1e-4
 
@@ -110,10 +110,13 @@ def test_roi_align_compiles_for_a_gpu(backward, ratio, aligned, dtype):
     types = {f"{name}_{level}": "i32" for name in ("start", "height", "width") for level in range(4)}
     types |= {f"scale_{level}": "fp32" for level in range(4)}
     types |= {"boxes": "*fp32", "levels": "*i64", "pooled": f"*{dtype}", "num_rois": "i32", "num_channels": "i32"}
-    types["table"] = "*fp32" if backward else f"*{dtype}"
     constants = {"SIZE": 7, "RATIO": ratio, "ALIGNED": aligned, "BINS": 64, "CHANNELS": 64, "BACKWARD": backward}
-    text = compiled(pool, types, constants)
-    assert ("add.f32" in text and "atom" in text) if backward else "atom" not in text
+    plain = {**types, "table": "*fp32" if backward else f"*{dtype}"}
+    text = compiled(pool, plain, {**constants, "unit": None, "IN_UNITS": False})
+    assert bool(re.search(r"atom\S*add\S*f32", text)) == backward
+    if backward:
+        text = compiled(pool, {**types, "table": "*i64", "unit": "*fp32"}, {**constants, "IN_UNITS": True})
+        assert re.search(r"atom\S*add\S*u64", text) and not re.search(r"atom\S*add\S*f32", text)
 
 
 @pytest.fixture
@@ -136,6 +139,30 @@ def test_kernels_that_agree_are_used_and_the_check_may_wait_for_the_gpu(a_gpu, m
     assert uses_triton(torch.device("cuda")) and uses_triton(torch.device("cuda"))
     assert asked == ["default"] and a_gpu[-1] == "error"
     assert "checked on this GPU" in describe_kernels(torch.device("cuda"))
+
+
+def test_the_check_has_gradients_wherever_the_question_comes_from(a_gpu, monkeypatch):
+    def differ(device: torch.device) -> list[str]:
+        assert not torch.are_deterministic_algorithms_enabled()
+        x = torch.ones(1, requires_grad=True)
+        return [] if torch.autograd.grad(x * 2, x)[0] == 2 else ["gradient"]
+
+    monkeypatch.setattr(kernel_check, "kernels_that_differ", differ)
+    inside = torch.library.custom_op("detection_test::ask", mutates_args=())(_ask)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for ask in (torch.no_grad()(_ask), torch.inference_mode()(_ask), inside):
+            kernels._verdict.cache_clear()
+            ask(torch.zeros(1))
+            assert "checked on this GPU" in describe_kernels(torch.device("cuda", 0)), ask
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _ask(x: torch.Tensor) -> torch.Tensor:
+    assert uses_triton(torch.device("cuda"))
+    return x.clone()
 
 
 def test_kernels_that_give_other_results_are_not_used_and_named(a_gpu, monkeypatch):
@@ -198,9 +225,20 @@ def test_on_a_gpu_the_kernels_agree_at_the_size_of_a_training():
 
     maps = [torch.randn(16, 256, 800 // s, 1344 // s, device=device) for s in (4, 8, 16, 32)]
     maps = [each.to(memory_format=torch.channels_last) for each in maps]
+    maps = [each.requires_grad_() for each in maps]
     rois = boxes[:, :512].contiguous()
-    levels = roi_levels(rois, finest_scale=56, eps_inside_log=True)
+    levels = roi_levels(rois, finest_scale=28, eps_inside_log=True)
+    assert levels.unique().tolist() == [0, 1, 2, 3]
     pool = RoIAlign(7, 0, True, (4, 8, 16, 32))
-    torch.testing.assert_close(
-        pool.by_triton(maps, rois, levels), pool.by_operator(maps, rois, levels), rtol=1e-4, atol=1e-4
-    )
+    results = []
+    for by in (pool.by_triton, pool.by_operator):
+        values = by(maps, rois, levels)
+        results.append((values.detach(), *torch.autograd.grad((values * values.detach().sin()).sum(), maps)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        twice = [torch.autograd.grad(pool.by_triton(maps, rois, levels).square().sum(), maps) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    for one, other in zip(*twice, strict=True):
+        assert torch.equal(one, other)

@@ -350,7 +350,9 @@ def test_losses_on_the_gpu_equal_those_on_the_cpu(model):
     truth = batch_targets(targets, 5, CPU)
     on_gpu = make_model().cuda()
     on_gpu.load_state_dict(model.state_dict())
-    with torch.no_grad():
+    # A GPU's convolutions of float32 round their inputs to TF32 otherwise.
+    precise = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with precise, torch.no_grad():
         expected = model(batch_images(images, CPU), truth)
         device = torch.device("cuda")
         found = on_gpu(batch_images(images, device), TargetBatch(*(each.to(device) for each in truth)))

@@ -46,7 +46,7 @@ def best_of_candidates(
             if LOW_QUALITY:
                 # No overlap is below zero, and such floats are ordered as the integers that their bits are.
                 largest = tl.max(iou.to(tl.int32, bitcast=True), axis=0)
-                tl.atomic_max(best_of_gt + image * num_gt + number, largest)
+                tl.atomic_max(best_of_gt + image * num_gt + number, largest, sem="relaxed")
     tl.store(best_iou + image * num_candidates + place, best, mask=inside)
     tl.store(best_index + image * num_candidates + place, index.to(tl.int64), mask=inside)
 
@@ -100,18 +100,19 @@ def best_matches(
     best_index = torch.empty((num_images, num_candidates), dtype=torch.int64, device=device)
     best_of_gt = torch.full((num_images, num_gt), _BITS_OF_MINUS_ONE, dtype=torch.int32, device=device)
     programs = (num_images, triton.cdiv(num_candidates, _BLOCK))
+    low_quality_index = None
     # Without fused multiply-adds, which would make a candidate's IoU another number in each of the two kernels.
-    best_of_candidates[programs](
-        gt_boxes, gt_valid, candidates, valid, best_iou, best_index, best_of_gt,
-        num_gt, num_candidates, image_stride,
-        HAS_VALID=valid is not None, LOW_QUALITY=low_quality_iou is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
-    )  # fmt: skip
-    if low_quality_iou is None:
-        return best_iou, best_index, None
-    low_quality_index = torch.empty_like(best_index)
-    last_gt_with_its_best[programs](
-        gt_boxes, candidates, valid, best_of_gt, low_quality_index,
-        num_gt, num_candidates, image_stride, low_quality_iou,
-        HAS_VALID=valid is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(gt_boxes):
+        best_of_candidates[programs](
+            gt_boxes, gt_valid, candidates, valid, best_iou, best_index, best_of_gt,
+            num_gt, num_candidates, image_stride,
+            HAS_VALID=valid is not None, LOW_QUALITY=low_quality_iou is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
+        )  # fmt: skip
+        if low_quality_iou is not None:
+            low_quality_index = torch.empty_like(best_index)
+            last_gt_with_its_best[programs](
+                gt_boxes, candidates, valid, best_of_gt, low_quality_index,
+                num_gt, num_candidates, image_stride, low_quality_iou,
+                HAS_VALID=valid is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
+            )  # fmt: skip
     return best_iou, best_index, low_quality_index

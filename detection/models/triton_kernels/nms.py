@@ -79,13 +79,14 @@ def keep_best(boxes_xyxy: Tensor, valid: Tensor, iou_threshold: float) -> Tensor
     bits = torch.empty((num_groups, _WORD * num_words, row_words), dtype=torch.int32, device=valid.device)
     keep = torch.empty_like(valid)
     tiles = (num_groups, triton.cdiv(_WORD * num_words, _ROWS), triton.cdiv(num_words, _WORDS))
-    # Without fused multiply-adds: an overlap at the threshold is decided by its rounding.
-    overlap_bits[tiles](
-        boxes_xyxy.contiguous(), bits, num_boxes, num_words, row_words, iou_threshold,
-        ROWS=_ROWS, WORDS=_WORDS, enable_fp_fusion=False,
-    )  # fmt: skip
-    walk_down[(num_groups,)](
-        bits, valid.contiguous().view(torch.uint8), keep.view(torch.uint8), num_boxes, num_words,
-        ROW_WORDS=row_words, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(boxes_xyxy):
+        # Without fused multiply-adds: an overlap at the threshold is decided by its rounding.
+        overlap_bits[tiles](
+            boxes_xyxy.contiguous(), bits, num_boxes, num_words, row_words, iou_threshold,
+            ROWS=_ROWS, WORDS=_WORDS, enable_fp_fusion=False,
+        )  # fmt: skip
+        walk_down[(num_groups,)](
+            bits, valid.contiguous().view(torch.uint8), keep.view(torch.uint8), num_boxes, num_words,
+            ROW_WORDS=row_words, num_warps=1,
+        )  # fmt: skip
     return keep

@@ -15,6 +15,10 @@ from torch import Tensor
 
 _CHANNELS = 64  # of a program, at most
 _LEVELS = 4
+# Sums in whole numbers do not depend on their order: so many of them are the largest gradient.
+_LARGEST = 2.0**40
+# Numbers that change with the size of a batch, for which nothing is to be compiled anew.
+_GEOMETRY = [f"{name}_{level}" for name in ("start", "height", "width") for level in range(_LEVELS)]
 
 
 @triton.jit
@@ -52,17 +56,18 @@ def neighbours(start, bin_length, samples, bins, sample, map_length):
     return before, after, 1.0 - fraction, fraction, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_GEOMETRY, "num_rois"])
 def pool(
-    table, boxes, levels, pooled, num_rois, num_channels,
+    table, boxes, levels, pooled, unit, num_rois, num_channels,
     start_0, start_1, start_2, start_3, height_0, height_1, height_2, height_3, width_0, width_1, width_2, width_3,
     scale_0, scale_1, scale_2, scale_3,
     SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr,
-    BINS: tl.constexpr, CHANNELS: tl.constexpr, BACKWARD: tl.constexpr,
+    BINS: tl.constexpr, CHANNELS: tl.constexpr, BACKWARD: tl.constexpr, IN_UNITS: tl.constexpr,
 ):  # fmt: skip
     """Each bin's mean of its samples; BACKWARD adds the gradient of `pooled` into the table's instead.
 
-    table: [cells, C]; BACKWARD: its gradient, float32. boxes: float32 [B, R, 4] in pixels. levels: int64 [B, R].
+    table: [cells, C]; BACKWARD: its gradient, float32, or with IN_UNITS int64, in units of 1 / unit (float32, one
+    number). boxes: float32 [B, R, 4] in pixels. levels: int64 [B, R].
     pooled: [B * R, C, SIZE, SIZE]. start_l: the first row of a level; its maps have height_l x width_l cells, of 1 /
     scale_l pixels. A program has a RoI and a block of channels.
     """
@@ -99,7 +104,10 @@ def pool(
                 cell = first_row + cell_row * width + (left if corner % 2 == 0 else right)
                 weight = weight * (left_weight if corner % 2 == 0 else right_weight)
                 cells = table + cell[:, None] * num_channels + channel[None, :]
-                if BACKWARD:
+                if IN_UNITS:
+                    units = (values * weight[:, None] * tl.load(unit)).to(tl.int64)
+                    tl.atomic_add(cells, units, mask=on_map, sem="relaxed")
+                elif BACKWARD:
                     tl.atomic_add(cells, values * weight[:, None], mask=on_map, sem="relaxed")
                 else:
                     values += tl.load(cells, mask=on_map, other=0.0).to(tl.float32) * weight[:, None]
@@ -122,7 +130,8 @@ def pool_from_table(
 
     table: `cell_table` of maps with `map_sizes` (height, width); strides: of those that RoIs come from, four at most.
     boxes_xyxy: float32 [B, R, 4] in pixels; levels: int64 [B, R]. Settings as in `RoIAlign`. The sums of the gradient
-    are taken in no fixed order.
+    are taken in no fixed order, unless algorithms are to be deterministic: then in whole numbers, which needs twice the
+    memory for them.
     """
     num_images, num_rois = levels.shape
     starts = [0]
@@ -150,16 +159,23 @@ class _PoolFromTable(torch.autograd.Function):
         ctx.arguments, ctx.shape, ctx.dtype = (num_rois, geometry, settings), table.shape, table.dtype
         size = settings[0]
         pooled = table.new_empty((levels.numel(), table.shape[1], size, size))
-        _launch(table, boxes, levels, pooled, *ctx.arguments, backward=False)
+        _launch(table, boxes, levels, pooled, None, *ctx.arguments)
         return pooled
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        of_table = torch.zeros(ctx.shape, dtype=torch.float32, device=gradient.device)
         boxes, levels = ctx.saved_tensors
-        _launch(of_table, boxes, levels, gradient.contiguous(), *ctx.arguments, backward=True)
-        return of_table.to(ctx.dtype), None, None, None, None, None
+        gradient = gradient.contiguous()
+        if not torch.are_deterministic_algorithms_enabled():
+            of_table = gradient.new_zeros(ctx.shape, dtype=torch.float32)
+            _launch(of_table, boxes, levels, gradient, None, *ctx.arguments, backward=True)
+            return of_table.to(ctx.dtype), None, None, None, None, None
+        # Of a gradient that is not finite nothing finite comes back.
+        unit = _LARGEST / gradient.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
+        in_units = gradient.new_zeros(ctx.shape, dtype=torch.int64)
+        _launch(in_units, boxes, levels, gradient, unit, *ctx.arguments, backward=True)
+        return (in_units / unit).to(ctx.dtype), None, None, None, None, None
 
 
 def _launch(
@@ -167,18 +183,20 @@ def _launch(
     boxes: Tensor,
     levels: Tensor,
     pooled: Tensor,
+    unit: Tensor | None,
     num_rois: int,
     geometry: Sequence[float],
     settings: tuple[int, int, bool],
     *,
-    backward: bool,
+    backward: bool = False,
 ) -> None:
     size, ratio, aligned = settings
     num_channels = table.shape[1]
     channels = min(_CHANNELS, triton.next_power_of_2(num_channels))
     programs = (levels.numel(), triton.cdiv(num_channels, channels))
-    pool[programs](
-        table, boxes, levels, pooled, num_rois, num_channels, *geometry,
-        SIZE=size, RATIO=ratio, ALIGNED=aligned, BINS=triton.next_power_of_2(size * size), CHANNELS=channels,
-        BACKWARD=backward,
-    )  # fmt: skip
+    with torch.cuda.device_of(table):
+        pool[programs](
+            table, boxes, levels, pooled, unit, num_rois, num_channels, *geometry,
+            SIZE=size, RATIO=ratio, ALIGNED=aligned, BINS=triton.next_power_of_2(size * size), CHANNELS=channels,
+            BACKWARD=backward, IN_UNITS=unit is not None,
+        )  # fmt: skip
