@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 import checkout  # noqa: F401
 from benchmark_timing import format_table, pairwise_ratio
-from detection.models import FasterRCNN, assigners, backbones, faster_rcnn, fpn, nms, roi_align, rpn
+from detection.models import (
+    FasterRCNN,
+    assigners,
+    backbones,
+    convolutions,
+    cpu_convolutions,
+    faster_rcnn,
+    nms,
+    roi_align,
+)
 from detection.models.backbones import FrozenBatchNorm
 from detection.models.roi_align import RoIAlign
 
@@ -36,7 +45,9 @@ class Optimisation:
 
 
 def _unfolded(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
-    def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
+    def conv_norm(
+        conv: nn.Conv2d, norm: nn.Module, x: Tensor, *, relu: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
         # As the folded one computes it, but for the fold.
         padding = cast("tuple[int, ...]", conv.padding)
         out = backbones.convolution(x, conv.weight, conv.bias, stride=conv.stride, padding=padding, groups=conv.groups)
@@ -45,6 +56,8 @@ def _unfolded(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
             out = out * scale[:, None, None].to(out.dtype) + shift[:, None, None].to(out.dtype)
         else:
             out = norm(out)
+        if residual is not None:
+            return convolutions.end_of_block(out, residual, relu=relu)
         return F.relu_(out) if relu else out
 
     return mock.patch.object(backbones, "conv_norm", conv_norm)
@@ -87,17 +100,15 @@ def _dense_pyramid_gradient(model: FasterRCNN) -> contextlib.AbstractContextMana
     def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
-    return mock.patch.object(fpn, "convolution_with_sparse_gradient", convolution)
+    return mock.patch.object(cpu_convolutions, "convolution_with_sparse_gradient", convolution)
 
 
-@contextlib.contextmanager
-def _plain_convolutions(model: FasterRCNN) -> Iterator[None]:
+def _plain_convolutions(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
     def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False, **places: Any) -> Tensor:
         out = F.conv2d(x, weight, bias, **places)
         return F.relu_(out) if relu else out
 
-    with mock.patch.object(backbones, "convolution", convolution), mock.patch.object(rpn, "convolution", convolution):
-        yield
+    return mock.patch.object(cpu_convolutions, "convolution", convolution)
 
 
 def _plain(module: ModuleType) -> Patches:
@@ -126,6 +137,9 @@ OPTIMISATIONS: dict[str, Optimisation] = {
     ),
     "triton-assignment": Optimisation("assignment as a Triton kernel", _plain(assigners), device="cuda"),
     "triton-roi-align": Optimisation("RoIAlign as a Triton kernel", _plain(roi_align), device="cuda"),
+    "finished-convolutions": Optimisation(
+        "bias, residual and ReLU after a convolution in one pass", _plain(convolutions), device="cuda"
+    ),
     "sparse-roi-align": Optimisation("RoIAlign as a sparse matrix product", _stock_roi_align, device="cpu"),
     "sparse-pyramid-gradient": Optimisation(
         "pyramid's convolutions: no backward work where nothing was learnt", _dense_pyramid_gradient, device="cpu"

@@ -25,7 +25,9 @@ from detection.models import (
     ImageBatch,
     TargetBatch,
     assigners,
+    backbones,
     build_model,
+    convolutions,
     faster_rcnn,
     nms,
     roi_align,
@@ -121,6 +123,9 @@ class TrafficCounter(TorchDispatchMode):
             read = _bytes_of(args[1:])
         flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result) if packet in flop_registry else 0
         self.add(read + _bytes_of(result), flops)
+        if name == "convolution" and args[2] is not None:
+            # On a GPU PyTorch adds the bias in a pass of its own.
+            self.add(2 * _bytes_of(result))
         return result
 
     @contextlib.contextmanager
@@ -215,8 +220,37 @@ class _PooledFromTable(torch.autograd.Function):
         return gradient.new_zeros(ctx.shape, dtype=torch.float32).to(ctx.dtype), None, None
 
 
+class _Finished(torch.autograd.Function):
+    """As much as the kernels for the ends of convolutions read and write."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, count: Any) -> Tensor:
+        ctx.mark_dirty(out)
+        ctx.relu, ctx.count, ctx.has_residual = relu, count, residual is not None
+        ctx.bias_shape = None if bias is None else bias.shape
+        count(_bytes_of((out, out, bias, residual)))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_input = torch.empty_like(gradient) if ctx.relu else gradient
+        ctx.count(_bytes_of((gradient, gradient, of_input) if ctx.relu else gradient))
+        of_bias = gradient.new_empty(ctx.bias_shape, dtype=torch.float32) if ctx.bias_shape is not None else None
+        return of_input, of_bias, of_input if ctx.has_residual else None, None, None
+
+
 def _kernels(counter: TrafficCounter) -> Iterator[Any]:
     """Stand-ins for the kernels that count what these read and write; of RoIAlign the table once, whatever its bins."""
+
+    def finished(
+        x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Any = (1, 1), padding: Any = (0, 0), groups: int = 1,
+        relu: bool = False, residual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        out = torch.nn.functional.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
+        if not relu and bias is None and residual is None:
+            return out
+        result: Tensor = _Finished.apply(out, bias, residual, relu, counter.add)
+        return result
 
     def keep_best(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
         groups, number = valid.shape
@@ -245,6 +279,8 @@ def _kernels(counter: TrafficCounter) -> Iterator[Any]:
         counter.add(_bytes_of((table, pooled)))
         return pooled
 
+    for module in (convolutions, backbones, rpn):
+        yield mock.patch.object(module, "convolution", finished)
     yield mock.patch.object(nms, "_rounds_until_settled", keep_best)
     yield mock.patch.object(assigners.MaxIoUAssigner, "best_in_blocks", best_matches)
     yield mock.patch.object(roi_align.RoIAlign, "__call__", pool)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.cpu_convolutions import convolution
+from detection.models.convolutions import convolution, end_of_block
 
 Norm = Literal["frozen_bn", "bn", "gn"]
 NORMS: tuple[str, ...] = ("frozen_bn", "bn", "gn")
@@ -72,20 +72,26 @@ class FrozenBatchNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}, train_affine={self.weight.requires_grad}"
 
 
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
-    """norm(conv(x)), then ReLU if that is asked for; the norm is folded into the convolution where its statistics are
-    frozen.
+def conv_norm(
+    conv: nn.Conv2d, norm: nn.Module, x: Tensor, *, relu: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """norm(conv(x)), plus `residual` where one is given, then ReLU if that is asked for; the norm is folded into the
+    convolution where its statistics are frozen.
 
     The fold happens in the parameters' own precision; under autocast the convolution then rounds the folded
     weight once.
     """
     if not isinstance(norm, FrozenBatchNorm):
         out = norm(conv(x))
+        if residual is not None:
+            return end_of_block(out, residual, relu=relu)
         return F.relu_(out) if relu else out
     scale, shift = norm.scale_and_shift()
     weight = conv.weight * scale[:, None, None, None]
     padding = cast("tuple[int, ...]", conv.padding)  # never one of the words that nn.Conv2d takes
-    return convolution(x, weight, shift, stride=conv.stride, padding=padding, groups=conv.groups, relu=relu)
+    return convolution(
+        x, weight, shift, stride=conv.stride, padding=padding, groups=conv.groups, relu=relu, residual=residual
+    )
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = conv_norm(self.conv1, self.bn1, x, relu=True)
-        out = conv_norm(self.conv2, self.bn2, out)
-        return F.relu_(out.add_(_identity(self.downsample, x)))
+        return conv_norm(self.conv2, self.bn2, out, relu=True, residual=_identity(self.downsample, x))
 
 
 class Bottleneck(nn.Module):
@@ -182,8 +187,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = conv_norm(self.conv1, self.bn1, x, relu=True)
         out = conv_norm(self.conv2, self.bn2, out, relu=True)
-        out = conv_norm(self.conv3, self.bn3, out)
-        return F.relu_(out.add_(_identity(self.downsample, x)))
+        return conv_norm(self.conv3, self.bn3, out, relu=True, residual=_identity(self.downsample, x))
 
 
 class ResNet(nn.Module):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.backbones import GROUPS_OF_GROUP_NORM
-from detection.models.cpu_convolutions import convolution_with_sparse_gradient
+from detection.models.convolutions import convolution_with_sparse_gradient
 
 
 def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d:
@@ -58,7 +59,9 @@ class FPN(nn.Module):
             maps = [norm(x) for norm, x in zip(self.lateral_norm, maps, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
             finer = maps[level - 1]
-            finer.add_(F.interpolate(maps[level], size=finer.shape[-2:], mode="nearest"))
+            # Autocast would have copies in float32, and nothing is computed here.
+            with torch.autocast(finer.device.type, enabled=False):
+                finer.add_(F.interpolate(maps[level], size=finer.shape[-2:], mode="nearest"))
         outputs = [_convolve(conv, x) for conv, x in zip(self.output, maps, strict=True)]
         if self.output_norm is not None:
             outputs = [norm(x) for norm, x in zip(self.output_norm, outputs, strict=True)]

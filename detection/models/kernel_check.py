@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detection.models import nms
@@ -23,8 +24,37 @@ def kernels_that_differ(device: torch.device) -> list[str]:
         "suppression": _suppression_agrees,
         "assignment": _assignment_agrees,
         "RoIAlign": _pooling_agrees,
+        "ends of convolutions": _ends_agree,
     }
     return [name for name, agrees in checks.items() if not agrees(device)]
+
+
+def _ends_agree(device: torch.device) -> bool:
+    from detection.models.triton_kernels.epilogue import finish_convolution
+
+    generator = torch.Generator().manual_seed(3)
+    maps = torch.randn(3, 2, NUM_CHANNELS, 15, 17, generator=generator).to(device)
+    bias = torch.randn(NUM_CHANNELS, generator=generator).to(device)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        out, residual, weights = (each.to(dtype, memory_format=torch.channels_last) for each in maps)
+        for with_bias, with_residual, relu in ((True, False, True), (True, True, True), (True, False, False)):
+            leaves = [each.clone().requires_grad_() for each in (out, bias, residual)]
+            ours = finish_convolution(
+                leaves[0] * 1, leaves[1] if with_bias else None, leaves[2] if with_residual else None, relu=relu
+            )
+            plain = leaves[0].float() + leaves[1][:, None, None]
+            plain = plain + leaves[2].float() if with_residual else plain
+            plain = F.relu(plain) if relu else plain
+            pairs = [(ours.detach().float(), plain.detach())]
+            gradients = [
+                torch.autograd.grad((each.float() * weights.float()).sum(), leaves, allow_unused=True)
+                for each in (ours, plain)
+            ]
+            pairs += zip(*gradients, strict=True)
+            for a, b in pairs:
+                if a is not None and not torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance):
+                    return False
+    return True
 
 
 def _boxes(generator: torch.Generator, *shape: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from detection.models.anchors import AnchorGrid, anchors_inside_padding
 from detection.models.assigners import MaxIoUAssigner
 from detection.models.batch import TargetBatch
 from detection.models.boxes import clip_boxes, decode_boxes, encode_boxes, sides_above
-from detection.models.cpu_convolutions import convolution
+from detection.models.convolutions import convolution
 from detection.models.losses import count_at_least_one, smooth_l1
 from detection.models.nms import suppress_within_levels
 from detection.models.recipes import FasterRCNNConfig

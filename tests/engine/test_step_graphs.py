@@ -15,7 +15,7 @@ from detection.config import ConfigError
 from detection.engine import step_graphs, training_run
 from detection.engine.distributed import Processes
 from detection.engine.step_graphs import CudaGraphRecorder, FlatGradients, StepGraphs, cuda_step_graphs
-from detection.models import ImageBatch, TargetBatch, assigners, backbones, build_model, fpn, rpn
+from detection.models import ImageBatch, TargetBatch, assigners, build_model, cpu_convolutions
 from detection.models.roi_align import RoIAlign
 
 CPU = torch.device("cpu")
@@ -80,9 +80,8 @@ def code_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_pyramid(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
-    monkeypatch.setattr(backbones, "convolution", convolution)
-    monkeypatch.setattr(rpn, "convolution", convolution)
-    monkeypatch.setattr(fpn, "convolution_with_sparse_gradient", of_pyramid)
+    monkeypatch.setattr(cpu_convolutions, "convolution", convolution)
+    monkeypatch.setattr(cpu_convolutions, "convolution_with_sparse_gradient", of_pyramid)
     monkeypatch.setattr(
         RoIAlign, "_by_sparse_matrix", lambda self, maps, boxes, levels, _: self.by_operator(maps, boxes, levels)
     )

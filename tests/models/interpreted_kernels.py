@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detection.models import ImageBatch, TargetBatch, assigners, build_model, kernel_check, nms, roi_align
@@ -17,7 +18,7 @@ from detection.models import rpn as rpn_module
 from detection.models.assigners import MaxIoUAssigner
 from detection.models.feature_cells import cell_table, take_rows
 from detection.models.roi_align import RoIAlign, roi_levels
-from detection.models.triton_kernels import assignment
+from detection.models.triton_kernels import assignment, epilogue
 from detection.models.triton_kernels import nms as nms_kernels
 
 CPU = torch.device("cpu")
@@ -60,6 +61,7 @@ def broken_kernels_are_found() -> list[str]:
         mock.patch.object(
             roi_kernels, "pool_from_table", spoilt(roi_kernels.pool_from_table, lambda pooled: pooled * 1.01)
         ),
+        mock.patch.object(epilogue, "finish_convolution", spoilt(epilogue.finish_convolution, lambda out: out + 0.1)),
     ):
         return kernel_check.kernels_that_differ(CPU)
 
@@ -146,6 +148,35 @@ def pooled() -> dict[str, list[float]]:
     return found
 
 
+def ends() -> dict[str, float]:
+    """Largest differences of outputs and gradients from the same written out, for more cells than programs."""
+    epilogue._MOST_SUMS = 3
+    generator = torch.Generator().manual_seed(5)
+    found = {}
+    for channels, height, width in ((130, 21, 18), (5, 40, 50), (64, 16, 9)):
+        shape = (2, channels, height, width)
+        out, residual, weights = (torch.randn(shape, generator=generator) for _ in range(3))
+        bias = torch.randn(channels, generator=generator)
+        for has_bias, has_residual, relu in ((1, 0, 1), (1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 1)):
+            leaves = [
+                out.clone(memory_format=torch.channels_last).requires_grad_(),
+                bias.clone().requires_grad_(),
+                residual.clone().requires_grad_(),  # channels first, as it may come
+            ]
+            given = (leaves[1] if has_bias else None, leaves[2] if has_residual else None)
+            ours = epilogue.finish_convolution(leaves[0] * 1, *given, relu=bool(relu))
+            plain = leaves[0] + (leaves[1][:, None, None] if has_bias else 0) + (leaves[2] if has_residual else 0)
+            plain = F.relu(plain) if relu else plain
+            gradients = [
+                torch.autograd.grad((each * weights).sum(), leaves, allow_unused=True) for each in (ours, plain)
+            ]
+            pairs = [(ours, plain), *((a, b) for a, b in zip(*gradients, strict=True) if a is not None)]
+            found[f"{shape} {has_bias} {has_residual} {relu}"] = max(
+                float((a - b).detach().abs().max()) for a, b in pairs
+            )
+    return found
+
+
 def training_step() -> dict[str, Any]:
     """Losses and gradients of a whole step with all kernels, beside the same step without any."""
     torch.manual_seed(0)
@@ -193,7 +224,7 @@ def main() -> None:
     torch.set_num_threads(1)
     answers = {
         case.__name__: case()
-        for case in (kernels_that_differ, broken_kernels_are_found, suppression, assigned, pooled, training_step)
+        for case in (kernels_that_differ, broken_kernels_are_found, suppression, assigned, pooled, ends, training_step)
     }
     json.dump(answers, sys.stdout)
 

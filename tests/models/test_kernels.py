@@ -35,7 +35,7 @@ def interpreted() -> dict[str, Any]:
 
 def test_the_kernels_pass_the_check_that_decides_on_their_use_and_broken_ones_do_not(interpreted):
     assert interpreted["kernels_that_differ"] == []
-    assert interpreted["broken_kernels_are_found"] == ["suppression", "assignment", "RoIAlign"]
+    assert interpreted["broken_kernels_are_found"] == ["suppression", "assignment", "RoIAlign", "ends of convolutions"]
 
 
 @pytest.mark.parametrize("part", ["suppression", "assigned"])
@@ -50,6 +50,11 @@ def test_rois_and_their_gradients_are_pooled_as_by_the_sparse_matrix(interpreted
     assert len(found) == 6  # each also as sums that know no order
     for values, gradients in found.values():
         assert values < 1e-5 and gradients < 1e-4
+
+
+def test_bias_residual_and_relu_in_one_pass_are_those_in_several(interpreted):
+    assert len(interpreted["ends"]) == 15
+    assert {case: worst for case, worst in interpreted["ends"].items() if worst > 1e-4} == {}
 
 
 def test_a_training_step_has_the_losses_and_gradients_it_has_without_kernels(interpreted):
@@ -110,13 +115,24 @@ def test_roi_align_compiles_for_a_gpu(backward, ratio, aligned, dtype):
     types = {f"{name}_{level}": "i32" for name in ("start", "height", "width") for level in range(4)}
     types |= {f"scale_{level}": "fp32" for level in range(4)}
     types |= {"boxes": "*fp32", "levels": "*i64", "pooled": f"*{dtype}", "num_rois": "i32", "num_channels": "i32"}
-    constants = {"SIZE": 7, "RATIO": ratio, "ALIGNED": aligned, "BINS": 64, "CHANNELS": 64, "BACKWARD": backward}
+    constants = {"SIZE": 7, "RATIO": ratio, "ALIGNED": aligned, "BINS": 64, "CHANNELS": 32, "BACKWARD": backward}
     plain = {**types, "table": "*fp32" if backward else f"*{dtype}"}
     text = compiled(pool, plain, {**constants, "unit": None, "IN_UNITS": False})
     assert bool(re.search(r"atom\S*add\S*f32", text)) == backward
     if backward:
         text = compiled(pool, {**types, "table": "*i64", "unit": "*fp32"}, {**constants, "IN_UNITS": True})
         assert re.search(r"atom\S*add\S*u64", text) and not re.search(r"atom\S*add\S*f32", text)
+
+
+def test_ends_of_convolutions_compile_for_a_gpu():
+    from detection.models.triton_kernels.epilogue import finish, finish_backward
+
+    numbers = {"num_rows": "i32", "num_channels": "i32", "rows_of_program": "i32"}
+    types = {"out": "*bf16", "bias": "*fp32", "residual": "*bf16", **numbers}
+    tile = {"ROWS": 32, "CHANNELS": 128}
+    compiled(finish, types, {"HAS_BIAS": True, "HAS_RESIDUAL": True, "RELU": True, **tile})
+    types = {"gradient": "*bf16", "out": "*bf16", "of_input": "*bf16", "sums": "*fp32", **numbers}
+    compiled(finish_backward, types, {"RELU": True, "SUM": True, **tile})
 
 
 @pytest.fixture

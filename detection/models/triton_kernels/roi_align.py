@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHANNELS = 64  # of a program, at most
+_CHANNELS = 32  # of a program, at most
 _LEVELS = 4
 # Sums in whole numbers do not depend on their order: so many of them are the largest gradient.
 _LARGEST = 2.0**40
