@@ -153,10 +153,13 @@ class CudaGraphRecorder:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 recorded = step()
         except RuntimeError:
-            # torch leaves these as they are in a recording: its stream, and an allocator that waits for its end.
+            # torch leaves these as they are in a recording: its stream, and an allocator and a generator that wait for
+            # its end.
             torch.cuda.set_stream(current)
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
+            generator = torch.cuda.default_generators[current.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
             raise
 
         def replay() -> Losses:

@@ -25,6 +25,17 @@ def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
     return convolution_with_sparse_gradient(x, conv.weight, conv.bias)
 
 
+def _enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x [B, C, h, w] with its nearest cells, [B, C, *size]."""
+    height, width = x.shape[-2:]
+    if torch.compiler.is_compiling() and (2 * height, 2 * width) == tuple(size):
+        # As copies of each cell, for whose gradient a compiler adds four; interpolation's is scattered, atom by atom.
+        return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(*x.shape[:2], 2 * height, 2 * width)
+    # Autocast would copy it to float32, and nothing is computed here.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, size=size, mode="nearest")
+
+
 def _norms(norm: str | None, count: int, channels: int) -> nn.ModuleList | None:
     if norm is None:
         return None
@@ -59,9 +70,7 @@ class FPN(nn.Module):
             maps = [norm(x) for norm, x in zip(self.lateral_norm, maps, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
             finer = maps[level - 1]
-            # Autocast would have copies in float32, and nothing is computed here.
-            with torch.autocast(finer.device.type, enabled=False):
-                finer.add_(F.interpolate(maps[level], size=finer.shape[-2:], mode="nearest"))
+            finer.add_(_enlarged(maps[level], finer.shape[-2:]))
         outputs = [_convolve(conv, x) for conv, x in zip(self.output, maps, strict=True)]
         if self.output_norm is not None:
             outputs = [norm(x) for norm, x in zip(self.output_norm, outputs, strict=True)]

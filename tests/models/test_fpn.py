@@ -75,3 +75,17 @@ def test_it_compiles_without_a_graph_break():
     features = maps(((17, 25), (9, 13), (5, 7), (3, 4)))
     for ours, theirs in zip(torch.compile(fpn, backend="eager", fullgraph=True)(features), fpn(features), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_compiled_for_maps_of_twice_the_size_it_gives_the_same_maps_and_gradients():
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        fpn = FPN(CHANNELS, 32)
+        features = [f.requires_grad_() for f in maps(((16, 24), (8, 12), (4, 6), (2, 3)))]
+        run = torch.compile(fpn, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else fpn
+        results = run(features)
+        sum(result.square().sum() for result in results).backward()
+        found.append([*(r.detach() for r in results), *(f.grad for f in features), *(p.grad for p in fpn.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
