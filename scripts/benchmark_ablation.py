@@ -21,6 +21,7 @@ from detection.models import (
     backbones,
     convolutions,
     cpu_convolutions,
+    cpu_winograd,
     faster_rcnn,
     nms,
     roi_align,
@@ -122,6 +123,10 @@ def _nms_operator(model: FasterRCNN) -> Iterator[None]:
         yield
 
 
+def _all_products(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(cpu_winograd, "pays", lambda *arguments: False)
+
+
 def _two_table_gradients(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(faster_rcnn, "take_rows", lambda table, rows: (table, table.index_select(0, rows)))
 
@@ -147,6 +152,7 @@ OPTIMISATIONS: dict[str, Optimisation] = {
     "fused-convolutions": Optimisation(
         "convolution and ReLU in one pass, 1x1 weights' gradients as products", _plain_convolutions, device="cpu"
     ),
+    "winograd": Optimisation("3x3 convolutions with two thirds of the products", _all_products, device="cpu"),
     KEPT_MEMORY: Optimisation("freed memory stays with the process", None, device="cpu"),
 }
 
