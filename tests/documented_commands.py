@@ -129,6 +129,7 @@ def parser_of(program: str, arguments: tuple[str, ...] = ()) -> argparse.Argumen
     spec = importlib.util.spec_from_file_location(f"documented_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return _first_parser(module.main, list(arguments))
 
