@@ -9,7 +9,7 @@ knows of the batch but its shape, and nothing may ask the device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from detection.config import ConfigError
 from detection.engine.distributed import Processes
+from detection.engine.sync_batch_norm import trains_batch_norm
 from detection.models import ImageBatch, TargetBatch, describe_kernels, uses_triton
 
 Losses = dict[str, Tensor]
@@ -36,27 +37,6 @@ class Recorder(Protocol):
     def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
         """A function that does what `step` does, with what is in the tensors that it reads by then, and gives new
         tensors. Recording itself does nothing. RuntimeError: it cannot be recorded."""
-
-
-class FlatGradients:
-    """The gradients of `parameters` (float32) as views of one tensor, where they stay."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        # Each begins at a multiple of 16 bytes, for operators that take four numbers at a time.
-        rounded = [-(-parameter.numel() // 4) * 4 for parameter in parameters]
-        self._flat = torch.zeros(sum(rounded), device=parameters[0].device)
-        start = 0
-        for parameter, length in zip(parameters, rounded, strict=True):
-            # As the parameter lies in memory, which fused optimisers rely on.
-            parameter.grad = torch.as_strided(self._flat, parameter.shape, parameter.stride(), start)
-            start += length
-
-    def zero(self) -> None:
-        self._flat.zero_()
-
-    def average(self, processes: Processes) -> None:
-        """Replace them by their mean over the processes."""
-        processes.average(self._flat)
 
 
 class StepGraphs:
@@ -184,10 +164,7 @@ def cuda_step_graphs(processes: Processes, model: nn.Module) -> StepGraphs:
             "--cuda-graphs needs the Triton kernels, because PyTorch's own suppression waits for the host; here are "
             f"{describe_kernels(processes.device)}"
         )
-    trains_batch_norm = any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
-    )
-    if trains_batch_norm and processes.world_size > 1:
+    if trains_batch_norm(model) and processes.world_size > 1:
         raise ConfigError(
             "--cuda-graphs does not go with trained batch norm in several processes, which share its statistics in "
             "every forward pass: leave it away, or use --norm gn or pretrained weights"

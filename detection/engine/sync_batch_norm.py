@@ -57,3 +57,10 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
                 synchronised.load_state_dict(child.state_dict())
                 synchronised.train(child.training)
                 setattr(module, name, synchronised)
+
+
+def trains_batch_norm(model: nn.Module) -> bool:
+    """Whether a forward pass in training changes statistics of `model`."""
+    return any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
+    )

@@ -18,11 +18,12 @@ from detection.engine.checkpoint import BEST, LAST, CheckpointStore
 from detection.engine.data_wait import DataAdvice, DataWaitWatch
 from detection.engine.distributed import Processes, without_gradient_exchange
 from detection.engine.ema import AveragedModel
+from detection.engine.flat_gradients import FlatGradients
 from detection.engine.nonfinite_guard import NonFiniteGuard
 from detection.engine.optimizer import optimizer_state, set_learning_rate, trained_parameters
 from detection.engine.precision import Precision, gradient_norm
 from detection.engine.recorder import Recorder
-from detection.engine.step_graphs import FlatGradients, StepGraphs
+from detection.engine.step_graphs import StepGraphs
 from detection.engine.step_records import NonFiniteLoss, StepRecords
 from detection.engine.stopping import StopRequest
 from detection.models import ImageBatch, TargetBatch

@@ -31,6 +31,7 @@ from detection.engine.resume import RunFacts, check_resumable, progress_of, rest
 from detection.engine.step_graphs import cuda_step_graphs
 from detection.engine.step_records import NonFiniteLoss
 from detection.engine.stopping import STOPPED_EXIT_CODE, StopRequest
+from detection.engine.sync_batch_norm import trains_batch_norm
 from detection.engine.train_loop import EpochBasedTrainLoop, Progress, SavePlan, Stopped
 from detection.reporting import Console, MetricsLog, TensorBoardLog
 from schedules import Schedule, unmatched_custom_keys
@@ -107,15 +108,12 @@ def train(
     if config.train.compile:
         compile_for_training(model)
         validate = uncompiled(validate) if validate is not None else None
-    trains_batch_norm = any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
-    )
     store = CheckpointStore(output.checkpoints, config.output.keep_checkpoints)
     if graphs is not None:
         processes.share_weights(model)
         trained: nn.Module = model
     else:
-        trained = processes.wrap(model, broadcast_buffers=trains_batch_norm and not config.model.sync_bn)
+        trained = processes.wrap(model, broadcast_buffers=trains_batch_norm(model) and not config.model.sync_bn)
     loop = EpochBasedTrainLoop(
         model=trained,
         optimizer=optimizer,

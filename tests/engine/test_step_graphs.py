@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from detection.config import ConfigError
 from detection.engine import step_graphs, training_run
 from detection.engine.distributed import Processes
-from detection.engine.step_graphs import CudaGraphRecorder, FlatGradients, StepGraphs, cuda_step_graphs
+from detection.engine.flat_gradients import FlatGradients
+from detection.engine.step_graphs import CudaGraphRecorder, StepGraphs, cuda_step_graphs
 from detection.models import ImageBatch, TargetBatch, assigners, build_model, cpu_convolutions
 from detection.models.roi_align import RoIAlign
 
