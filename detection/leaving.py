@@ -12,8 +12,8 @@ def leave(status: int) -> NoReturn:
     """Ends this process with `status`; one among several at once, without clearing up Python first.
 
     gloo's threads let go of a collective's tensors some time after it is done, and need the interpreter for that. One
-    that comes to it while the interpreter is being taken down aborts the process (PyTorch 2.14 and 2.15, Python 3.11),
-    and a run that has ended well counts as failed. Whatever must be closed is closed before.
+    that comes to it while the interpreter is being taken down aborts the process (seen with PyTorch 2.14 and Python
+    3.11), and a run that has ended well counts as failed. Whatever must be closed is closed before.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)

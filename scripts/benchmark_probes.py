@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import boxes
 
-from detection.models import cpu_convolutions
+from detection.models import cpu_convolutions, uses_triton
 
 REST = "rest"
 # Operators whose result the host must see before it can go on, and how they show in the counts.
@@ -35,7 +35,7 @@ _WAITING_OPERATORS = {
     "aten._local_scalar_dense": "scalar read by the host",
     "aten.is_nonzero": "scalar read by the host",
     "torchvision.nms": "nms",
-    # Asks a GPU once whether suppression has settled.
+    # Without Triton it asks a GPU once whether suppression has settled.
     "detection.suppress_within_levels": "nms",
 }
 _MATMUL_SIDES = {"cpu": 2048, "cuda": 8192}
@@ -162,7 +162,9 @@ class _WaitCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = str(func).rsplit(".", 1)[0]
-        if name in _WAITING_OPERATORS:
+        if name == "detection.suppress_within_levels" and uses_triton(args[0].device):
+            pass
+        elif name in _WAITING_OPERATORS:
             self.downward[_WAITING_OPERATORS[name]] += 1
         elif name in ("aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"):
             by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])

@@ -65,13 +65,13 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
     of_one_size: tuple[str, ...] = toy if short else ("--batch-size", "16", "--batches", "1", "--repeats", "7")
     of_one_size += () if short else ("--height", "800", "--width", "1088")
     # torchvision's float32 step and graphs, which keep their memory, do not fit into a GPU together.
-    variants: tuple[str, ...] = (
+    variants = (
         "torchvision-bf16-cl",
         "torchvision-bf16-cl-compile",
         "ours-bf16-cl",
         "ours-bf16-cl-compile",
+        "ours-bf16-cl-compile-graphs",
     )
-    variants += ("ours-bf16-cl-compile-graphs",)
     of_one_precision = ("--variants", *variants) if on_gpu else ()
     # The parts run in the checkout's folder, wherever this program was started.
     data = ("--data-path", str(arguments.data_path.resolve())) if arguments.data_path is not None else ()
