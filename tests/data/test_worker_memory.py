@@ -1,8 +1,10 @@
 """What workers and the main process hold does not grow with the epochs."""
 
+import itertools
 import json
 import multiprocessing
 import os
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ from data.dataset import CocoDataset
 from data.loader import TrainLoader
 
 NUM_IMAGES = 800
-NUM_EPOCHS = 6
-ALLOWED_GROWTH = 8e6
-"""Bytes, of 37 MB that the pictures of the watched epochs would take"""
+NUM_EPOCHS = 8
+ALLOWED_GROWTH = 1e6
+"""Bytes an epoch, of 7.4 MB that its pictures take"""
 
 
 def private_bytes(pid: int) -> int:
@@ -49,6 +51,8 @@ def test_memory_stays_flat_over_epochs(tmp_path: Path) -> None:
             used.append((private_bytes(os.getpid()), private_bytes(worker.pid)))
     finally:
         loader.close()
-    # The first epoch fills what is kept: allocator, buffers, modules imported late.
+    # What is kept grows in every epoch. A single step is none of it: the allocator takes a new block, or pages that
+    # were shared since a fork become private when either side writes to them.
     for name, values in zip(("main process", "worker"), zip(*used, strict=True), strict=True):
-        assert max(values[1:]) - values[0] < ALLOWED_GROWTH, f"{name}: {values}"
+        growth = [after - before for before, after in itertools.pairwise(values)]
+        assert statistics.median(growth) < ALLOWED_GROWTH, f"{name}: {values}"
