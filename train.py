@@ -3,7 +3,8 @@
 import os
 import sys
 
-from detection.config import ConfigError, parse_arguments
+from detection.command_line import parse_arguments
+from detection.config_error import ConfigError
 from detection.leaving import leave
 
 

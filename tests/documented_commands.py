@@ -119,7 +119,7 @@ def program_of(command: ShellCommand) -> Command:
 def parser_of(program: str, arguments: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     """The argument parser of a Python program, as it stands when the program is started with these arguments."""
     if program == "train.py":
-        from detection.config import build_parser
+        from detection.command_line import build_parser
 
         return build_parser()
     file = ROOT / program

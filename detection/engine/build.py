@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from data import CocoAnnotations, CocoDataset
-from detection.config import ConfigError, RunConfig
+from detection.config import RunConfig
+from detection.config_error import ConfigError
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
 from detection.engine.datasets import (
     DatasetFiles,

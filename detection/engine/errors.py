@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from data import AnnotationError, DatasetError, ImageError, MissingDataset, ShapesError
-from detection.config import ConfigError
+from detection.config_error import ConfigError
 from detection.engine.bad_images import TooManyBadImages
 from detection.engine.checkpoint import CheckpointError
 from detection.engine.distributed import DeviceError, Processes

@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data import Augmentation, ColourJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling
 from detection.augmentation_options import AugmentationConfig
-from detection.config import ConfigError, parse_arguments
+from detection.command_line import parse_arguments
+from detection.config_error import ConfigError
 from detection.engine.augmentation import augmentation_of
 from detection.engine.train_loop import EpochBasedTrainLoop
 

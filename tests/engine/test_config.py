@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from detection.config import ConfigError, RunConfig, parse_arguments
+from detection.command_line import parse_arguments
+from detection.config import RunConfig
+from detection.config_error import ConfigError
 
 
 def test_without_options_the_configuration_is_that_of_the_defaults():

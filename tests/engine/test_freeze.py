@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from detection.config import FREEZE_CHOICES, parse_arguments
+from detection.command_line import FREEZE_CHOICES, parse_arguments
 
 
 @pytest.mark.parametrize(

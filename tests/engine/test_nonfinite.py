@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from detection.config import ConfigError
+from detection.config_error import ConfigError
 from detection.engine import RunError
 from detection.engine import step_records as step_records_module
 from detection.engine.nonfinite_guard import NonFiniteGuard

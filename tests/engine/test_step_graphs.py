@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detection.config import ConfigError
+from detection.config_error import ConfigError
 from detection.engine import step_graphs, training_run
 from detection.engine.distributed import Processes
 from detection.engine.flat_gradients import FlatGradients

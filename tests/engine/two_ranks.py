@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import train
-from detection.config import ConfigError, parse_arguments
+from detection.command_line import parse_arguments
+from detection.config_error import ConfigError
 from detection.engine import RunError, run, training_run
 from detection.engine.distributed import Processes, start_processes, stop_processes
 from detection.engine.errors import main_first, together

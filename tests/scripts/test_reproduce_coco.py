@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.config import parse_arguments
+from detection.command_line import parse_arguments
 from schedules import load_schedule
 
 ROOT = Path(__file__).resolve().parents[2]
