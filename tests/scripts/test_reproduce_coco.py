@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash
 
 
 def run(*arguments, script=SCRIPT, **environment):
-    return subprocess.run(
-        ["bash", script, *arguments], capture_output=True, text=True, env={**os.environ, "COCO": "", **environment}
-    )
+    # The script starts python3, which is the one of these tests only where their environment is activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "COCO": "", "PATH": path, **environment}
+    return subprocess.run(["bash", script, *arguments], capture_output=True, text=True, env=environment)
 
 
 def listed(*arguments, **environment):
