@@ -108,10 +108,11 @@ def _worker_context() -> str | None:
 
 def _start_worker(worker_id: int, main_pid: int) -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group, and so does the SIGTERM of torchrun or a batch system. The main process
-    # decides what becomes of the run, and may still want batches: only its own SIGTERM counts here.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group, and so do the SIGHUP of a closed terminal and the SIGTERM of torchrun or a
+    # batch system. The main process decides what becomes of the run, and may still want batches: only its own SIGTERM
+    # counts here.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_main_process, args=(main_pid,), daemon=True, name="end").start()
 

@@ -15,9 +15,13 @@ def leave(status: int) -> NoReturn:
     that comes to it while the interpreter is being taken down aborts the process (seen with PyTorch 2.14 and Python
     3.11), and a run that has ended well counts as failed. Whatever must be closed is closed before.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError):
+            try:
+                stream.flush()
+            except OSError:
+                # Whoever read it is gone, or the disk is full: Python would try again, and make a failure of it.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
-            stream.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, SIGINT and SIGUSR1 end the run after its current step, with a checkpoint."""
+"""Stopping on request: SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after its current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class StopRequest:
     """Remembers a request to stop; the loops look at `requested` between steps.
 
     A second SIGINT ends the process at once. torchrun hands a Ctrl-C of the terminal on to processes that have seen
-    it already, so only one that comes two seconds later or more counts as the second.
+    it already, so only one that comes two seconds later or more counts as the second. SIGHUP, of a terminal that is
+    closed, is left ignored where it is: a run under nohup goes on.
     """
 
     def __init__(self) -> None:
@@ -31,8 +32,9 @@ class StopRequest:
         return bool(self.signal_name)
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(

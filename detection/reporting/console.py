@@ -37,7 +37,8 @@ class Console:
     The main process speaks on `stream` (standard output) and in the log file. Other processes are silent
     but for warnings and errors, which go to `error_stream` (standard error) with the rank's number. The log
     file gets every line of the main process and every warning of all, with the time, in single appends, so
-    that processes do not cut into each other's lines; it is created at the first line.
+    that processes do not cut into each other's lines; it is created at the first line. Neither a full disk nor a
+    reader that is gone (a closed terminal, `| head`) ends a run for the sake of its words: what cannot be said is lost.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Console:
         self.error_stream = sys.stderr if error_stream is None else error_stream
         self.log_file = None if log_file is None else Path(log_file)
         self._lock = threading.Lock()
+        self._log_is_whole = True
 
     @property
     def is_terminal(self) -> bool:
@@ -104,23 +106,27 @@ class Console:
 
     def _print(self, text: str, stream: TextIO) -> None:
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
-        stream.flush()
+        with contextlib.suppress(OSError):
+            tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
+            stream.flush()
 
     def _log(self, text: str) -> None:
         if self.log_file is None:
             return
         now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         lines = "".join(f"{now}  {line}".rstrip() + "\n" for line in (text.splitlines() or [""]))
+        # A line of which a part was written before the disk was full is ended first.
+        content = (lines if self._log_is_whole else "\n" + lines).encode()
         try:
             with self._lock, self.log_file.open("ab", buffering=0) as file:
-                file.write(lines.encode())
-        except OSError as error:  # a full disk must not end a run for the sake of its log
-            self._print(
-                f"warning: {self.log_file} cannot be written ({error}); the run goes on without it",
-                self.error_stream,
-            )
-            self.log_file = None
+                if file.write(content) != len(content):
+                    raise OSError("no space for the whole line")
+        except OSError as error:
+            if self._log_is_whole:
+                self._print(f"warning: {self.log_file} lacks lines from here on ({error})", self.error_stream)
+            self._log_is_whole = False
+        else:
+            self._log_is_whole = True
 
 
 class Progress:
@@ -149,19 +155,20 @@ class Progress:
         self._bar = None
         if console.is_main and console.is_terminal:
             has_size = _has_size(console.stream)
-            self._bar = tqdm(
-                total=total,
-                initial=initial,
-                desc=description or None,
-                unit=unit,
-                file=console.stream,
-                dynamic_ncols=has_size,
-                ncols=None if has_size else console.width,
-                nrows=None if has_size else 24,
-                ascii=not console.has_unicode,
-                colour="green" if _may_colour(console.stream) else None,
-                leave=False,
-            )
+            with contextlib.suppress(OSError):
+                self._bar = tqdm(
+                    total=total,
+                    initial=initial,
+                    desc=description or None,
+                    unit=unit,
+                    file=console.stream,
+                    dynamic_ncols=has_size,
+                    ncols=None if has_size else console.width,
+                    nrows=None if has_size else 24,
+                    ascii=not console.has_unicode,
+                    colour="green" if _may_colour(console.stream) else None,
+                    leave=False,
+                )
 
     def update(self, steps: int = 1, **figures: Any) -> None:
         """`steps` more are done. Figures given are shown from now on: loss=1.2, lr=0.02,
@@ -173,7 +180,8 @@ class Progress:
         if self._bar is not None:
             if figures:
                 self._bar.set_postfix_str(", ".join(self._shown_figures()), refresh=False)
-            self._bar.update(steps)
+            with contextlib.suppress(OSError):
+                self._bar.update(steps)
         if self._line_is_due():
             self._put_line()
 
@@ -183,7 +191,8 @@ class Progress:
             return
         self._closed = True
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
         if self._console.is_main and self.done != self._last_done:
             self._put_line()
 

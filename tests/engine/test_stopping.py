@@ -1,8 +1,12 @@
 """Signals: the run saves itself and leaves with a status that says so."""
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from detection.engine.stopping import StopRequest
 from detection.engine.train_loop import EpochBasedTrainLoop
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_in_training_saves_and_leaves_with_status_75(
     name, start, tmp_path, monkeypatch, load, capsys, finished, records_of
 ):
@@ -76,11 +80,22 @@ def test_a_stop_in_the_wait_for_data_is_heard(start, tmp_path, monkeypatch, load
 
 
 def test_signals_mean_again_what_they_meant_before_once_the_run_is_over():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGUSR1)
         assert stop.requested and stop.signal_name == "SIGUSR1"
-    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    assert before == [signal.getsignal(number) for number in numbers]
+
+
+def test_a_run_under_nohup_outlives_its_terminal(monkeypatch):
+    signal_before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, signal_before)
 
 
 def test_the_echo_of_an_interrupt_is_not_a_second_one_and_a_second_one_leaves_at_once(monkeypatch):
@@ -105,6 +120,34 @@ def test_an_interrupted_program_with_loader_processes_saves(program, arguments, 
         out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert "stopped by SIGINT" in out and "Traceback" not in err
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] > 0
+
+
+def test_a_closed_terminal_stops_the_run_which_saves(arguments, tmp_path: Path, load):
+    """Its own output fails from then on, and its loader process has got the signal too."""
+    ours, terminal = os.openpty()
+    program = Path(__file__).parent / "tiny_model.py"
+    process = subprocess.Popen(
+        [sys.executable, program, *arguments(tmp_path / "run", "--max-epochs", "500", "--workers", "1")],
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[2]), "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(terminal)
+    os.set_blocking(ours, False)
+    try:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None and time.monotonic() < deadline
+            with contextlib.suppress(BlockingIOError):
+                os.read(ours, 1 << 16)
+            time.sleep(0.05)
+        os.close(ours)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+        process.wait()
+    assert "stopped by SIGHUP" in (tmp_path / "run" / "train.log").read_text()
     assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] > 0
 
 

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import io
 import os
@@ -106,7 +107,60 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path):
     console.say("one")
     console.say("two")
     assert console.stream.getvalue() == "one\ntwo\n"
-    assert console.error_stream.getvalue().count("cannot be written") == 1
+    assert console.error_stream.getvalue().count("lacks lines from here on") == 1
+
+
+def test_the_log_goes_on_in_a_new_line_when_there_is_room_again(tmp_path, monkeypatch):
+    console = make_console(tmp_path)
+    console.say("one")
+
+    class Full(io.FileIO):
+        def write(self, content):
+            return super().write(content[: len(content) // 2])
+
+    monkeypatch.setattr(Path, "open", lambda self, mode, buffering: Full(self, mode.replace("b", "")))
+    console.say("two, of which half is written")
+    monkeypatch.undo()
+    console.say("three")
+    console.say("four")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line[21:] for line in lines[0:1] + lines[2:]] == ["one", "three", "four"]
+    assert len(lines) == 4
+    assert console.error_stream.getvalue().count("warning") == 1
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nobody_who_listens_does_not_end_the_run(tmp_path, terminal):
+    class Deaf(Stream):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    console = Console(tmp_path / "train.log", stream=Deaf(terminal), error_stream=Deaf(terminal))
+    console.say("one")
+    console.warn("two")
+    with console.progress(3) as bar:
+        for _ in range(3):
+            bar.update(loss=1.0)
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line[21:] for line in lines[:2]] == ["one", "warning: two"]
+    assert "3/3 it  100%" in lines[2]
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "a pipe that is closed"])
+def test_a_process_ends_with_its_own_status_though_nobody_can_hear_it(output):
+    if output == "/dev/full" and not Path(output).exists():
+        pytest.skip("the system has no /dev/full")
+    code = (
+        "from detection.leaving import leave\nfrom detection.reporting import Console\n"
+        "for _ in range(9): Console().say('x' * 9999)\nleave(7)"
+    )
+    if output == "/dev/full":
+        with Path(output).open("w") as stream:
+            assert subprocess.run([sys.executable, "-c", code], stdout=stream, check=False).returncode == 7
+        return
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(60) == 7
 
 
 def test_characters_that_the_stream_cannot_show_are_replaced(tmp_path):
