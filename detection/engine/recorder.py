@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,9 @@ class Recorder:
         self._forecast: Forecast | None = None
         self._failed_writes = 0
         self._unwritten: list[dict[str, Any]] = []
+        self._board_is_broken = False
+        # The first iterations whose training and validation records may not be on the disk in TensorBoard's files.
+        self._next = self._unflushed = (board.first_iteration, board.val_from) if board is not None else (0, 0)
         self._last_validation: dict[str, Any] | None = None
         self._best_validation: dict[str, Any] | None = None
         if log is not None:
@@ -71,8 +76,8 @@ class Recorder:
         """Write the records of iterations just done."""
         for record in records:
             self._log(record)
-            if self.board is not None:
-                self._write(self.board.train, record)
+            self._on_board(partial(TensorBoardLog.train, record=record))
+            self._next = record["iteration"] + 1, self._next[1]
         if records and self._bar is not None:
             last = records[-1]
             figures = {name: last[name] for name in ("loss", "lr", "images_per_second", "memory_gb") if name in last}
@@ -84,8 +89,8 @@ class Recorder:
         """Write a validation's metrics, and show them beside the previous and the best ones."""
         record = {"kind": "val", "epoch": epoch, "iteration": iteration, "weights": model_tested, **metrics}
         self._log(record)
-        if self.board is not None:
-            self._write(self.board.validation, record)
+        self._on_board(partial(TensorBoardLog.validation, record=record))
+        self._next = self._next[0], iteration + 1
         if self._forecast is not None:
             self._forecast.leave_out(metrics["seconds"])
         self.say(
@@ -97,25 +102,25 @@ class Recorder:
 
     def pictures(self, iteration: int, pictures: Sequence[np.ndarray], tag: str) -> None:
         """Show pictures, uint8 RGB [H, W, 3] each, in TensorBoard."""
-        if self.board is not None:
-            self._write(lambda record: self.board.pictures(iteration, pictures, tag), None)  # type: ignore[union-attr]
+        self._on_board(lambda board: board.pictures(iteration, pictures, tag))
 
     def precision_recall(self, iteration: int, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Show curves, name -> (precision, recall), in TensorBoard."""
-        if self.board is not None:
-            self._write(lambda record: self.board.precision_recall(iteration, curves), None)  # type: ignore[union-attr]
+        self._on_board(lambda board: board.precision_recall(iteration, curves))
 
     def flush(self) -> None:
         """Put on the disk what was written so far; before a checkpoint, which a resume continues from."""
         if self.log is not None:
             self._write(lambda record: self.log.flush(), None)  # type: ignore[union-attr]
-        if self.board is not None:
-            self._write(lambda record: self.board.flush(), None)  # type: ignore[union-attr]
+        self._mend_board()
+        self._on_board(TensorBoardLog.flush)
+        if not self._board_is_broken:
+            self._unflushed = self._next
 
     def finish(self, num_iterations: int) -> None:
         """Mark the run as done to its last iteration."""
-        if self.board is not None:
-            self._write(self.board.finish, num_iterations)
+        self._mend_board()
+        self._on_board(lambda board: board.finish(num_iterations))
 
     def summary(self) -> str:
         """All validations of the run as a table."""
@@ -128,8 +133,8 @@ class Recorder:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
-        if self.board is not None:
-            self._write(lambda record: self.board.close(), None)  # type: ignore[union-attr]
+        self._mend_board()
+        self._on_board(TensorBoardLog.close)
 
     def _remember(self, record: dict[str, Any]) -> None:
         self._last_validation = record
@@ -143,6 +148,37 @@ class Recorder:
         self._unwritten.append(record)
         while self._unwritten and self._write(self.log.write, self._unwritten[0]):
             del self._unwritten[0]
+
+    def _on_board(self, write: Callable[[TensorBoardLog], None]) -> None:
+        if self.board is None or self._board_is_broken:
+            return
+        try:
+            write(self.board)
+        except OSError as error:
+            # Its thread is dead, and what that had taken and not yet written is gone with it.
+            self._board_is_broken = True
+            self.warn(f"TensorBoard's files cannot be written: {error}; the run goes on, and completes them later")
+
+    def _mend_board(self) -> None:
+        """Where TensorBoard's files could not be written: write them anew, from metrics.jsonl, if that can be done by
+        now. Pictures and precision-recall curves of that time stay out."""
+        if self.board is None or self.log is None or not self._board_is_broken or self._unwritten:
+            return
+        train_from, val_from = self._unflushed
+        try:
+            with contextlib.suppress(OSError):
+                self.board.close()
+            board = TensorBoardLog(self.board.directory, first_iteration=train_from, val_from=val_from)
+            for record in read_metrics(self.log.path):
+                if record["kind"] == "train" and record["iteration"] >= train_from:
+                    board.train(record)
+                elif record["kind"] == "val" and record["iteration"] >= val_from:
+                    board.validation(record)
+            board.flush()
+        except OSError:
+            return
+        self.board, self._board_is_broken = board, False
+        self.say("TensorBoard's files are complete again")
 
     def _write(self, write: Callable[[Any], None], record: Any) -> bool:
         # A full disk must not end a run for the sake of its curves. It is said a few times, not every iteration.

@@ -227,23 +227,24 @@ def _open_recorder(
         board = TensorBoardLog(output.tensorboard, first_iteration=progress.iteration, val_from=val_from)
         record = config_record(config, processes, schedule, output.config, progress.iteration)
         write_json(output.config, record)
+        board.text("configuration", configuration_text(record))
+        board.text("schedule", "\n".join(schedule.describe()), verbatim=True)
+        board.hparams(
+            {
+                "model": config.model.model,
+                "schedule": config.train.schedule,
+                "lr": schedule.optimizer.lr,
+                "epochs": schedule.max_epochs,
+                "batch_size_total": config.train.batch_size * processes.world_size * schedule.accumulative_counts,
+                "amp": schedule.amp or "off",
+                "weights": config.model.weights,
+                "min_size": config.data.min_size,
+                "seed": config.train.seed,
+            }
+        )
+        board.flush()
     except OSError as error:
         raise OutputDirectoryError(f"{output.path}: cannot be written: {error}") from error
-    board.text("configuration", configuration_text(record))
-    board.text("schedule", "\n".join(schedule.describe()), verbatim=True)
-    board.hparams(
-        {
-            "model": config.model.model,
-            "schedule": config.train.schedule,
-            "lr": schedule.optimizer.lr,
-            "epochs": schedule.max_epochs,
-            "batch_size_total": config.train.batch_size * processes.world_size * schedule.accumulative_counts,
-            "amp": schedule.amp or "off",
-            "weights": config.model.weights,
-            "min_size": config.data.min_size,
-            "seed": config.train.seed,
-        }
-    )
     return Recorder(console, log, board)
 
 

@@ -78,7 +78,7 @@ class TensorBoardLog:
         """
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.first_iteration = first_iteration
+        self.first_iteration, self.val_from = first_iteration, val_from
         self.history = cut_event_files(self.directory, first_iteration=first_iteration, val_from=val_from)
         # The start marks (purge_step) are for a TensorBoard that is open now and holds the removed points in its
         # memory; it takes the first one that it meets for the run's beginning and heeds the later ones.

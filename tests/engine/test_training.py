@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 from data import TrainLoader
 from detection.engine import RunError
@@ -232,6 +234,38 @@ def test_a_full_disk_does_not_end_a_run_for_the_sake_of_its_curves(start, tmp_pa
     assert "No space left on device" in capsys.readouterr().err
     # What could not be written was kept and came later.
     assert [r["iteration"] for r in records_of(tmp_path / "run", "train")] == list(range(6))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboards_files_are_completed_when_the_disk_has_room_again(
+    start, tmp_path, monkeypatch, capsys, finished, records_of
+):
+    plain, full = LocalFileSystem.append, threading.Event()
+    train_iteration = EpochBasedTrainLoop.train_iteration
+
+    def append(self, *arguments, **named):
+        if full.is_set():
+            raise OSError(28, "No space left on device")
+        plain(self, *arguments, **named)
+
+    def full_for_a_while(self, iteration, batches):
+        if iteration == 1:
+            full.set()
+        if iteration == 4:  # the checkpoint of the first epoch comes while it is full
+            full.clear()
+        train_iteration(self, iteration, batches)
+
+    monkeypatch.setattr(LocalFileSystem, "append", append)
+    monkeypatch.setattr(EpochBasedTrainLoop, "train_iteration", full_for_a_while)
+    assert start(tmp_path / "run") == 0
+    told = capsys.readouterr()
+    assert told.err.count("TensorBoard's files cannot be written: [Errno 28]") == 1
+    assert told.out.count("TensorBoard's files are complete again") == 1
+    assert records_of(tmp_path / "run") == records_of(finished)
+    events, whole = curves(tmp_path / "run"), curves(finished)
+    assert events.Tags()["scalars"] == whole.Tags()["scalars"]
+    for tag in (*TRAIN_TAGS, *VAL_TAGS):
+        assert [point.step for point in events.Scalars(tag)] == [point.step for point in whole.Scalars(tag)], tag
 
 
 def test_group_norm_and_frozen_stages_are_what_the_command_line_says(start, tmp_path, load):
