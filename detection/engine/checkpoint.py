@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -30,6 +32,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written. The message names the file and the remedy."""
 
 
+class CheckpointOutOfReach(CheckpointError):
+    """A checkpoint of which nobody can say whether it is intact: disk, network or permissions keep it away."""
+
+
 @dataclass(frozen=True)
 class LoadedCheckpoint:
     """The content of a checkpoint file, tensors on the CPU."""
@@ -54,6 +60,7 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
             broken = archive.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True) if broken is None else None
     except Exception as error:  # a damaged file fails in the zip reader or the unpickler, with any error of theirs
+        _refuse_to_judge(path, error)
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
     if broken is not None:
@@ -76,6 +83,7 @@ def newest_checkpoint(directory: Path) -> LoadedCheckpoint | None:
     Files that are broken are skipped and named in `skipped`.
 
     Raises:
+        CheckpointOutOfReach: a file cannot be read at the moment: it may be the one that is furthest on.
         CheckpointError: there are checkpoint files and every one is broken.
     """
     skipped: list[str] = []
@@ -83,11 +91,15 @@ def newest_checkpoint(directory: Path) -> LoadedCheckpoint | None:
     for path in sorted(directory.glob("*.pt")):
         try:
             candidates.append((_place_of(path), int(path.name == LAST), path))
+        except CheckpointOutOfReach:
+            raise
         except CheckpointError as error:
             skipped.append(str(error))
     for *_, path in sorted(candidates, reverse=True):
         try:
             loaded = load_checkpoint(path)
+        except CheckpointOutOfReach:
+            raise
         except CheckpointError as error:
             skipped.append(str(error))
             continue
@@ -99,13 +111,21 @@ def newest_checkpoint(directory: Path) -> LoadedCheckpoint | None:
     return None
 
 
-def continue_from(directory: Path, chosen: LoadedCheckpoint) -> Path | None:
+@dataclass(frozen=True)
+class Continued:
+    """What `continue_from` did."""
+
+    aside: Path | None
+    """The folder with what was moved; None where there was nothing to move."""
+    has_best: bool
+    """best.pt is there and has the weights that the run takes for its best so far."""
+
+
+def continue_from(directory: Path, chosen: LoadedCheckpoint, best_epoch: int | None) -> Continued:
     """Make `chosen` the newest checkpoint of `directory`, so that the next automatic resume cannot miss it.
 
-    Files that are further on (of a future that the run now leaves) or broken are moved into a folder of their own.
-
-    Returns:
-        that folder; None where there was nothing to move.
+    Files that are further on (of a future that the run now leaves) or broken are moved into a folder of their own, and
+    best.pt too where the run goes on without a best epoch. A best.pt that is missing is made of that epoch's file.
 
     Raises:
         CheckpointError: the directory cannot be written.
@@ -119,6 +139,8 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint) -> Path | None:
                 is_later = _place_of(path) > here
             except CheckpointError:
                 is_later = True
+            if path.name == BEST and best_epoch is None:
+                is_later = True
             if is_later and path.resolve() != chosen.path.resolve():
                 moved.append(path)
         aside = _unused(directory / f"set_aside_{time.strftime('%Y%m%d_%H%M%S')}")
@@ -128,20 +150,54 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint) -> Path | None:
         last = directory / LAST
         if not (last.exists() and last.samefile(chosen.path)):
             _link(chosen.path, last)
+        best = directory / BEST
+        if best_epoch is not None and not best.exists():
+            source = chosen.path.parent
+            for path in (directory / epoch_file(best_epoch), source / epoch_file(best_epoch), source / BEST):
+                if path.is_file() and _is_best_of(path, best_epoch):
+                    _link(path, best)
+                    break
         _sync_folder(directory)
     except OSError as error:
         raise CheckpointError(f"{directory}: checkpoints cannot be written there: {error}") from error
-    return aside if moved else None
+    return Continued(aside if moved else None, best.exists())
+
+
+def _is_best_of(path: Path, epoch: int) -> bool:
+    """Whether a file is the state after the validation that made `epoch` the best."""
+    try:
+        state = _glance_at(path)
+        done = int(state["iteration"]) == epoch * int(state["iterations_per_epoch"])
+        return done and state["best_epoch"] == epoch and not state["validation_due"]
+    except Exception:  # whatever a broken file raises
+        return False
+
+
+def _glance_at(path: Path) -> dict[str, Any]:
+    # mmap: only the small pickled part is read here, the tensors when one is chosen.
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state
 
 
 def _place_of(path: Path) -> tuple[int, int]:
     """How far a checkpoint is: iterations done, and whether nothing is left to be validated."""
     try:
-        # mmap: only the small pickled part is read here, the tensors when one is chosen.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = _glance_at(path)
         return int(state["iteration"]), int(not state["validation_due"])
     except Exception as error:  # whatever a broken file raises
+        _refuse_to_judge(path, error)
         raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+
+
+def _refuse_to_judge(path: Path, error: Exception) -> None:
+    """Raises CheckpointOutOfReach where it was not the file's content that failed."""
+    # Readers of a damaged file seek to places that cannot be: EINVAL.
+    is_systems = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+    if is_systems or isinstance(error, MemoryError):
+        raise CheckpointOutOfReach(
+            f"{path}: cannot be read now ({error or type(error).__name__}). Try again when it can be; to go on from an "
+            "earlier checkpoint instead, give it with --resume FILE, or move this one away."
+        ) from error
 
 
 def _unused(path: Path) -> Path:
@@ -209,7 +265,9 @@ class CheckpointStore:
             self._write(snapshot, names)
 
     def _write(self, state: dict[str, Any], names: list[str]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.directory.is_dir():
+            self.directory.mkdir(parents=True)
+            _sync_folder(self.directory.parent)
         temporary = self.directory / ".writing"
         # What a killed run left: it may be another name of last.pt, which must not be written into, and takes room.
         for left in (temporary, *self.directory.glob(".*.new")):
@@ -222,13 +280,26 @@ class CheckpointStore:
             last = self.directory / LAST
             if LAST in names and last.exists():
                 _link(last, self.directory / PREVIOUS)
-            for name in names:
+            # A kill between two names: a resume goes on from the furthest file, whatever its name, and takes best.pt as
+            # it is.
+            for name in sorted(names, key=lambda name: (name != BEST, name == LAST)):
                 _link(temporary, self.directory / name)
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(self.directory)
-        for old in sorted(self.directory.glob("epoch_*.pt"))[: -self.keep]:
-            old.unlink()
+        for old in _epoch_files(self.directory)[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+
+def epoch_file(epochs_done: int) -> str:
+    """Name of the checkpoint at the end of an epoch, counted from 1."""
+    return f"epoch_{epochs_done:04d}.pt"
+
+
+def _epoch_files(directory: Path) -> list[Path]:
+    """The ends of epochs, the oldest first; not what somebody has put beside them under a name of his own."""
+    numbered = ((re.fullmatch(r"epoch_(\d+)\.pt", path.name), path) for path in directory.iterdir())
+    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
 def _save(state: dict[str, Any], stream: BinaryIO) -> None:

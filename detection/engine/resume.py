@@ -33,6 +33,8 @@ class RunFacts:
     """Of the training annotations."""
     augmentation: dict[str, Any]
     """AugmentationConfig.to_dict: what is done to training images at random."""
+    validation: dict[str, Any] | None = None
+    """Of the validation set: "digest" of its annotations, and "num_images" that are evaluated."""
 
     def state(self) -> dict[str, Any]:
         """Plain types, under the names that checkpoints use."""
@@ -47,6 +49,7 @@ class RunFacts:
                 "world_size": self.world_size,
                 "data_digest": self.data_digest,
                 "augmentation": dict(self.augmentation),
+                "validation": self.validation,
             },
         }
 
@@ -100,6 +103,12 @@ def check_resumable(
         lines.append(f"seed: {run['seed']} before, now {facts.seed}")
     if state["preprocessing"] != facts.preprocessing:
         lines.append(f"image scale: {state['preprocessing']} before, now {facts.preprocessing}")
+    if is_validated_otherwise(checkpoint, facts):
+        assert facts.validation is not None
+        lines.append(
+            f"validation: {run['validation']['num_images']} images before, now {facts.validation['num_images']}; "
+            "their annotations or their number are others, so the best mAP is counted anew"
+        )
     # Checkpoints from before there was a choice have none; they were trained without.
     before = run.get("augmentation", AugmentationConfig().to_dict())
     for key in dict.fromkeys([*before, *facts.augmentation]):
@@ -110,14 +119,21 @@ def check_resumable(
     return lines
 
 
-def progress_of(checkpoint: LoadedCheckpoint) -> Progress:
+def is_validated_otherwise(checkpoint: LoadedCheckpoint, facts: RunFacts) -> bool:
+    """Whether this run's mAP is of other images than the checkpoint's, with which it cannot be compared."""
+    before = checkpoint.state["run"].get("validation")  # not in checkpoints of before it was noted
+    return None not in (before, facts.validation) and before != facts.validation
+
+
+def progress_of(checkpoint: LoadedCheckpoint, facts: RunFacts) -> Progress:
     """How far the checkpoint's run was."""
     state = checkpoint.state
+    keeps_best = not is_validated_otherwise(checkpoint, facts)
     return Progress(
         iteration=state["iteration"],
         validation_due=state["validation_due"],
-        best_map=state["best_map"],
-        best_epoch=state["best_epoch"],
+        best_map=state["best_map"] if keeps_best else None,
+        best_epoch=state["best_epoch"] if keeps_best else None,
         skipped_steps=state.get("skipped_steps", 0),  # not in checkpoints of before there was a count
     )
 

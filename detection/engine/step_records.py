@@ -17,7 +17,8 @@ LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")
 _FIGURES = ("loss", *LOSSES, "grad_norm")
 
 MOST_SKIPPED_IN_A_ROW = 100
-"""Iterations. A run that learns nothing for as long as that is over, also with --skip-nonfinite."""
+"""Iterations. A run that learns nothing for as long as that is over, also with --skip-nonfinite. A loss scale that
+begins at 2**16 finds one that fits in a quarter of them."""
 
 
 class NonFiniteLoss(ValueError):
@@ -107,8 +108,8 @@ class StepRecords:
         "skipped_steps", the count so far.
 
         Raises:
-            NonFiniteLoss: on every process, where a loss of any of them is not finite, or too many in a row were
-                skipped.
+            NonFiniteLoss: on every process, where a loss of any of them is not finite, or too many in a row made no
+                step (with float16 also for a gradient that overflows at every loss scale).
         """
         self.warnings, self.unreadable = [], []
         if not self._facts:
@@ -117,7 +118,10 @@ class StepRecords:
         # A column of its own for each process's wait: the mean over the processes tells them all apart.
         idle = values.new_zeros(len(values), self._processes.world_size)
         idle[:, self._processes.rank] = self.take_idle_seconds()
-        means = self._processes.mean(torch.cat([values, idle], dim=1)).tolist()
+        # On a GPU the exchange is only begun by `mean`: its end is waited for here.
+        exchanged = self._processes.mean(torch.cat([values, idle], dim=1))
+        with self._processes.waiting("the losses of every process"):
+            means = exchanged.tolist()
         now = time.perf_counter()
         rows = [row[: values.shape[1]] for row in means]
         idle_seconds = max(means[0][values.shape[1] :]) * self._processes.world_size
@@ -125,7 +129,7 @@ class StepRecords:
         rate = len(rows) * self._images_per_iteration / max(now - self._since, 1e-9)
         checked = len(_FIGURES) - 1 if self._gradient_may_overflow else len(_FIGURES)
         records, bad = [], []
-        too_many_in_a_row = False
+        stuck_at = None
         for place, (facts, (*row, replaced)) in enumerate(zip(self._facts, rows, strict=True)):
             record = {**facts, **dict(zip(_FIGURES, row, strict=True)), "images_per_second": rate}
             record["idle_share"] = idle_share
@@ -136,45 +140,40 @@ class StepRecords:
             is_bad = not all(map(math.isfinite, row[:checked]))
             if is_bad:
                 bad.append(place)
+            # With float16 the gradient is not among what is checked, and such an iteration makes no step either.
+            self._skipped_in_a_row = 0 if all(map(math.isfinite, row)) else self._skipped_in_a_row + 1
+            if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+                stuck_at = place
             if self._skips_nonfinite:
                 self.skipped_steps += is_bad
-                self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_bad else 0
-                too_many_in_a_row |= self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW
                 record["skipped_steps"] = self.skipped_steps
             records.append(record)
             if is_bad and not self._skips_nonfinite:
                 break
+        if bad and not self._skips_nonfinite:
+            raise NonFiniteLoss(f"the training is no longer finite: {self._report(bad[0], values)}", records)
+        if stuck_at is not None:
+            words = f"{MOST_SKIPPED_IN_A_ROW} iterations in a row were not finite and made no step, the last:"
+            raise NonFiniteLoss(f"{words}\n{self._report(stuck_at, values)}", records)
         if bad:
-            reports = self._reports(bad, values.tolist())
-            if not self._skips_nonfinite:
-                raise NonFiniteLoss(f"the training is no longer finite: {reports[0]}", records)
-            if too_many_in_a_row:
-                words = f"{MOST_SKIPPED_IN_A_ROW} iterations in a row were not finite and made no step, the last:"
-                raise NonFiniteLoss(f"{words}\n{reports[-1]}", records)
-            self.warnings = [f"step skipped ({self.skipped_steps} so far): {reports[-1]}"]
+            self.warnings = [f"step skipped ({self.skipped_steps} so far): {self._report(bad[-1], values)}"]
         self.unreadable = self._unreadable
         self._values, self._facts, self._image_ids, self._unreadable, self._since = [], [], [], [], now
         return records
 
-    def _reports(self, places: list[int], mine: list[list[float]]) -> list[str]:
-        """For each of these iterations which it is and what each process saw, the same on every process."""
-        losses_end = len(_FIGURES) - 1
-        seen = []
-        for place in places:
-            losses = zip(_FIGURES, mine[place][:losses_end], strict=False)
-            bad = [f"{name} = {value}" for name, value in losses if not math.isfinite(value)]
-            seen.append((bad, self._image_ids[place]))
-        reports = []
-        for place, parts in zip(places, zip(*self._processes.gather_objects(seen), strict=True), strict=True):
-            facts, grad_norm = self._facts[place], mine[place][losses_end]
-            lines = [
-                f"iteration {facts['iteration']} (epoch {facts['epoch'] + 1}, learning rate {facts['lr']:.6g}, "
-                f"grad_norm {grad_norm:.6g}) is not finite"
-            ]
-            # Through the exchanged gradients one loss spoils those of all: only the process that had it is named.
-            any_loss = any(bad for bad, _ in parts)
-            for rank, (bad, image_ids) in enumerate(parts):
-                if bad or not any_loss:
-                    lines.append(f"  process {rank}: {', '.join(bad) or 'losses are finite'}; image ids {image_ids}")
-            reports.append("\n".join(lines))
-        return reports
+    def _report(self, place: int, values: Tensor) -> str:
+        """Which iteration it is and what each process saw, the same on every process."""
+        *losses, grad_norm = values[place].tolist()[: len(_FIGURES)]
+        bad = [f"{name} = {value}" for name, value in zip(_FIGURES, losses, strict=False) if not math.isfinite(value)]
+        parts = self._processes.gather_objects((bad, self._image_ids[place]))
+        facts = self._facts[place]
+        lines = [
+            f"iteration {facts['iteration']} (epoch {facts['epoch'] + 1}, learning rate {facts['lr']:.6g}, "
+            f"grad_norm {grad_norm:.6g}) is not finite"
+        ]
+        # Through the exchanged gradients one loss spoils those of all: only the process that had it is named.
+        any_loss = any(found for found, _ in parts)
+        for rank, (found, image_ids) in enumerate(parts):
+            if found or not any_loss:
+                lines.append(f"  process {rank}: {', '.join(found) or 'losses are finite'}; image ids {image_ids}")
+        return "\n".join(lines)

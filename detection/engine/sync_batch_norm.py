@@ -20,13 +20,15 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         values = input.float()
-        count = torch.tensor([values.numel() / values.shape[1]])
-        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count])
-        sums = all_reduce(sums)
+        # float64: the variance is a small difference of large sums where a channel's mean is far from zero.
+        count = torch.tensor([values.numel() / values.shape[1]], dtype=torch.float64)
+        exact = values.double()
+        sums = all_reduce(torch.cat([exact.sum((0, 2, 3)), exact.square().sum((0, 2, 3)), count]))
         channels = values.shape[1]
         total = sums[-1]
-        mean = sums[:channels] / total
-        variance = (sums[channels:-1] / total - mean.square()).clamp(min=0)
+        mean64 = sums[:channels] / total
+        variance = (sums[channels:-1] / total - mean64.square()).clamp(min=0).float()
+        mean, total = mean64.float(), total.float()
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         assert self.num_batches_tracked is not None
         with torch.no_grad():

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from data import DevicePrefetcher, TrainLoader, UnreadableImage
 from detection.engine.bad_images import BadImages
-from detection.engine.checkpoint import BEST, LAST, CheckpointStore
+from detection.engine.checkpoint import BEST, LAST, CheckpointStore, epoch_file
 from detection.engine.data_wait import DataAdvice, DataWaitWatch
 from detection.engine.distributed import Processes, without_gradient_exchange
 from detection.engine.ema import AveragedModel
@@ -334,8 +334,3 @@ class EpochBasedTrainLoop:
             "schedule": self.schedule.to_dict(),
             **self.extra_state,
         }
-
-
-def epoch_file(epochs_done: int) -> str:
-    """Name of the checkpoint at the end of an epoch, counted from 1."""
-    return f"epoch_{epochs_done:04d}.pt"

@@ -6,10 +6,11 @@ import shutil
 from dataclasses import asdict
 from functools import partial
 from shlex import quote
+from typing import Any
 
 from torch import nn
 
-from data import TrainLoader
+from data import CocoDataset, TrainLoader
 from detection.config import RunConfig
 from detection.engine.augmentation import augmentation_of
 from detection.engine.bad_images import BadImages, TooManyBadImages
@@ -69,7 +70,7 @@ def train(
             partial(check_resumable, checkpoint, facts, schedule.to_dict(), loader.iterations_per_epoch),
         )
         notes += settings_without_effect(checkpoint, config.model)
-        progress = progress_of(checkpoint)
+        progress = progress_of(checkpoint, facts)
     console.say(
         describe_plan(
             config,
@@ -97,8 +98,10 @@ def train(
         console.say("dry run: everything above was checked; nothing was trained or written.")
         return 0
 
-    if checkpoint is not None:
-        main_first(processes, partial(_leave_other_future, output, checkpoint, console))
+    if checkpoint is not None and not main_first(
+        processes, partial(_leave_other_future, output, checkpoint, console, progress)
+    ):
+        progress.best_map = progress.best_epoch = None
     recorder = together(processes, partial(_open_recorder, config, processes, output, console, schedule, progress))
     bad_images = BadImages(processes, recorder, config.data.max_bad_images)
     if progress.iteration == 0 and processes.is_main:
@@ -193,20 +196,40 @@ def _run_facts(config: RunConfig, processes: Processes, built: Built, loader: Tr
         world_size=processes.world_size,
         data_digest=loader.dataset.annotations.digest(),
         augmentation=config.augmentation.to_dict(),
+        validation=_validation_facts(config, processes, built.evaluation_set),
     )
 
 
-def _leave_other_future(output: OutputDirectory, checkpoint: LoadedCheckpoint, console: Console) -> None:
-    """Go on from `checkpoint` and from no other: what the folder has beyond it is moved aside, its curves too."""
-    aside = continue_from(output.checkpoints, checkpoint)
-    if aside is None:
-        return
-    try:
-        if output.metrics.is_file():
-            shutil.copyfile(output.metrics, aside / output.metrics.name)
-    except OSError as error:
-        raise OutputDirectoryError(f"{aside}: {error}") from error
-    console.say(f"checkpoints that are further on than {checkpoint.path}, or broken, are now in {aside}")
+def _validation_facts(config: RunConfig, processes: Processes, dataset: CocoDataset | None) -> dict[str, Any] | None:
+    if dataset is None:
+        return None
+    limit = config.data.limit_val_batches
+    most = len(dataset) if limit is None else limit * config.train.batch_size * processes.world_size
+    return {"digest": dataset.annotations.digest(), "num_images": min(len(dataset), most)}
+
+
+def _leave_other_future(
+    output: OutputDirectory, checkpoint: LoadedCheckpoint, console: Console, progress: Progress
+) -> bool:
+    """Go on from `checkpoint` and from no other: what the folder has beyond it is moved aside, its curves too.
+
+    Returns:
+        Whether the best weights so far, if `progress` knows of any, are there.
+    """
+    done = continue_from(output.checkpoints, checkpoint, progress.best_epoch)
+    if done.aside is not None:
+        try:
+            if output.metrics.is_file():
+                shutil.copyfile(output.metrics, done.aside / output.metrics.name)
+        except OSError as error:
+            raise OutputDirectoryError(f"{done.aside}: {error}") from error
+        console.say(f"checkpoints that do not belong to this run from here on, or are broken, are now in {done.aside}")
+    if progress.best_map is not None and not done.has_best:
+        console.say(
+            f"the weights of the best mAP so far ({progress.best_map:.3f}, epoch {progress.best_epoch}) are not there "
+            "any more: best.pt begins anew"
+        )
+    return done.has_best
 
 
 def _open_recorder(

@@ -1,5 +1,6 @@
 """Checkpoint files: whole or not there, found again, never the last good one lost."""
 
+import errno
 import os
 import pickle
 import random
@@ -267,6 +268,14 @@ def test_only_the_newest_epochs_stay_and_last_and_best_whatever_their_age(tmp_pa
     assert iterations(tmp_path) == {"epoch_0004.pt": 4, "epoch_0005.pt": 5, LAST: 5, PREVIOUS: 4, BEST: 1}
 
 
+def test_epochs_are_told_by_their_number_and_other_files_left_alone(tmp_path: Path):
+    save(tmp_path, 1, ["epoch_9998.pt"])
+    shutil.copy(tmp_path / "epoch_9998.pt", tmp_path / "epoch_9998_before_the_drop.pt")
+    for epoch in (9999, 10000, 10001):
+        save(tmp_path, epoch, [f"epoch_{epoch:04d}.pt"], keep=2)
+    assert set(iterations(tmp_path)) == {"epoch_9998_before_the_drop.pt", "epoch_10000.pt", "epoch_10001.pt"}
+
+
 def test_keeping_one_does_not_delete_the_good_one_when_the_new_one_fails(tmp_path: Path, monkeypatch):
     save(tmp_path, 1, ["epoch_0001.pt"], keep=1)
     store = CheckpointStore(tmp_path, 1)
@@ -288,7 +297,7 @@ def test_going_on_from_an_older_file_moves_later_and_broken_ones_aside(tmp_path:
     for iteration, name in ((1, "epoch_0001.pt"), (2, "epoch_0002.pt"), (3, "epoch_0003.pt")):
         save(tmp_path, iteration, [LAST, name])
     damage(tmp_path / "epoch_0002.pt", "foreign")
-    aside = continue_from(tmp_path, load_checkpoint(tmp_path / "epoch_0001.pt"))
+    aside = continue_from(tmp_path, load_checkpoint(tmp_path / "epoch_0001.pt"), None).aside
     assert aside is not None and aside.parent == tmp_path
     assert iterations(tmp_path) == {"epoch_0001.pt": 1, LAST: 1}
     assert {path.name for path in aside.iterdir()} == {LAST, PREVIOUS, "epoch_0002.pt", "epoch_0003.pt"}
@@ -299,8 +308,63 @@ def test_going_on_from_the_newest_file_moves_nothing(tmp_path: Path):
     save(tmp_path, 2, [LAST, "epoch_0002.pt"])
     before = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
     found = newest_checkpoint(tmp_path)
-    assert found is not None and continue_from(tmp_path, found) is None
+    assert found is not None and continue_from(tmp_path, found, None).aside is None
     assert before == {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+
+
+def best_state(epoch: int, best_epoch: int) -> dict:
+    return state_at(10 * epoch) | {"iterations_per_epoch": 10, "best_epoch": best_epoch, "best_map": 0.1 * best_epoch}
+
+
+@pytest.fixture
+def three_epochs(tmp_path: Path) -> Path:
+    """A run of three epochs, of which the first and the last were the best so far."""
+    store = CheckpointStore(tmp_path / "run", 3)
+    for epoch, best in ((1, 1), (2, 1), (3, 3)):
+        names = [LAST, f"epoch_{epoch:04d}.pt", *([BEST] if best == epoch else [])]
+        assert store.save(best_state(epoch, best), names) is None
+    assert store.close() is None
+    return tmp_path / "run"
+
+
+def test_going_on_from_before_the_best_epoch_brings_back_the_best_before_it(three_epochs: Path, tmp_path: Path):
+    chosen = load_checkpoint(three_epochs / "epoch_0002.pt")
+    done = continue_from(three_epochs, chosen, 1)
+    assert done.has_best
+    assert iterations(three_epochs) == {"epoch_0001.pt": 10, "epoch_0002.pt": 20, LAST: 20, BEST: 10, PREVIOUS: 20}
+    # In a folder of its own too.
+    assert continue_from(tmp_path / "new", chosen, 1).has_best
+    assert iterations(tmp_path / "new") == {LAST: 20, BEST: 10}
+
+
+def test_a_best_that_is_no_longer_there_is_told(three_epochs: Path):
+    (three_epochs / "epoch_0001.pt").unlink()
+    assert not continue_from(three_epochs, load_checkpoint(three_epochs / "epoch_0002.pt"), 1).has_best
+    assert BEST not in iterations(three_epochs)
+
+
+def test_a_best_that_counts_no_more_is_set_aside(three_epochs: Path):
+    done = continue_from(three_epochs, load_checkpoint(three_epochs / LAST), None)
+    assert done.aside is not None and iterations(done.aside) == {BEST: 30}
+    assert LAST in iterations(three_epochs)
+
+
+def test_a_file_that_cannot_be_read_at_the_moment_is_not_taken_for_a_broken_one(tmp_path: Path, monkeypatch):
+    save(tmp_path, 1, [LAST])
+    save(tmp_path, 2, [LAST])
+    plain = checkpoint.torch.load
+
+    def load(path, **named):
+        if Path(path).name == LAST:
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(path, **named)
+
+    monkeypatch.setattr(checkpoint.torch, "load", load)
+    for attempt in (lambda: newest_checkpoint(tmp_path), lambda: load_checkpoint(tmp_path / LAST)):
+        with pytest.raises(CheckpointError, match=r"last\.pt: cannot be read now .*Input/output error.*--resume FILE"):
+            attempt()
+    monkeypatch.undo()
+    assert iterations(tmp_path) == {LAST: 2, PREVIOUS: 1}
 
 
 def test_a_broken_last_file_does_not_replace_the_good_one_before_it(tmp_path: Path):
@@ -309,7 +373,7 @@ def test_a_broken_last_file_does_not_replace_the_good_one_before_it(tmp_path: Pa
     damage(tmp_path / LAST, "truncated")
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    continue_from(tmp_path, found)
+    continue_from(tmp_path, found, None)
     save(tmp_path, 3, [LAST])
     assert iterations(tmp_path) == {LAST: 3, PREVIOUS: 1}
 
@@ -408,6 +472,7 @@ def test_a_kill_at_any_step_of_a_save_and_another_in_the_next_one_lose_nothing(t
         found = newest_checkpoint(folder)
         assert found is not None and not found.skipped
         newest.append(found.state["iteration"])
+        assert newest[-1] < 3 or iterations(folder)[BEST] == 3  # it was the best
         assert killed_while_saving(folder, 4, at_step=0)
         again = newest_checkpoint(folder)
         assert again is not None and not again.skipped, f"a file was damaged after a kill at step {at_step}"

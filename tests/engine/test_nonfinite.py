@@ -175,3 +175,20 @@ def test_nothing_is_read_from_the_device_to_decide() -> None:
     assert guard.finish(loss.detach()).device.type == "meta"
     with pytest.raises(RuntimeError):
         float(loss.detach())
+
+
+def test_a_float16_gradient_that_overflows_at_every_loss_scale_ends_the_run(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(step_records_module, "MOST_SKIPPED_IN_A_ROW", 4)
+    spoil(monkeypatch, **{f"at_{number}": "gradient" for number in range(1, 6)})
+    with pytest.raises(
+        RunError, match=r"(?s)4 iterations in a row .* made no step, the last:\niteration 4 .*use --amp bf16"
+    ):
+        start(tmp_path / "run", "--amp", "fp16")
+
+
+def test_single_overflows_of_float16_are_the_loss_scales_business(start, tmp_path, monkeypatch, records_of):
+    monkeypatch.setattr(step_records_module, "MOST_SKIPPED_IN_A_ROW", 3)
+    spoil(monkeypatch, at_0="gradient", at_1="gradient", at_3="gradient", at_4="gradient")
+    assert start(tmp_path / "run", "--amp", "fp16") == 0
+    norms = [record["grad_norm"] for record in records_of(tmp_path / "run", "train")]
+    assert [norm is not None and math.isfinite(norm) for norm in norms] == [False, False, True, False, False, True]

@@ -1,6 +1,7 @@
 """Going on after a stop: as if nothing had happened, or with a message that says why not."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -148,6 +149,21 @@ def test_a_checkpoint_of_another_folder_is_gone_on_with_in_a_new_one(start, fini
     assert start(tmp_path / "run", "--resume", file) == 0
     assert [r["iteration"] for r in records_of(tmp_path / "run", "train")] == [3, 4, 5]
     assert load(file)["iteration"] == 3
+
+
+def test_figures_of_other_validation_images_are_not_compared(start, finished, tmp_path, capsys, load):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    more = ["--resume", "--max-epochs", "3", "--limit-val-batches", "2"]
+    assert start(output, *more) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"validation: \d+ images before, now \d+; .* the best mAP is counted anew", said)
+    state = load(output / "checkpoints" / "last.pt")
+    assert (state["best_epoch"], load(output / "checkpoints" / "best.pt")["iteration"]) == (3, 9)
+    (aside,) = (output / "checkpoints").glob("set_aside_*")
+    assert [path.name for path in aside.glob("*.pt")] == ["best.pt"]
+    assert start(output, *more) == 0
+    assert "counted anew" not in capsys.readouterr().out
 
 
 def test_more_epochs_go_on_after_the_last_one_and_are_named_as_a_change(start, finished, tmp_path, capsys, records_of):
