@@ -74,7 +74,8 @@ class TrainLoader:
         if limit_batches is not None:
             self.iterations_per_epoch = min(self.iterations_per_epoch, limit_batches)
         self.min_size, self.max_size = min_size, max_size
-        self._buckets = shape_buckets(min_size, max_size) if few_shapes else []
+        # Large-scale jitter has one size as it is.
+        self._buckets = shape_buckets(min_size, max_size) if few_shapes and augmentation.jitter is None else []
         self.num_workers = workers
         self._batch_size, self._accumulate = batch_size, accumulate
         self._rank, self._world_size = rank, world_size

@@ -45,6 +45,7 @@ def load_or_build(source: Path, folder: Path, build: Callable[[], Packed]) -> tu
     found = read_packed(folder / name, key)
     if found is not None:
         return found, None
+    built = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}.lock"):
@@ -55,7 +56,7 @@ def load_or_build(source: Path, folder: Path, build: Callable[[], Packed]) -> tu
                 found = read_packed(folder / name, key) or built
             return found, None
     except OSError as error:
-        return build(), error
+        return built or build(), error
 
 
 def read_packed(path: Path, key: list[Any]) -> Packed | None:

@@ -71,30 +71,37 @@ def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
             "--skip-nonfinite does not go with the schedule's dampening, for which no fused step exists that could be "
             "skipped on the device: leave one of them away"
         )
+    resume, overwrite = config.output.resume, config.output.overwrite
+    is_restart = config.mode == "train" and not config.dry_run and output.was_begun_by_this_torchrun()
+    if is_restart:
+        # What the run was begun with, an older checkpoint or none, would throw away what it has done since.
+        resume, overwrite = "auto", False
     # Before the data, which may take a while to find and to read.
-    resumes = config.output.resume is not None
+    resumes = resume is not None
     model_config(
         config.model.model, num_classes=1, **(_chosen_settings(config) if resumes else _model_settings(config))
     )
     lines = prepare_files(config.data, mode=config.mode)
+    if is_restart:
+        lines.append("started again by torchrun: the run goes on from its own newest checkpoint")
     if not resumes:
         prefetch_weights(config.model.weights, config.model.model)
     # The output directory comes last: a run that cannot begin leaves it as it was.
     if config.mode == "train" and config.dry_run:
-        output.check(overwrite=config.output.overwrite, resume=resumes)
+        output.check(overwrite=overwrite, resume=resumes)
     elif config.mode == "train":
-        moved = output.claim(overwrite=config.output.overwrite, resume=resumes)
+        moved = output.claim(overwrite=overwrite, resume=resumes)
         lines += [moved] if moved else []
     elif not config.dry_run:
-        output.path.mkdir(parents=True, exist_ok=True)
+        output.lock()
     resume_path = None
-    if config.output.resume == "auto":
+    if resume == "auto":
         found = newest_checkpoint(output.checkpoints)
         if found is not None:
             resume_path = found.path
             lines += [f"skipped: {reason}" for reason in found.skipped]
-    elif config.output.resume is not None:
-        resume_path = load_checkpoint(Path(config.output.resume)).path
+    elif resume is not None:
+        resume_path = load_checkpoint(Path(resume)).path
     if resumes and resume_path is None:
         if config.mode != "train":
             raise CheckpointError(f"{output.checkpoints}: there is no checkpoint to evaluate; give --weights FILE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ class OutputDirectory:
         self.tensorboard = path / "tensorboard"
         self.log = path / "train.log"
         self.config = path / "config.json"
+        self._begun_by = path / ".begun_by"
         self._lock: IO[str] | None = None
 
     def detections(self, split: str) -> Path:
@@ -49,15 +51,37 @@ class OutputDirectory:
                 cannot be made.
         """
         moved = None
+        self.lock()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
             if self.holds_a_run and overwrite:
                 moved = f"the run that was in {self.path} is now in {self._move_aside()}"
         except OSError as error:
             raise OutputDirectoryError(f"{self.path}: cannot be used as output directory: {error}") from error
         self.check(overwrite=overwrite, resume=resume)
         return moved
+
+    def was_begun_by_this_torchrun(self) -> bool:
+        """Whether the run in the folder is of an earlier start of this process by the torchrun that starts it again."""
+        try:
+            return self._begun_by.read_text() == _launcher()
+        except OSError:
+            return False
+
+    def mark_as_begun(self) -> None:
+        """Note which torchrun's run this is, once its first checkpoint, if it goes on from one, is in the folder."""
+        self._begun_by.write_text(_launcher() or "")
+
+    def lock(self) -> None:
+        """Make the folder and keep others out, for an evaluation that writes into it; main process only.
+
+        Raises:
+            OutputDirectoryError: another process works in the folder, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except OSError as error:
+            raise OutputDirectoryError(f"{self.path}: cannot be used as output directory: {error}") from error
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
         """Raises OutputDirectoryError where the folder holds a run and is to be neither gone on with nor moved."""
@@ -74,16 +98,23 @@ class OutputDirectory:
             self._lock = None
 
     def _move_aside(self) -> Path:
-        name = f"{self.path.name}.before_{time.strftime('%Y%m%d_%H%M%S')}"
-        aside = self.path.with_name(name)
+        # Of a link the folder that it means is moved, and the link stays.
+        path = self.path.resolve()
+        if Path.cwd().is_relative_to(path):
+            raise OutputDirectoryError(
+                f"{self.path} is the folder that this program works in, which --overwrite would move aside: start it "
+                "from another one, or give another --output-dir"
+            )
+        name = f"{path.name}.before_{time.strftime('%Y%m%d_%H%M%S')}"
+        aside = path.with_name(name)
         number = 1
         while aside.exists():
             number += 1
-            aside = self.path.with_name(f"{name}_{number}")
+            aside = path.with_name(f"{name}_{number}")
         # The old folder's lock is held until the new one's is, so that nobody slips in between.
         old_lock = self._lock
-        self.path.rename(aside)
-        self.path.mkdir()
+        path.rename(aside)
+        path.mkdir()
         self._take_lock()
         if old_lock is not None:
             old_lock.close()
@@ -118,6 +149,12 @@ class OutputDirectory:
             return os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat())
         except FileNotFoundError:
             return False
+
+
+def _launcher() -> str | None:
+    """The torchrun that has started this process, which is the same after a restart; None without one."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run_id is None else f"torchrun {run_id}, process {os.getppid()} on {platform.node()}"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -108,8 +108,8 @@ class RollCall:
         if not missing and not elsewhere:
             lines.append("  all processes are alive; the network between them may have failed for a moment")
         lines.append(
-            "Its own message stands above, or in its output. Go on with --resume; torchrun --max-restarts=N with "
-            "--resume auto does so by itself."
+            "Its own message stands above, or in its output. Go on with --resume; torchrun --max-restarts=N does so by "
+            "itself."
         )
         return "\n".join(lines)
 

@@ -55,6 +55,7 @@ def train(
     # What is wrong with the learning rate shows when it is first asked for.
     together(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
     facts = _run_facts(config, processes, built, loader)
+    _require_one_run(processes, {**facts.state(), "schedule": schedule.to_dict()}, loader.iterations_per_epoch)
     graphs = None
     if config.train.cuda_graphs:
         graphs = together(processes, partial(cuda_step_graphs, processes, model))
@@ -200,6 +201,24 @@ def _run_facts(config: RunConfig, processes: Processes, built: Built, loader: Tr
     )
 
 
+def _require_one_run(processes: Processes, facts: dict[str, Any], iterations_per_epoch: int) -> None:
+    """Raises RunError on every process where one has other data or settings, with which they would train past each
+    other or wait for each other in vain."""
+    facts = {**facts.pop("run"), **facts, "iterations_per_epoch": iterations_per_epoch}
+    first, *others = processes.gather_objects(facts)
+    lines = [
+        f"process {rank} has another {', '.join(different)} than process 0"
+        for rank, other in enumerate(others, start=1)
+        if (different := [name for name in first if other[name] != first[name]])
+    ]
+    if lines:
+        raise RunError(
+            "\n".join(lines)
+            + "\nStart every process with the same options, and put the same annotation files on every "
+            "machine (data_digest is of the training annotations)."
+        )
+
+
 def _validation_facts(config: RunConfig, processes: Processes, dataset: CocoDataset | None) -> dict[str, Any] | None:
     if dataset is None:
         return None
@@ -266,6 +285,7 @@ def _open_recorder(
             }
         )
         board.flush()
+        output.mark_as_begun()
     except OSError as error:
         raise OutputDirectoryError(f"{output.path}: cannot be written: {error}") from error
     return Recorder(console, log, board)

@@ -165,7 +165,8 @@ def write_results(detections: Detections, path: str | os.PathLike[str]) -> None:
     )
     rows = zip(*columns, strict=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # One name, so that what a killed process has left is written over.
+    temporary = target.with_name(f".{target.name}.new")
     try:
         with temporary.open("w", encoding="ascii") as file:
             file.write("[")

@@ -35,14 +35,18 @@ def ranks_of(agent: int) -> dict[int, int]:
     return found
 
 
+@pytest.mark.parametrize("begun_with", ["--resume", "--overwrite"])
 def test_a_killed_rank_restarts_the_job_from_the_last_checkpoint(
-    arguments: Callable[..., list[str]], tmp_path: Path, records_of, load
+    begun_with: str, arguments: Callable[..., list[str]], tmp_path: Path, records_of, load
 ):
     output = tmp_path / "run"
     words = arguments(
         output, "--batch-size", "1", "--max-epochs", "2", "--limit-train-batches", "6", "--checkpoint-iterations", "1",
-        "--limit-val-batches", "1", "--resume", "auto",
+        "--limit-val-batches", "1", begun_with,
     )  # fmt: skip
+    output.mkdir()
+    if begun_with == "--overwrite":
+        (output / "metrics.jsonl").write_text('{"kind": "old"}\n')
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])}
     with (tmp_path / "log.txt").open("w") as log:
@@ -68,3 +72,6 @@ def test_a_killed_rank_restarts_the_job_from_the_last_checkpoint(
     assert [r["iteration"] for r in records_of(output, "train")] == list(range(12))
     assert [r["iteration"] for r in records_of(output, "val")] == [5, 11]
     assert load(output / "checkpoints" / "last.pt")["iteration"] == 12
+    # What was moved aside is the old run, and not what this one had done before the kill.
+    aside = [(folder / "metrics.jsonl").read_text() for folder in tmp_path.glob("run.before_*")]
+    assert aside == (['{"kind": "old"}\n'] if begun_with == "--overwrite" else [])
