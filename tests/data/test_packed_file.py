@@ -146,13 +146,14 @@ def test_faults_of_the_annotation_file_are_reported_as_without_a_cache(file, tmp
     assert list((tmp_path / "cache").glob("*.packed")) == []
 
 
-def test_a_failed_write_leaves_no_part_behind(file, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_part_behind(file, tmp_path, monkeypatch, parses):
     def full_disk(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     annotations = read_coco(file, cache_dir=tmp_path / "cache")
     assert len(annotations) == 7
+    assert len(parses) == 1
     assert "No space left" in annotations.findings[-1].text
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 

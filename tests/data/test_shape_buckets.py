@@ -3,6 +3,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from data.augmentations import Augmentation, LargeScaleJitter
 from data.dataset import CocoDataset
 from data.loader import TrainLoader
 from data.shape_buckets import bucket_of, shape_buckets
@@ -45,6 +46,8 @@ def test_a_training_with_few_shapes_sees_buckets_the_same_on_any_number_of_proce
         return list(loader.plans(0, 8))
 
     buckets = shape_buckets(64, 160)
+    jittered = plans(batch_size=4, augmentation=Augmentation(jitter=LargeScaleJitter(128)))
+    assert {plan.padded_size for plan in jittered} == {(128, 128)}
     whole = plans(batch_size=4)
     assert {plan.padded_size for plan in whole} <= set(buckets)
     for plan in whole:

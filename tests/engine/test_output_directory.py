@@ -51,6 +51,43 @@ def test_overwriting_moves_the_earlier_run_aside_and_loses_nothing(tmp_path: Pat
         output.path.rmdir()
 
 
+def test_of_a_link_the_folder_that_it_means_is_moved(tmp_path: Path):
+    used(tmp_path / "disk" / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    output = OutputDirectory(tmp_path / "link")
+    assert output.claim(overwrite=True, resume=False) is not None
+    output.release()
+    assert (tmp_path / "link").is_symlink() and not output.holds_a_run
+    (aside,) = (tmp_path / "disk").glob("run.before_*")
+    assert (aside / "checkpoints" / "last.pt").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("path", [".", "..", "../run"])
+def test_the_folder_that_the_program_works_in_is_not_moved(path: str, tmp_path: Path, monkeypatch):
+    used(tmp_path / "run")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "iteration": 0}\n')
+    monkeypatch.chdir(tmp_path / "run")
+    output = OutputDirectory(Path(path))
+    with pytest.raises(OutputDirectoryError, match="start it from another one, or give another --output-dir"):
+        output.claim(overwrite=True, resume=False)
+    output.release()
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
+def test_an_evaluation_keeps_out_of_the_folder_of_a_training_at_work(start, finished, tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+    process = in_another_process(hold, tmp_path / "run", 60.0, held, done)
+    try:
+        assert held.wait(60)
+        with pytest.raises(RunError, match=r"another run is writing here .*or give another --output-dir"):
+            start(tmp_path / "run", "--val-only", "--weights", finished / "checkpoints" / "last.pt")
+    finally:
+        done.set()
+        process.join()
+    assert start(tmp_path / "other", "--val-only", "--weights", finished / "checkpoints" / "last.pt") == 0
+
+
 def test_overwriting_a_folder_without_a_run_moves_nothing(tmp_path: Path):
     (tmp_path / "run").mkdir()
     output = OutputDirectory(tmp_path / "run")

@@ -47,7 +47,7 @@ def ranks(folder: Path, program: Callable[..., Any], arguments: Callable[..., li
     words = arguments(folder, "--max-epochs", "1")
     place = words.index("--output-dir")
     del words[place : place + 2]
-    with program("two_ranks.py", folder, json.dumps(free_ports(14)), *words, ranks=2) as processes:
+    with program("two_ranks.py", folder, json.dumps(free_ports(15)), *words, ranks=2) as processes:
         for process in processes:
             out, err = process.communicate(timeout=240)
             assert process.returncode == 0, out[-3000:] + err[-6000:]
@@ -269,3 +269,11 @@ def test_too_many_unreadable_pictures_end_both_processes_with_one_message(ranks,
     assert not list((folder / "too_many").glob("checkpoints/*.pt"))
     first, second = (found["faults"]["too many to validate"] for found in ranks)
     assert first == second and "--max-bad-images is 0" in first
+
+
+def test_processes_with_other_annotations_are_refused_before_the_training(ranks, folder):
+    first, second = (found["faults"]["other data"] for found in ranks)
+    assert first == second
+    assert first.startswith("process 1 has another data_digest than process 0\n")
+    assert "same annotation files on every machine" in first
+    assert not (folder / "other_data" / "metrics.jsonl").exists()

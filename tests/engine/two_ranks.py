@@ -225,6 +225,15 @@ def faults(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any]:
     found["skipping"] = train("skipping", "--skip-nonfinite", "--norm", "bn", "--ema", "0.5")
     FasterRCNN._losses, EpochBasedTrainLoop.train_iteration = plain_losses, plain_iteration  # type: ignore[method-assign]
 
+    data = Path(words[words.index("--data-path") + 1])
+    content = json.loads((data / "annotations" / "instances_train2017.json").read_text())
+    del content["annotations"][:rank]
+    mine = folder / f"train_of_{rank}.json"
+    mine.write_text(json.dumps(content))
+    found["other data"] = train(
+        "other_data", "--train-images", str(data / "train2017"), "--train-annotations", str(mine)
+    )
+
     where = ["--data-path", str(folder / "broken_set")]
     words = [*words[: words.index("--data-path")], *where, *words[words.index("--data-path") + 2 :]]
     found["replacing"] = train("replacing", "--limit-train-batches", "9", "--limit-val-batches", "9")
