@@ -155,10 +155,9 @@ def check_pair(
     only_train = [name for name in train.class_names if name not in set(val.class_names)]
     only_val = [name for name in val.class_names if name not in set(train.class_names)]
     if only_train or only_val:
-        text = (
-            f"the categories differ: only {train.source} has {examples(map(repr, only_train)) or 'none'}, only "
-            f"{val.source} has {examples(map(repr, only_val)) or 'none'}. Give both files the same category names"
-        )
+        lacking = [(val.source, only_train), (train.source, only_val)]
+        said = ", ".join(f"{file} lacks {examples(map(repr, names))}" for file, names in lacking if names)
+        text = f"the categories differ: {said}. Give both files the same category names"
         findings.append(Finding("error", "classes-differ", text, len(only_train) + len(only_val)))
     elif dict(zip(train.class_names, train.category_ids, strict=True)) != dict(
         zip(val.class_names, val.category_ids, strict=True)

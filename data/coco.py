@@ -295,6 +295,8 @@ def find_fatal(file: str | Path) -> list[Finding]:
 
 def _require_sections(path: Path, content: dict[str, Any]) -> None:
     for section in ("images", "categories"):
+        if content.get(section) == []:
+            raise AnnotationError(f'{path}: has no "{section}": the list is empty. Give a file with {section} in it.')
         if not content.get(section):
             raise AnnotationError(
                 f'{path}: has no "{section}". Expected COCO\'s format, an object of "images", "annotations" and '

@@ -103,7 +103,8 @@ class Records:
             first, second = int(order[repeated[0]]), int(order[repeated[0] + 1])
             self.fail(
                 second,
-                f"the {key} is taken by {self.section}[{first}] already ({len(repeated):,} such records)",
+                f"the {key} is taken by {self.section}[{first}] already"
+                + (f" ({len(repeated):,} such records)" if len(repeated) > 1 else ""),
                 f"Give every one of the {self.section} an {key} of its own.",
             )
         return values
@@ -210,7 +211,8 @@ def parse_coco(path: Path) -> dict[str, Any]:
             f"{path}: not UTF-8 text (byte {error.start}). Give the annotation file, JSON in UTF-8."
         ) from None
     except (OSError, ValueError) as error:
-        raise AnnotationError(f"{path}: cannot be read: {error}. Check the path and its permissions.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise AnnotationError(f"{path}: cannot be read: {reason}. Check the path and its permissions.") from None
     try:
         with _without_garbage_collection():
             content = json.loads(text, object_hook=_without_polygons)
@@ -218,7 +220,7 @@ def parse_coco(path: Path) -> dict[str, Any]:
         raise AnnotationError(f"{path}: nested too deeply to be a COCO file. Export it again.") from None
     except json.JSONDecodeError as error:
         raise AnnotationError(
-            f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}. "
+            f"{path}: not JSON: {error.msg.removesuffix(' starting at')} at line {error.lineno}, column {error.colno}. "
             "A file that ends early was not downloaded or written in full: fetch or export it again."
         ) from None
     except ValueError as error:  # an integer longer than Python is willing to convert

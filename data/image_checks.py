@@ -30,6 +30,8 @@ class ImageFacts:
     """Its EXIF data ask viewers to turn or mirror it."""
     digest: bytes = b""
     """SHA-256 of size and pixels"""
+    has_content: bool = True
+    """The file is there and is not empty."""
 
 
 def inspect_image(path: Path) -> ImageFacts:
@@ -37,7 +39,7 @@ def inspect_image(path: Path) -> ImageFacts:
     try:
         pixels = read_image(path)
     except ImageError as error:
-        return ImageFacts(problem=str(error))
+        return ImageFacts(problem=str(error), has_content=path.is_file() and path.stat().st_size > 0)
     height, width = pixels.shape[:2]
     digest = hashlib.sha256(f"{width}x{height}".encode())
     digest.update(pixels.data)
@@ -74,7 +76,8 @@ def check_images(annotations: CocoAnnotations, images_dir: str | Path, facts: li
     for index, fact in enumerate(facts):
         place = annotations.place(index)
         if fact.problem is not None:
-            unreadable.append(f"{place}: {fact.problem}")
+            if fact.has_content:  # a missing or empty file is a finding already
+                unreadable.append(f"{place}: {fact.problem}")
             continue
         expected = (int(annotations.widths[index]), int(annotations.heights[index]))
         if (fact.width, fact.height) != expected:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from detection.config_error import ConfigError
+from detection.option_types import fraction, positive_int
 
 LSJ_SIZE_DEFAULT = 1024
 LSJ_RANGE_DEFAULT = (0.1, 2.0)
@@ -52,7 +53,7 @@ def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training images at random (docs/augmentation.md)")
     group.add_argument(
         "--train-min-sizes",
-        type=_side,
+        type=positive_int,
         nargs="+",
         metavar="N",
         help="multi-scale training: shorter sides, one drawn for each image [--min-size]",
@@ -71,7 +72,7 @@ def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lsj",
-        type=_side,
+        type=positive_int,
         nargs="?",
         const=LSJ_SIZE_DEFAULT,
         metavar="SIZE",
@@ -82,12 +83,12 @@ def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--lsj-min-visibility",
-        type=_part,
+        type=fraction,
         metavar="P",
         help="drop boxes of which the crop leaves a smaller part of the area [0]",
     )
-    group.add_argument("--flip-probability", type=_part, default=0.5, metavar="P", help="left to right [0.5]")
-    group.add_argument("--vertical-flip-probability", type=_part, default=0.0, metavar="P", help="upside down [0]")
+    group.add_argument("--flip-probability", type=fraction, default=0.5, metavar="P", help="left to right [0.5]")
+    group.add_argument("--vertical-flip-probability", type=fraction, default=0.0, metavar="P", help="upside down [0]")
     group.add_argument(
         "--photometric-distortion",
         action="store_true",
@@ -102,7 +103,7 @@ def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--repeat-threshold",
-        type=_part,
+        type=fraction,
         metavar="T",
         help="repeat-factor sampling: images of classes in fewer than this part of the images come "
         "sqrt(T / part) times an epoch",
@@ -188,28 +189,14 @@ def _check_jitter(options: argparse.Namespace) -> None:
             raise ConfigError(f"--lsj-range {low:g} {high:g}: the first must be above 0, and not above the second")
 
 
-def _side(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
-
-
 def _scale(text: str) -> tuple[int, int]:
     width, times, height = text.lower().partition("x")
     try:
         if not times:
             raise ValueError
-        return _side(width), _side(height)
+        return positive_int(width), positive_int(height)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no scale: write two sides in pixels, e.g. 1333x800") from None
-
-
-def _part(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return value
 
 
 def _tuple(values: list[Any] | None) -> Any:

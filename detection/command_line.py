@@ -6,7 +6,6 @@ import argparse
 import ast
 import dataclasses
 import difflib
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -14,12 +13,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from detection.augmentation_options import add_augmentation_options, augmentation_config
-from detection.config import MODEL_DEFAULT, DataConfig, ModelConfig, OutputConfig, RunConfig, TrainConfig
+from detection.config import (
+    FREEZE_CHOICES,
+    MODEL_DEFAULT,
+    DataConfig,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+    TrainConfig,
+)
 from detection.config_error import ConfigError
+from detection.option_types import inner_fraction, not_negative_int, positive_float, positive_int, seed
 
 EMA_DECAY_DEFAULT = 0.9998
-FREEZE_CHOICES = {"none": -1, "stem": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage4": 4, "backbone": 4}
-"""What --freeze takes, and the number of frozen stages that it means."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,41 +42,6 @@ class _Parser(argparse.ArgumentParser):
         if choice and (near := difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)):
             message += f": did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists every option)\n")
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
-
-
-def _not_negative_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return value
-
-
-def _decay(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
-    return value
 
 
 def _frozen_stages(text: str) -> int:
@@ -91,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("schedule (how long, which learning rate, when to validate)")
     group.add_argument("--schedule", default="1x", metavar="NAME|FILE", help="1x, 2x, 20e, or a schedule file [1x]")
-    group.add_argument("--max-epochs", type=_positive_int, metavar="N", help="override the schedule's epochs")
-    group.add_argument("--val-interval", type=_positive_int, metavar="N", help="validate each N epochs")
-    group.add_argument("--lr", type=_positive_float, metavar="X", help="override the schedule's learning rate")
+    group.add_argument("--max-epochs", type=positive_int, metavar="N", help="override the schedule's epochs")
+    group.add_argument("--val-interval", type=positive_int, metavar="N", help="validate each N epochs")
+    group.add_argument("--lr", type=positive_float, metavar="X", help="override the schedule's learning rate")
     group.add_argument(
         "--set",
         action="append",
@@ -115,20 +86,20 @@ def build_parser() -> argparse.ArgumentParser:
     for split in ("train", "val", "test"):
         group.add_argument(f"--{split}-images", type=Path, metavar="DIR", help=f"image folder of the {split} set")
         group.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help=f"COCO JSON of the {split} set")
-    group.add_argument("--min-size", type=_positive_int, default=800, metavar="N", help="shorter side, pixels [800]")
+    group.add_argument("--min-size", type=positive_int, default=800, metavar="N", help="shorter side, pixels [800]")
     group.add_argument(
-        "--max-size", type=_positive_int, default=1333, metavar="N", help="longer side at most, pixels [1333]"
+        "--max-size", type=positive_int, default=1333, metavar="N", help="longer side at most, pixels [1333]"
     )
     group.add_argument(
-        "--workers", type=_not_negative_int, metavar="N", help="loader processes a process [GPU 4, CPU 1]"
+        "--workers", type=not_negative_int, metavar="N", help="loader processes a process [GPU 4, CPU 1]"
     )
-    group.add_argument("--limit-train-batches", type=_positive_int, metavar="N", help="iterations an epoch at most")
+    group.add_argument("--limit-train-batches", type=positive_int, metavar="N", help="iterations an epoch at most")
     group.add_argument(
-        "--limit-val-batches", type=_positive_int, metavar="N", help="evaluation batches a process at most"
+        "--limit-val-batches", type=positive_int, metavar="N", help="evaluation batches a process at most"
     )
     group.add_argument(
         "--max-bad-images",
-        type=_not_negative_int,
+        type=not_negative_int,
         default=10,
         metavar="N",
         help="images that may turn out unreadable in mid-run: each is reported and replaced by the next of its shape; "
@@ -178,19 +149,19 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--sync-bn", action="store_true", help="trained batch norm over all processes")
 
     group = parser.add_argument_group("training step")
-    group.add_argument("--batch-size", type=_positive_int, default=2, metavar="N", help="images a process [2]")
+    group.add_argument("--batch-size", type=positive_int, default=2, metavar="N", help="images a process [2]")
     group.add_argument(
-        "--accumulate", type=_positive_int, metavar="N", help="micro-steps an iteration [the schedule's, 1]"
+        "--accumulate", type=positive_int, metavar="N", help="micro-steps an iteration [the schedule's, 1]"
     )
     group.add_argument(
         "--global-batch-size",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="images an iteration over all processes: batch and micro-steps a process follow from it, also where a "
         "resumed run has another number of processes; --batch-size is then the most a process takes at once",
     )
     group.add_argument(
-        "--clip-grad", type=_positive_float, metavar="X", help="largest gradient norm [the schedule's, none]"
+        "--clip-grad", type=positive_float, metavar="X", help="largest gradient norm [the schedule's, none]"
     )
     group.add_argument(
         "--skip-nonfinite",
@@ -201,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], help="mixed precision [the schedule's, off]")
     group.add_argument(
         "--ema",
-        type=_decay,
+        type=inner_fraction,
         nargs="?",
         const=EMA_DECAY_DEFAULT,
         metavar="DECAY",
@@ -219,12 +190,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
     group.add_argument(
         "--collective-timeout",
-        type=_positive_float,
+        type=positive_float,
         default=15.0,
         metavar="MIN",
         help="minutes that a process waits for the others before the run ends and says who is missing [15]",
     )
-    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="[0]")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="[0]")
     group.add_argument("--deterministic", action="store_true", help="bit-equal repeats on a GPU too, slower")
 
     group = parser.add_argument_group("output and resume")
@@ -239,11 +210,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--overwrite", action="store_true", help="start anew; what the output directory holds is moved aside first"
     )
-    group.add_argument("--keep-checkpoints", type=_positive_int, default=3, metavar="N", help="epoch files kept [3]")
-    group.add_argument("--checkpoint-minutes", type=_positive_float, metavar="N", help="also save each N minutes")
-    group.add_argument("--checkpoint-iterations", type=_positive_int, metavar="N", help="also save each N iterations")
+    group.add_argument("--keep-checkpoints", type=positive_int, default=3, metavar="N", help="epoch files kept [3]")
+    group.add_argument("--checkpoint-minutes", type=positive_float, metavar="N", help="also save each N minutes")
+    group.add_argument("--checkpoint-iterations", type=positive_int, metavar="N", help="also save each N iterations")
     group.add_argument(
-        "--log-interval", type=_positive_int, metavar="N", help="iterations between readings [GPU 20, CPU 1]"
+        "--log-interval", type=positive_int, metavar="N", help="iterations between readings [GPU 20, CPU 1]"
     )
     group.add_argument(
         "--eval-backend", choices=["auto", "pycocotools", "hotcoco", "both"], default="auto", help="COCO metrics [auto]"
@@ -277,6 +248,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     options = build_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
     if options.val_only and options.test_only:
         raise ConfigError("--val-only and --test-only exclude each other: give one of them")
+    if options.resume is not None and not options.resume.strip():
+        raise ConfigError("--resume is given an empty value: write --resume, or --resume FILE")
     if options.resume is not None and options.overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite starts anew: give one of them")
     if options.max_size < options.min_size:

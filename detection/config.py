@@ -11,6 +11,8 @@ from detection.augmentation_options import AugmentationConfig
 from detection.config_error import ConfigError
 
 MODEL_DEFAULT = "faster_rcnn_r50_fpn"
+FREEZE_CHOICES = {"none": -1, "stem": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage4": 4, "backbone": 4}
+"""What --freeze takes, and the number of frozen stages that it means."""
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class Schedule:
         """A few lines for people: length, optimiser, learning rate, validation."""
         settings = ", ".join(f"{key} {_short(value)}" for key, value in self.optimizer.kwargs.items() if value)
         lines = [
-            f"{self.name}: {self.max_epochs} epochs",
+            f"{self.name}: {self.max_epochs} epoch{'s' if self.max_epochs != 1 else ''}",
             f"{self.optimizer.type}, lr {self.optimizer.lr:g}" + (f", {settings}" if settings else ""),
         ]
         lines += [_describe_scheduler(scheduler) for scheduler in self.param_schedulers] or ["constant learning rate"]

@@ -37,6 +37,7 @@ from data.gallery import GalleryError, write_gallery
 from detection.augmentation_options import add_augmentation_options, augmentation_config
 from detection.config_error import ConfigError
 from detection.engine.augmentation import augmentation_of
+from detection.option_types import positive_int
 from detection.reporting.pictures import class_colour, draw_boxes, mosaic, save_png
 
 GALLERY_COUNT, PNG_COUNT = 200, 32
@@ -79,9 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="a gallery in one file instead; replaces nothing but a gallery"
     )
-    parser.add_argument("--thumbnail-size", type=_positive, default=480, help="gallery: longest side, pixels")
+    parser.add_argument("--thumbnail-size", type=positive_int, default=480, help="gallery: longest side, pixels")
     parser.add_argument(
-        "--count", type=_positive, help=f"number of pictures at most [{PNG_COUNT}; gallery {GALLERY_COUNT}]"
+        "--count", type=positive_int, help=f"number of pictures at most [{PNG_COUNT}; gallery {GALLERY_COUNT}]"
     )
     parser.add_argument("--mosaic", action="store_true", help="one file, mosaic.png, with all of them")
     parser.add_argument("--min-size", type=int, default=800, help="shorter side after the resize")
@@ -173,13 +174,6 @@ def drawn(batch: DeviceBatch, place: int, class_names: tuple[str, ...]) -> np.nd
         batch.labels[place][valid].numpy(),
         class_names,
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
 
 
 if __name__ == "__main__":

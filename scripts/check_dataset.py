@@ -106,7 +106,8 @@ def _check(split: Split, arguments: argparse.Namespace) -> None:
 
 
 def _print(name: str, finding: Finding, num_places: int) -> None:
-    print(f"{finding.severity.upper()} [{name}: {finding.code}] {finding.text}.")
+    stop = "" if finding.text.endswith("?") else "."
+    print(f"{finding.severity.upper()} [{name}: {finding.code}] {finding.text}{stop}")
     for place in finding.places[:num_places]:
         print(f"    {place}")
     rest = finding.count - min(num_places, len(finding.places))
@@ -119,7 +120,7 @@ def summary(splits: Sequence[Split], findings: dict[str, list[Finding]]) -> str:
     lines = [""]
     for split in splits:
         if split.annotations is None:
-            lines.append(f"{split.name:<8}{split.file}: cannot be read")
+            lines.append(f"{split.name:<8}{split.file}: unusable as it is; boxes and images were not checked")
             continue
         annotations = split.annotations
         looked = "images decoded" if split.facts is not None else "images not opened"
@@ -137,10 +138,13 @@ def summary(splits: Sequence[Split], findings: dict[str, list[Finding]]) -> str:
             sum(f.count for f in group if (f.severity, f.code) == (severity, code)) for group in findings.values()
         ]
         lines.append(f"{severity:<10}{code:<{width}}" + "".join(f"{count or '-':>10}" for count in counts))
-    num_errors = sum(finding.severity == "error" for group in findings.values() for finding in group)
+    num_errors = sum(severity == "error" for severity, _ in found)
     verdict = "Nothing stands in the way of training."
     if num_errors:
-        verdict = f"Errors of {num_errors} kinds would break or bias training."
+        kinds = "one kind" if num_errors == 1 else f"{num_errors} kinds"
+        verdict = f"Errors of {kinds} would break or bias training."
+    if any(split.annotations is None for split in splits):
+        verdict += " Mend the annotation file and look again: it could not be checked further."
     return "\n".join([*lines, "", verdict])
 
 

@@ -17,6 +17,7 @@ from data.conversion import COCO_TEXTS, ConversionError, LabelledPicture, Remark
 from data.conversion_output import WrittenSplit
 from data.conversion_splits import split_by_seed
 from data.findings import by_severity
+from detection.option_types import inner_fraction
 
 USER_ERRORS = (AnnotationError, ConversionError, ImageError, OSError)
 DEFAULT_VAL_FRACTION = 0.1
@@ -51,7 +52,7 @@ def to_coco_options(parser: argparse.ArgumentParser, exif_help: str) -> None:
     group = parser.add_argument_group("splits")
     group.add_argument(
         "--val-fraction",
-        type=_fraction,
+        type=inner_fraction,
         metavar="X",
         help=f"share of the pictures to validate on, chosen by seed and file name [{DEFAULT_VAL_FRACTION} where the "
         "source has no splits of its own]",
@@ -186,10 +187,3 @@ def _program(name: str) -> str:
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value

@@ -36,6 +36,7 @@ from detection.export import (
     save_weights,
 )
 from detection.models import Detector, WeightsError, load_detector
+from detection.option_types import fraction, positive_int
 from detection.reporting import Console
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "weights": ".pt"}
@@ -68,16 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="the file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     group = parser.add_argument_group("shape of the input, for onnx and torch (default: any, chosen at each call)")
-    group.add_argument("--batch-size", metavar="N", type=_positive, help="always this many pictures a call")
+    group.add_argument("--batch-size", metavar="N", type=positive_int, help="always this many pictures a call")
     group.add_argument(
-        "--size", nargs=2, metavar=("HEIGHT", "WIDTH"), type=_positive, help="this size in pixels, always"
+        "--size", nargs=2, metavar=("HEIGHT", "WIDTH"), type=positive_int, help="this size in pixels, always"
     )
     group = parser.add_argument_group("settings of the detector (default: as in the weights)")
-    group.add_argument("--score-threshold", metavar="X", type=_fraction, help="lowest score of a detection, 0..1")
-    group.add_argument("--nms-iou", metavar="X", type=_fraction, help="overlap from which the weaker of a class goes")
-    group.add_argument("--max-detections", metavar="N", type=_positive, help="most detections of a picture")
-    group.add_argument("--min-size", metavar="N", type=_positive, help="shorter side at the network's scale, pixels")
-    group.add_argument("--max-size", metavar="N", type=_positive, help="limit of the longer side, pixels")
+    group.add_argument("--score-threshold", metavar="X", type=fraction, help="lowest score of a detection, 0..1")
+    group.add_argument("--nms-iou", metavar="X", type=fraction, help="overlap from which the weaker of a class goes")
+    group.add_argument("--max-detections", metavar="N", type=positive_int, help="most detections of a picture")
+    group.add_argument("--min-size", metavar="N", type=positive_int, help="shorter side at the network's scale, pixels")
+    group.add_argument("--max-size", metavar="N", type=positive_int, help="limit of the longer side, pixels")
     group = parser.add_argument_group("the rest")
     group.add_argument(
         "--opset", metavar="N", type=int, choices=OPSETS, default=ONNX_OPSET, help=f"of ONNX, default {ONNX_OPSET}"
@@ -202,20 +203,6 @@ def _say_written(console: Console, path: Path, details: str) -> None:
 
 def _sides(detector: Detector) -> str:
     return f"{detector.min_size} to {detector.max_size} pixels"
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
-    return number
 
 
 if __name__ == "__main__":

@@ -37,12 +37,13 @@ from detection.engine.prediction_outputs import (
 )
 from detection.engine.prediction_views import DEFAULT_SCALES, View, make_views
 from detection.evaluation import ResultsError
-from detection.models import WeightsError, load_detector
-from detection.reporting import Console
+from detection.models import DetectorError, WeightsError, load_detector
+from detection.option_types import fraction, positive_int
+from detection.reporting import Console, counted
 
 DEFAULT_MIN_SCORE = 0.3
 DEFAULT_FOLDER = Path("predictions")
-USER_ERRORS = (AnnotationError, PictureFilesError, PredictionError, ResultsError, WeightsError, OSError)
+USER_ERRORS = (AnnotationError, DetectorError, PictureFilesError, PredictionError, ResultsError, WeightsError, OSError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--min-score",
         metavar="X",
-        type=_fraction,
+        type=fraction,
         help=f"0..1, default {DEFAULT_MIN_SCORE}; 0 where only --json is written, as metrics want all boxes",
     )
     group.add_argument("--classes", metavar="NAME,...", help="only these classes (default: all)")
-    group.add_argument("--max-boxes", metavar="N", type=_positive, help="the best N of a picture (default: all)")
+    group.add_argument("--max-boxes", metavar="N", type=positive_int, help="the best N of a picture (default: all)")
     group = parser.add_argument_group("how to look at a picture")
     group.add_argument(
         "--exif",
@@ -106,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--tta-scales", metavar="X,...", type=_scales, help=f"factors on the input size ({scales})")
     group.add_argument("--no-tta-flip", action="store_true", help="not mirrored: for text, road sides, left and right")
     group = parser.add_argument_group("running")
-    group.add_argument("--limit", metavar="N", type=_positive, help="only the first N pictures")
-    group.add_argument("--batch-size", metavar="N", type=_positive, default=4, help="pictures at a time (default 4)")
+    group.add_argument("--limit", metavar="N", type=positive_int, help="only the first N pictures")
+    group.add_argument("--batch-size", metavar="N", type=positive_int, default=4, help="pictures at a time (default 4)")
     group.add_argument(
         "--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ..., or auto (default): CUDA if any"
     )
@@ -194,14 +195,19 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     if images_list is not None:
         write_images_list(images_list, detector, files, sizes, turned_upright=turn_upright)
     kinds = ", ".join(f"{name} {count}" for name, count in writer.counts.most_common(8))
-    console.say(f"{len(sizes)} pictures, {writer.counts.total()} boxes" + (f": {kinds}" if kinds else ""))
+    total = f"{counted(len(sizes), 'picture')}, {counted(writer.counts.total(), 'box', 'boxes')}"
+    console.say(total + (f": {kinds}" if kinds else ""))
     if num_turned:
-        console.say(f"{num_turned} pictures were turned upright by their EXIF orientation (--exif ignore: as stored)")
+        turned = f"{counted(num_turned, 'picture')} turned upright by EXIF orientation (--exif ignore: as stored)"
+        console.say(turned)
     for path in outputs:
-        console.say(f"written: {path}")
+        if path.exists():
+            console.say(f"written: {path}")
     num_broken = len(files) - len(sizes)
     if num_broken:
-        console.warn(f"{num_broken} of {len(files)} pictures could not be read")
+        console.warn(f"{num_broken} of {counted(len(files), 'picture')} could not be read")
+    if num_broken == len(files):
+        return 2
     return 1 if num_broken else 0
 
 
@@ -231,20 +237,6 @@ def _device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             raise PredictionError(f"--device {name}: there are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
-    return number
 
 
 def _scales(text: str) -> tuple[float, ...]:

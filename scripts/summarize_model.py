@@ -3,7 +3,9 @@
     python scripts/summarize_model.py --model faster_rcnn_r50_fpn --height 800 --width 1333 --batch-size 2
 
 A multiplication and an addition count as two operations (many tools print half of it and call it FLOPs as well);
-convolutions and matrix products are counted. "saved" is what one image keeps in memory for the backward pass.
+convolutions and matrix products are counted. "saved" is what one image keeps in memory for the backward pass, "a batch"
+what is kept once whatever the number of images. The RPN saves nothing where it is run, and at its sampled anchors
+under "rest".
 """
 
 import argparse
@@ -15,8 +17,9 @@ import torch
 import checkout  # noqa: F401
 from detection.models import MODELS, ModelError, build_model
 from detection.models.model_summary import PartSummary, summarize_model
+from detection.option_types import positive_int
 
-COLUMNS = ("part", "parameters", "trained", "weights MB", "GFLOP/image", "saved MB/image")
+COLUMNS = ("part", "parameters", "trained", "weights MB", "GFLOP/image", "saved MB/image", "a batch")
 BYTES_PER_VALUE = 4
 
 
@@ -30,11 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         default="faster_rcnn_r50_fpn",
         help=f"one of {', '.join(sorted(MODELS))} (default faster_rcnn_r50_fpn)",
     )
-    parser.add_argument("--num-classes", metavar="N", type=_positive, default=80, help="default 80")
-    parser.add_argument("--height", metavar="N", type=_positive, default=800, help="of the input, default 800")
-    parser.add_argument("--width", metavar="N", type=_positive, default=1333, help="of the input, default 1333")
+    parser.add_argument("--num-classes", metavar="N", type=positive_int, default=80, help="default 80")
+    parser.add_argument("--height", metavar="N", type=positive_int, default=800, help="of the input, default 800")
+    parser.add_argument("--width", metavar="N", type=positive_int, default=1333, help="of the input, default 1333")
     parser.add_argument(
-        "--batch-size", metavar="N", type=_positive, default=2, help="images of the training memory (default 2)"
+        "--batch-size", metavar="N", type=positive_int, default=2, help="images of the training memory (default 2)"
     )
     parser.add_argument(
         "--from-scratch", action="store_true", help="nothing frozen and batch norm trained, as with --weights none"
@@ -57,7 +60,7 @@ def table(parts: list[PartSummary]) -> str:
     total = PartSummary("total", *(sum(values) for values in zip(*map(_figures, parts), strict=True)))
     rows = [COLUMNS]
     for part in (*parts, total):
-        parameters, trained, state_bytes, flops, saved_bytes, _ = _figures(part)
+        parameters, trained, state_bytes, flops, saved_bytes, folded_bytes = _figures(part)
         rows.append(
             (
                 part.name,
@@ -66,6 +69,7 @@ def table(parts: list[PartSummary]) -> str:
                 f"{state_bytes / 1e6:.1f}",
                 f"{flops / 1e9:.2f}",
                 f"{saved_bytes / 1e6:.1f}",
+                f"{folded_bytes / 1e6:.1f}",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
@@ -88,13 +92,6 @@ def training_memory(parts: list[PartSummary], batch_size: int) -> str:
 
 def _figures(part: PartSummary) -> tuple[int, ...]:
     return dataclasses.astuple(part)[1:]
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
 
 
 if __name__ == "__main__":

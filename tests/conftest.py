@@ -1,9 +1,30 @@
 """What every test shares: one torch thread a process, and the cuda marker's meaning."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def begin_random_numbers() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def random_numbers_of_a_module() -> None:
+    """What fixtures of a whole module draw is the same in every run."""
+    begin_random_numbers()
+
+
+@pytest.fixture(autouse=True)
+def random_numbers_of_a_test(random_numbers_of_a_module: None) -> None:
+    """What a test draws is the same in every run, and whatever ran before it."""
+    begin_random_numbers()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from data import UnreadableImage
 from detection.engine.distributed import Processes
 from detection.engine.recorder import Recorder
+from detection.reporting import counted
 
 _MOST_NAMED = 30
 
@@ -59,7 +60,7 @@ class BadImages:
                 self._recorder.warn(f"{split} image id {image_id} cannot be used: {message} Until then {what}.")
         if len(self._messages) > self._limit:
             raise TooManyBadImages(
-                f"{_count(len(self), 'image')} cannot be used, --max-bad-images is {self._limit}:\n{self._listed()}\n"
+                f"{counted(len(self), 'image')} cannot be used, --max-bad-images is {self._limit}:\n{self._listed()}\n"
                 "Mend these files, or take them out of the annotations (scripts/check_dataset.py finds every one), and "
                 "go on with --resume; or allow more of them. No checkpoint was written since the last of them."
             )
@@ -72,14 +73,10 @@ class BadImages:
         """What the end of a run says of them; empty where there was none."""
         if not self._messages:
             return ""
-        times = f", {_count(self.num_replaced, 'replacement')} in training" if self.num_replaced else ""
-        return f"{_count(len(self), 'image')} could not be used{times}:\n{self._listed()}"
+        times = f", {counted(self.num_replaced, 'replacement')} in training" if self.num_replaced else ""
+        return f"{counted(len(self), 'image')} could not be used{times}:\n{self._listed()}"
 
     def _listed(self) -> str:
         lines = [f"  {split} image id {key}: {message}" for (split, key), message in self._messages.items()]
         more = len(lines) - _MOST_NAMED
         return "\n".join([*lines[:_MOST_NAMED], *([f"  ... and {more} more"] if more > 0 else [])])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

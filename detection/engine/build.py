@@ -89,10 +89,13 @@ def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
     # The output directory comes last: a run that cannot begin leaves it as it was.
     if config.mode == "train" and config.dry_run:
         output.check(overwrite=overwrite, resume=resumes)
+        output.check_usable()
     elif config.mode == "train":
         moved = output.claim(overwrite=overwrite, resume=resumes)
         lines += [moved] if moved else []
-    elif not config.dry_run:
+    elif config.dry_run:
+        output.check_usable()
+    else:
         output.lock()
     resume_path = None
     if resume == "auto":
@@ -171,7 +174,10 @@ def _model_to_train(
     model = build_model(config.model.model, len(class_names), **_model_settings(config))
     if config.model.weights == "none":
         norm = "group norm" if config.model.norm == "gn" else "batch norm is trained"
-        return model, f"none: random weights, {norm}\n{_describe_frozen(model)}"
+        warning = ""
+        if model.config.frozen_stages >= 0:
+            warning = "\n  WARNING: what is frozen has random weights, which are never learnt: leave --freeze away"
+        return model, f"none: random weights, {norm}\n{_describe_frozen(model)}{warning}"
     report = load_weights(model, config.model.weights, category_ids=annotations.category_ids)
     lines = [report.table(), *_renamed_classes(config.model.weights, class_names), _describe_frozen(model)]
     return model, "\n".join(lines)
@@ -292,7 +298,13 @@ def _with_chosen_settings(config: RunConfig, model: FasterRCNN) -> FasterRCNN:
     if not settings:
         return model
     changed = model_from_config(asdict(model.config) | settings)
-    changed.load_state_dict(model.state_dict())
+    try:
+        changed.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        given = " ".join(f"--model-set {key}={value}" for key, value in settings.items())
+        raise ConfigError(
+            f"{given}: the weights do not fit into such a model. Leave away what changes the shape of weights"
+        ) from error
     return changed
 
 

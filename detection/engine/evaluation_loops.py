@@ -85,14 +85,7 @@ class ValLoop:
             write_results(detections, self.inputs.results_file)
         except OSError as error:  # a full disk does not end a training; the metrics need no file
             self.inputs.recorder.warn(f"{self.inputs.results_file} could not be written: {error}; the run goes on")
-        metrics = self.evaluator.evaluate(detections, image_ids.tolist())
-        metrics["num_images"] = len(image_ids)
-        _note_unreadable(metrics, num_unreadable)
-        if self.inputs.limited:
-            metrics["notes"].append(
-                f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
-            )
-        return metrics
+        return _evaluated(self.evaluator, self.inputs, detections, image_ids, num_unreadable)
 
 
 class TestLoop:
@@ -127,17 +120,31 @@ class TestLoop:
             write_results(detections, self.inputs.results_file)
         except OSError as error:
             raise OutputDirectoryError(f"{self.inputs.results_file} could not be written: {error}") from error
-        metrics = self.evaluator.evaluate(detections, image_ids.tolist()) if self.evaluator is not None else None
-        if metrics is not None:
-            _note_unreadable(metrics, num_unreadable)
-        return metrics, len(detections)
+        if self.evaluator is None:
+            return None, len(detections)
+        return _evaluated(self.evaluator, self.inputs, detections, image_ids, num_unreadable), len(detections)
 
 
-def _note_unreadable(metrics: dict[str, Any], number: int) -> None:
-    if number:
-        metrics["unreadable_images"] = number
-        what = "1 image could not be read and counts" if number == 1 else f"{number} images could not be read and count"
+def _evaluated(
+    evaluator: CocoEvaluator,
+    inputs: EvaluationInputs,
+    detections: Detections,
+    image_ids: np.ndarray,
+    num_unreadable: int,
+) -> dict[str, Any]:
+    """The metrics, with the number of images that they are of and what a reader must know of them."""
+    metrics = evaluator.evaluate(detections, image_ids.tolist())
+    metrics["num_images"] = len(image_ids)
+    if num_unreadable:
+        metrics["unreadable_images"] = num_unreadable
+        one = num_unreadable == 1
+        what = "1 image could not be read and counts" if one else f"{num_unreadable} images could not be read and count"
         metrics["notes"].append(f"{what} as without a detection")
+    if inputs.limited:
+        metrics["notes"].append(
+            f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
+        )
+    return metrics
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -83,6 +84,13 @@ class OutputDirectory:
         except OSError as error:
             raise OutputDirectoryError(f"{self.path}: cannot be used as output directory: {error}") from error
 
+    def check_usable(self) -> None:
+        """Raises OutputDirectoryError where the folder cannot be written, or not be made; leaves nothing behind."""
+        try:
+            check_writable(self.path)
+        except OSError as error:
+            raise OutputDirectoryError(f"{self.path}: cannot be used as output directory: {error}") from error
+
     def check(self, *, overwrite: bool, resume: bool) -> None:
         """Raises OutputDirectoryError where the folder holds a run and is to be neither gone on with nor moved."""
         if self.holds_a_run and not (resume or overwrite):
@@ -155,6 +163,13 @@ def _launcher() -> str | None:
     """The torchrun that has started this process, which is the same after a restart; None without one."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if run_id is None else f"torchrun {run_id}, process {os.getppid()} on {platform.node()}"
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where nothing can be written into a folder, or it cannot be made; leaves nothing behind."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    with tempfile.TemporaryFile(dir=there):
+        pass
 
 
 def write_json(path: Path, value: Any) -> None:

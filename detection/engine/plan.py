@@ -22,12 +22,16 @@ from detection.engine.distributed import Processes
 from detection.engine.output_directory import OutputDirectory
 from detection.engine.train_loop import Progress
 from detection.models import describe_kernels
-from detection.reporting import sparkline
+from detection.reporting import counted, sparkline
 from schedules import Schedule
 
 _PACKAGES = ("torch", "torchvision", "pycocotools", "tensorboard", "numpy", "pillow")
 _CURVE_POINTS = 600
 _OF_ONE_START = {"output.resume", "output.overwrite", "mode", "dry_run"}
+
+
+_REACHED = 0.98
+"""Part of the learning rate that counts as all of it: the picture looks at some iterations only."""
 
 
 def describe_plan(
@@ -145,8 +149,8 @@ def _describe_parameters(model: nn.Module) -> str:
 
 def _describe_batch(config: RunConfig, processes: Processes, schedule: Schedule, loader: TrainLoader) -> str:
     total = loader.global_batch_size
-    text = f"{total} = {_count(processes.world_size, 'process', 'processes')} x "
-    text += _count(config.train.batch_size, "image", "images")
+    text = f"{total} = {counted(processes.world_size, 'process', 'processes')} x "
+    text += counted(config.train.batch_size, "image")
     if schedule.accumulative_counts > 1:
         text += f" x {schedule.accumulative_counts} micro-steps"
     base = schedule.base_batch_size
@@ -163,8 +167,8 @@ def _describe_batch(config: RunConfig, processes: Processes, schedule: Schedule,
 def _describe_device(processes: Processes) -> str:
     if processes.device.type == "cuda":
         return f"{processes.world_size} x {torch.cuda.get_device_name(processes.device)}"
-    count = _count(processes.world_size, "process", "processes")
-    return f"CPU, {count} x {_count(torch.get_num_threads(), 'thread', 'threads')}"
+    count = counted(processes.world_size, "process", "processes")
+    return f"CPU, {count} x {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _learning_rate_picture(schedule: Schedule, iterations_per_epoch: int, unicode: bool) -> list[str]:
@@ -173,11 +177,13 @@ def _learning_rate_picture(schedule: Schedule, iterations_per_epoch: int, unicod
     rates = [schedule.learning_rate(point, iterations_per_epoch) for point in points]
     picture = sparkline(rates, width=72, height=4, unicode=unicode).splitlines()
     axis = f"{'epoch 1':<36}{f'epoch {schedule.max_epochs}':>36}"
-    return [f"learning rate, up to {max(rates):g}", *picture, axis]
-
-
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
+    title = f"learning rate, up to {max(rates):g}"
+    if max(rates) < _REACHED * schedule.optimizer.lr:
+        title += f": it never comes to the schedule's {schedule.optimizer.lr:g} in {counted(total, 'iteration')}"
+        first = schedule.param_schedulers[0]
+        if first.kind == "LinearLR" and not first.by_epoch:
+            title += f"; a shorter warmup: --set param_scheduler.0.end={max(total // 20, 2)}"
+    return [title, *picture, axis]
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.picture_files import ProtectedFiles, distinct_names
+from detection.engine.output_directory import check_writable
 from detection.engine.prediction import PictureDetections, PredictionError
 from detection.engine.prediction_drawing import LEGIBLE_SIDE
 from detection.evaluation import Detections, write_results
@@ -49,6 +50,12 @@ class PredictionOutputs:
         self._suffixes = [".jpg" if file.suffix.lower() in (".jpg", ".jpeg") else ".png" for file in files]
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="writer")
         self._pending: deque[Future[None]] = deque()
+        for option, folder in (("--output-dir", picture_folder), ("--save-crops", crop_folder)):
+            try:
+                if folder is not None:
+                    check_writable(folder)
+            except OSError as error:
+                raise PredictionError(f"{option} {folder}: nothing can be written there: {error}") from error
         if picture_folder is not None:
             for index in range(len(files)):
                 path = self._picture_path(picture_folder, index)

@@ -80,7 +80,7 @@ class Recorder:
             self._next = record["iteration"] + 1, self._next[1]
         if records and self._bar is not None:
             last = records[-1]
-            figures = {name: last[name] for name in ("loss", "lr", "images_per_second", "memory_gb") if name in last}
+            figures = {name: last[name] for name in ("loss", "images_per_second", "lr", "memory_gb") if name in last}
             self._bar.update(len(records), epoch=last["epoch"] + 1, **figures)
             if self._forecast is not None and (line := self._forecast.report(last["iteration"] + 1)):
                 self.say(line)
@@ -129,6 +129,11 @@ class Recorder:
         # Records count epochs from 0, people from 1.
         records = read_metrics(self.log.path, kind="val")
         return summary_table([{**record, "epoch": record["epoch"] + 1} for record in records])
+
+    @property
+    def num_validated(self) -> int | None:
+        """Images of the run's last validation; None where there was none."""
+        return None if self._last_validation is None else self._last_validation.get("num_images")
 
     def close(self) -> None:
         if self.log is not None:

@@ -10,12 +10,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from detection.augmentation_options import AugmentationConfig
-from detection.config import ModelConfig
+from detection.config import FREEZE_CHOICES, ModelConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.ema import AveragedModel
 from detection.engine.optimizer import load_optimizer_state
 from detection.engine.precision import Precision
 from detection.engine.train_loop import Progress
+from detection.reporting import counted
+from schedules import Schedule
+
+_PARTS: dict[int | None, str] = {number: part for part, number in FREEZE_CHOICES.items()}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class RunFacts:
 
 
 def check_resumable(
-    checkpoint: LoadedCheckpoint, facts: RunFacts, schedule: Mapping[str, Any], iterations_per_epoch: int
+    checkpoint: LoadedCheckpoint, facts: RunFacts, schedule: Schedule, iterations_per_epoch: int
 ) -> list[str]:
     """Lines that say what differs from the checkpoint's run; in all of them the command line wins.
 
@@ -79,8 +83,9 @@ def check_resumable(
     if run["global_batch_size"] != facts.global_batch_size:
         per_process = facts.global_batch_size // facts.world_size
         raise CheckpointError(
-            f"{path} was trained with a global batch of {run['global_batch_size']} images on {run['world_size']} "
-            f"processes; this run has {facts.global_batch_size} ({facts.world_size} processes x {per_process}), with "
+            f"{path} was trained with a global batch of {run['global_batch_size']} images on "
+            f"{counted(run['world_size'], 'process', 'processes')}; this run has {facts.global_batch_size} "
+            f"({counted(facts.world_size, 'process', 'processes')} x {per_process}), with "
             "which epochs, learning rate and image order would not go on where they were. Give "
             f"--global-batch-size {run['global_batch_size']}, or --batch-size and --accumulate so that processes x "
             f"batch size x accumulate is {run['global_batch_size']}."
@@ -103,7 +108,7 @@ def check_resumable(
         lines.append(f"seed: {run['seed']} before, now {facts.seed}")
     if state["preprocessing"] != facts.preprocessing:
         lines.append(f"image scale: {state['preprocessing']} before, now {facts.preprocessing}")
-    if is_validated_otherwise(checkpoint, facts):
+    if forgets_best(checkpoint, facts, schedule.max_epochs * iterations_per_epoch):
         assert facts.validation is not None
         lines.append(
             f"validation: {run['validation']['num_images']} images before, now {facts.validation['num_images']}; "
@@ -115,20 +120,22 @@ def check_resumable(
         was, now = before.get(key), facts.augmentation.get(key)
         if was != now:
             lines.append(f"--{key.replace('_', '-')}: {was} before, now {now}")
-    lines += _differences(state["schedule"], schedule, "")
+    lines += _differences(state["schedule"], schedule.to_dict(), "")
     return lines
 
 
-def is_validated_otherwise(checkpoint: LoadedCheckpoint, facts: RunFacts) -> bool:
-    """Whether this run's mAP is of other images than the checkpoint's, with which it cannot be compared."""
-    before = checkpoint.state["run"].get("validation")  # not in checkpoints of before it was noted
-    return None not in (before, facts.validation) and before != facts.validation
-
-
-def progress_of(checkpoint: LoadedCheckpoint, facts: RunFacts) -> Progress:
-    """How far the checkpoint's run was."""
+def forgets_best(checkpoint: LoadedCheckpoint, facts: RunFacts, num_iterations: int) -> bool:
+    """Whether mAP will be of other images than the checkpoint's, with which it cannot be compared."""
     state = checkpoint.state
-    keeps_best = not is_validated_otherwise(checkpoint, facts)
+    goes_on = state["iteration"] < num_iterations or state["validation_due"]
+    before = state["run"].get("validation")  # not in checkpoints of before it was noted
+    return goes_on and None not in (before, facts.validation) and before != facts.validation
+
+
+def progress_of(checkpoint: LoadedCheckpoint, facts: RunFacts, num_iterations: int) -> Progress:
+    """How far the checkpoint's run was; `num_iterations` are those of the whole run as it is planned now."""
+    state = checkpoint.state
+    keeps_best = not forgets_best(checkpoint, facts, num_iterations)
     return Progress(
         iteration=state["iteration"],
         validation_due=state["validation_due"],
@@ -141,10 +148,14 @@ def progress_of(checkpoint: LoadedCheckpoint, facts: RunFacts) -> Progress:
 def settings_without_effect(checkpoint: LoadedCheckpoint, model: ModelConfig) -> list[str]:
     """Lines on options of the model that were given and that the checkpoint decides otherwise."""
     state, default = checkpoint.state, ModelConfig()
-    given = {
+    given: dict[str, tuple[Any, Any, Any]] = {
         "weights": (model.weights, default.weights, state["config"]["model"]["weights"]),
         "norm": (model.norm, default.norm, state["model_config"]["norm"]),
-        "frozen-stages": (model.frozen_stages, default.frozen_stages, state["model_config"]["frozen_stages"]),
+        "freeze": (
+            _PARTS.get(model.frozen_stages),
+            default.frozen_stages,
+            _PARTS[state["model_config"]["frozen_stages"]],
+        ),
     }
     lines = [
         f"--{name} {now} has no effect: the resumed run has {before}"

@@ -169,7 +169,7 @@ class StepRecords:
         facts = self._facts[place]
         lines = [
             f"iteration {facts['iteration']} (epoch {facts['epoch'] + 1}, learning rate {facts['lr']:.6g}, "
-            f"grad_norm {grad_norm:.6g}) is not finite"
+            f"grad_norm {grad_norm:.6g}; iterations count from 0) is not finite"
         ]
         # Through the exchanged gradients one loss spoils those of all: only the process that had it is named.
         any_loss = any(found for found, _ in parts)

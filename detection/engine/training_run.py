@@ -56,6 +56,7 @@ def train(
     together(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
     facts = _run_facts(config, processes, built, loader)
     _require_one_run(processes, {**facts.state(), "schedule": schedule.to_dict()}, loader.iterations_per_epoch)
+    num_iterations = schedule.max_epochs * loader.iterations_per_epoch
     graphs = None
     if config.train.cuda_graphs:
         graphs = together(processes, partial(cuda_step_graphs, processes, model))
@@ -68,10 +69,10 @@ def train(
     if checkpoint is not None:
         changes = together(
             processes,
-            partial(check_resumable, checkpoint, facts, schedule.to_dict(), loader.iterations_per_epoch),
+            partial(check_resumable, checkpoint, facts, schedule, loader.iterations_per_epoch),
         )
         notes += settings_without_effect(checkpoint, config.model)
-        progress = progress_of(checkpoint, facts)
+        progress = progress_of(checkpoint, facts, num_iterations)
     console.say(
         describe_plan(
             config,
@@ -95,6 +96,8 @@ def train(
     if checkpoint is not None:
         for line in together(processes, partial(restore, checkpoint, model, optimizer, precision, ema)):
             console.say(line)
+    if progress.iteration >= num_iterations and not progress.validation_due:
+        console.say(f"epoch {schedule.max_epochs} is done already: nothing is left to train (--max-epochs)")
     if config.dry_run:
         console.say("dry run: everything above was checked; nothing was trained or written.")
         return 0
@@ -140,13 +143,11 @@ def train(
     )
     status, problem = 0, None
     try:
-        if progress.iteration >= loop.num_iterations and not progress.validation_due:
-            console.say(f"all {schedule.max_epochs} epochs are done already: nothing is left to train")
         loop.run(progress)
     except Stopped as stopped:
         status = STOPPED_EXIT_CODE
         by = stop.signal_name or "a signal to another process"
-        console.say(f"stopped by {by} {stopped} (exit status {status}); go on with the run with --resume")
+        console.say(f"stopped by {by} {stopped} (exit status {status}); go on with --resume")
     except (NonFiniteLoss, TooManyBadImages) as error:  # every process has it
         raise RunError(str(error)) from error
     else:
@@ -161,7 +162,9 @@ def train(
     # At the end nothing more can be tried: a run whose last checkpoint is missing has failed.
     main_first(processes, partial(_require_saved, problem))
     if status == 0:
-        console.say(_closing_words(output, recorder, progress, bad_images, built.evaluation_files))
+        # Of a part of the set, every image that was not run would count as one where nothing was found.
+        is_whole = recorder.num_validated == len(built.evaluation_set or ())
+        console.say(_closing_words(output, recorder, progress, bad_images, built.evaluation_files, is_whole))
     return status
 
 
@@ -304,6 +307,7 @@ def _closing_words(
     progress: Progress,
     bad_images: BadImages,
     validated: SplitFiles | None,
+    can_be_analyzed: bool,
 ) -> str:
     """The table of the run's validations, where everything is, and commands to go on with, ready to paste."""
     best, remarks = "", []
@@ -321,10 +325,11 @@ def _closing_words(
     if validated is not None and progress.best_map is not None:
         images = quote(str(validated.images))
         found.append(f"detections   {results} (of the last validation)")
-        analysis.append(
-            f"why so       python3 scripts/analyze_results.py --annotations {quote(str(validated.annotations))} "
-            f"--results {quote(str(results))} --images {images}"
-        )
+        if can_be_analyzed:
+            analysis.append(
+                f"why so       python3 scripts/analyze_results.py --annotations {quote(str(validated.annotations))} "
+                f"--results {quote(str(results))} --images {images}"
+            )
     return "\n".join(
         [
             "",

@@ -179,12 +179,12 @@ def _explanations(truth: GroundTruth, detections: Detections) -> list[str]:
     num_images = len(truth.image_ids)
     if not counted.any():
         what = "only crowd boxes" if len(counted) else "no boxes"
-        return [f"every figure is -1: the {num_images} evaluated images hold {what}"]
+        return [f"no figure is defined (-1 in files): the {num_images} evaluated images hold {what}"]
     if not len(detections):
         notes.append("no detections at all: every figure is 0 where there are boxes to find")
     for suffix, words, low, high in SIZE_CLASSES:
         if not (counted & (truth.areas >= low) & (truth.areas <= high)).any():
-            notes.append(f"mAP_{suffix} and AR_{suffix} are -1: the evaluated images hold no {words} object")
+            notes.append(f"mAP_{suffix} is not defined (-1 in files): the evaluated images hold no {words} object")
     with_boxes = set(truth.box_category_ids[counted].tolist())
     absent = [
         name
@@ -192,10 +192,12 @@ def _explanations(truth: GroundTruth, detections: Detections) -> list[str]:
         if number not in with_boxes
     ]
     if len(absent) == 1:
-        notes.append(f"AP of class '{absent[0]}' is -1: no box of it (crowds aside) among the evaluated images")
+        notes.append(
+            f"AP of class '{absent[0]}' is not defined (-1 in files): the evaluated images hold none, crowds aside"
+        )
     elif absent:
         notes.append(
-            f"AP of {len(absent)} classes is -1, no box of theirs (crowds aside) among the evaluated images:"
+            f"AP of {len(absent)} classes is not defined (-1 in files), the evaluated images hold none, crowds aside:"
             f" {_listed(absent)}"
         )
     return notes

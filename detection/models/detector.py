@@ -23,7 +23,7 @@ Picture: TypeAlias = "np.ndarray | Image.Image | str | Path"
 
 
 class DetectorError(ValueError):
-    """A picture that a detector cannot take."""
+    """A picture that a detector cannot take, or a device that it cannot work on."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Detector:
         ignored, as in training: turn photos with PIL.ImageOps.exif_transpose first. Raises DetectorError for a
         picture that cannot be read or has another form than `Picture` says.
         """
+        if batch_size < 1:
+            raise DetectorError(f"batch_size is {batch_size}; give at least 1")
         if isinstance(pictures, (str, bytes)) or not isinstance(pictures, Sequence):
             return self.predict([pictures])[0]
         results: list[dict[str, Any]] = []
@@ -83,7 +85,8 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     """The detector in a stripped weights file or a checkpoint of ours (of which it takes the EMA weights, if
     any).
 
-    Raises WeightsError where the file is no such file or is incomplete.
+    Raises WeightsError where the file is no such file or is incomplete, and DetectorError where there is no such
+    device.
     """
     path = Path(path)
     stored = read_weights(path)
@@ -101,7 +104,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
         model.load_state_dict(stored.state)
         preprocessing = payload["preprocessing"]
         detector = Detector(
-            model.eval().to(device),
+            model.eval(),
             tuple(str(name) for name in payload["class_names"]),
             tuple(int(number) for number in payload["category_ids"]),
             int(preprocessing["min_size"]),
@@ -114,6 +117,10 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
             f"{path} names {len(detector.class_names)} classes and {len(detector.category_ids)} category ids for a "
             f"model of {model.config.num_classes}"
         )
+    try:
+        model.to(device)
+    except (AssertionError, RuntimeError) as error:  # builds without CUDA assert it
+        raise DetectorError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     return detector
 
 

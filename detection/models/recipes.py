@@ -118,6 +118,12 @@ class FasterRCNNConfig:
     def __post_init__(self) -> None:
         if self.num_classes < 1:
             raise ModelError(f"num_classes is {self.num_classes}; a detector needs one foreground class at least")
+        for field in _AT_LEAST_ONE:
+            if getattr(self, field) < 1:
+                raise ModelError(f"{field} is {getattr(self, field)}; give at least 1")
+        for field in _SHARES:
+            if not 0 <= getattr(self, field) <= 1:
+                raise ModelError(f"{field} is {getattr(self, field)}; give a number from 0 to 1")
         for field in ("rpn_samples_per_image", "roi_samples_per_image"):
             number = getattr(self, field)
             if number is not None and number < 1:
@@ -128,6 +134,15 @@ class FasterRCNNConfig:
                 "strides: give one of each for every level"
             )
 
+
+_AT_LEAST_ONE = (
+    *("fpn_channels", "rpn_nms_pre_train", "rpn_nms_pre_test", "rpn_proposals_train", "rpn_proposals_test"),
+    *("roi_output_size", "roi_finest_scale", "roi_hidden_channels", "detections_per_image"),
+)
+_SHARES = (
+    *("rpn_positive_iou", "rpn_negative_iou", "rpn_low_quality_iou", "rpn_positive_fraction", "rpn_nms_iou"),
+    *("roi_iou", "roi_positive_fraction", "score_threshold", "nms_iou"),
+)
 
 TORCHVISION_RECIPE: dict[str, Any] = {
     # The affine of frozen batch norm stays as it was loaded.

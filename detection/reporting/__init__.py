@@ -1,6 +1,7 @@
 """What a run leaves behind for people: TensorBoard, metrics.jsonl, the console and train.log, pictures."""
 
 from detection.reporting.console import Console, Progress
+from detection.reporting.counts import counted
 from detection.reporting.durations import duration, remaining
 from detection.reporting.forecast import Forecast
 from detection.reporting.metrics_log import CutReport, MetricsError, MetricsLog, read_metrics
@@ -30,6 +31,7 @@ __all__ = [
     "class_colour",
     "comparison_table",
     "configuration_differences",
+    "counted",
     "draw_boxes",
     "duration",
     "mosaic",

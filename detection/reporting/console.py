@@ -21,10 +21,14 @@ PLAIN_PERCENT = 10  # a plain progress line each so many percent of the work ...
 PLAIN_PERCENT_SECONDS = 5.0  # ... but no sooner than this after the last one,
 PLAIN_SECONDS = 30.0  # and in any case after this long
 
+BAR_COLUMNS = 42  # a bar of ten columns, and tqdm's own "100%", "[1:23:45<1:23:45, 12.34it/s"
+
 _YELLOW, _RED, _RESET = "\x1b[33m", "\x1b[31m", "\x1b[0m"
 
+_LARGE = 1e6  # losses of a run that diverges
+
 _FIGURE_FORMATS = {
-    "lr": "lr {:.6g}",
+    "lr": "lr {:.4g}",
     "loss": "loss {:.4f}",
     "images_per_second": "{:.1f} images/s",
     "memory_gb": "{:.1f} GB",
@@ -179,7 +183,7 @@ class Progress:
             return
         if self._bar is not None:
             if figures:
-                self._bar.set_postfix_str(", ".join(self._shown_figures()), refresh=False)
+                self._bar.set_postfix_str(", ".join(self._figures_that_fit()), refresh=False)
             with contextlib.suppress(OSError):
                 self._bar.update(steps)
         if self._line_is_due():
@@ -218,6 +222,17 @@ class Progress:
         count = f"{self.done:>{len(str(self.total))}}/{self.total} {self.unit}"
         return "  ".join([*filter(None, [self.description]), count, f"{percent:3d}%", times, *self._shown_figures()])
 
+    def _figures_that_fit(self) -> list[str]:
+        """Those that leave the bar some columns; the bar itself would cut one off in the middle of its digits."""
+        room = self._console.width - len(self.description) - len(f"{self.total}/{self.total}") - BAR_COLUMNS
+        figures: list[str] = []
+        for figure in self._shown_figures():
+            room -= len(figure) + 2
+            if room < 0:
+                break
+            figures.append(figure)
+        return figures
+
     def _shown_figures(self) -> list[str]:
         return [_shown_figure(name, value) for name, value in self._figures.items() if value is not None]
 
@@ -251,6 +266,8 @@ def _may_colour(stream: TextIO) -> bool:
 
 
 def _shown_figure(name: str, value: Any) -> str:
+    if isinstance(value, float) and abs(value) >= _LARGE:
+        return f"{name} {value:.3e}"
     if name in _FIGURE_FORMATS:
         with contextlib.suppress(TypeError, ValueError):
             return _FIGURE_FORMATS[name].format(value)

@@ -54,12 +54,17 @@ def comparison_table(runs: Sequence[Run]) -> str:
             str(run.train[-1]["iteration"] + 1) if run.train else "-",
             f"{np.mean(losses):.4f}" if losses else "-",
             f"{np.median(paces):.1f}" if paces else "-",
-            str(best.get("epoch", "-")),
+            str(best["epoch"] + 1) if best else "-",  # records count epochs from 0, people from 1
             *(figure(best.get(name)) for name in FIGURES),
             figure(run.val[-1].get("mAP")) if run.val else "-",
         ]
         rows.append(row)
-    return "\n".join(aligned(rows, left_columns={0}))
+    table = "\n".join(aligned(rows, left_columns={0}))
+    sizes = {run.name: run.val[-1]["num_images"] for run in runs if run.val and "num_images" in run.val[-1]}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        table += f"\nnote: figures of different numbers of validation images do not compare: {listed}"
+    return table
 
 
 def configuration_differences(runs: Sequence[Run]) -> str:

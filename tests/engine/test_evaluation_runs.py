@@ -119,6 +119,28 @@ def test_there_must_be_a_checkpoint_to_evaluate(start, tmp_path):
         start(tmp_path / "out", "--val-only", "--resume")
 
 
+def test_a_part_of_a_test_set_is_told_as_such(start, shapes_set, weights, tmp_path, capsys):
+    annotations = shapes_set / "annotations" / "instances_val2017.json"
+    words = ["--test-only", "--weights", weights, "--test-images", shapes_set / "val2017"]
+    assert start(tmp_path / "out", *words, "--test-annotations", annotations, "--limit-val-batches", "1") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics_test.json").read_text())
+    assert metrics["num_images"] == 2
+    assert "only 2 images were run (--limit-val-batches)" in capsys.readouterr().out
+
+
+def test_settings_that_the_weights_do_not_fit_are_one_error(start, tmp_path, weights):
+    with pytest.raises(RunError, match="^--model-set fpn_channels=99: the weights do not fit into such a model"):
+        start(tmp_path / "out", "--val-only", "--weights", weights, "--model-set", "fpn_channels=99")
+
+
+@pytest.mark.parametrize("mode", [[], ["--val-only"]])
+def test_a_dry_run_looks_whether_the_output_directory_can_be(mode, start, tmp_path, weights):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
+        with pytest.raises(RunError, match=f"{place}: cannot be used as output directory"):
+            start(place, *mode, "--weights", weights, "--dry-run")
+
+
 def test_a_dry_validation_writes_nothing(start, tmp_path, weights):
     assert start(tmp_path / "out", "--val-only", "--weights", weights, "--dry-run") == 0
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from detection.command_line import FREEZE_CHOICES, parse_arguments
+from detection.command_line import parse_arguments
+from detection.config import FREEZE_CHOICES
 
 
 @pytest.mark.parametrize(
@@ -102,3 +103,10 @@ def test_another_number_of_classes_gives_the_model_a_new_head_and_says_so(
     state = load(tmp_path / "run" / "checkpoints" / "last.pt")
     assert state["class_names"][-1] == "comet"
     assert torch.equal(state["model"]["backbone.conv1.weight"], load(weights)["model"]["backbone.conv1.weight"])
+
+
+def test_freezing_random_weights_is_warned_of(start, tmp_path, capsys):
+    assert start(tmp_path / "run", "--freeze", "backbone", "--dry-run") == 0
+    assert "WARNING: what is frozen has random weights" in capsys.readouterr().out
+    assert start(tmp_path / "run", "--dry-run") == 0
+    assert "WARNING" not in capsys.readouterr().out

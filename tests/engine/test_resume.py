@@ -201,7 +201,7 @@ def test_what_the_checkpoint_decides_is_said_where_the_command_line_says_otherwi
     assert start(tmp_path / "run", "--resume", *arguments) == 0
     said = capsys.readouterr().out
     assert "--norm gn has no effect: the resumed run has bn" in said
-    assert "--frozen-stages 2 has no effect: the resumed run has -1" in said
+    assert "--freeze stage2 has no effect: the resumed run has none" in said
     assert "--weights COCO_V1 has no effect: the resumed run has none" in said
     assert "seed: 0 before, now 5" in said
 

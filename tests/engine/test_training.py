@@ -307,3 +307,13 @@ def test_a_network_that_detects_nothing_is_validated(start, tmp_path, records_of
     (record,) = records_of(tmp_path / "run", "val")
     assert record["mAP"] == 0
     assert json.loads((tmp_path / "run" / "detections_val.json").read_text()) == []
+
+
+def test_a_warmup_that_the_run_does_not_outlast_is_told_with_a_shorter_one(start, tmp_path, capsys):
+    assert start(tmp_path / "run", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert (
+        "it never comes to the schedule's 0.02 in 6 iterations; a shorter warmup: --set param_scheduler.0.end=2" in said
+    )
+    assert start(tmp_path / "run", "--dry-run", "--set", "param_scheduler.0.end=2") == 0
+    assert "never comes to" not in capsys.readouterr().out

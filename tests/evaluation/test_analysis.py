@@ -145,7 +145,7 @@ def test_the_program_writes_json_pictures_and_a_report_with_the_worst_images(cas
     assert (out / "report.html").read_text().count("data:image/jpeg;base64,") == 2
     for name in ("precision_recall", "error_kinds", "confusion_matrix", "class_ap"):
         assert Image.open(out / f"{name}.png").size[0] > 200
-    assert "note: AP of class 'bird' is -1" in done.stdout
+    assert "note: AP of class 'bird' is not defined" in done.stdout
 
 
 def test_the_program_ends_with_one_line_about_what_is_wrong(case, tmp_path):

@@ -119,31 +119,35 @@ def test_each_minus_one_has_its_note(annotations):
     metrics = CocoEvaluator(annotations).evaluate(detections_of([(2, 1, SMALL, 0.7)]), image_ids=[2])
     assert (metrics["mAP_m"], metrics["mAP_l"], metrics["AR_m"], metrics["per_class"]["dog"]) == (-1,) * 4
     notes = "\n".join(metrics["notes"])
-    assert "mAP_m and AR_m are -1" in notes and "mAP_l and AR_l are -1" in notes
-    assert "AP of class 'dog' is -1: no box of it" in notes
+    assert "mAP_m is not defined" in notes and "mAP_l is not defined" in notes
+    assert "AP of class 'dog' is not defined" in notes
     assert "mAP_s" not in notes and "'cat'" not in notes
 
 
 def test_many_absent_classes_share_one_note(tmp_path):
     categories = {i: f"kind {i}" for i in range(1, 31)}
     path = write_annotations(tmp_path / "a.json", [annotation(1, 1, 1, LARGE)], categories=categories)
-    notes = [n for n in evaluate(path, Detections.empty())["notes"] if "classes is -1" in n]
+    notes = [n for n in evaluate(path, Detections.empty())["notes"] if "classes is not defined" in n]
     assert len(notes) == 1
-    assert notes[0].startswith("AP of 29 classes is -1") and notes[0].endswith("kind 11 and 19 more")
+    assert notes[0].startswith("AP of 29 classes is not defined (-1 in files)") and notes[0].endswith(
+        "kind 11 and 19 more"
+    )
 
 
 @pytest.mark.parametrize("image_ids", [[3], []])
 def test_evaluated_images_without_any_box_give_minus_one_explained(annotations, image_ids):
     metrics = CocoEvaluator(annotations).evaluate(Detections.empty(), image_ids=image_ids)
     assert [metrics[name] for name in METRIC_NAMES] == [-1] * 12
-    assert metrics["notes"] == [f"every figure is -1: the {len(image_ids)} evaluated images hold no boxes"]
+    assert metrics["notes"] == [
+        f"no figure is defined (-1 in files): the {len(image_ids)} evaluated images hold no boxes"
+    ]
 
 
 def test_only_crowd_boxes_are_named_as_the_cause(tmp_path):
     path = write_annotations(tmp_path / "a.json", [annotation(1, 1, 1, LARGE, iscrowd=1)])
     metrics = evaluate(path, detections_of([(1, 1, LARGE, 0.9)]))
     assert metrics["mAP"] == -1
-    assert metrics["notes"] == ["every figure is -1: the 3 evaluated images hold only crowd boxes"]
+    assert metrics["notes"] == ["no figure is defined (-1 in files): the 3 evaluated images hold only crowd boxes"]
 
 
 def test_missing_area_and_iscrowd_are_filled_in_with_a_note_and_the_file_stays(tmp_path):

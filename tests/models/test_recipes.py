@@ -18,7 +18,13 @@ def test_an_unknown_setting_is_refused_with_the_nearest_one():
         build_model("faster_rcnn_r18_fpn", score_treshold=0.1)
 
 
-@pytest.mark.parametrize("overrides", [{"num_classes": 0}, {"roi_samples_per_image": 0}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_classes": 0}, {"roi_samples_per_image": 0}, {"rpn_proposals_test": 0}, {"detections_per_image": 0},
+        {"score_threshold": 2.0}, {"nms_iou": 1.5}, {"fpn_channels": 0},
+    ],
+)  # fmt: skip
 def test_settings_that_cannot_work_are_refused(overrides):
     with pytest.raises(ModelError, match=next(iter(overrides))):
         model_config("faster_rcnn_r18_fpn", **overrides)

@@ -176,6 +176,25 @@ def test_without_a_terminal_progress_is_a_line_each_ten_percent_and_the_last(tmp
     assert lines[4] == "epoch 1/12   50/100 iterations   50%  0:50 < 0:50  loss 1.2500  lr 0.02"
 
 
+@pytest.mark.parametrize(("columns", "shown"), [(80, ["loss"]), (120, ["loss", "images/s", "lr 0.00028012"])])
+def test_a_bar_leaves_out_what_it_cannot_show_whole(tmp_path, monkeypatch, columns, shown):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    console = make_console(tmp_path, terminal=True)
+    with console.progress(90, description="training") as bar:
+        bar.update(loss=2.89041, images_per_second=31.5, lr=0.000280123)
+        drawn = bar._bar.postfix
+    for word in ("loss", "images/s", "lr"):
+        assert (word in drawn) == any(word in each for each in shown), drawn
+    assert "loss 2.8904" in drawn
+
+
+def test_a_loss_beyond_all_bounds_is_short(tmp_path):
+    console = make_console(tmp_path)
+    with console.progress(1) as bar:
+        bar.update(loss=2.3e31)
+    assert console.stream.getvalue().endswith("loss 2.300e+31\n")
+
+
 def test_slow_progress_is_a_line_each_half_minute(tmp_path):
     lines = run_progress(make_console(tmp_path), 1000, 10.0)
     counts = [int(line.split("/")[0]) for line in lines]

@@ -44,9 +44,9 @@ def test_the_table_shows_each_run_with_the_figures_of_its_best_validation(direct
     header, first, second = [line.split() for line in comparison_table(read_runs(directories)).splitlines()]
     assert header[:4] == ["run", "iterations", "loss", "images/s"]
     mean_loss = np.mean([2 / (1 + 0.02 * iteration) for iteration in range(100, 200)])
-    assert first[:6] == ["a/run", "200", f"{mean_loss:.4f}", "9.5", "2", "0.300"]
+    assert first[:6] == ["a/run", "200", f"{mean_loss:.4f}", "9.5", "3", "0.300"]
     assert first[-1] == "0.250"
-    assert (second[0], second[1], second[4], second[5]) == ("b/run", "120", "2", "0.200")
+    assert (second[0], second[1], second[4], second[5]) == ("b/run", "120", "3", "0.200")
 
 
 def test_only_settings_that_differ_are_listed_also_those_of_one_run_alone(directories):
@@ -88,3 +88,12 @@ def test_the_script_prints_table_and_differences_and_draws_the_picture(directori
         columns = np.flatnonzero((abs(pixels - colour).sum(axis=2) < 30).any(axis=0))
         panels = set((columns * 3 // pixels.shape[1]).tolist())
         assert panels == {0, 1, 2}
+
+
+def test_figures_of_other_numbers_of_images_are_told_apart(directories):
+    runs = read_runs(directories)
+    assert "note:" not in comparison_table(runs)
+    for run, number in zip(runs, (87, 20), strict=True):
+        run.val[-1]["num_images"] = number
+    last = comparison_table(runs).splitlines()[-1]
+    assert last.startswith("note: figures of different numbers of validation images") and "a/run 87, b/run 20" in last

@@ -220,7 +220,7 @@ def test_photos_are_turned_upright_but_not_for_annotations_of_stored_pixels(pred
     assert "turned upright" not in capsys.readouterr().out
     turned = json_rows(predict, tmp_path / "turned.json", folder)
     assert turned == straight
-    assert "1 pictures were turned upright" in capsys.readouterr().out
+    assert "1 picture turned upright" in capsys.readouterr().out
     listing = json.loads((tmp_path / "turned_images.json").read_text())
     assert listing["info"]["turned_upright"] is True
     assert (listing["images"][0]["width"], listing["images"][0]["height"]) == (60, 80)
@@ -294,3 +294,18 @@ def test_cuda_that_is_not_there_is_one_line(predict, pictures, tmp_path, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert predict("--output-dir", tmp_path / "out", "--device", "cuda", pictures) == 2
     assert "PyTorch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_where_no_picture_can_be_read_nothing_is_said_to_be_written(predict, tmp_path, capsys):
+    (tmp_path / "notes.jpg").write_text("no picture")
+    assert predict("--output-dir", tmp_path / "out", tmp_path / "notes.jpg") == 2
+    said = capsys.readouterr()
+    assert "1 of 1 picture could not be read" in said.err
+    assert "written" not in said.out and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_pictures(predict, pictures, tmp_path, capsys):
+    for option in ("--output-dir", "--save-crops"):
+        assert predict(option, pictures / "a.jpg" / "out", pictures) == 2
+        said = capsys.readouterr()
+        assert f"error: {option} " in said.err and "nothing can be written there" in said.err and not said.out
