@@ -41,7 +41,9 @@ def with_overrides(schedule: Schedule, overrides: Mapping[str, str]) -> tuple[Sc
         path = tuple(key.split("."))
         value = read_value(text, origin, path)
         old = _replace(values, path, value, given)
-        lines.append(f"{key}: {_shown(old)} -> {_shown(value)}")
+        lines.append(
+            f"{key}: {_shown(old)} -> {_shown(value)}" if value != old else f"{key}: {_shown(value)}, as it was"
+        )
         if key == "optim_wrapper.optimizer.type":
             lines += _drop_foreign_settings(values["optim_wrapper"]["optimizer"], value)
         if key == "optim_wrapper.type" and value == "OptimWrapper":

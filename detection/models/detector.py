@@ -41,6 +41,13 @@ class Detector:
     min_size: int
     max_size: int
 
+    def __repr__(self) -> str:
+        classes = ", ".join(self.class_names[:4]) + (", ..." if len(self.class_names) > 4 else "")
+        return (
+            f"Detector({self.model.config.backbone}, {len(self.class_names)} classes: {classes}; pictures at "
+            f"{self.min_size} to {self.max_size} pixels, on {self.model.pixel_mean.device})"
+        )
+
     def predict(self, pictures: Picture | Sequence[Picture], batch_size: int = 1) -> Any:
         """Detections in one picture, or a list of them for a list of pictures, best first.
 

@@ -210,3 +210,19 @@ def test_an_incomplete_file_is_refused(model, changes, message, tmp_path):
     torch.save(content(model, **changes), tmp_path / "detector.pt")
     with pytest.raises(WeightsError, match=message):
         load_detector(tmp_path / "detector.pt")
+
+
+def test_a_device_that_is_not_there_is_not_blamed_on_the_file(model, tmp_path):
+    torch.save(content(model), tmp_path / "detector.pt")
+    # Whatever the machine has, it has not so many.
+    with pytest.raises(DetectorError, match="device 'cuda:99' cannot be used: "):
+        load_detector(tmp_path / "detector.pt", device="cuda:99")
+
+
+def test_a_detector_is_shown_in_a_line_and_batches_have_pictures(model, tmp_path):
+    torch.save(content(model), tmp_path / "detector.pt")
+    detector = load_detector(tmp_path / "detector.pt")
+    shown = repr(detector)
+    assert shown.startswith("Detector(resnet18, ") and "\n" not in shown and len(shown) < 200
+    with pytest.raises(DetectorError, match="batch_size is 0; give at least 1"):
+        detector.predict([picture(32, 32)], batch_size=0)
