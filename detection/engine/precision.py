@@ -73,6 +73,15 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16 (elsewhere they are put together from others)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Without a public name; true of processors with AMX as well.
+    has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(has_instructions())
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter], *, norm_type: float = 2.0, clip_to: float | None) -> Tensor:
     """Norm of all gradients together, a scalar on their device; gradients are scaled down to `clip_to` if above it."""
     parameters = list(parameters)

@@ -317,3 +317,12 @@ def test_a_warmup_that_the_run_does_not_outlast_is_told_with_a_shorter_one(start
     )
     assert start(tmp_path / "run", "--dry-run", "--set", "param_scheduler.0.end=2") == 0
     assert "never comes to" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_the_start_says_where_bfloat16_would_be_faster(start, tmp_path, monkeypatch, capsys, has_instructions):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions, raising=False)
+    assert start(tmp_path / "run", "--dry-run") == 0
+    assert ("--amp bf16 halves the time of a step" in capsys.readouterr().out) == has_instructions
+    assert start(tmp_path / "run", "--dry-run", "--amp", "bf16") == 0
+    assert "halves the time" not in capsys.readouterr().out
