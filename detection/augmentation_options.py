@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,13 +191,10 @@ def _check_jitter(options: argparse.Namespace) -> None:
 
 
 def _scale(text: str) -> tuple[int, int]:
-    width, times, height = text.lower().partition("x")
-    try:
-        if not times:
-            raise ValueError
-        return positive_int(width), positive_int(height)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no scale: write two sides in pixels, e.g. 1333x800") from None
+    match = re.fullmatch(r"(-?\d+)x(-?\d+)", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no scale: write two sides in pixels, e.g. 1333x800")
+    return positive_int(match[1]), positive_int(match[2])
 
 
 def _tuple(values: list[Any] | None) -> Any:

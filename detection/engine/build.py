@@ -99,7 +99,11 @@ def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
         output.lock()
     resume_path = None
     if resume == "auto":
-        found = newest_checkpoint(output.checkpoints)
+        try:
+            found = newest_checkpoint(output.checkpoints)
+        except CheckpointError as error:
+            again = "\nThe run was started again by this torchrun, which counts as --resume: start torchrun anew."
+            raise CheckpointError(f"{error}{again if is_restart else ''}") from error
         if found is not None:
             resume_path = found.path
             lines += [f"skipped: {reason}" for reason in found.skipped]

@@ -12,7 +12,7 @@ import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ REQUIRED = (
     *("class_names", "category_ids", "preprocessing", "run", "config"),
 )
 """What every checkpoint holds: how far the run is, its weights and states, and what describes the run."""
+
+
+_WORDS_OF_MEMORY = ("not enough memory", "allocate memory", "unable to mmap")
 
 
 class CheckpointError(ValueError):
@@ -88,7 +91,7 @@ def newest_checkpoint(directory: Path) -> LoadedCheckpoint | None:
     """
     skipped: list[str] = []
     candidates: list[tuple[tuple[int, int], int, Path]] = []
-    for path in sorted(directory.glob("*.pt")):
+    for path in _files(directory):
         try:
             candidates.append((_place_of(path), int(path.name == LAST), path))
         except CheckpointOutOfReach:
@@ -111,6 +114,14 @@ def newest_checkpoint(directory: Path) -> LoadedCheckpoint | None:
     return None
 
 
+class Best(NamedTuple):
+    """The validation with the highest mAP so far."""
+
+    epoch: int
+    """Counted from 1"""
+    map: float
+
+
 @dataclass(frozen=True)
 class Continued:
     """What `continue_from` did."""
@@ -121,11 +132,11 @@ class Continued:
     """best.pt is there and has the weights that the run takes for its best so far."""
 
 
-def continue_from(directory: Path, chosen: LoadedCheckpoint, best_epoch: int | None) -> Continued:
+def continue_from(directory: Path, chosen: LoadedCheckpoint, best: Best | None) -> Continued:
     """Make `chosen` the newest checkpoint of `directory`, so that the next automatic resume cannot miss it.
 
     Files that are further on (of a future that the run now leaves) or broken are moved into a folder of their own, and
-    best.pt too where the run goes on without a best epoch. A best.pt that is missing is made of that epoch's file.
+    a best.pt that is not of the validation that the run takes for its best. Such a one is made of that epoch's file.
 
     Raises:
         CheckpointError: the directory cannot be written.
@@ -134,14 +145,14 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint, best_epoch: int | N
     moved: list[Path] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for path in sorted(directory.glob("*.pt")):
+        for path in _files(directory):
             try:
-                is_later = _place_of(path) > here
+                is_foreign = _place_of(path) > here
             except CheckpointError:
-                is_later = True
-            if path.name == BEST and best_epoch is None:
-                is_later = True
-            if is_later and path.resolve() != chosen.path.resolve():
+                is_foreign = True
+            if path.name == BEST and not _is_of(path, best):
+                is_foreign = True
+            if is_foreign and path.resolve() != chosen.path.resolve():
                 moved.append(path)
         aside = _unused(directory / f"set_aside_{time.strftime('%Y%m%d_%H%M%S')}")
         for path in moved:
@@ -150,27 +161,33 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint, best_epoch: int | N
         last = directory / LAST
         if not (last.exists() and last.samefile(chosen.path)):
             _link(chosen.path, last)
-        best = directory / BEST
-        if best_epoch is not None and not best.exists():
-            source = chosen.path.parent
-            for path in (directory / epoch_file(best_epoch), source / epoch_file(best_epoch), source / BEST):
-                if path.is_file() and _is_best_of(path, best_epoch):
-                    _link(path, best)
+        target, source = directory / BEST, chosen.path.parent
+        if best is not None and not target.exists():
+            name = epoch_file(best.epoch)
+            for path in (source / name, source / BEST, directory / name):
+                if _is_of(path, best):
+                    _link(path, target)
                     break
         _sync_folder(directory)
     except OSError as error:
         raise CheckpointError(f"{directory}: checkpoints cannot be written there: {error}") from error
-    return Continued(aside if moved else None, best.exists())
+    return Continued(aside if moved else None, target.exists())
 
 
-def _is_best_of(path: Path, epoch: int) -> bool:
-    """Whether a file is the state after the validation that made `epoch` the best."""
+def _is_of(path: Path, best: Best | None) -> bool:
+    """Whether a file is the state after the validation that was the best."""
+    if best is None or not path.is_file():
+        return False
     try:
         state = _glance_at(path)
-        done = int(state["iteration"]) == epoch * int(state["iterations_per_epoch"])
-        return done and state["best_epoch"] == epoch and not state["validation_due"]
+        done = int(state["iteration"]) == best.epoch * int(state["iterations_per_epoch"])
+        return done and (state["best_epoch"], state["best_map"]) == best and not state["validation_due"]
     except Exception:  # whatever a broken file raises
         return False
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("*.pt") if path.is_file())
 
 
 def _glance_at(path: Path) -> dict[str, Any]:
@@ -193,9 +210,12 @@ def _refuse_to_judge(path: Path, error: Exception) -> None:
     """Raises CheckpointOutOfReach where it was not the file's content that failed."""
     # Readers of a damaged file seek to places that cannot be: EINVAL.
     is_systems = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
-    if is_systems or isinstance(error, MemoryError):
+    # torch has no type of its own for it on the CPU.
+    wants_memory = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS_OF_MEMORY)
+    if is_systems or wants_memory or isinstance(error, MemoryError):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointOutOfReach(
-            f"{path}: cannot be read now ({error or type(error).__name__}). Try again when it can be; to go on from an "
+            f"{path}: cannot be read now ({reason}). Try again when it can be; to go on from an "
             "earlier checkpoint instead, give it with --resume FILE, or move this one away."
         ) from error
 

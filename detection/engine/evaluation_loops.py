@@ -23,6 +23,7 @@ from detection.engine.stopping import StopRequest
 from detection.engine.train_loop import Stopped
 from detection.evaluation import CocoEvaluator, Detections, write_results
 from detection.models import ImageBatch
+from detection.reporting import counted
 
 _OVER = 2
 """Told to the other processes in place of a wish to stop: more images than allowed cannot be read."""
@@ -137,9 +138,7 @@ def _evaluated(
     metrics["num_images"] = len(image_ids)
     if num_unreadable:
         metrics["unreadable_images"] = num_unreadable
-        one = num_unreadable == 1
-        what = "1 image could not be read and counts" if one else f"{num_unreadable} images could not be read and count"
-        metrics["notes"].append(f"{what} as without a detection")
+        metrics["notes"].append(f"{counted(num_unreadable, 'image')} could not be read: without a detection")
     if inputs.limited:
         metrics["notes"].append(
             f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"

@@ -73,7 +73,7 @@ class OutputDirectory:
         self._begun_by.write_text(_launcher() or "")
 
     def lock(self) -> None:
-        """Make the folder and keep others out, for an evaluation that writes into it; main process only.
+        """Make the folder and keep others out, for as long as this process works in it; main process only.
 
         Raises:
             OutputDirectoryError: another process works in the folder, or it cannot be made.
@@ -141,7 +141,7 @@ class OutputDirectory:
                 lock.close()
                 raise OutputDirectoryError(
                     f"{self.path}: another run is writing here (process {owner or 'unknown'}). "
-                    "Wait for it, or give another --output-dir."
+                    "Wait for it, or give another --output-dir (an evaluation beside a training: --resume FILE, too)."
                 ) from error
             if self._is_ours(lock):
                 break
@@ -160,9 +160,20 @@ class OutputDirectory:
 
 
 def _launcher() -> str | None:
-    """The torchrun that has started this process, which is the same after a restart; None without one."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if run_id is None else f"torchrun {run_id}, process {os.getppid()} on {platform.node()}"
+    """The torchrun that has started this process, which is the same after a restart; None without one, or where the
+    system does not tell.
+
+    Its number and run id may come again: in a container torchrun is process 1. The moment of its start does not.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    try:
+        # Fields of /proc/PID/stat after the name, which may have anything in it: the 22nd of all is the start.
+        start = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return f"process {os.getppid()} on {platform.node()}, begun {start} after the start {boot}"
 
 
 def check_writable(folder: Path) -> None:

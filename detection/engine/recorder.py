@@ -28,10 +28,20 @@ _MAX_FAILED_WRITES = 3
 class Recorder:
     """One process's records. On other processes than the main one it only passes errors on to the console."""
 
-    def __init__(self, console: Console, log: MetricsLog | None = None, board: TensorBoardLog | None = None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        log: MetricsLog | None = None,
+        board: TensorBoardLog | None = None,
+        *,
+        describe: Callable[[TensorBoardLog], None] = lambda board: None,
+        best_epoch: int | None = None,
+    ) -> None:
         """
         Args:
             log, board: on the main process of a run that trains; None elsewhere.
+            describe: writes what describes the run into a log that does not have it yet.
+            best_epoch: of the run so far, counted from 1. None: what `log` holds is not compared with what comes.
         """
         self.console = console
         self.log = log
@@ -41,11 +51,13 @@ class Recorder:
         self._failed_writes = 0
         self._unwritten: list[dict[str, Any]] = []
         self._board_is_broken = False
-        # The first iterations whose training and validation records may not be on the disk in TensorBoard's files.
-        self._next = self._unflushed = (board.first_iteration, board.val_from) if board is not None else (0, 0)
+        self._describe = describe
+        # Where training and validation go on.
+        self._next = (board.first_iteration, board.val_from) if board is not None else (0, 0)
+        self._on_board(self._complete)
         self._last_validation: dict[str, Any] | None = None
         self._best_validation: dict[str, Any] | None = None
-        if log is not None:
+        if log is not None and best_epoch is not None:
             for record in read_metrics(log.path, kind="val"):
                 self._remember(record)
 
@@ -114,21 +126,19 @@ class Recorder:
             self._write(lambda record: self.log.flush(), None)  # type: ignore[union-attr]
         self._mend_board()
         self._on_board(TensorBoardLog.flush)
-        if not self._board_is_broken:
-            self._unflushed = self._next
 
     def finish(self, num_iterations: int) -> None:
         """Mark the run as done to its last iteration."""
         self._mend_board()
         self._on_board(lambda board: board.finish(num_iterations))
 
-    def summary(self) -> str:
-        """All validations of the run as a table."""
+    def summary(self, best_epoch: int | None) -> str:
+        """All validations of the run as a table, that of `best_epoch` (counted from 1) marked."""
         if self.log is None:
             return ""
         # Records count epochs from 0, people from 1.
         records = read_metrics(self.log.path, kind="val")
-        return summary_table([{**record, "epoch": record["epoch"] + 1} for record in records])
+        return summary_table([{**record, "epoch": record["epoch"] + 1} for record in records], best_epoch)
 
     @property
     def num_validated(self) -> int | None:
@@ -162,28 +172,37 @@ class Recorder:
         except OSError as error:
             # Its thread is dead, and what that had taken and not yet written is gone with it.
             self._board_is_broken = True
-            self.warn(f"TensorBoard's files cannot be written: {error}; the run goes on, and completes them later")
+            self.warn(f"TensorBoard's files cannot be written: {error}; the run goes on, and tries at each checkpoint")
 
     def _mend_board(self) -> None:
-        """Where TensorBoard's files could not be written: write them anew, from metrics.jsonl, if that can be done by
-        now. Pictures and precision-recall curves of that time stay out."""
-        if self.board is None or self.log is None or not self._board_is_broken or self._unwritten:
+        """Where TensorBoard's files could not be written: go on with them, if that can be done by now. Pictures and
+        precision-recall curves of that time stay out."""
+        if self.board is None or not self._board_is_broken or self._unwritten:
             return
-        train_from, val_from = self._unflushed
         try:
             with contextlib.suppress(OSError):
                 self.board.close()
-            board = TensorBoardLog(self.board.directory, first_iteration=train_from, val_from=val_from)
-            for record in read_metrics(self.log.path):
-                if record["kind"] == "train" and record["iteration"] >= train_from:
-                    board.train(record)
-                elif record["kind"] == "val" and record["iteration"] >= val_from:
-                    board.validation(record)
+            board = TensorBoardLog(self.board.directory, first_iteration=self._next[0], val_from=self._next[1])
+            self._complete(board)
             board.flush()
         except OSError:
             return
         self.board, self._board_is_broken = board, False
         self.say("TensorBoard's files are complete again")
+
+    def _complete(self, board: TensorBoardLog) -> None:
+        """Write what metrics.jsonl has and the board lacks: of a time when it could not be written, here or before a
+        kill."""
+        self._describe(board)
+        if self.log is None:
+            return
+        last = board.history.last_steps
+        trained, validated = last.get("train/loss", -1), last.get("val/seconds", -1)
+        for record in read_metrics(self.log.path):
+            if record["kind"] == "train" and record["iteration"] > trained:
+                board.train(record)
+            elif record["kind"] == "val" and record["iteration"] > validated:
+                board.validation(record)
 
     def _write(self, write: Callable[[Any], None], record: Any) -> bool:
         # A full disk must not end a run for the sake of its curves. It is said a few times, not every iteration.

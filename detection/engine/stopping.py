@@ -19,7 +19,7 @@ class StopRequest:
 
     A second SIGINT ends the process at once. torchrun hands a Ctrl-C of the terminal on to processes that have seen
     it already, so only one that comes two seconds later or more counts as the second. SIGHUP, of a terminal that is
-    closed, is left ignored where it is: a run under nohup goes on.
+    closed, is left ignored where it is, as under nohup.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from shlex import quote
 from typing import Any
@@ -15,7 +15,7 @@ from detection.config import RunConfig
 from detection.engine.augmentation import augmentation_of
 from detection.engine.bad_images import BadImages, TooManyBadImages
 from detection.engine.build import Built
-from detection.engine.checkpoint import CheckpointError, CheckpointStore, LoadedCheckpoint, continue_from
+from detection.engine.checkpoint import Best, CheckpointError, CheckpointStore, LoadedCheckpoint, continue_from
 from detection.engine.compilation import compile_for_training, uncompiled
 from detection.engine.datasets import SplitFiles
 from detection.engine.distributed import Processes
@@ -55,7 +55,7 @@ def train(
     # What is wrong with the learning rate shows when it is first asked for.
     together(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
     facts = _run_facts(config, processes, built, loader)
-    _require_one_run(processes, {**facts.state(), "schedule": schedule.to_dict()}, loader.iterations_per_epoch)
+    _require_one_run(config, processes, facts, schedule, loader.iterations_per_epoch)
     num_iterations = schedule.max_epochs * loader.iterations_per_epoch
     graphs = None
     if config.train.cuda_graphs:
@@ -204,11 +204,19 @@ def _run_facts(config: RunConfig, processes: Processes, built: Built, loader: Tr
     )
 
 
-def _require_one_run(processes: Processes, facts: dict[str, Any], iterations_per_epoch: int) -> None:
+def _require_one_run(
+    config: RunConfig, processes: Processes, facts: RunFacts, schedule: Schedule, iterations_per_epoch: int
+) -> None:
     """Raises RunError on every process where one has other data or settings, with which they would train past each
     other or wait for each other in vain."""
-    facts = {**facts.pop("run"), **facts, "iterations_per_epoch": iterations_per_epoch}
-    first, *others = processes.gather_objects(facts)
+    state = facts.state()
+    mine = {**state.pop("run"), **state, "schedule": schedule.to_dict(), "iterations_per_epoch": iterations_per_epoch}
+    # Paths, loader processes and the like may be each machine's own.
+    for group in (config.model, config.train):
+        mine |= {each.name: str(getattr(group, each.name)) for each in fields(group) if each.name != "weights"}
+    for name in ("log_interval", "checkpoint_minutes", "checkpoint_iterations"):
+        mine[name] = getattr(config.output, name)
+    first, *others = processes.gather_objects(mine)
     lines = [
         f"process {rank} has another {', '.join(different)} than process 0"
         for rank, other in enumerate(others, start=1)
@@ -238,7 +246,10 @@ def _leave_other_future(
     Returns:
         Whether the best weights so far, if `progress` knows of any, are there.
     """
-    done = continue_from(output.checkpoints, checkpoint, progress.best_epoch)
+    best = None
+    if progress.best_epoch is not None and progress.best_map is not None:
+        best = Best(progress.best_epoch, progress.best_map)
+    done = continue_from(output.checkpoints, checkpoint, best)
     if done.aside is not None:
         try:
             if output.metrics.is_file():
@@ -272,26 +283,38 @@ def _open_recorder(
         board = TensorBoardLog(output.tensorboard, first_iteration=progress.iteration, val_from=val_from)
         record = config_record(config, processes, schedule, output.config, progress.iteration)
         write_json(output.config, record)
-        board.text("configuration", configuration_text(record))
-        board.text("schedule", "\n".join(schedule.describe()), verbatim=True)
-        board.hparams(
-            {
-                "model": config.model.model,
-                "schedule": config.train.schedule,
-                "lr": schedule.optimizer.lr,
-                "epochs": schedule.max_epochs,
-                "batch_size_total": config.train.batch_size * processes.world_size * schedule.accumulative_counts,
-                "amp": schedule.amp or "off",
-                "weights": config.model.weights,
-                "min_size": config.data.min_size,
-                "seed": config.train.seed,
-            }
+        recorder = Recorder(
+            console,
+            log,
+            board,
+            describe=partial(_describe, configuration_text(record), config, processes, schedule),
+            best_epoch=progress.best_epoch,
         )
-        board.flush()
+        recorder.flush()
         output.mark_as_begun()
     except OSError as error:
         raise OutputDirectoryError(f"{output.path}: cannot be written: {error}") from error
-    return Recorder(console, log, board)
+    return recorder
+
+
+def _describe(
+    configuration: str, config: RunConfig, processes: Processes, schedule: Schedule, board: TensorBoardLog
+) -> None:
+    board.text("configuration", configuration)
+    board.text("schedule", "\n".join(schedule.describe()), verbatim=True)
+    board.hparams(
+        {
+            "model": config.model.model,
+            "schedule": config.train.schedule,
+            "lr": schedule.optimizer.lr,
+            "epochs": schedule.max_epochs,
+            "batch_size_total": config.train.batch_size * processes.world_size * schedule.accumulative_counts,
+            "amp": schedule.amp or "off",
+            "weights": config.model.weights,
+            "min_size": config.data.min_size,
+            "seed": config.train.seed,
+        }
+    )
 
 
 def _require_saved(problem: str | None) -> None:
@@ -333,7 +356,7 @@ def _closing_words(
     return "\n".join(
         [
             "",
-            recorder.summary(),
+            recorder.summary(progress.best_epoch),
             "",
             *remarks,
             f"checkpoints  {output.checkpoints}{best}",

@@ -47,19 +47,17 @@ def validation_table(
     return "\n".join(lines)
 
 
-def summary_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One line a validation record (as in metrics.jsonl), the one with the highest mAP marked.
+def summary_table(records: Sequence[Mapping[str, Any]], best_epoch: int | None) -> str:
+    """One line a validation record (as in metrics.jsonl), the one of best_epoch marked.
 
     Epochs are shown as they stand in the records.
     """
     if not records:
         return "no validation has been run"
     names = [name for name in FIGURES if any(name in record for record in records)]
-    best = max(range(len(records)), key=lambda place: records[place].get("mAP", UNDEFINED))
-    has_best = records[best].get("mAP", UNDEFINED) != UNDEFINED
     rows = [["epoch", *names, ""]]
-    for place, record in enumerate(records):
-        mark = "<- best" if has_best and place == best else ""
+    for record in records:
+        mark = "<- best" if best_epoch is not None and record.get("epoch") == best_epoch else ""
         rows.append([str(record.get("epoch", "")), *(figure(record.get(name)) for name in names), mark])
     return "\n".join(aligned(rows, left_columns={len(rows[0]) - 1}))
 

@@ -18,6 +18,7 @@ from detection.engine.checkpoint import (
     LAST,
     PREVIOUS,
     REQUIRED,
+    Best,
     CheckpointError,
     CheckpointStore,
     continue_from,
@@ -329,17 +330,32 @@ def three_epochs(tmp_path: Path) -> Path:
 
 def test_going_on_from_before_the_best_epoch_brings_back_the_best_before_it(three_epochs: Path, tmp_path: Path):
     chosen = load_checkpoint(three_epochs / "epoch_0002.pt")
-    done = continue_from(three_epochs, chosen, 1)
+    done = continue_from(three_epochs, chosen, Best(1, 0.1))
     assert done.has_best
     assert iterations(three_epochs) == {"epoch_0001.pt": 10, "epoch_0002.pt": 20, LAST: 20, BEST: 10, PREVIOUS: 20}
     # In a folder of its own too.
-    assert continue_from(tmp_path / "new", chosen, 1).has_best
+    assert continue_from(tmp_path / "new", chosen, Best(1, 0.1)).has_best
     assert iterations(tmp_path / "new") == {LAST: 20, BEST: 10}
+
+
+def test_a_best_of_another_run_or_of_before_a_kill_is_set_aside(three_epochs: Path, tmp_path: Path):
+    # A folder whose best.pt is of another run, with a higher mAP.
+    store = CheckpointStore(tmp_path / "other", 3)
+    assert store.save(best_state(1, 1) | {"best_map": 0.9}, [LAST, BEST, "epoch_0001.pt"]) is None
+    assert store.close() is None
+    done = continue_from(tmp_path / "other", load_checkpoint(three_epochs / LAST), Best(3, 0.1 * 3))
+    assert done.has_best and done.aside is not None
+    assert iterations(tmp_path / "other")[BEST] == 30 and iterations(done.aside) == {BEST: 10}
+    # A best.pt that is older than the best epoch that the run knows of.
+    (three_epochs / BEST).unlink()
+    shutil.copy(three_epochs / "epoch_0001.pt", three_epochs / BEST)
+    assert continue_from(three_epochs, load_checkpoint(three_epochs / LAST), Best(3, 0.1 * 3)).has_best
+    assert iterations(three_epochs)[BEST] == 30
 
 
 def test_a_best_that_is_no_longer_there_is_told(three_epochs: Path):
     (three_epochs / "epoch_0001.pt").unlink()
-    assert not continue_from(three_epochs, load_checkpoint(three_epochs / "epoch_0002.pt"), 1).has_best
+    assert not continue_from(three_epochs, load_checkpoint(three_epochs / "epoch_0002.pt"), Best(1, 0.1)).has_best
     assert BEST not in iterations(three_epochs)
 
 
@@ -365,6 +381,25 @@ def test_a_file_that_cannot_be_read_at_the_moment_is_not_taken_for_a_broken_one(
             attempt()
     monkeypatch.undo()
     assert iterations(tmp_path) == {LAST: 2, PREVIOUS: 1}
+
+
+def test_want_of_memory_does_not_make_a_checkpoint_a_broken_one(tmp_path: Path, monkeypatch):
+    save(tmp_path, 1, [LAST])
+
+    def load(path, **named):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: not enough memory: you tried ...")
+
+    monkeypatch.setattr(checkpoint.torch, "load", load)
+    with pytest.raises(CheckpointError, match="cannot be read now"):
+        newest_checkpoint(tmp_path)
+
+
+def test_what_only_looks_like_a_checkpoint_is_passed_over(tmp_path: Path):
+    save(tmp_path, 1, [LAST])
+    (tmp_path / "folder.pt").mkdir()
+    (tmp_path / "link.pt").symlink_to(tmp_path / "nowhere")
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.path.name == LAST and not found.skipped
 
 
 def test_a_broken_last_file_does_not_replace_the_good_one_before_it(tmp_path: Path):

@@ -4,6 +4,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import time
 from pathlib import Path
 
@@ -194,3 +195,18 @@ def test_the_starts_of_a_run_are_kept_even_when_the_record_is_torn(start, tmp_pa
     (folder / "config.json").write_text("{torn")
     assert start(folder, "--max-epochs", "1", "--resume") == 0
     assert len(json.loads((folder / "config.json").read_text())["starts"]) == 1
+
+
+def test_only_the_torchrun_that_began_a_run_starts_it_again(tmp_path: Path, monkeypatch):
+    output = OutputDirectory(tmp_path)
+    assert not output.was_begun_by_this_torchrun()
+    output.mark_as_begun()
+    assert not output.was_begun_by_this_torchrun()  # there is none
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "coco1x")
+    assert not output.was_begun_by_this_torchrun()
+    output.mark_as_begun()
+    assert output.was_begun_by_this_torchrun()
+    # The same run id and the same number of the process, as in a container, but begun at another time.
+    mark = tmp_path / ".begun_by"
+    mark.write_text(re.sub(r"begun (\d+)", "begun 1", mark.read_text()))
+    assert not output.was_begun_by_this_torchrun()

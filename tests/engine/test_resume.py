@@ -12,6 +12,7 @@ from detection.engine import RunError
 from detection.engine.evaluation_loops import ValLoop
 from detection.engine.recorder import Recorder
 from detection.engine.train_loop import EpochBasedTrainLoop
+from detection.reporting import TensorBoardLog
 
 MIXED = ["--max-epochs", "1", "--amp", "bf16", "--ema", "0.9", "--accumulate", "2", "--checkpoint-iterations", "1"]
 
@@ -158,6 +159,9 @@ def test_figures_of_other_validation_images_are_not_compared(start, finished, tm
     assert start(output, *more) == 0
     said = capsys.readouterr().out
     assert re.search(r"validation: \d+ images before, now \d+; .* the best mAP is counted anew", said)
+    closing = next(line for line in said.splitlines() if line.endswith("<- best"))
+    assert closing.split()[0] == "3"
+    assert "against the best" not in said
     state = load(output / "checkpoints" / "last.pt")
     assert (state["best_epoch"], load(output / "checkpoints" / "best.pt")["iteration"]) == (3, 9)
     (aside,) = (output / "checkpoints").glob("set_aside_*")
@@ -263,3 +267,24 @@ def test_other_annotations_of_the_same_classes_are_named(start, finished, shapes
     shutil.copytree(finished, tmp_path / "run")
     assert start(tmp_path / "run", "--data-path", other, "--resume", "--dry-run") == 0
     assert "their content is not that of the checkpoint" in capsys.readouterr().out
+
+
+def test_a_resume_completes_what_tensorboard_lacks_before_its_checkpoint(
+    start, finished, tmp_path, monkeypatch, same_run
+):
+    """Its files could not be written for a while, and the process was killed before they could again."""
+    plain = TensorBoardLog.train
+
+    def full_at_iteration_4(self, record):
+        if record["iteration"] == 4:
+            raise OSError(28, "No space left on device")
+        plain(self, record)
+
+    with monkeypatch.context() as context:
+        context.setattr(TensorBoardLog, "train", full_at_iteration_4)
+        kill_at(context, 5)
+        with pytest.raises(Killed):
+            start(tmp_path / "run", "--checkpoint-iterations", "1")
+    assert steps(tmp_path / "run", "train/loss") == [0, 1, 2, 3]
+    assert start(tmp_path / "run", "--resume") == 0
+    same_run(tmp_path / "run", finished)

@@ -35,16 +35,22 @@ def ranks_of(agent: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("begun_with", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("begun_with", ["--resume", "--overwrite", "--resume FILE"])
 def test_a_killed_rank_restarts_the_job_from_the_last_checkpoint(
-    begun_with: str, arguments: Callable[..., list[str]], tmp_path: Path, records_of, load
+    begun_with: str, start: Callable[..., int], arguments: Callable[..., list[str]], tmp_path: Path, records_of, load
 ):
     output = tmp_path / "run"
     words = arguments(
         output, "--batch-size", "1", "--max-epochs", "2", "--limit-train-batches", "6", "--checkpoint-iterations", "1",
-        "--limit-val-batches", "1", begun_with,
+        "--limit-val-batches", "1", *begun_with.split()[:1],
     )  # fmt: skip
     output.mkdir()
+    first = 0
+    if begun_with == "--resume FILE":
+        # Of one process, with the same global batch.
+        assert start(tmp_path / "old", "--max-epochs", "1", "--limit-train-batches", "6") == 0
+        words.append(str(tmp_path / "old" / "checkpoints" / "epoch_0001.pt"))
+        first = 6
     if begun_with == "--overwrite":
         (output / "metrics.jsonl").write_text('{"kind": "old"}\n')
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
@@ -69,8 +75,9 @@ def test_a_killed_rank_restarts_the_job_from_the_last_checkpoint(
     said = (tmp_path / "log.txt").read_text()
     assert status == 0, said[-3000:]
     assert "resumed   at iteration" in said
-    assert [r["iteration"] for r in records_of(output, "train")] == list(range(12))
-    assert [r["iteration"] for r in records_of(output, "val")] == [5, 11]
+    assert [r["iteration"] for r in records_of(output, "train")] == list(range(first, 12))
+    assert [r["iteration"] for r in records_of(output, "val")] == [5, 11][first // 6 :]
+    assert said.count("started again by torchrun: the run goes on from its own newest checkpoint") == 1
     assert load(output / "checkpoints" / "last.pt")["iteration"] == 12
     # What was moved aside is the old run, and not what this one had done before the kill.
     aside = [(folder / "metrics.jsonl").read_text() for folder in tmp_path.glob("run.before_*")]

@@ -263,7 +263,9 @@ def test_tensorboards_files_are_completed_when_the_disk_has_room_again(
     assert told.out.count("TensorBoard's files are complete again") == 1
     assert records_of(tmp_path / "run") == records_of(finished)
     events, whole = curves(tmp_path / "run"), curves(finished)
-    assert events.Tags()["scalars"] == whole.Tags()["scalars"]
+    for kind in ("scalars", "tensors"):  # tensors: texts and the layout
+        assert set(events.Tags()[kind]) == set(whole.Tags()[kind])
+    assert "train/batch/0" in events.Tags()["images"]
     for tag in (*TRAIN_TAGS, *VAL_TAGS):
         assert [point.step for point in events.Scalars(tag)] == [point.step for point in whole.Scalars(tag)], tag
 

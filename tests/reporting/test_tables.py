@@ -51,15 +51,15 @@ def test_of_many_classes_the_best_and_the_worst_are_listed():
 
 def test_a_summary_has_a_line_an_epoch_and_marks_the_best():
     records = [METRICS | {"epoch": epoch, "mAP": value} for epoch, value in enumerate([0.1, 0.3, 0.2], start=1)]
-    lines = summary_table(records).splitlines()
+    lines = summary_table(records, 2).splitlines()
     assert lines[0].split() == ["epoch", *METRICS]
     assert [line.split()[:2] for line in lines[1:]] == [["1", "0.100"], ["2", "0.300"], ["3", "0.200"]]
     assert [line.endswith("<- best") for line in lines[1:]] == [False, True, False]
 
 
 def test_a_summary_of_undefined_figures_marks_none():
-    assert "best" not in summary_table([{"epoch": 1, "mAP": -1.0}])
-    assert "no validation" in summary_table([])
+    assert "best" not in summary_table([{"epoch": 1, "mAP": -1.0}], None)
+    assert "no validation" in summary_table([], None)
 
 
 def test_a_sparkline_shows_the_steps_of_a_schedule_where_they_are():
