@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,47 +14,12 @@ from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.ema import AveragedModel
 from detection.engine.optimizer import load_optimizer_state
 from detection.engine.precision import Precision
+from detection.engine.run_facts import RunFacts
 from detection.engine.train_loop import Progress
 from detection.reporting import counted
 from schedules import Schedule
 
 _PARTS: dict[int | None, str] = {number: part for part, number in FREEZE_CHOICES.items()}
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What of a run decides whether its checkpoints can be gone on from. Part of every checkpoint."""
-
-    model_name: str
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    preprocessing: dict[str, int]
-    seed: int
-    global_batch_size: int
-    world_size: int
-    data_digest: str
-    """Of the training annotations."""
-    augmentation: dict[str, Any]
-    """AugmentationConfig.to_dict: what is done to training images at random."""
-    validation: dict[str, Any] | None = None
-    """Of the validation set: "digest" of its annotations, and "num_images" that are evaluated."""
-
-    def state(self) -> dict[str, Any]:
-        """Plain types, under the names that checkpoints use."""
-        return {
-            "class_names": list(self.class_names),
-            "category_ids": list(self.category_ids),
-            "preprocessing": dict(self.preprocessing),
-            "run": {
-                "model_name": self.model_name,
-                "seed": self.seed,
-                "global_batch_size": self.global_batch_size,
-                "world_size": self.world_size,
-                "data_digest": self.data_digest,
-                "augmentation": dict(self.augmentation),
-                "validation": self.validation,
-            },
-        }
 
 
 def check_resumable(

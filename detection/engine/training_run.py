@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
-from shlex import quote
-from typing import Any
 
 from torch import nn
 
-from data import CocoDataset, TrainLoader
+from data import TrainLoader
 from detection.config import RunConfig
 from detection.engine.augmentation import augmentation_of
 from detection.engine.bad_images import BadImages, TooManyBadImages
 from detection.engine.build import Built
 from detection.engine.checkpoint import Best, CheckpointError, CheckpointStore, LoadedCheckpoint, continue_from
+from detection.engine.closing_words import closing_words
 from detection.engine.compilation import compile_for_training, uncompiled
-from detection.engine.datasets import SplitFiles
 from detection.engine.distributed import Processes
 from detection.engine.ema import AveragedModel
 from detection.engine.errors import RunError, main_first, together
@@ -28,7 +26,8 @@ from detection.engine.pictures import training_mosaic
 from detection.engine.plan import config_record, configuration_text, describe_plan
 from detection.engine.precision import Precision
 from detection.engine.recorder import Recorder
-from detection.engine.resume import RunFacts, check_resumable, progress_of, restore, settings_without_effect
+from detection.engine.resume import check_resumable, progress_of, restore, settings_without_effect
+from detection.engine.run_facts import require_one_run, run_facts
 from detection.engine.step_graphs import cuda_step_graphs
 from detection.engine.step_records import NonFiniteLoss
 from detection.engine.stopping import STOPPED_EXIT_CODE, StopRequest
@@ -54,8 +53,8 @@ def train(
     loader = _train_loader(config, processes, built, workers=workers)
     # What is wrong with the learning rate shows when it is first asked for.
     together(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
-    facts = _run_facts(config, processes, built, loader)
-    _require_one_run(config, processes, facts, schedule, loader.iterations_per_epoch)
+    facts = run_facts(config, processes, built, loader)
+    require_one_run(config, processes, facts, schedule, loader.iterations_per_epoch)
     num_iterations = schedule.max_epochs * loader.iterations_per_epoch
     graphs = None
     if config.train.cuda_graphs:
@@ -164,7 +163,7 @@ def train(
     if status == 0:
         # Of a part of the set, every image that was not run would count as one where nothing was found.
         is_whole = recorder.num_validated == len(built.evaluation_set or ())
-        console.say(_closing_words(output, recorder, progress, bad_images, built.evaluation_files, is_whole))
+        console.say(closing_words(output, recorder, progress, bad_images, built.evaluation_files, is_whole))
     return status
 
 
@@ -187,55 +186,6 @@ def _train_loader(config: RunConfig, processes: Processes, built: Built, *, work
         pin=processes.device.type == "cuda" and workers > 0,
         max_bad_images=config.data.max_bad_images,
     )
-
-
-def _run_facts(config: RunConfig, processes: Processes, built: Built, loader: TrainLoader) -> RunFacts:
-    return RunFacts(
-        model_name=config.model.model,
-        class_names=built.class_names,
-        category_ids=built.category_ids,
-        preprocessing={"min_size": config.data.min_size, "max_size": config.data.max_size},
-        seed=config.train.seed,
-        global_batch_size=loader.global_batch_size,
-        world_size=processes.world_size,
-        data_digest=loader.dataset.annotations.digest(),
-        augmentation=config.augmentation.to_dict(),
-        validation=_validation_facts(config, processes, built.evaluation_set),
-    )
-
-
-def _require_one_run(
-    config: RunConfig, processes: Processes, facts: RunFacts, schedule: Schedule, iterations_per_epoch: int
-) -> None:
-    """Raises RunError on every process where one has other data or settings, with which they would train past each
-    other or wait for each other in vain."""
-    state = facts.state()
-    mine = {**state.pop("run"), **state, "schedule": schedule.to_dict(), "iterations_per_epoch": iterations_per_epoch}
-    # Paths, loader processes and the like may be each machine's own.
-    for group in (config.model, config.train):
-        mine |= {each.name: str(getattr(group, each.name)) for each in fields(group) if each.name != "weights"}
-    for name in ("log_interval", "checkpoint_minutes", "checkpoint_iterations"):
-        mine[name] = getattr(config.output, name)
-    first, *others = processes.gather_objects(mine)
-    lines = [
-        f"process {rank} has another {', '.join(different)} than process 0"
-        for rank, other in enumerate(others, start=1)
-        if (different := [name for name in first if other[name] != first[name]])
-    ]
-    if lines:
-        raise RunError(
-            "\n".join(lines)
-            + "\nStart every process with the same options, and put the same annotation files on every "
-            "machine (data_digest is of the training annotations)."
-        )
-
-
-def _validation_facts(config: RunConfig, processes: Processes, dataset: CocoDataset | None) -> dict[str, Any] | None:
-    if dataset is None:
-        return None
-    limit = config.data.limit_val_batches
-    most = len(dataset) if limit is None else limit * config.train.batch_size * processes.world_size
-    return {"digest": dataset.annotations.digest(), "num_images": min(len(dataset), most)}
 
 
 def _leave_other_future(
@@ -322,48 +272,3 @@ def _require_saved(problem: str | None) -> None:
         raise CheckpointError(
             f"{problem}\nThe newest state of the run is NOT saved; make room and go on with --resume."
         )
-
-
-def _closing_words(
-    output: OutputDirectory,
-    recorder: Recorder,
-    progress: Progress,
-    bad_images: BadImages,
-    validated: SplitFiles | None,
-    can_be_analyzed: bool,
-) -> str:
-    """The table of the run's validations, where everything is, and commands to go on with, ready to paste."""
-    best, remarks = "", []
-    if progress.skipped_steps:
-        remarks.append(f"{progress.skipped_steps} of {progress.iteration} iterations were not finite and made no step")
-    if bad_images:
-        remarks.append(bad_images.summary())
-    if progress.best_map is not None:
-        best = f"   best.pt has mAP {progress.best_map:.3f} (epoch {progress.best_epoch})"
-    weights = output.checkpoints / "best.pt"
-    if not weights.is_file():
-        weights = output.checkpoints / "last.pt"
-    results, images = output.detections("val"), "IMAGE_OR_FOLDER"
-    found, analysis = [], []
-    if validated is not None and progress.best_map is not None:
-        images = quote(str(validated.images))
-        found.append(f"detections   {results} (of the last validation)")
-        if can_be_analyzed:
-            analysis.append(
-                f"why so       python3 scripts/analyze_results.py --annotations {quote(str(validated.annotations))} "
-                f"--results {quote(str(results))} --images {images}"
-            )
-    return "\n".join(
-        [
-            "",
-            recorder.summary(progress.best_epoch),
-            "",
-            *remarks,
-            f"checkpoints  {output.checkpoints}{best}",
-            *found,
-            f"figures      {output.metrics}, {output.log}",
-            f"curves       tensorboard --logdir {quote(str(output.path))}",
-            *analysis,
-            f"try it       python3 scripts/predict.py --weights {quote(str(weights))} {images}",
-        ]
-    )
