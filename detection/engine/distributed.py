@@ -219,9 +219,10 @@ def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> 
     return Processes(rank, local_rank, world_size, local_world_size, chosen, group, roll_call)
 
 
-def stop_processes() -> None:
-    """Leave the run's processes."""
-    if dist.is_initialized():
+def stop_processes(*, failed: bool = False) -> None:
+    """Leave the run's processes; `failed`: alone, while the others may be in the middle of an exchange."""
+    # NCCL may wait for the end of an exchange that never comes. The end of the process, which is near, needs none.
+    if dist.is_initialized() and not (failed and dist.get_backend() != "gloo"):
         dist.destroy_process_group()
 
 

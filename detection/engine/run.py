@@ -49,7 +49,7 @@ def run(config: RunConfig) -> int:
         if processes.roll_call is not None:
             processes.roll_call.close(last_words)
         output.release()
-        stop_processes()
+        stop_processes(failed=last_words is not None)
 
 
 def _run(config: RunConfig, processes: Processes, output: OutputDirectory, stop: StopRequest) -> int:
