@@ -117,7 +117,7 @@ def test_an_interrupted_program_with_loader_processes_saves(program, arguments, 
     with program("tiny_model.py", *words) as (process,):
         wait_for(tmp_path / "run" / "metrics.jsonl", process)
         os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert "stopped by SIGINT" in out and "Traceback" not in err
     assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] > 0
@@ -136,14 +136,14 @@ def test_a_closed_terminal_stops_the_run_which_saves(arguments, tmp_path: Path, 
     os.close(terminal)
     os.set_blocking(ours, False)
     try:
-        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
         while not (metrics.exists() and metrics.stat().st_size):
             assert process.poll() is None and time.monotonic() < deadline
             with contextlib.suppress(BlockingIOError):
                 os.read(ours, 1 << 16)
             time.sleep(0.05)
         os.close(ours)
-        assert process.wait(60) == 75
+        assert process.wait(120) == 75
     finally:
         process.kill()
         process.wait()
@@ -152,7 +152,7 @@ def test_a_closed_terminal_stops_the_run_which_saves(arguments, tmp_path: Path, 
 
 
 def wait_for(file: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (file.exists() and file.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
