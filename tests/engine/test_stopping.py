@@ -18,6 +18,14 @@ from detection.engine.stopping import StopRequest
 from detection.engine.train_loop import EpochBasedTrainLoop
 
 
+@pytest.fixture(autouse=True)
+def heard_hangups():
+    """Also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_in_training_saves_and_leaves_with_status_75(
     name, start, tmp_path, monkeypatch, load, capsys, finished, records_of
