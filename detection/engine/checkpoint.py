@@ -27,7 +27,6 @@ REQUIRED = (
 )
 """What every checkpoint holds: how far the run is, its weights and states, and what describes the run."""
 
-
 _WORDS_OF_MEMORY = ("not enough memory", "allocate memory", "unable to mmap")
 
 

@@ -118,7 +118,7 @@ def settings_without_effect(checkpoint: LoadedCheckpoint, model: ModelConfig) ->
         "freeze": (
             _PARTS.get(model.frozen_stages),
             default.frozen_stages,
-            _PARTS[state["model_config"]["frozen_stages"]],
+            _PARTS.get(state["model_config"]["frozen_stages"]),
         ),
     }
     lines = [
