@@ -3,9 +3,9 @@
 import os
 import sys
 
-from detection.command_line import parse_arguments
-from detection.config_error import ConfigError
-from detection.leaving import leave
+from detection.config.cli import parse_arguments
+from detection.config.errors import ConfigError
+from detection.process_exit import leave
 
 
 def main() -> int:

@@ -1,21 +1,21 @@
 """Images and annotations to batches. Knows nothing of models, loops or schedules."""
 
-from data.augmentations import Augmentation, AugmentationError, LargeScaleJitter, ScaleSampling
-from data.batches import DeviceBatch, RawBatch, assemble
-from data.checks import check_annotations, check_pair, check_split
-from data.coco import NO_CLASS, AnnotationError, CocoAnnotations, read_coco
-from data.colours import ColourJitter, PhotometricDistortion
-from data.dataset import CocoDataset, DatasetError
-from data.findings import Finding
-from data.layout import CocoLayout, MissingDataset, coco_layout, standard_layout
-from data.loader import EvalLoader, TrainLoader
-from data.pictures import ImageError, read_image
-from data.prefetcher import DevicePrefetcher, LoadTimes
-from data.randomness import hash_key
-from data.replacements import UnreadableImage
-from data.samplers import plan_epoch
-from data.shapes import ShapesError, make_shapes
-from data.transforms import resized_sizes
+from data.coco.annotations import NO_CLASS, AnnotationError, CocoAnnotations, read_coco
+from data.coco.checks import check_annotations, check_pair, check_split
+from data.coco.findings import Finding
+from data.coco.layout import CocoLayout, MissingDataset, coco_layout, standard_layout
+from data.images.decode import ImageError, read_image
+from data.loading.batch import DeviceBatch, RawBatch, assemble
+from data.loading.dataset import CocoDataset, DatasetError
+from data.loading.loader import EvalLoader, TrainLoader
+from data.loading.prefetcher import DevicePrefetcher, LoadTimes
+from data.loading.sampler import plan_epoch
+from data.loading.unreadable import UnreadableImage
+from data.tools.shapes import ShapesError, make_shapes
+from data.transforms.augmentation import Augmentation, AugmentationError, LargeScaleJitter, ScaleSampling
+from data.transforms.color import ColourJitter, PhotometricDistortion
+from data.transforms.geometry import resized_sizes
+from data.transforms.hash_rng import hash_key
 
 __all__ = [
     "NO_CLASS",

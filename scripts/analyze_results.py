@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
 
     def picture_of(file_name: str) -> np.ndarray:
-        from data.pictures import read_image  # brings torch along, which takes seconds: only where pictures are wanted
+        from data.images.decode import (
+            read_image,  # brings torch along, which takes seconds: only where pictures are wanted
+        )
 
         assert images is not None
         return read_image(images / file_name)

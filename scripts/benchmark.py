@@ -7,8 +7,8 @@ import importlib
 import sys
 
 import checkout  # noqa: F401
-from benchmark_machine import full_record, headline, write_json
-from benchmark_timing import BenchmarkError
+from benchmarks.machine import full_record, headline, write_json
+from benchmarks.timing import BenchmarkError
 
 BENCHMARKS = {
     "train": "the training step (and inference) beside torchvision's Faster R-CNN",
@@ -29,10 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         if name in given:
             # The others' imports (torchvision, OpenCV, ...) would only cost time and memory.
-            importlib.import_module(f"benchmark_{name}").add_arguments(command)
+            importlib.import_module(f"benchmarks.{name}").add_arguments(command)
     arguments = parser.parse_args(given)
 
-    module = importlib.import_module(f"benchmark_{arguments.benchmark}")
+    module = importlib.import_module(f"benchmarks.{arguments.benchmark}")
     try:
         figures, text = module.run(arguments, lambda line: print(f"... {line}", file=sys.stderr, flush=True))
     except (BenchmarkError, ValueError) as error:

@@ -33,11 +33,11 @@ from data import (
     make_shapes,
     read_coco,
 )
-from data.gallery import GalleryError, write_gallery
-from detection.augmentation_options import add_augmentation_options, augmentation_config
-from detection.config_error import ConfigError
-from detection.engine.augmentation import augmentation_of
-from detection.option_types import positive_int
+from data.tools.gallery import GalleryError, write_gallery
+from detection.config.arg_types import positive_int
+from detection.config.augmentation import add_augmentation_options, augmentation_config
+from detection.config.errors import ConfigError
+from detection.engine.inputs.augmentation import augmentation_of
 from detection.reporting.pictures import class_colour, draw_boxes, mosaic, save_png
 
 GALLERY_COUNT, PNG_COUNT = 200, 32

@@ -13,11 +13,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import checkout  # noqa: F401
-from data.checks import check_pair, check_split
-from data.coco import AnnotationError, CocoAnnotations, find_fatal, read_coco
-from data.findings import MAX_PLACES, SEVERITIES, Finding, by_severity
-from data.image_checks import ImageFacts, check_images, check_leaks, inspect_images
-from data.layout import standard_layout
+from data.coco.annotations import AnnotationError, CocoAnnotations, find_fatal, read_coco
+from data.coco.checks import check_pair, check_split
+from data.coco.findings import MAX_PLACES, SEVERITIES, Finding, by_severity
+from data.coco.image_checks import ImageFacts, check_images, check_leaks, inspect_images
+from data.coco.layout import standard_layout
 
 
 @dataclass

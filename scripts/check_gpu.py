@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from benchmark_machine import full_record, headline, write_json
-from benchmark_timing import format_table
-from check_gpu_parts import FAILED, NOT_RUN, OK, PARTS, TIMED_OUT, Outcome, Part, plan
+from benchmarks.machine import full_record, headline, write_json
+from benchmarks.timing import format_table
 from checkout import ROOT
-from marked_processes import kill_marked
+from fault_injection.tagged_processes import kill_marked
+from gpu_checks.parts import FAILED, NOT_RUN, OK, PARTS, TIMED_OUT, Outcome, Part, plan
 
 MARK = "CHECK_GPU_PART"
 MINUTES = 9.5

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
-from benchmark_machine import full_record, headline, write_json
+from benchmarks.machine import full_record, headline, write_json
 from data import make_shapes
-from fault_test_comparison import differences
-from fault_test_training import FaultTestError, Life, Training, finish, newest_on_disk, position, send, starts
+from fault_injection.comparison import differences
+from fault_injection.training import FaultTestError, Life, Training, finish, newest_on_disk, position, send, starts
 
 STOPPED = 75
 CLOSE = 0.05

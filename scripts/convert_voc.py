@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import checkout  # noqa: F401
-from conversion_face import (
+from convert_cli import (
     Parser,
     bar,
     class_table,
@@ -27,11 +27,11 @@ from conversion_face import (
     split_pictures,
     to_coco_options,
 )
-from data.conversion import ConversionError, LabelledPicture, Remarks, derived_classes
-from data.conversion_output import write_coco_set, write_voc_set
-from data.conversion_splits import split_by_folder, split_by_lists
-from data.voc import VOC_TEXTS, VocSet, read_voc
-from data.voc_folders import VocFolders, find_voc, read_class_file, xml_files
+from data.convert.conversion import ConversionError, LabelledPicture, Remarks, derived_classes
+from data.convert.splits import split_by_folder, split_by_lists
+from data.convert.voc import VOC_TEXTS, VocSet, read_voc
+from data.convert.voc_folders import VocFolders, find_voc, read_class_file, xml_files
+from data.convert.write import write_coco_set, write_voc_set
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,9 +21,9 @@ import torch
 
 import checkout  # noqa: F401
 from detection.models import MODELS, build_model, load_weights
-from detection.models.stored_weights import StoredWeights, read_weights, stripped_file
-from detection.models.weight_files import WeightsError
-from detection.models.weight_layouts import CLASSIFIER, LAYOUTS, REGRESSOR, to_layout
+from detection.models.weights.files import WeightsError
+from detection.models.weights.layouts import CLASSIFIER, LAYOUTS, REGRESSOR, to_layout
+from detection.models.weights.stored import StoredWeights, read_weights, stripped_file
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import checkout  # noqa: F401
-from conversion_face import (
+from convert_cli import (
     Parser,
     bar,
     class_table,
@@ -27,9 +27,9 @@ from conversion_face import (
     split_pictures,
     to_coco_options,
 )
-from data.conversion import ConversionError, Remarks
-from data.conversion_output import write_coco_set, write_yolo_set
-from data.yolo import YOLO_TEXTS, check_orphans, find_yolo, read_yolo
+from data.convert.conversion import ConversionError, Remarks
+from data.convert.write import write_coco_set, write_yolo_set
+from data.convert.yolo import YOLO_TEXTS, check_orphans, find_yolo, read_yolo
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import checkout  # noqa: F401
-from data.coco_archives import ARCHIVES, BASE_URL, check_space, fetch_archive
-from data.downloads import DownloadError
+from data.tools.coco_archives import ARCHIVES, BASE_URL, check_space, fetch_archive
+from data.tools.download import DownloadError
 from detection.reporting import Console
 
 MEGABYTE = 1_000_000

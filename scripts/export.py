@@ -23,7 +23,8 @@ from PIL import Image
 
 import checkout  # noqa: F401
 from data import ImageError, read_image
-from data.picture_files import PictureFilesError, find_pictures
+from data.images.files import PictureFilesError, find_pictures
+from detection.config.arg_types import fraction, positive_int
 from detection.export import (
     ONNX_OPSET,
     ExportError,
@@ -36,7 +37,6 @@ from detection.export import (
     save_weights,
 )
 from detection.models import Detector, WeightsError, load_detector
-from detection.option_types import fraction, positive_int
 from detection.reporting import Console
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "weights": ".pt"}

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
-from benchmark_machine import full_record, headline, write_json
+from benchmarks.machine import full_record, headline, write_json
 from data import make_shapes
-from fault_test_corruptions import all_broken, corrupt_and_resume
-from fault_test_disk import fill_and_resume
-from fault_test_kills import Durations, kill_and_resume
-from fault_test_report import num_faults, page, write_page
-from fault_test_signals import stop_and_resume
-from fault_test_training import FaultTestError, Life, Training, newest_on_disk, position, send, starts
+from fault_injection.corruptions import all_broken, corrupt_and_resume
+from fault_injection.disk import fill_and_resume
+from fault_injection.kills import Durations, kill_and_resume
+from fault_injection.report import num_faults, page, write_page
+from fault_injection.signals import stop_and_resume
+from fault_injection.training import FaultTestError, Life, Training, newest_on_disk, position, send, starts
 
 KILLS_PER_TRAINING = 20
 EPOCHS_FOR_SIGNALS = 5

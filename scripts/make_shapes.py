@@ -5,7 +5,7 @@ import sys
 import time
 
 import checkout  # noqa: F401
-from data.shapes import ShapesError, make_shapes
+from data.tools.shapes import ShapesError, make_shapes
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,9 +19,17 @@ import torch
 
 import checkout  # noqa: F401
 from data import AnnotationError, ImageError, read_coco
-from data.picture_files import PictureFilesError, ProtectedFiles, find_pictures
-from detection.engine.precision import Precision
-from detection.engine.prediction import (
+from data.images.files import PictureFilesError, ProtectedFiles, find_pictures
+from detection.config.arg_types import fraction, positive_int
+from detection.engine.optim.amp import Precision
+from detection.evaluation import ResultsError
+from detection.inference.outputs import (
+    PredictionOutputs,
+    refuse_existing,
+    write_coco_results,
+    write_images_list,
+)
+from detection.inference.predict import (
     PictureDetections,
     PredictionError,
     find_labels,
@@ -29,16 +37,8 @@ from detection.engine.prediction import (
     match_image_ids,
     predict_files,
 )
-from detection.engine.prediction_outputs import (
-    PredictionOutputs,
-    refuse_existing,
-    write_coco_results,
-    write_images_list,
-)
-from detection.engine.prediction_views import DEFAULT_SCALES, View, make_views
-from detection.evaluation import ResultsError
+from detection.inference.tta import DEFAULT_SCALES, View, make_views
 from detection.models import DetectorError, WeightsError, load_detector
-from detection.option_types import fraction, positive_int
 from detection.reporting import Console, counted
 
 DEFAULT_MIN_SCORE = 0.3

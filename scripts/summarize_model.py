@@ -15,9 +15,9 @@ import sys
 import torch
 
 import checkout  # noqa: F401
+from detection.config.arg_types import positive_int
 from detection.models import MODELS, ModelError, build_model
-from detection.models.model_summary import PartSummary, summarize_model
-from detection.option_types import positive_int
+from detection.models.summary import PartSummary, summarize_model
 
 COLUMNS = ("part", "parameters", "trained", "weights MB", "GFLOP/image", "saved MB/image", "a batch")
 BYTES_PER_VALUE = 4

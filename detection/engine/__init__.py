@@ -2,6 +2,6 @@
 
 from detection.engine.errors import USER_ERRORS, RunError
 from detection.engine.run import run
-from detection.engine.stopping import STOPPED_EXIT_CODE
+from detection.engine.signals import STOPPED_EXIT_CODE
 
 __all__ = ["STOPPED_EXIT_CODE", "USER_ERRORS", "RunError", "run"]

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from data import CocoAnnotations, CocoDataset
-from detection.config import RunConfig
-from detection.config_error import ConfigError
+from detection.config.errors import ConfigError
+from detection.config.run_config import RunConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
-from detection.engine.datasets import (
+from detection.engine.distributed.comm import Processes
+from detection.engine.distributed.sync_batch_norm import synchronise_batch_norm
+from detection.engine.inputs.datasets import (
     DatasetFiles,
     SplitFiles,
     categories_of,
@@ -23,9 +25,7 @@ from detection.engine.datasets import (
     load_train,
     prepare_files,
 )
-from detection.engine.distributed import Processes
-from detection.engine.output_directory import OutputDirectory
-from detection.engine.sync_batch_norm import synchronise_batch_norm
+from detection.engine.run_dir import OutputDirectory
 from detection.models import (
     FasterRCNN,
     WeightsError,

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from data import AnnotationError, DatasetError, ImageError, MissingDataset, ShapesError
-from detection.config_error import ConfigError
-from detection.engine.bad_images import TooManyBadImages
+from detection.config.errors import ConfigError
 from detection.engine.checkpoint import CheckpointError
-from detection.engine.distributed import DeviceError, Processes
-from detection.engine.output_directory import OutputDirectoryError
-from detection.engine.roll_call import LostProcess
-from detection.engine.step_records import NonFiniteLoss
+from detection.engine.distributed.comm import DeviceError, Processes
+from detection.engine.distributed.heartbeat import LostProcess
+from detection.engine.inputs.bad_images import TooManyBadImages
+from detection.engine.metrics.step_metrics import NonFiniteLoss
+from detection.engine.run_dir import OutputDirectoryError
 from detection.evaluation import EvaluationError, ResultsError
 from detection.models import ModelError, WeightsError
 from detection.reporting import MetricsError

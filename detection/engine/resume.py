@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from detection.augmentation_options import AugmentationConfig
-from detection.config import FREEZE_CHOICES, ModelConfig
+from detection.config.augmentation import AugmentationConfig
+from detection.config.run_config import FREEZE_CHOICES, ModelConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
-from detection.engine.ema import AveragedModel
-from detection.engine.optimizer import load_optimizer_state
-from detection.engine.precision import Precision
-from detection.engine.run_facts import RunFacts
-from detection.engine.train_loop import Progress
+from detection.engine.fingerprint import RunFacts
+from detection.engine.optim.amp import Precision
+from detection.engine.optim.ema import AveragedModel
+from detection.engine.optim.optimizer import load_optimizer_state
+from detection.engine.trainer import Progress
 from detection.reporting import counted
 from schedules import Schedule
 

@@ -8,17 +8,17 @@ from functools import partial
 
 import torch
 
-from detection.config import RunConfig
+from detection.config.run_config import RunConfig
+from detection.engine.accelerate.allocator import keep_freed_memory
 from detection.engine.build import build, prepare
 from detection.engine.checkpoint import load_checkpoint
-from detection.engine.distributed import Processes, start_processes, stop_processes
+from detection.engine.distributed.comm import Processes, start_processes, stop_processes
+from detection.engine.distributed.heartbeat import LostProcess, is_network_error
 from detection.engine.errors import USER_ERRORS, RunError, main_first, together
-from detection.engine.evaluation_run import evaluate
-from detection.engine.host_memory import keep_freed_memory
-from detection.engine.output_directory import OutputDirectory
-from detection.engine.roll_call import LostProcess, is_network_error
-from detection.engine.stopping import StopRequest
-from detection.engine.training_run import train
+from detection.engine.evaluate import evaluate
+from detection.engine.run_dir import OutputDirectory
+from detection.engine.signals import StopRequest
+from detection.engine.train import train
 from detection.reporting import Console
 
 

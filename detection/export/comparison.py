@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detection.models.boxes import pairwise_iou
+from detection.models.ops.boxes import pairwise_iou
 
 _SAME_OBJECT_IOU = 0.5
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from detection.export.graph import OUTPUT_NAMES, DetectorGraph, Suppression, suppress_groups
 from detection.models import Detector
-from detection.models.stored_weights import stripped_file
+from detection.models.weights.stored import stripped_file
 
 ONNX_OPSET = 20
 """The newest whose RoiAlign onnxruntime 1.32 computes; it knows none of opset 22."""

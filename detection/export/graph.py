@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from detection.models import Detector
 from detection.models.anchors import base_anchors
-from detection.models.batch import SIZE_DIVISOR, ImageBatch, round_up
-from detection.models.boxes import clip_boxes, decode_boxes, sides_above
 from detection.models.detector import network_size
-from detection.models.roi_align import RoIAlign, roi_levels
+from detection.models.ops.boxes import clip_boxes, decode_boxes, sides_above
+from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.rpn import ANCHOR_STDS
+from detection.models.structures import SIZE_DIVISOR, ImageBatch, round_up
 
 Suppression = Callable[[Tensor, Tensor, float, int], Tensor]
 """boxes_xyxy float32 [G, N, 4], scores float32 [G, N] (-inf: takes no part), IoU threshold, most kept of a group ->

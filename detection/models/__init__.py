@@ -1,12 +1,12 @@
 """Faster R-CNN: tensors to losses or detections. Knows no files of a run, no ranks, no logging."""
 
-from detection.models.batch import ImageBatch, TargetBatch
+from detection.models.config import MODELS, FasterRCNNConfig, ModelError, model_config
 from detection.models.detector import Detector, DetectorError, load_detector
 from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
-from detection.models.kernels import describe_kernels, uses_triton
-from detection.models.recipes import MODELS, FasterRCNNConfig, ModelError, model_config
-from detection.models.weight_layouts import mmdet_name
-from detection.models.weights import (
+from detection.models.ops.backend import describe_kernels, uses_triton
+from detection.models.structures import ImageBatch, TargetBatch
+from detection.models.weights.layouts import mmdet_name
+from detection.models.weights.load import (
     WeightReport,
     WeightsError,
     WeightsUnavailable,

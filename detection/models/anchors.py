@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detection.models.batch import SIZE_DIVISOR
-from detection.models.feature_cells import level_layout
-from detection.models.recipes import FasterRCNNConfig
+from detection.models.config import FasterRCNNConfig
+from detection.models.ops.feature_table import level_layout
+from detection.models.structures import SIZE_DIVISOR
 
 # Distinct padded sizes whose anchors stay in memory, 3.5 MB each at 800x1088. COCO at 800 by 1333 has some forty.
 _GRIDS_KEPT = 64

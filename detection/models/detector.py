@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from detection.models.config import ModelError
 from detection.models.faster_rcnn import FasterRCNN, model_from_config
-from detection.models.recipes import ModelError
-from detection.models.stored_weights import read_weights
-from detection.models.weight_files import WeightsError
+from detection.models.weights.files import WeightsError
+from detection.models.weights.stored import read_weights
 
 Picture: TypeAlias = "np.ndarray | Image.Image | str | Path"
 """RGB as uint8 [H, W, 3], a PIL image of any mode, or a path to an image file."""

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from detection.models.anchors import AnchorGenerator, AnchorGrid
 from detection.models.backbones import build_backbone
-from detection.models.batch import ImageBatch, TargetBatch, batch_images, batch_targets
-from detection.models.detections import Detections, select_detections
-from detection.models.feature_cells import cell_table, take_rows, windows_3x3
+from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.fpn import FPN
-from detection.models.recipes import FasterRCNNConfig, ModelError, config_from_dict, model_config
-from detection.models.roi_align import RoIAlign, roi_levels
+from detection.models.ops.feature_table import cell_table, take_rows, windows_3x3
+from detection.models.ops.roi_align import RoIAlign, roi_levels
+from detection.models.postprocess import Detections, select_detections
 from detection.models.roi_head import BoxHead, roi_losses, sample_rois
 from detection.models.rpn import RPNHead, anchor_targets, rpn_losses, select_proposals
+from detection.models.structures import ImageBatch, TargetBatch, batch_images, batch_targets
 
 Images = ImageBatch | Sequence[Tensor]
 Targets = TargetBatch | Sequence[Mapping[str, Tensor]]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.backbones import GROUPS_OF_GROUP_NORM
-from detection.models.convolutions import convolution_with_sparse_gradient
+from detection.models.ops.conv import convolution_with_sparse_gradient
 
 
 def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d:

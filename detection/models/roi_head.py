@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.assigners import POSITIVE, MaxIoUAssigner
-from detection.models.batch import TargetBatch
-from detection.models.boxes import encode_boxes
+from detection.models.config import FasterRCNNConfig
 from detection.models.losses import count_at_least_one, smooth_l1
-from detection.models.recipes import FasterRCNNConfig
+from detection.models.ops.boxes import encode_boxes
+from detection.models.ops.matcher import POSITIVE, MaxIoUAssigner
 from detection.models.rpn import Proposals
 from detection.models.samplers import ROI_STAGE, sample
+from detection.models.structures import TargetBatch
 
 _CLASSIFIER_STD, _REGRESSOR_STD = 0.01, 0.001  # Girshick 2015, section 3.1
 

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.anchors import AnchorGrid, anchors_inside_padding
-from detection.models.assigners import MaxIoUAssigner
-from detection.models.batch import TargetBatch
-from detection.models.boxes import clip_boxes, decode_boxes, encode_boxes, sides_above
-from detection.models.convolutions import convolution
+from detection.models.config import FasterRCNNConfig
 from detection.models.losses import count_at_least_one, smooth_l1
-from detection.models.nms import suppress_within_levels
-from detection.models.recipes import FasterRCNNConfig
+from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes, sides_above
+from detection.models.ops.conv import convolution
+from detection.models.ops.matcher import MaxIoUAssigner
+from detection.models.ops.nms import suppress_within_levels
 from detection.models.samplers import RPN_STAGE, Sample, sample
+from detection.models.structures import TargetBatch
 
 ANCHOR_STDS = (1.0, 1.0, 1.0, 1.0)  # the RPN's deltas are not scaled, in either recipe
 _INIT_STD = 0.01  # Ren et al. 2015, section 3.1.3

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detection.models.assigners import NEGATIVE, POSITIVE
+from detection.models.ops.matcher import NEGATIVE, POSITIVE
 
 RPN_STAGE, ROI_STAGE = 1, 2
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.coco import read_coco
-from data.dataset import CocoDataset
+from data.coco.annotations import read_coco
+from data.loading.dataset import CocoDataset
 
 MakeDataset = Callable[..., CocoDataset]
 

@@ -28,9 +28,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.documentation.documented_commands import ROOT, ShellCommand, shell_commands_of
 from tests.documentation.stand_ins import NoWay, Way, is_done_elsewhere, missing_extras, program_key, way_of
 from tests.documentation.tree import Trees
-from tests.documented_commands import ROOT, ShellCommand, shell_commands_of
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # Programs that leave nothing behind for the commands after them: the same command on two pages is run once.

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from tests.documented_commands import ROOT, ShellCommand, program_of
+from tests.documentation.documented_commands import ROOT, ShellCommand, program_of
 
 # Pages whose every command another test runs: page -> (test, a text that this test must hold).
-OTHER_TESTS = {"docs/own_data.md": ("tests/scripts/test_own_data_guide.py", '"own_data.md"')}
+OTHER_TESTS = {"docs/own_data.md": ("tests/scripts/convert/test_own_data_guide.py", '"own_data.md"')}
 
 
 @dataclass(frozen=True)

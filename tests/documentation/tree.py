@@ -15,8 +15,8 @@ from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.documentation.documented_commands import ROOT
 from tests.documentation.stand_ins import SHORT_TRAINING, SMALL_MODEL
-from tests.documented_commands import ROOT
 
 # Published weights that commands name, as files of random weights in torch's cache: (model, name).
 PUBLISHED = (("resnet18", "ResNet18_Weights.IMAGENET1K_V1"), ("detector", "FasterRCNN_ResNet50_FPN_Weights.COCO_V1"))
@@ -121,7 +121,7 @@ class Trees:
             torch.save(models[model](weights=None).state_dict(), file)
         # A file of MMDetection's: the small model that train.py is told to take, for COCO.
         from detection.models import build_model, export_state_dict
-        from detection.models.weight_layouts import COCO_CATEGORY_IDS
+        from detection.models.weights.layouts import COCO_CATEGORY_IDS
 
         small = build_model("faster_rcnn_r18_fpn", len(COCO_CATEGORY_IDS), fpn_channels=16, roi_hidden_channels=32)
         self.given.mkdir(exist_ok=True)
@@ -132,8 +132,8 @@ class Trees:
         """Everything that a page takes for granted, under the very names that it uses."""
         from PIL import Image
 
-        from data.shapes import make_shapes
-        from detection.models.weight_layouts import COCO_CATEGORY_IDS
+        from data.tools.shapes import make_shapes
+        from detection.models.weights.layouts import COCO_CATEGORY_IDS
 
         given = self.given
         shapes = make_shapes(given / "datasets" / "shapes")

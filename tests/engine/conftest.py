@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data import make_shapes
-from detection.command_line import parse_arguments
+from detection.config.cli import parse_arguments
 from detection.engine import run
 from tests.engine.tiny_model import make_known
 
@@ -123,7 +123,7 @@ def same_state() -> Callable[[Any, Any], None]:
 
 @pytest.fixture(scope="session")
 def program() -> Callable[..., subprocess.Popen[str]]:
-    """program(script in this folder, *arguments, ranks=1, cwd=None): its processes, started as torchrun would."""
+    """program(script below this folder, *arguments, ranks=1, cwd=None): its processes, started as torchrun would."""
 
     @contextlib.contextmanager
     def begin(script: str, *words: Any, ranks: int = 1, cwd: Path | None = None) -> Iterator[list[subprocess.Popen]]:

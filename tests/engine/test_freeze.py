@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from detection.command_line import parse_arguments
-from detection.config import FREEZE_CHOICES
+from detection.config.cli import parse_arguments
+from detection.config.run_config import FREEZE_CHOICES
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detection.engine import RunError
-from detection.engine.evaluation_loops import ValLoop
-from detection.engine.recorder import Recorder
-from detection.engine.train_loop import EpochBasedTrainLoop
+from detection.engine.evaluator import ValLoop
+from detection.engine.metrics.logger import Recorder
+from detection.engine.trainer import EpochBasedTrainLoop
 from detection.reporting import TensorBoardLog
 
 MIXED = ["--max-epochs", "1", "--amp", "bf16", "--ema", "0.9", "--accumulate", "2", "--checkpoint-iterations", "1"]

@@ -1,9 +1,9 @@
 """Networks so small that tests can train them; run as a program, this is train.py with them."""
 
 import train
-from detection.leaving import leave
 from detection.models import MODELS
 from detection.models.backbones import ARCHITECTURES, Architecture
+from detection.process_exit import leave
 
 BACKBONE = "resnet10"
 TINY = {

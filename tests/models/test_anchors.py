@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from detection.models.anchors import AnchorGenerator, anchors_inside_padding
-from detection.models.recipes import model_config
+from detection.models.config import model_config
 from tests.reference.parity import formula
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch import nn
 
 from detection.models import DetectorError, WeightsError, build_model, export_state_dict, load_detector
 from detection.models.detector import Detector, network_size, resize
-from detection.models.stored_weights import stripped_file
+from detection.models.weights.stored import stripped_file
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "pipeline"
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from detection.models import build_model, faster_rcnn
-from detection.models.batch import batch_images, batch_targets
 from detection.models.roi_head import sample_rois
 from detection.models.rpn import anchor_targets, select_proposals
+from detection.models.structures import batch_images, batch_targets
 from tests.reference.parity import formula
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")

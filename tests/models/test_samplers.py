@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from detection.models.assigners import IGNORED, NEGATIVE, POSITIVE
+from detection.models.ops.matcher import IGNORED, NEGATIVE, POSITIVE
 from detection.models.samplers import ROI_STAGE, RPN_STAGE, candidate_keys, sample
 
 

@@ -8,8 +8,8 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detection.models import build_model
-from detection.models.recipes import model_config
-from detection.models.weight_layouts import to_ours
+from detection.models.config import model_config
+from detection.models.weights.layouts import to_ours
 
 NUM_CLASSES = 7
 TRAINING_PROPOSALS = 300  # of 2000, because the backward pass of their RoIAlign takes its time

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detection.models import ImageBatch, TargetBatch, assigners, build_model, faster_rcnn, nms, roi_align
+from detection.models import ImageBatch, TargetBatch, build_model, faster_rcnn
 from detection.models import rpn as rpn_module
-from detection.models.batch import batch_images, batch_targets
-from detection.models.feature_cells import cell_table, take_rows, windows_3x3
-from detection.models.kernels import describe_kernels, uses_triton
-from detection.models.roi_align import RoIAlign
+from detection.models.ops import matcher, nms, roi_align
+from detection.models.ops.backend import describe_kernels, uses_triton
+from detection.models.ops.feature_table import cell_table, take_rows, windows_3x3
+from detection.models.ops.roi_align import RoIAlign
 from detection.models.rpn import rpn_losses
+from detection.models.structures import batch_images, batch_targets
 
 LOSSES = {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}
 CPU = torch.device("cpu")
@@ -325,7 +326,7 @@ def test_a_step_on_the_gpu_waits_for_nothing_and_without_triton_for_its_suppress
     if with_triton:
         assert uses_triton(torch.device("cuda")), describe_kernels(torch.device("cuda"))
     else:
-        for module in (nms, assigners, roi_align):
+        for module in (nms, matcher, roi_align):
             monkeypatch.setattr(module, "uses_triton", lambda device: False)
 
     model = make_model(name).cuda()

@@ -151,7 +151,7 @@ def test_a_process_ends_with_its_own_status_though_nobody_can_hear_it(output):
     if output == "/dev/full" and not Path(output).exists():
         pytest.skip("the system has no /dev/full")
     code = (
-        "from detection.leaving import leave\nfrom detection.reporting import Console\n"
+        "from detection.process_exit import leave\nfrom detection.reporting import Console\n"
         "for _ in range(9): Console().say('x' * 9999)\nleave(7)"
     )
     if output == "/dev/full":

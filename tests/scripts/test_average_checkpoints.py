@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detection.models import build_model, load_detector
-from detection.models.stored_weights import stripped_file
+from detection.models.weights.stored import stripped_file
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import coco_archives, downloads
-from data.coco_archives import CocoArchive, space_needed
-from data.downloads import DownloadError, RemoteFile, download, unpack
+from data.tools import coco_archives
+from data.tools import download as download_module
+from data.tools.coco_archives import CocoArchive, space_needed
+from data.tools.download import DownloadError, RemoteFile, download, unpack
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -180,7 +181,7 @@ def test_a_status_that_will_not_change_is_not_tried_again(server, tmp_path):
 def test_two_downloads_of_one_file_do_not_mix(server, tmp_path):
     remote = serve(server, random_bytes(1000))
     with (
-        downloads._exclusive(tmp_path / "file.zip.part"),
+        download_module._exclusive(tmp_path / "file.zip.part"),
         pytest.raises(DownloadError, match="written by another download"),
     ):
         download(remote, tmp_path / "file.zip", **Watcher().options)
@@ -189,8 +190,8 @@ def test_two_downloads_of_one_file_do_not_mix(server, tmp_path):
 def test_a_disk_that_fills_up_is_named_and_what_came_stays(server, tmp_path, monkeypatch):
     content = random_bytes(5000)
     remote = serve(server, content)
-    monkeypatch.setattr(downloads, "CHUNK_BYTES", 1000)
-    write_all, written = downloads._write_all, []
+    monkeypatch.setattr(download_module, "CHUNK_BYTES", 1000)
+    write_all, written = download_module._write_all, []
 
     def full_after_three(file, chunk):
         if len(written) == 3:
@@ -198,7 +199,7 @@ def test_a_disk_that_fills_up_is_named_and_what_came_stays(server, tmp_path, mon
         written.append(chunk)
         write_all(file, chunk)
 
-    monkeypatch.setattr(downloads, "_write_all", full_after_three)
+    monkeypatch.setattr(download_module, "_write_all", full_after_three)
     with pytest.raises(DownloadError, match="the disk of .* is full"):
         download(remote, tmp_path / "file.zip", **Watcher().options)
     assert (tmp_path / "file.zip.part").read_bytes() == content[:3000]

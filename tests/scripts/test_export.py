@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from detection.models import build_model, load_detector
-from detection.models.stored_weights import stripped_file
+from detection.models.weights.stored import stripped_file
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CLASS_NAMES = ["person", "race car", "cat"]

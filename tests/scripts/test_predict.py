@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import read_coco
 from detection.models import build_model, load_detector
-from detection.models.stored_weights import stripped_file
+from detection.models.weights.stored import stripped_file
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CLASS_NAMES = ["person", "race car", "cat"]

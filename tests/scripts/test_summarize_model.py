@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detection.models import build_model
-from detection.models.model_summary import summarize_model
+from detection.models.summary import summarize_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -1,0 +1,391 @@
+"""COCO annotations, validated once and packed into flat numpy arrays.
+
+A list of dicts would be copied page by page into every worker process; the arrays here are shared by all of
+them.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from data.coco.cache import Packed, load_or_build
+from data.coco.columns import MAX_IMAGE_PIXELS, AnnotationError, Records, parse_coco
+from data.coco.findings import MAX_PLACES, Finding, Severity, examples
+
+NO_CLASS = -1
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class CocoAnnotations:
+    """Images and boxes of one COCO file as flat arrays: N images in the file's order, M annotations.
+
+    The annotations of image i are the rows offsets[i] to offsets[i + 1] of the arrays of length M, in the
+    file's order. Boxes are (x, y, width, height) in pixels of the stored picture, unclipped, in float64 so
+    that corners computed from them round to the same float32 as those of other readers.
+    """
+
+    source: str
+    """Path of the file the annotations came from."""
+    image_ids: np.ndarray
+    """int64 [N]"""
+    widths: np.ndarray
+    """int64 [N], pixels, from the file (not from the pictures)"""
+    heights: np.ndarray
+    """int64 [N], pixels"""
+    file_name_bytes: np.ndarray
+    """uint8 [bytes]: all file names in UTF-8, one after another"""
+    file_name_offsets: np.ndarray
+    """int64 [N + 1]"""
+    offsets: np.ndarray
+    """int64 [N + 1]: first row of each image's annotations"""
+    boxes_xywh: np.ndarray
+    """float64 [M, 4]"""
+    areas: np.ndarray
+    """float64 [M], square pixels of the object's mask (or of its box where the file gives none)"""
+    labels: np.ndarray
+    """int64 [M], index into class_names; NO_CLASS (-1) for a category that is not among them"""
+    crowd: np.ndarray
+    """bool [M]"""
+    ignore: np.ndarray
+    """bool [M]"""
+    annotation_ids: np.ndarray
+    """int64 [M]"""
+    category_ids: tuple[int, ...]
+    """Category id of each class, by label."""
+    class_names: tuple[str, ...]
+    """Name of each class, by label."""
+    findings: tuple[Finding, ...] = ()
+    """What was read or left out but is worth a remark."""
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def num_boxes(self) -> int:
+        return len(self.labels)
+
+    @property
+    def has_boxes(self) -> bool:
+        """False for a list of images alone (as COCO's test-dev file), which can be run on but not scored."""
+        return self.num_boxes > 0
+
+    @property
+    def image_indices(self) -> np.ndarray:
+        """int64 [M]: index (not id) of the image of each annotation."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def file_name(self, index: int) -> str:
+        """File name of image `index`, relative to the image folder."""
+        start, end = self.file_name_offsets[index], self.file_name_offsets[index + 1]
+        return self.file_name_bytes[start:end].tobytes().decode()
+
+    def rows(self, index: int) -> slice:
+        """The rows of the annotation arrays that belong to image `index`."""
+        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+
+    def place(self, index: int) -> str:
+        """Image `index` for a message: file name and id."""
+        return f"{self.file_name(index)} (image id {self.image_ids[index]})"
+
+    def images_finding(self, severity: Severity, code: str, text: str, indices: Sequence[int] | np.ndarray) -> Finding:
+        """A finding about these images (indices, not ids), the first of them named."""
+        return Finding(severity, code, text, len(indices), tuple(self.place(int(i)) for i in indices[:MAX_PLACES]))
+
+    def training_view(self, *, filter_empty: bool = True, min_size: int = 32) -> "CocoAnnotations":
+        """The images and annotations that are trained on, by MMDetection 3.3's rules
+        (CocoDataset.parse_data_info and filter_data).
+
+        Annotations are left out when they have `ignore` set, when their box does not overlap the picture,
+        when the area is not positive or a side is below 1 pixel, or when their category is not a class. Crowd
+        regions stay, marked. Images are left out when no annotation *of the file* has one of the classes
+        (with filter_empty), or when their shorter side is below min_size pixels: a picture whose only
+        annotation was left out is trained on without a box. Without images to filter: filter_empty=False,
+        min_size=0.
+        """
+        image_indices = self.image_indices
+        x, y, w, h = self.boxes_xywh.T
+        overlap_w = np.minimum(x + w, self.widths[image_indices]) - np.maximum(x, 0)
+        overlap_h = np.minimum(y + h, self.heights[image_indices]) - np.maximum(y, 0)
+        faults = (
+            ("ignored-annotation", "with ignore set", self.ignore),
+            ("box-outside-image", "without overlap with the picture", (overlap_w <= 0) | (overlap_h <= 0)),
+            ("degenerate-box", "without area or thinner than a pixel", (self.areas <= 0) | (w < 1) | (h < 1)),
+            ("other-category", "of categories that are not trained", self.labels == NO_CLASS),
+        )
+        findings = list(self.findings)
+        keep = np.ones(self.num_boxes, dtype=bool)
+        for code, text, faulty in faults:
+            if (keep & faulty).any():
+                text = f"{self.source}: annotations {text} are not trained on"
+                findings.append(_left_out("info", code, text, self.annotation_ids, keep & faulty))
+            keep &= ~faulty
+
+        keep_image = np.minimum(self.widths, self.heights) >= min_size
+        if not keep_image.all():
+            text = f"{self.source}: images with a side below {min_size} pixels are not trained on"
+            findings.append(self.images_finding("info", "small-image", text, np.flatnonzero(~keep_image)))
+        if filter_empty:
+            has_class = np.bincount(image_indices[self.labels != NO_CLASS], minlength=len(self)) > 0
+            empty = np.flatnonzero(keep_image & ~has_class)
+            if len(empty):
+                text = f"{self.source}: images without an annotation are not trained on"
+                findings.append(self.images_finding("info", "image-without-annotation", text, empty))
+            keep_image &= has_class
+        return replace(self._select(keep_image, keep), findings=tuple(findings))
+
+    def _select(self, keep_image: np.ndarray, keep: np.ndarray) -> "CocoAnnotations":
+        keep = keep & keep_image[self.image_indices]
+        counts = np.bincount(self.image_indices[keep], minlength=len(self))[keep_image]
+        name_lengths = np.diff(self.file_name_offsets)
+        return replace(
+            self,
+            image_ids=self.image_ids[keep_image],
+            widths=self.widths[keep_image],
+            heights=self.heights[keep_image],
+            file_name_bytes=self.file_name_bytes[np.repeat(keep_image, name_lengths)],
+            file_name_offsets=_offsets(name_lengths[keep_image]),
+            offsets=_offsets(counts),
+            boxes_xywh=self.boxes_xywh[keep],
+            areas=self.areas[keep],
+            labels=self.labels[keep],
+            crowd=self.crowd[keep],
+            ignore=self.ignore[keep],
+            annotation_ids=self.annotation_ids[keep],
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of all that training depends on (not of the path): equal digests mean equal data, but for
+        pixels."""
+        sha = hashlib.sha256()
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                sha.update(field.name.encode() + str(value.shape).encode())
+                sha.update(np.ascontiguousarray(value).data)
+        sha.update(repr((self.category_ids, self.class_names)).encode())
+        return sha.hexdigest()
+
+
+def read_coco(
+    file: str | Path,
+    class_names: Sequence[str] | None = None,
+    *,
+    allow_other_categories: bool = False,
+    cache_dir: str | Path | None = None,
+) -> CocoAnnotations:
+    """Reads and validates a COCO annotation file; one without "annotations" (a list of images) is taken too.
+
+    The classes are the file's categories by ascending id, with labels 0 to K-1 whatever the gaps between the
+    ids. With class_names, classes are matched by name and take the labels of that list; the file's categories
+    must be just these, or with allow_other_categories at least these (annotations of the others get label
+    NO_CLASS).
+
+    Raises AnnotationError, which names file, record and remedy, for what cannot be used: a file that is no
+    COCO file, ids that are missing, repeated, not whole numbers or refer to nothing, sizes that are missing
+    or not positive, numbers that are not finite, file names that leave the image folder. Boxes without area,
+    outside the picture and the like are read as they are; training_view leaves them out and counts them.
+
+    With cache_dir, the packed arrays are kept in a file there and mapped by later calls, in all processes, as long
+    as the annotation file stays as it is. A folder that cannot be written to is a finding, no error.
+    """
+    path = Path(file)
+    if cache_dir is None or not path.is_file():
+        annotations = _read_file(path)
+    else:
+        packed, problem = load_or_build(path, Path(cache_dir), lambda: _pack(_read_file(path)))
+        annotations = _unpack(str(path), packed)
+        if problem is not None:
+            text = f"{cache_dir}: packed annotations cannot be kept here, so each start parses {path} ({problem})"
+            annotations = replace(annotations, findings=(*annotations.findings, Finding("info", "no-cache", text)))
+    return annotations if class_names is None else _with_classes(annotations, class_names, allow_other_categories)
+
+
+def _read_file(path: Path) -> CocoAnnotations:
+    """The file with all its categories as classes."""
+    content = parse_coco(path)
+    _require_sections(path, content)
+    category_ids, names = _read_categories(Records(path, "categories", content.pop("categories")))
+    images = Records(path, "images", content.pop("images"))
+    image_ids = images.unique_integers("id")
+    widths, heights = images.sides("width"), images.sides("height")
+    _require_decodable(images, widths, heights)
+    encoded_names = images.file_names("file_name")
+
+    annotations = Records(path, "annotations", content.pop("annotations", []))
+    annotation_ids = annotations.unique_integers("id")
+    image_indices = annotations.references("image_id", image_ids, "images")
+    labels = annotations.references("category_id", np.array(category_ids, dtype=np.int64), "categories")
+    boxes_xywh = annotations.boxes("bbox")
+    areas, area_absent = annotations.areas("area")
+    areas[area_absent] = boxes_xywh[area_absent, 2] * boxes_xywh[area_absent, 3]
+    crowd, ignore = annotations.flags("iscrowd"), annotations.flags("ignore")
+    without_rle = crowd & ~annotations.contains("segmentation", dict)
+
+    order = np.argsort(image_indices, kind="stable")
+    return CocoAnnotations(
+        source=str(path),
+        image_ids=image_ids,
+        widths=widths,
+        heights=heights,
+        file_name_bytes=np.frombuffer(b"".join(encoded_names), dtype=np.uint8),
+        file_name_offsets=_offsets(np.array([len(name) for name in encoded_names], dtype=np.int64)),
+        offsets=_offsets(np.bincount(image_indices, minlength=len(image_ids))),
+        boxes_xywh=boxes_xywh[order],
+        areas=areas[order],
+        labels=labels[order],
+        crowd=crowd[order],
+        ignore=ignore[order],
+        annotation_ids=annotation_ids[order],
+        category_ids=category_ids,
+        class_names=names,
+        findings=_reading_findings(path, annotation_ids, area_absent, without_rle),
+    )
+
+
+def _require_decodable(images: Records, widths: np.ndarray, heights: np.ndarray) -> None:
+    # Memory is set aside by these sizes before a picture is opened.
+    remedy = 'Correct "width" and "height", or store a smaller copy of the image.'
+    problem = f"and with the height more than the {MAX_IMAGE_PIXELS:,} pixels that an image may have"
+    images.fail_where(widths * heights > MAX_IMAGE_PIXELS, "width", problem, remedy)
+
+
+def find_fatal(file: str | Path) -> list[Finding]:
+    """Why read_coco refuses `file`: the first fault of every column, not only of the first faulty one. Empty for a
+    file that it reads.
+    """
+    path = Path(file)
+    messages: list[str] = []
+
+    def attempt(function: Callable[..., _T], *arguments: Any) -> _T | None:
+        try:
+            return function(*arguments)
+        except AnnotationError as error:
+            messages.append(str(error))
+            return None
+
+    content = attempt(parse_coco, path)
+    if content is not None:
+        attempt(_require_sections, path, content)
+        if categories := attempt(Records, path, "categories", content.get("categories") or []):
+            attempt(_read_categories, categories)
+            category_ids = attempt(categories.unique_integers, "id")
+        if images := attempt(Records, path, "images", content.get("images") or []):
+            image_ids = attempt(images.unique_integers, "id")
+            widths, heights = attempt(images.sides, "width"), attempt(images.sides, "height")
+            if widths is not None and heights is not None:
+                attempt(_require_decodable, images, widths, heights)
+            attempt(images.file_names, "file_name")
+        if annotations := attempt(Records, path, "annotations", content.get("annotations", [])):
+            attempt(annotations.unique_integers, "id")
+            if images and image_ids is not None:
+                attempt(annotations.references, "image_id", image_ids, "images")
+            if categories and category_ids is not None:
+                attempt(annotations.references, "category_id", category_ids, "categories")
+            attempt(annotations.boxes, "bbox")
+            attempt(annotations.areas, "area")
+            attempt(annotations.flags, "iscrowd")
+            attempt(annotations.flags, "ignore")
+    return [Finding("error", "unusable-annotations", text.rstrip(".")) for text in dict.fromkeys(messages)]
+
+
+def _require_sections(path: Path, content: dict[str, Any]) -> None:
+    for section in ("images", "categories"):
+        if content.get(section) == []:
+            raise AnnotationError(f'{path}: has no "{section}": the list is empty. Give a file with {section} in it.')
+        if not content.get(section):
+            raise AnnotationError(
+                f'{path}: has no "{section}". Expected COCO\'s format, an object of "images", "annotations" and '
+                '"categories": is this the right file?'
+            )
+
+
+def _read_categories(records: Records) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Ids and names of the categories, by ascending id."""
+    ids = records.unique_integers("id").tolist()
+    names = records.texts("name")
+    id_of: dict[str, int] = {}
+    for index, (category_id, name) in enumerate(zip(ids, names, strict=True)):
+        if name in id_of:
+            records.fail(
+                index,
+                f"the name {name!r} is taken by category id {id_of[name]} already",
+                "Give every category a name of its own, or join the two.",
+            )
+        id_of[name] = category_id
+    ordered = sorted(id_of, key=lambda name: id_of[name])
+    return tuple(id_of[name] for name in ordered), tuple(ordered)
+
+
+def _with_classes(annotations: CocoAnnotations, wanted: Sequence[str], allow_other: bool) -> CocoAnnotations:
+    """The annotations with the labels of another class list, matched by name."""
+    label_of = {name: label for label, name in enumerate(annotations.class_names)}
+    missing = [name for name in wanted if name not in label_of]
+    other = [name for name in label_of if name not in set(wanted)]
+    if missing or (other and not allow_other):
+        problems = [f"lacks {examples(map(repr, missing))}"] if missing else []
+        problems += [f"has besides {examples(map(repr, other))}"] if other else []
+        raise AnnotationError(
+            f"{annotations.source}: the categories are not the {len(wanted)} classes asked for: it "
+            f"{' and '.join(problems)}. Give all files of a run the same category names (ids may differ)."
+        )
+    new_label = np.full(len(label_of), NO_CLASS, dtype=np.int64)
+    for label, name in enumerate(wanted):
+        new_label[label_of[name]] = label
+    return replace(
+        annotations,
+        labels=new_label[annotations.labels],
+        category_ids=tuple(annotations.category_ids[label_of[name]] for name in wanted),
+        class_names=tuple(wanted),
+    )
+
+
+def _pack(annotations: CocoAnnotations) -> Packed:
+    values = {field.name: getattr(annotations, field.name) for field in fields(annotations)}
+    facts = {
+        "category_ids": annotations.category_ids,
+        "class_names": annotations.class_names,
+        "findings": [finding.to_dict() for finding in annotations.findings],
+    }
+    return Packed({name: value for name, value in values.items() if isinstance(value, np.ndarray)}, facts)
+
+
+def _unpack(source: str, packed: Packed) -> CocoAnnotations:
+    findings = [Finding(**{**fact, "places": tuple(fact["places"])}) for fact in packed.facts["findings"]]
+    return CocoAnnotations(
+        source=source,
+        category_ids=tuple(packed.facts["category_ids"]),
+        class_names=tuple(packed.facts["class_names"]),
+        findings=tuple(findings),
+        **packed.arrays,
+    )
+
+
+def _reading_findings(
+    path: Path, annotation_ids: np.ndarray, area_absent: np.ndarray, without_rle: np.ndarray
+) -> tuple[Finding, ...]:
+    """Remarks on what the packed arrays no longer show."""
+    findings = []
+    for faulty, code, text in (
+        (area_absent, "no-area", 'annotations have no "area", for which the area of the box stands in'),
+        (without_rle, "crowd-without-rle", "crowd annotations have no run-length mask, for which the box stands in"),
+    ):
+        if faulty.any():
+            findings.append(_left_out("warning", code, f"{path}: {text}", annotation_ids, faulty))
+    if (annotation_ids == 0).any():
+        text = f"{path}: annotation id 0, which plain pycocotools takes for unmatched, counts like any other here"
+        findings.append(Finding("info", "annotation-id-0", text))
+    return tuple(findings)
+
+
+def _left_out(severity: Severity, code: str, text: str, annotation_ids: np.ndarray, faulty: np.ndarray) -> Finding:
+    ids = annotation_ids[faulty]
+    return Finding(severity, code, text, len(ids), tuple(f"annotation id {i}" for i in ids[:MAX_PLACES].tolist()))
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])

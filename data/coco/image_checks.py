@@ -1,0 +1,146 @@
+"""Faults that show only when every picture is decoded."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data.coco.annotations import CocoAnnotations
+from data.coco.findings import MAX_PLACES, Finding
+from data.images.decode import ImageError, read_image
+
+EXIF_ORIENTATION = 0x0112
+CHUNK = 256  # images handed to the threads at a time, so that memory stays small and progress shows
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What decoding one image file showed."""
+
+    problem: str | None
+    """Why it cannot be used; None where it can."""
+    width: int = 0
+    height: int = 0
+    rotated: bool = False
+    """Its EXIF data ask viewers to turn or mirror it."""
+    digest: bytes = b""
+    """SHA-256 of size and pixels"""
+    has_content: bool = True
+    """The file is there and is not empty."""
+
+
+def inspect_image(path: Path) -> ImageFacts:
+    """Decodes one image file as training does."""
+    try:
+        pixels = read_image(path)
+    except ImageError as error:
+        return ImageFacts(problem=str(error), has_content=path.is_file() and path.stat().st_size > 0)
+    height, width = pixels.shape[:2]
+    digest = hashlib.sha256(f"{width}x{height}".encode())
+    digest.update(pixels.data)
+    return ImageFacts(None, width, height, _is_rotated(path), digest.digest())
+
+
+def inspect_images(
+    annotations: CocoAnnotations,
+    images_dir: str | Path,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> list[ImageFacts]:
+    """Decodes every image of a split on `workers` threads (default: one a core), in the annotations' order.
+
+    progress is called with the number of images done since the last call. Threads serve because the decoders
+    release the interpreter's lock.
+    """
+    paths = [Path(images_dir) / annotations.file_name(index) for index in range(len(annotations))]
+    facts: list[ImageFacts] = []
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for start in range(0, len(paths), CHUNK):
+            for fact in pool.map(inspect_image, paths[start : start + CHUNK]):
+                facts.append(fact)
+                if progress is not None:
+                    progress(1)
+    return facts
+
+
+def check_images(annotations: CocoAnnotations, images_dir: str | Path, facts: list[ImageFacts]) -> list[Finding]:
+    """Faults of the pictures of one split."""
+    source = annotations.source
+    unreadable, differs, rotated = [], [], []
+    for index, fact in enumerate(facts):
+        place = annotations.place(index)
+        if fact.problem is not None:
+            if fact.has_content:  # a missing or empty file is a finding already
+                unreadable.append(f"{place}: {fact.problem}")
+            continue
+        expected = (int(annotations.widths[index]), int(annotations.heights[index]))
+        if (fact.width, fact.height) != expected:
+            turned = ", sides exchanged" if (fact.height, fact.width) == expected else ""
+            size = f"{fact.width}x{fact.height}"
+            differs.append(f"{place}: {size}, annotated as {expected[0]}x{expected[1]}{turned}")
+        if fact.rotated:
+            rotated.append(place)
+    findings = []
+    if unreadable:
+        text = f"{images_dir}: images cannot be decoded. Replace them, or take them out of {source}"
+        findings.append(Finding("error", "unreadable-image", text, len(unreadable), tuple(unreadable[:MAX_PLACES])))
+    if differs:
+        text = (
+            f"{images_dir}: images of another size than {source} says, so their boxes are misplaced. Use the images "
+            "that were annotated (stored as they were annotated: EXIF orientation is ignored), or correct the sizes"
+        )
+        findings.append(Finding("error", "size-differs", text, len(differs), tuple(differs[:MAX_PLACES])))
+    if rotated:
+        text = (
+            f"{images_dir}: images whose EXIF data ask viewers to turn them. Boxes are taken to refer to the pixels "
+            "as stored: make sure that they were drawn so"
+        )
+        findings.append(Finding("info", "exif-rotated", text, len(rotated), tuple(rotated[:MAX_PLACES])))
+    twins = list(_twins(annotations, facts))
+    if twins:
+        text = f"{source}: images with the pixels of another image of the split, counted twice. Take one of each out"
+        findings.append(Finding("warning", "duplicate-image", text, len(twins), tuple(twins[:MAX_PLACES])))
+    return findings
+
+
+def check_leaks(
+    train: CocoAnnotations, val: CocoAnnotations, train_facts: list[ImageFacts], val_facts: list[ImageFacts]
+) -> list[Finding]:
+    """Images of the validation split whose pixels are those of a training image, whatever their names."""
+    trained = {fact.digest: index for index, fact in enumerate(train_facts) if fact.problem is None}
+    leaks = [
+        f"{val.place(index)} is {train.place(trained[fact.digest])} of training"
+        for index, fact in enumerate(val_facts)
+        if fact.problem is None and fact.digest in trained
+    ]
+    if not leaks:
+        return []
+    text = (
+        f"{val.source}: images that {train.source} trains on (equal pixels), so validation would flatter. Take them "
+        "out of one of the two"
+    )
+    return [Finding("error", "train-image-in-val", text, len(leaks), tuple(leaks[:MAX_PLACES]))]
+
+
+def _twins(annotations: CocoAnnotations, facts: list[ImageFacts]) -> Iterator[str]:
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, fact in enumerate(facts):
+        if fact.problem is None:
+            groups[fact.digest].append(index)
+    for first, *others in groups.values():
+        for other in others:
+            yield f"{annotations.place(other)} is {annotations.place(first)}"
+
+
+def _is_rotated(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
+    except Exception:  # broken EXIF data beside sound pixels raise nearly anything, and ask for nothing
+        return False

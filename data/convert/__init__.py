@@ -1,0 +1,1 @@
+"""Pascal VOC's and YOLO's annotations to COCO's."""

@@ -1,0 +1,316 @@
+"""Pictures and boxes on their way from one format to another, and what was wrong with them on the way.
+
+Between reading and writing, corners are decimal fractions: adding and taking away the pixel that formats count
+differently then changes no digit, so that a box comes back from a round trip as it was.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.coco.findings import MAX_PLACES, Finding, Severity
+from data.images.decode import ImageError
+
+EXIF_ORIENTATION = 0x0112
+FORMATS_WITH_ORIENTATION = {"JPEG", "MPO", "TIFF", "WEBP"}
+INVERSE_ORIENTATION = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
+SWAPS_SIDES = {5, 6, 7, 8}
+
+ROUNDING = Decimal("0.02")  # pixels that a box may stick out by the rounding of its file; not worth a remark
+SLIGHT = Decimal(1)  # pixels that a box may stick out by another way of counting them
+
+RARE_SHARE = 0.02  # of another class's boxes: so rare, a name that is nearly the other's may be a slip
+ALIKE = 0.8  # difflib's ratio: "WBCs" and "WBC" have 0.86
+
+Exif = Literal["auto", "stored", "displayed"]
+Corners = tuple[Decimal, Decimal, Decimal, Decimal]
+"""x1, y1, x2, y2 of a box: edges in pixels, the picture's left upper corner being (0, 0)."""
+
+
+class ConversionError(ValueError):
+    """A conversion that cannot be done; the message says why, where, and how to mend it."""
+
+
+@dataclass(frozen=True)
+class LabelledBox:
+    """One object: the name of its class, and its box."""
+
+    name: str
+    corners: Corners
+    crowd: bool = False
+    """Neither trained on nor counted in evaluation (COCO's iscrowd, VOC's difficult)."""
+
+    @property
+    def box_xywh(self) -> list[float]:
+        """x, y, width and height in pixels, as COCO has them."""
+        x1, y1, x2, y2 = self.corners
+        return [float(x1), float(y1), float(x2 - x1), float(y2 - y1)]
+
+
+@dataclass
+class LabelledPicture:
+    """A picture file with its boxes, which refer to the pixels as stored."""
+
+    key: str
+    """What split lists call it: the path of its label file (or its own) below the source, without suffix."""
+    path: Path
+    width: int
+    height: int
+    boxes: list[LabelledBox] = field(default_factory=list)
+
+
+class Remarks:
+    """What a conversion found, by kind, with every place counted and the first ones named."""
+
+    def __init__(self, texts: dict[str, tuple[Severity, str]]) -> None:
+        """texts: for each code its severity and a line that says what is wrong and what helps."""
+        self._texts = texts
+        self._places: dict[str, list[str]] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, code: str, place: str) -> None:
+        """One more occurrence, at `place`: a file, with line or object where there is one."""
+        self._counts[code] += 1
+        places = self._places.setdefault(code, [])
+        if len(places) < MAX_PLACES:
+            places.append(place)
+
+    def count(self, code: str) -> int:
+        return self._counts[code]
+
+    @property
+    def num_errors(self) -> int:
+        return sum(count for code, count in self._counts.items() if self._texts[code][0] == "error")
+
+    @property
+    def findings(self) -> list[Finding]:
+        """In the order of the table of texts."""
+        return [
+            Finding(severity, code, text, self._counts[code], tuple(self._places[code]))
+            for code, (severity, text) in self._texts.items()
+            if self._counts[code]
+        ]
+
+
+SHARED_TEXTS: dict[str, tuple[Severity, str]] = {
+    "unreadable-picture": ("error", "pictures cannot be read. Replace the files"),
+    "duplicate-stem": (
+        "error",
+        "pictures differ in nothing but the suffix, so their labels cannot be told apart. Rename or remove one of each",
+    ),
+    "unknown-class": ("error", "classes are not in the class list. Correct the name, or add it to the list"),
+    "box-dropped": (
+        "warning",
+        "boxes without area, or outside of their picture, were left out. Correct them if the object is there",
+    ),
+    "box-clipped": ("warning", "boxes stuck out of their picture and were cut off at its edge"),
+    "box-trimmed": ("info", "boxes stuck out by a pixel at most and were cut off at the edge"),
+    "duplicate-box": ("warning", "boxes repeat class and corners of another of the same picture and were left out"),
+    "exif-turned": (
+        "warning",
+        "pictures ask viewers to turn them (EXIF), and the label file does not tell which way up it was drawn; see "
+        "--exif, and look at these in the gallery",
+    ),
+    "exif-mapped": (
+        "info",
+        "pictures ask viewers to turn them (EXIF); their boxes, drawn on the turned picture, were turned to the pixels "
+        "as stored",
+    ),
+    "class-names-alike": (
+        "warning",
+        "class names differ only in case or blanks, or a rare one is nearly another. Are they one class? Then correct "
+        "the name",
+    ),
+    "class-not-in-val": ("warning", "classes without a box to validate on: their AP will be undefined"),
+    "class-not-in-train": ("warning", "classes without a box to train on"),
+    "class-unused": ("info", "classes of the class list have no box at all"),
+    "empty": ("info", "pictures have no object; they are kept as background, which training leaves out"),
+}
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """What the head of a picture file says."""
+
+    width: int
+    height: int
+    """Pixels as stored."""
+    orientation: int
+    """EXIF's 1 to 8; 1 where there is none."""
+
+    @property
+    def displayed_size(self) -> tuple[int, int]:
+        """Width and height in a viewer that heeds EXIF."""
+        return (self.height, self.width) if self.orientation in SWAPS_SIDES else (self.width, self.height)
+
+
+def picture_facts(path: Path) -> PictureFacts:
+    """Reads the head of a picture file only. Raises ImageError where it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                orientation = 1
+                if image.format in FORMATS_WITH_ORIENTATION:
+                    try:
+                        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+                    except Exception:  # broken EXIF data beside sound pixels raise nearly anything
+                        orientation = 1
+                return PictureFacts(image.width, image.height, orientation if orientation in range(1, 9) else 1)
+    except Exception as error:  # Pillow raises nearly anything on files that are broken
+        raise ImageError(f"{path}: {error}") from error
+
+
+def to_stored(corners: Corners, facts: PictureFacts) -> Corners:
+    """A box drawn on the picture as displayed, in the pixels as stored."""
+    return _turned(corners, facts.orientation, facts.width, facts.height)
+
+
+def to_displayed(corners: Corners, facts: PictureFacts) -> Corners:
+    """A box in the pixels as stored, on the picture as displayed."""
+    return _turned(corners, INVERSE_ORIENTATION[facts.orientation], *facts.displayed_size)
+
+
+def _turned(corners: Corners, orientation: int, width: int, height: int) -> Corners:
+    """The box undone by `orientation` (EXIF 2.32, section 4.6.4), onto a picture of width x height."""
+    x1, y1, x2, y2 = corners
+    if orientation in SWAPS_SIDES:
+        x1, y1, x2, y2 = y1, x1, y2, x2
+    if orientation in (2, 3, 7, 8):
+        x1, x2 = width - x2, width - x1
+    if orientation in (3, 4, 6, 7):
+        y1, y2 = height - y2, height - y1
+    return x1, y1, x2, y2
+
+
+def fit_box(corners: Corners, width: int, height: int, remarks: Remarks, place: str) -> Corners | None:
+    """The box cut off at the picture's edges, remarked on where that changes it; None where nothing is left."""
+    x1, y1, x2, y2 = corners
+    fitted = max(x1, Decimal(0)), max(y1, Decimal(0)), min(x2, Decimal(width)), min(y2, Decimal(height))
+    if fitted[0] >= fitted[2] or fitted[1] >= fitted[3]:
+        remarks.add("box-dropped", f"{place}: {describe(corners)} in {width}x{height}")
+        return None
+    overhang = max(abs(new - old) for new, old in zip(fitted, corners, strict=True))
+    if overhang > ROUNDING:
+        code = "box-trimmed" if overhang <= SLIGHT else "box-clipped"
+        remarks.add(code, f"{place}: {describe(corners)} in {width}x{height}")
+    return fitted
+
+
+def add_box(picture: LabelledPicture, box: LabelledBox, remarks: Remarks, place: str) -> None:
+    """Gives the picture one more box unless it has that one already."""
+    if box in picture.boxes:
+        remarks.add("duplicate-box", f"{place}: {box.name} {describe(box.corners)}")
+    else:
+        picture.boxes.append(box)
+
+
+def describe(corners: Corners) -> str:
+    """The box for a message."""
+    return "(" + ", ".join(f"{float(value):g}" for value in corners) + ")"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """', did you mean ...?' where a known name is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def derived_classes(pictures: Sequence[LabelledPicture], remarks: Remarks) -> list[str]:
+    """The names of all boxes in alphabetical order."""
+    counts = Counter(box.name for picture in pictures for box in picture.boxes)
+    names = sorted(counts)
+    spellings: dict[str, list[str]] = {}
+    for name in names:
+        spellings.setdefault("".join(name.casefold().split()), []).append(name)
+    for alike in spellings.values():
+        if len(alike) > 1:
+            remarks.add("class-names-alike", ", ".join(map(repr, alike)))
+    for rare in names:
+        often = [name for name in names if counts[name] * RARE_SHARE >= counts[rare]]
+        for name in difflib.get_close_matches(rare, often, n=1, cutoff=ALIKE):
+            if "".join(rare.casefold().split()) != "".join(name.casefold().split()):
+                found = f"{rare!r} ({counts[rare]:,} boxes), {name!r} ({counts[name]:,} boxes)"
+                remarks.add("class-names-alike", found)
+    return names
+
+
+def check_classes(
+    splits: dict[str, list[LabelledPicture]], class_names: Sequence[str], remarks: Remarks
+) -> dict[str, Counter[str]]:
+    """Boxes of each class in each split (crowds not counted); remarks on classes that a split lacks."""
+    counts = {
+        split: Counter(box.name for picture in pictures for box in picture.boxes if not box.crowd)
+        for split, pictures in splits.items()
+    }
+    for name in class_names:
+        if not any(count[name] for count in counts.values()):
+            remarks.add("class-unused", name)
+            continue
+        for split, code in (("train", "class-not-in-train"), ("val", "class-not-in-val")):
+            if split in counts and not counts[split][name]:
+                remarks.add(code, name)
+    return counts
+
+
+COCO_TEXTS: dict[str, tuple[Severity, str]] = {
+    "missing-picture": ("error", "picture files are missing. Check the image folder"),
+    "size-differs": (
+        "error",
+        "pictures have another size than the annotation file says, so their boxes are misplaced. Use the pictures that "
+        "were annotated",
+    ),
+    **SHARED_TEXTS,
+    "crowd-left-out": ("warning", "crowd regions and ignored objects were left out: the format cannot mark them"),
+}
+
+
+def pictures_of_coco(
+    images_dir: Path, annotations: CocoAnnotations, remarks: Remarks, progress: Callable[[int], object] | None = None
+) -> list[LabelledPicture]:
+    """The pictures of a COCO-format set with their boxes (those with `ignore` as crowds)."""
+    pictures = []
+    for index in range(len(annotations)):
+        name = annotations.file_name(index)
+        path = images_dir / name
+        size = int(annotations.widths[index]), int(annotations.heights[index])
+        if progress is not None:
+            progress(1)
+        if not path.is_file():
+            remarks.add("missing-picture", str(path))
+            continue
+        try:
+            facts = picture_facts(path)
+        except ImageError as error:
+            remarks.add("unreadable-picture", str(error))
+            continue
+        if (facts.width, facts.height) != size:
+            said = f"{facts.width}x{facts.height}, annotated as {size[0]}x{size[1]}"
+            remarks.add("size-differs", f"{path}: {said}")
+            continue
+        picture = LabelledPicture(str(Path(name).with_suffix("")), path, *size)
+        rows = annotations.rows(index)
+        for row in range(rows.start, rows.stop):
+            if annotations.labels[row] == NO_CLASS:
+                continue
+            place = f"{path}, annotation id {annotations.annotation_ids[row]}"
+            x, y, w, h = (Decimal(repr(value)) for value in annotations.boxes_xywh[row].tolist())
+            corners = fit_box((x, y, x + w, y + h), *size, remarks, place)
+            if corners is not None:
+                crowd = bool(annotations.crowd[row] or annotations.ignore[row])
+                box = LabelledBox(annotations.class_names[annotations.labels[row]], corners, crowd)
+                add_box(picture, box, remarks, place)
+        if not picture.boxes:
+            remarks.add("empty", str(path))
+        pictures.append(picture)
+    return pictures

@@ -1,0 +1,256 @@
+"""Converted sets on the disk: written whole or not at all, and never over what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.coco.annotations import AnnotationError, read_coco
+from data.convert.conversion import ConversionError, Exif, LabelledPicture, Remarks, picture_facts
+from data.convert.voc import Coordinates, voc_xml
+from data.convert.yolo import label_path, yolo_lines
+from data.convert.yolo_config import yaml_text
+
+Progress = Callable[[int], object] | None
+
+
+@dataclass(frozen=True)
+class WrittenSplit:
+    """A split of a COCO-format set as it lies on the disk."""
+
+    images: Path
+    annotations: Path
+    num_pictures: int
+    num_boxes: int
+    num_empty: int
+
+
+def write_coco_set(
+    output_dir: Path,
+    splits: dict[str, list[LabelledPicture]],
+    class_names: Sequence[str],
+    *,
+    images_root: Path | None = None,
+    copy: bool = False,
+    overwrite: bool = False,
+    description: str = "",
+    progress: Progress = None,
+) -> dict[str, WrittenSplit]:
+    """Writes annotations/instances_<split>.json for each split, and what they refer to.
+
+    Pictures stay where they are, and file names are relative to images_root, or to the deepest folder that holds all
+    pictures of the split; with `copy` they are copied into <output_dir>/<split>/. Image ids count from 1 by key over
+    all splits, category ids from 1 in the order of class_names. What is there already is refused, or with
+    `overwrite` moved to <name>.before_<time> first.
+
+    Raises ConversionError for outputs that exist, and for a split without pictures.
+    """
+    for split, pictures in splits.items():
+        if not pictures:
+            raise ConversionError(f"no pictures are left for {split}: there is nothing to write")
+    roots = {split: _root_of(pictures, images_root) for split, pictures in splits.items()}
+    targets = {split: output_dir / "annotations" / f"instances_{split}.json" for split in splits}
+    replaced = [*targets.values(), *(output_dir / split for split in splits if copy)]
+    _refuse_or_allow(replaced, overwrite, [picture.path for pictures in splits.values() for picture in pictures])
+
+    everything = sorted((picture.key, split) for split, pictures in splits.items() for picture in pictures)
+    ids = {pair: number for number, pair in enumerate(everything, 1)}
+    category_ids = {name: number for number, name in enumerate(class_names, 1)}
+    written, annotation_id = {}, 0
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting_", dir=output_dir) as staging_name:
+        staging = Path(staging_name)
+        (staging / "annotations").mkdir()
+        for split, pictures in splits.items():
+            images, annotations = [], []
+            for picture in sorted(pictures, key=lambda picture: picture.key):
+                name = Path(os.path.relpath(picture.path, roots[split])).as_posix()
+                image_id = ids[picture.key, split]
+                size = {"width": picture.width, "height": picture.height}
+                images.append({"id": image_id, "file_name": name, **size})
+                for box in picture.boxes:
+                    annotation_id += 1
+                    xywh = box.box_xywh
+                    annotations.append(
+                        {
+                            "id": annotation_id,
+                            "image_id": image_id,
+                            "category_id": category_ids[box.name],
+                            "bbox": xywh,
+                            "area": xywh[2] * xywh[3],
+                            "iscrowd": int(box.crowd),
+                            "segmentation": [],
+                        }
+                    )
+                if copy:
+                    _place_picture(picture.path, staging / split / name, copy=True)
+                if progress is not None:
+                    progress(1)
+            content = {
+                "info": {"description": description},
+                "licenses": [],
+                "images": images,
+                "annotations": annotations,
+                "categories": [
+                    {"id": number, "name": name, "supercategory": ""} for name, number in category_ids.items()
+                ],
+            }
+            staged = staging / "annotations" / targets[split].name
+            staged.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            try:
+                read_coco(staged)
+            except AnnotationError as error:  # such as file names that leave their folder on another system
+                raise ConversionError(f"the result cannot be used: {error}") from error
+            images_dir = output_dir / split if copy else roots[split]
+            num_empty = sum(not picture.boxes for picture in pictures)
+            written[split] = WrittenSplit(images_dir, targets[split], len(images), len(annotations), num_empty)
+        _set_aside(replaced)
+        (output_dir / "annotations").mkdir(exist_ok=True)
+        for target in replaced:
+            (staging / target.relative_to(output_dir)).replace(target)
+    return written
+
+
+def write_voc_set(
+    output_dir: Path,
+    splits: dict[str, list[LabelledPicture]],
+    images_dirs: dict[str, Path],
+    class_names: Sequence[str],
+    *,
+    coordinates: Coordinates = "one-based",
+    whole_pixels: bool = False,
+    copy: bool = False,
+    overwrite: bool = False,
+    progress: Progress = None,
+) -> None:
+    """Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/ (links, or copies) and classes.txt.
+
+    File names stay as they are, subfolders too. Raises ConversionError for outputs that exist, and for pictures of
+    one name (but for the suffix) in two places.
+    """
+    names: dict[str, Path] = {}
+    for pictures in splits.values():
+        for picture in pictures:
+            if names.setdefault(picture.key, picture.path) != picture.path:
+                raise ConversionError(
+                    f"{names[picture.key]} and {picture.path} would both be {picture.key}.xml. Rename one, or convert "
+                    "the splits into folders of their own"
+                )
+    with _staged_folder(output_dir, overwrite, list(names.values())) as staging:
+        for split, pictures in splits.items():
+            for picture in pictures:
+                name = Path(os.path.relpath(picture.path, images_dirs[split])).as_posix()
+                xml = voc_xml(picture, name, coordinates=coordinates, whole_pixels=whole_pixels)
+                file = staging / "Annotations" / f"{picture.key}.xml"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(xml)
+                _place_picture(picture.path, staging / "JPEGImages" / name, copy=copy)
+                if progress is not None:
+                    progress(1)
+            listed = staging / "ImageSets" / "Main" / f"{split}.txt"
+            listed.parent.mkdir(parents=True, exist_ok=True)
+            listed.write_text("".join(f"{picture.key}\n" for picture in pictures), encoding="utf-8")
+        (staging / "classes.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+
+
+def write_yolo_set(
+    output_dir: Path,
+    splits: dict[str, list[LabelledPicture]],
+    images_dirs: dict[str, Path],
+    class_names: Sequence[str],
+    remarks: Remarks,
+    *,
+    exif: Exif = "auto",
+    copy: bool = False,
+    overwrite: bool = False,
+    progress: Progress = None,
+) -> None:
+    """images/<split>/ (links, or copies), labels/<split>/*.txt and data.yaml; class indices in the order given.
+
+    Raises ConversionError for outputs that exist, and for pictures that differ in nothing but the suffix.
+    """
+    pictures_there = [picture.path for pictures in splits.values() for picture in pictures]
+    with _staged_folder(output_dir, overwrite, pictures_there) as staging:
+        for split, pictures in splits.items():
+            for picture in pictures:
+                name = Path(os.path.relpath(picture.path, images_dirs[split])).as_posix()
+                target = staging / "images" / split / name
+                labels = label_path(target)
+                if labels.exists():
+                    raise ConversionError(
+                        f"{picture.path}: another picture's label file is {labels.name} as well. Rename one of the two"
+                    )
+                labels.parent.mkdir(parents=True, exist_ok=True)
+                facts = picture_facts(picture.path)
+                labels.write_text(yolo_lines(picture, class_names, facts, exif, remarks), encoding="utf-8")
+                _place_picture(picture.path, target, copy=copy)
+                if progress is not None:
+                    progress(1)
+        folders = {split: f"images/{split}" for split in splits}
+        (staging / "data.yaml").write_text(yaml_text(list(class_names), folders), encoding="utf-8")
+
+
+def _root_of(pictures: Sequence[LabelledPicture], images_root: Path | None) -> Path:
+    if images_root is not None and all(picture.path.is_relative_to(images_root) for picture in pictures):
+        return images_root
+    return Path(os.path.commonpath([picture.path.parent for picture in pictures]))
+
+
+def _place_picture(source: Path, target: Path, *, copy: bool) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if copy:
+        shutil.copy2(source, target)
+        return
+    try:
+        target.symlink_to(source.resolve())
+    except OSError as error:
+        raise ConversionError(f"{target.name}: cannot be linked here ({error.strerror}). Give --copy") from error
+
+
+@contextmanager
+def _staged_folder(output_dir: Path, overwrite: bool, inputs: Sequence[Path]) -> Iterator[Path]:
+    """A folder that becomes output_dir when all went well."""
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        _refuse_or_allow([output_dir], overwrite, inputs)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting_", dir=output_dir.parent) as staging:
+        folder = Path(staging) / "set"
+        folder.mkdir()
+        yield folder
+        if output_dir.is_dir() and not any(output_dir.iterdir()):
+            output_dir.rmdir()
+        _set_aside([output_dir])
+        folder.replace(output_dir)
+
+
+def _refuse_or_allow(targets: Sequence[Path], overwrite: bool, inputs: Sequence[Path]) -> None:
+    existing = [target for target in targets if os.path.lexists(target)]
+    if not existing:
+        return
+    if not overwrite:
+        raise ConversionError(
+            f"{existing[0]} exists already. Choose another output folder, or give --overwrite: what is there is then "
+            "moved aside"
+        )
+    folders = {folder for path in inputs for folder in path.resolve().parents}
+    for target in existing:
+        if target.resolve() in folders:
+            raise ConversionError(f"{target} holds the pictures that are converted. Choose another output folder")
+
+
+def _set_aside(targets: Sequence[Path]) -> None:
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    for target in targets:
+        if os.path.lexists(target):
+            aside, number = target.with_name(f"{target.name}.before_{stamp}"), 1
+            while os.path.lexists(aside):
+                number += 1
+                aside = target.with_name(f"{target.name}.before_{stamp}_{number}")
+            target.rename(aside)

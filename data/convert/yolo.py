@@ -1,0 +1,356 @@
+"""YOLO's label files, read and written: a text file for each picture, a line "class cx cy w h" for each object.
+
+Centre and size are fractions of the picture's width and height, edges counted from 0. The label file of
+.../images/NAME.jpg is .../labels/NAME.txt (the last folder of that name in the path), or NAME.txt beside the picture.
+A picture without a label file, or with an empty one, is background. The programs that train on such files turn
+pictures as their EXIF data say, so that is what the fractions are taken to refer to, and boxes are turned back to the
+pixels as stored, which all the rest of this project means.
+
+Boxes read are rounded to a hundredth of a pixel, COCO's own precision. Boxes written have DIGITS decimals, so that
+pictures of up to MAX_EXACT_SIDE pixels give back every hundredth: COCO -> YOLO -> COCO is exact for boxes in
+hundredths of a pixel.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
+from pathlib import Path
+
+from data.coco.findings import Severity
+from data.convert.conversion import (
+    SHARED_TEXTS,
+    ConversionError,
+    Corners,
+    Exif,
+    LabelledBox,
+    LabelledPicture,
+    PictureFacts,
+    Remarks,
+    add_box,
+    fit_box,
+    picture_facts,
+    to_displayed,
+    to_stored,
+)
+from data.convert.splits import SPLIT_OF_FOLDER
+from data.convert.yolo_config import CLASS_FILES, YoloSettings, read_settings
+from data.images.decode import ImageError
+from data.images.files import PICTURE_SUFFIXES
+
+DIGITS = 8
+HUNDREDTH = Decimal("0.01")
+MAX_EXACT_SIDE = 300_000  # pixels; the error of a corner, 0.75e-8 of the side, stays below half a hundredth
+MAX_FRACTION = 2  # anything beyond is no fraction of a picture but pixels
+
+YOLO_TEXTS: dict[str, tuple[Severity, str]] = {
+    "missing-picture": ("error", "label files have no picture. Add it, or delete the label file"),
+    "listed-missing": ("error", "pictures named in a list are missing. Correct the list, or add the picture"),
+    "faulty-line": (
+        "error",
+        "lines are no object: five numbers are expected, the class index, then centre x, centre y, width and height "
+        "as fractions of the picture. Mend or delete the line",
+    ),
+    "not-fractions": (
+        "error",
+        "boxes are not fractions of the picture (0 to 1) but seem to be pixels. Divide x and width by the picture's "
+        "width, y and height by its height",
+    ),
+    **SHARED_TEXTS,
+    "polygon": ("info", "lines are polygons (segmentation or rotated boxes); the box round each was taken"),
+    "no-label-file": ("warning", "pictures have no label file and count as background. Is it missing?"),
+}
+
+
+@dataclass
+class YoloSet:
+    """Pictures by split; everything under "all" where nothing says what is validated on."""
+
+    splits: dict[str, list[Path]]
+    settings: YoloSettings
+    origin: str
+    """What the splits were taken from, for a message."""
+    fallback_root: Path = field(default_factory=Path)
+
+
+def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | None = None) -> YoloSet:
+    """The pictures, class names and splits of a folder.
+
+    settings_file: data.yaml, obj.data or a list of class names; searched for in `root` where None. images: only the
+    pictures below this folder. Splits are those of the settings, else of folders named train and val (or valid), also
+    within "images".
+
+    Raises ConversionError where there are no class names or no pictures.
+    """
+    for folder in (root, images):
+        if folder is not None and not folder.is_dir():
+            raise ConversionError(f"{folder}: there is no such folder. Give the one that holds the YOLO files")
+    settings = read_settings(settings_file or _find_settings(root))
+    if settings.splits and images is None:
+        splits = {name: _pictures_of(root, settings, name) for name in settings.splits}
+        origin = str(settings.source)
+    else:
+        splits, origin = {}, ""
+        for path in _walk_pictures(images or root):
+            parts = [part.lower() for part in path.relative_to(images or root).parts[:-1]]
+            named = [SPLIT_OF_FOLDER[part] for part in parts if part in SPLIT_OF_FOLDER]
+            splits.setdefault(named[0] if named else "all", []).append(path)
+        origin = f"the folders of {images or root}"
+    splits = {name: paths for name, paths in splits.items() if paths}
+    if not splits:
+        raise ConversionError(f"{images or root}: no pictures there ({' '.join(sorted(PICTURE_SUFFIXES))})")
+    if "all" in splits or not {"train", "val"} <= splits.keys() or set(splits["train"]) == set(splits["val"]):
+        test = splits.pop("test", [])
+        everything = sorted({path for paths in splits.values() for path in paths})
+        splits = {"all": everything, "test": test} if test else {"all": everything}
+    twice = set(splits.get("train", [])) & set(splits.get("val", []))
+    if twice:
+        raise ConversionError(
+            f"{origin}: {len(twice)} pictures are in train and in val, the first {min(twice)}. Take them out of one, "
+            "or give --val-fraction for splits of our own"
+        )
+    return YoloSet(splits, settings, origin, images or root)
+
+
+def read_yolo(
+    pictures: Sequence[Path],
+    class_names: Sequence[str],
+    remarks: Remarks,
+    *,
+    root: Path,
+    exif: Exif = "auto",
+    progress: Callable[[int], object] | None = None,
+) -> list[LabelledPicture]:
+    """The pictures with the boxes of their label files, keys relative to `root`.
+
+    exif: "auto" is "displayed" (see the head of this file). remarks: made of YOLO_TEXTS; a picture with an error is
+    left out.
+    """
+    result = []
+    claimed: dict[Path, Path] = {}
+    for path in pictures:
+        errors = remarks.num_errors
+        label_file = find_label_file(path)
+        if claimed.setdefault(label_file, path) != path:
+            remarks.add("duplicate-stem", f"{claimed[label_file]} and {path} ({label_file})")
+        picture = _read_picture(path, label_file, class_names, remarks, root, exif)
+        if picture is not None and remarks.num_errors == errors:
+            result.append(picture)
+        if progress is not None:
+            progress(1)
+    return result
+
+
+def check_orphans(pictures: Sequence[Path], remarks: Remarks) -> None:
+    """Remarks on label files that no picture belongs to, in the folders where the pictures' label files are."""
+    wanted = {find_label_file(path) for path in pictures}
+    for folder in sorted({file.parent for file in wanted if file.parent.is_dir()}):
+        for file in sorted(folder.glob("*.txt")):
+            if file not in wanted and _looks_like_labels(file):
+                remarks.add("missing-picture", str(file))
+
+
+def label_path(picture: Path) -> Path:
+    """Where the label file of a picture goes: in "labels" instead of the last "images" of its path, or beside it."""
+    parts = list(picture.parts)
+    for place in range(len(parts) - 2, -1, -1):
+        if parts[place] == "images":
+            parts[place] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def find_label_file(picture: Path) -> Path:
+    """The label file of a picture, whether it exists or not."""
+    usual, beside = label_path(picture), picture.with_suffix(".txt")
+    return beside if beside.is_file() and not usual.is_file() else usual
+
+
+def yolo_lines(
+    picture: LabelledPicture, class_names: Sequence[str], facts: PictureFacts, exif: Exif, remarks: Remarks
+) -> str:
+    """The label file of a picture. Crowds are left out with a remark, as the format has no place for them."""
+    displayed = exif != "stored"
+    width, height = facts.displayed_size if displayed else (facts.width, facts.height)
+    lines = []
+    for box in picture.boxes:
+        if box.crowd:
+            remarks.add("crowd-left-out", f"{picture.path}: {box.name}")
+            continue
+        x1, y1, x2, y2 = to_displayed(box.corners, facts) if displayed else box.corners
+        values = ((x1 + x2) / (2 * width), (y1 + y2) / (2 * height), (x2 - x1) / width, (y2 - y1) / height)
+        fractions = " ".join(f"{value:.{DIGITS}f}".rstrip("0").rstrip(".") for value in values)
+        lines.append(f"{class_names.index(box.name)} {fractions}\n")
+    if displayed and facts.orientation != 1 and lines:
+        remarks.add("exif-mapped", str(picture.path))
+    return "".join(lines)
+
+
+def _read_picture(
+    path: Path, label_file: Path, class_names: Sequence[str], remarks: Remarks, root: Path, exif: Exif
+) -> LabelledPicture | None:
+    if not path.is_file():
+        remarks.add("listed-missing", str(path))
+        return None
+    try:
+        facts = picture_facts(path)
+    except ImageError as error:
+        remarks.add("unreadable-picture", str(error))
+        return None
+    key = Path(os.path.relpath(path, root)).with_suffix("").as_posix()
+    picture = LabelledPicture(key, path, facts.width, facts.height)
+    try:
+        text = label_file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        remarks.add("no-label-file", f"{path}: no {label_file}")
+        return picture
+    except (OSError, UnicodeDecodeError) as error:
+        remarks.add("faulty-line", f"{label_file}: {error}")
+        return None
+    displayed = exif != "stored"
+    size = facts.displayed_size if displayed else (facts.width, facts.height)
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            place = f"{label_file}, line {number}"
+            found = _parse_line(line, place, class_names, size, remarks)
+            if found is None:
+                continue
+            name, corners = found
+            if displayed:
+                corners = to_stored(corners, facts)
+            fitted = fit_box(corners, facts.width, facts.height, remarks, place)
+            if fitted is None:
+                continue
+            x1, y1, x2, y2 = (value.quantize(HUNDREDTH, ROUND_HALF_EVEN) for value in fitted)
+            if x1 < x2 and y1 < y2:
+                add_box(picture, LabelledBox(name, (x1, y1, x2, y2)), remarks, place)
+            else:
+                remarks.add("box-dropped", f"{place}: thinner than a hundredth of a pixel")
+    if displayed and facts.orientation != 1 and picture.boxes:
+        remarks.add("exif-mapped", str(path))
+    if not picture.boxes:
+        remarks.add("empty", str(label_file))
+    return picture
+
+
+def _parse_line(
+    line: str, place: str, class_names: Sequence[str], size: tuple[int, int], remarks: Remarks
+) -> tuple[str, Corners] | None:
+    """Class and corners in pixels of one line, unclipped; None, with a remark, where it is none.
+
+    size: width and height that the fractions are of.
+    """
+    width, height = size
+    words = line.split()
+    try:
+        numbers = [Decimal(word) for word in words]
+    except InvalidOperation:
+        remarks.add("faulty-line", f"{place}: {line.strip()[:60]!r}")
+        return None
+    is_polygon = len(numbers) >= 7 and len(numbers) % 2 == 1
+    if not (len(numbers) == 5 or is_polygon) or not all(number.is_finite() for number in numbers):
+        reason = ", a prediction with its score?" if len(numbers) == 6 else ""
+        remarks.add("faulty-line", f"{place}: {line.strip()[:60]!r}{reason}")
+        return None
+    index, *values = numbers
+    if not 0 <= index < len(class_names) or index != int(index):
+        last = len(class_names) - 1
+        remarks.add("unknown-class", f"{place}: class {words[0]}, and the class list goes from 0 to {last}")
+        return None
+    if max(map(abs, values)) > MAX_FRACTION:
+        remarks.add("not-fractions", f"{place}: {line.strip()[:60]!r}")
+        return None
+    if is_polygon:
+        remarks.add("polygon", place)
+        xs, ys = values[0::2], values[1::2]
+        corners = min(xs) * width, min(ys) * height, max(xs) * width, max(ys) * height
+    else:
+        x, y, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
+        if w <= 0 or h <= 0:
+            remarks.add("box-dropped", f"{place}: width {words[3]}, height {words[4]}")
+            return None
+        corners = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+    return class_names[int(index)], corners
+
+
+def _find_settings(root: Path) -> Path:
+    names = ["data.yaml", "data.yml", "dataset.yaml", "dataset.yml", "obj.data"]
+    found = [root / name for name in names if (root / name).is_file()]
+    yamls = sorted(path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml"))
+    if not found and len(yamls) > 1:
+        raise ConversionError(f"{root}: holds several settings, {', '.join(p.name for p in yamls)}. Give --data FILE")
+    found += yamls
+    found += [folder / name for folder in (root, root / "labels") for name in CLASS_FILES if (folder / name).is_file()]
+    if not found:
+        raise ConversionError(
+            f"{root}: no data.yaml, obj.data or classes.txt there. Give the class names: a text file with one a line "
+            "(--classes FILE)"
+        )
+    return found[0]
+
+
+def _pictures_of(root: Path, settings: YoloSettings, split: str) -> list[Path]:
+    """The pictures of a split: of folders (with subfolders), patterns, and lists of pictures."""
+    found: list[Path] = []
+    for written in settings.splits[split]:
+        source = _locate(root, settings, written)
+        if source is None:
+            if split == "test":  # often written down and not shipped
+                continue
+            raise ConversionError(
+                f"{settings.source}: {split} is {written!r}, and there is no such folder or list (searched from "
+                f"{settings.source.parent}). Correct it, or delete the line and give --val-fraction"
+            )
+        if source.is_dir():
+            found += _walk_pictures(source)
+        elif source.suffix.lower() == ".txt":
+            lines = source.read_text(encoding="utf-8-sig").splitlines()
+            bases = (source.parent, source.parent.parent)
+            for line in (line.strip() for line in lines):
+                if line:
+                    places = [base / text for text in _spellings(line) for base in bases] + [Path(line)]
+                    found.append(_plain(next((place for place in places if place.is_file()), places[0])))
+        else:
+            found += [_plain(Path(match)) for match in sorted(glob.glob(str(source)))]  # noqa: PTH207
+    return list(dict.fromkeys(found))
+
+
+def _locate(root: Path, settings: YoloSettings, written: str) -> Path | None:
+    here = settings.source.parent
+    bases = [here / settings.path, Path(settings.path)] if settings.path is not None else []
+    bases += [here, root, here.parent]
+    for text in _spellings(written):
+        for base in bases:
+            place = base / text
+            if place.exists() or glob.glob(str(place)):  # noqa: PTH207
+                return _plain(place)
+    return None
+
+
+def _spellings(written: str) -> list[str]:
+    # Roboflow writes ../train/images, and CVAT data/train.txt, for what lies beside the file.
+    return list(dict.fromkeys((written, written.removeprefix("../"), written.removeprefix("data/"))))
+
+
+def _walk_pictures(folder: Path) -> list[Path]:
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(_plain(path) for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def _plain(path: Path) -> Path:
+    """Without '..' in it, links left as they are."""
+    return Path(os.path.normpath(path))
+
+
+def _looks_like_labels(file: Path) -> bool:
+    try:
+        words = next((line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()), [])
+        return len(words) >= 5 and all(Decimal(word).is_finite() for word in words[:5])
+    except (OSError, UnicodeDecodeError, InvalidOperation):
+        return False

@@ -1,0 +1,1 @@
+"""From annotations to batches on the training device: order, workers, transport, prefetching."""

@@ -1,0 +1,140 @@
+"""The pictures of a set and their boxes, ready to be put into batches."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.images.decode import ImageError, read_image
+
+
+class DatasetError(ValueError):
+    """A set that cannot be used; the message says why, where, and how to mend it."""
+
+
+class CocoDataset:
+    """A folder of pictures and its annotations.
+
+    training: images and boxes are those of annotations.training_view (MMDetection's rules); otherwise every
+    image of the file, and the boxes serve to be shown. Crowd regions and ignored annotations are never among
+    the boxes. Image indices are those of `annotations`, which is the view.
+
+    All data lie in flat arrays, which worker processes share rather than copy.
+
+    Raises DatasetError when the folder or some picture is missing, or when no image is left.
+    """
+
+    def __init__(self, images_dir: str | Path, annotations: CocoAnnotations, *, training: bool) -> None:
+        self.images_dir = Path(images_dir)
+        self.training = training
+        self.annotations = annotations.training_view() if training else annotations
+        self._require_files()
+        if len(self) == 0:
+            raise DatasetError(
+                f"{annotations.source}: none of its {len(annotations)} images can be trained on: training "
+                "takes images with at least one annotation and no side below 32 pixels."
+            )
+        usable = ~(self.annotations.crowd | self.annotations.ignore | (self.annotations.labels == NO_CLASS))
+        corners = self.annotations.boxes_xywh[usable]
+        corners[:, 2:] += corners[:, :2]
+        # float64 sums rounded once, as MMDetection has them.
+        self.boxes_xyxy = corners.astype(np.float32)
+        self.labels = self.annotations.labels[usable]
+        self.box_counts = np.bincount(self.annotations.image_indices[usable], minlength=len(self))
+        self._first_box = np.concatenate([[0], np.cumsum(self.box_counts)])
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        """int64 [N]"""
+        return self.annotations.image_ids
+
+    @property
+    def widths(self) -> np.ndarray:
+        """int64 [N], pixels as stored"""
+        return self.annotations.widths
+
+    @property
+    def heights(self) -> np.ndarray:
+        """int64 [N], pixels as stored"""
+        return self.annotations.heights
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label."""
+        return self.annotations.class_names
+
+    def num_bytes(self, indices: int | slice | np.ndarray) -> np.ndarray:
+        """int64 [n] (or a scalar): the pixels of images as uint8."""
+        return self.heights[indices] * self.widths[indices] * 3
+
+    def path(self, index: int) -> Path:
+        """The file of image `index`."""
+        return self.images_dir / self.annotations.file_name(index)
+
+    def picture(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Pixels of image `index`, uint8 [height, width, 3] RGB; in `out`, uint8 [height * width * 3], where given.
+
+        Raises ImageError, also when the file does not have the size that the annotations say.
+        """
+        pixels = read_image(self.path(index), out)
+        height, width = pixels.shape[:2]
+        expected = (int(self.widths[index]), int(self.heights[index]))
+        if (width, height) != expected:
+            if (height, width) == expected:
+                remedy = (
+                    "The sides are exchanged: boxes refer to the pixels as stored; orientation tags (EXIF) "
+                    "are ignored. Store the picture turned (Pillow's ImageOps.exif_transpose does that), or "
+                    "annotate it as it is stored."
+                )
+            else:
+                remedy = "Use the pictures that were annotated, or scale the annotations to these."
+            raise ImageError(
+                f"{self.path(index)}: is {width}x{height} pixels, but {self.annotations.source} says "
+                f"{expected[0]}x{expected[1]} for image id {self.image_ids[index]}, so its boxes would be "
+                f"wrong. {remedy}"
+            )
+        return pixels
+
+    def boxes(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes of image `index`, float32 [n, 4] xyxy in stored pixels (unclipped), and labels int64 [n]."""
+        rows = slice(self._first_box[index], self._first_box[index + 1])
+        return self.boxes_xyxy[rows], self.labels[rows]
+
+    def _require_files(self) -> None:
+        """Lists each folder once, which takes far less time than asking for every file."""
+        if not self.images_dir.is_dir():
+            raise DatasetError(
+                f"{self.images_dir}: there is no such folder. It should hold the pictures named in "
+                f"{self.annotations.source}."
+            )
+        listings: dict[str, set[str]] = {}
+        missing = []
+        for name in self._file_names():
+            folder, base = os.path.split(name)
+            if folder not in listings:
+                listings[folder] = _listing(self.images_dir / folder)
+            if base not in listings[folder]:
+                missing.append(name)
+        if missing:
+            first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise DatasetError(
+                f"{self.images_dir}: {len(missing):,} of the {len(self):,} pictures named in "
+                f"{self.annotations.source} are missing: {first}. Is this the right folder, and was "
+                "everything unpacked?"
+            )
+
+    def _file_names(self) -> Iterator[str]:
+        return (self.annotations.file_name(index) for index in range(len(self)))
+
+
+def _listing(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()

@@ -1,0 +1,237 @@
+"""Batches for training and evaluation, decoded by worker processes.
+
+The main process plans (which images, which sizes, which flips: a few hundred bytes a batch, computed from the
+annotations alone), workers read and decode, and the training device does the rest (data/loading/batch.py).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.loading.batch import RawBatch
+from data.loading.dataset import CocoDataset
+from data.loading.read_batch import BatchPlan, OnUnreadable
+from data.loading.repeat_factors import epoch_length, repeat_factors
+from data.loading.sampler import evaluation_batches, iterations_per_epoch, plan_epoch, repeat_numbers
+from data.loading.shape_buckets import bucket_of, shape_buckets
+from data.loading.workers import BatchStream
+from data.transforms.augmentation import Augmentation
+from data.transforms.geometry import padded_size, resized_sizes
+from data.transforms.hash_rng import hash_key, image_words
+
+BOX_ROWS_MULTIPLE = 16
+"""Rows for boxes are a multiple of this, so that only a few shapes occur (COCO has at most 93 boxes)."""
+
+_FLIPS_ONLY = Augmentation()
+
+
+class TrainLoader:
+    """Batches of one process of a training.
+
+    A global batch is world_size * batch_size * accumulate images; in micro-step a process r gets places
+    (a * world_size + r) * batch_size onward. What a global batch holds, its order, augmentation, padded size and
+    number of box rows depend on (seed, iteration, global batch size) only, so 1 process with batch 4 and 2
+    processes with batch 2 see the same tensors. For the order and the end of an epoch see
+    data.loading.sampler.plan_epoch. With limit_batches an epoch has that many iterations at most (the first of it).
+
+    min_size, max_size: the keep-ratio resize, see data.transforms.geometry, where augmentation chooses no other. augmentation:
+    what is done at random, an image that comes again in an epoch being another draw. repeat_threshold: images of
+    classes that are in a smaller part of the images come several times an epoch, see data.loading.repeat_factors.
+
+    few_shapes: padded sizes are those of data.loading.shape_buckets, for code that is compiled for each size. pin: hand over
+    page-locked memory (for GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: a picture that
+    cannot be used is replaced (see data.loading.unreadable) and named in the batch's `unreadable`; after more than so many
+    in a row a black picture without boxes stands in, and the caller is to end the run. None: it ends the stream.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        *,
+        min_size: int,
+        max_size: int,
+        batch_size: int,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        augmentation: Augmentation = _FLIPS_ONLY,
+        repeat_threshold: float | None = None,
+        limit_batches: int | None = None,
+        few_shapes: bool = False,
+        pin: bool = False,
+        max_bad_images: int | None = None,
+    ) -> None:
+        assert 0 <= rank < world_size and min(batch_size, accumulate) >= 1
+        self.dataset = dataset
+        self.global_batch_size = world_size * batch_size * accumulate
+        self.repeat_factors = None if repeat_threshold is None else _repeat_factors(dataset, repeat_threshold)
+        """float64 [N] of the images, where there is a threshold"""
+        self.images_per_epoch = len(dataset) if self.repeat_factors is None else epoch_length(self.repeat_factors)
+        """Before the last batch is filled up; limit_batches has no part in it"""
+        self.iterations_per_epoch = iterations_per_epoch(self.images_per_epoch, self.global_batch_size)
+        if limit_batches is not None:
+            self.iterations_per_epoch = min(self.iterations_per_epoch, limit_batches)
+        self.min_size, self.max_size = min_size, max_size
+        # Large-scale jitter has one size as it is.
+        self._buckets = shape_buckets(min_size, max_size) if few_shapes and augmentation.jitter is None else []
+        self.num_workers = workers
+        self._batch_size, self._accumulate = batch_size, accumulate
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._augmentation = seed, augmentation
+        on_unreadable: OnUnreadable = "fail" if max_bad_images is None else "replace"
+        self._stream = BatchStream(dataset, batch_size, workers, pin, on_unreadable, max_bad_images or 0)
+
+    def batches(self, first_iteration: int, last_iteration: int) -> Iterator[RawBatch]:
+        """Batches of the iterations first_iteration to last_iteration - 1 (0-based over the whole run),
+        `accumulate` for each; epochs follow each other without a pause. No image of an earlier iteration is
+        loaded. One iterator at a time: the workers are shared.
+
+        Raises ImageError for a picture that cannot be used, where max_bad_images is None.
+        """
+        return self._stream.run(self.plans(first_iteration, last_iteration))
+
+    def plans(self, first_iteration: int, last_iteration: int) -> Iterator[BatchPlan]:
+        """What `batches` loads, without loading it."""
+        epoch, order = -1, np.empty((0, 0), dtype=np.int64)
+        repeats = order
+        for iteration in range(first_iteration, last_iteration):
+            if iteration // self.iterations_per_epoch != epoch:
+                epoch = iteration // self.iterations_per_epoch
+                order = plan_epoch(
+                    self.dataset.widths,
+                    self.dataset.heights,
+                    seed=self._seed,
+                    epoch=epoch,
+                    global_batch_size=self.global_batch_size,
+                    factors=self.repeat_factors,
+                )
+                repeats = repeat_numbers(order)
+            within = iteration % self.iterations_per_epoch
+            yield from self._plans_of(iteration, epoch, order[within], repeats[within])
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._stream.close()
+
+    def _plans_of(self, iteration: int, epoch: int, images: np.ndarray, repeats: np.ndarray) -> Iterator[BatchPlan]:
+        words = image_words(images, repeats)
+        geometry = self._augmentation.geometry(
+            self.dataset.widths[images],
+            self.dataset.heights[images],
+            words=words,
+            seed=self._seed,
+            epoch=epoch,
+            min_size=self.min_size,
+            max_size=self.max_size,
+        )
+        num_box_rows = _box_rows(self.dataset.box_counts[images])
+        for micro_step in range(self._accumulate):
+            start = (micro_step * self._world_size + self._rank) * self._batch_size
+            places = np.arange(start, start + self._batch_size)
+            indices = images[places]
+            yield BatchPlan(
+                iteration=iteration,
+                epoch=epoch,
+                indices=indices,
+                places=places,
+                sample_keys=hash_key(self._seed, iteration, places),
+                sizes=geometry.sizes[places],
+                scaled_sizes=geometry.scaled_sizes[places],
+                offsets=geometry.offsets[places],
+                flips=geometry.flips[places],
+                vertical_flips=geometry.vertical_flips[places],
+                padded_size=bucket_of(geometry.padded_size, self._buckets),
+                num_box_rows=num_box_rows,
+                colours=self._augmentation.colours(words[places], seed=self._seed, epoch=epoch),
+                min_visibility=self._augmentation.min_visibility,
+            )
+
+
+class EvalLoader:
+    """Batches of one process of an evaluation: every image exactly once over all processes.
+
+    Images of like shape are batched together and batch i goes to process i mod world_size, so processes may
+    have different numbers of images, or none; what a batch holds does not depend on the number of processes.
+    A batch is padded for its own images. limit_batches: only the first limit_batches * batch_size *
+    world_size images of the file are evaluated. max_bad_images: with a number, a picture that cannot be used is named
+    in the batch's `unreadable` and given as a black one without boxes; the caller counts them. None: it ends the
+    stream.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        *,
+        min_size: int,
+        max_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        limit_batches: int | None = None,
+        pin: bool = False,
+        max_bad_images: int | None = None,
+    ) -> None:
+        assert 0 <= rank < world_size and batch_size >= 1
+        self.dataset = dataset
+        num_images = len(dataset)
+        if limit_batches is not None:
+            num_images = min(num_images, limit_batches * batch_size * world_size)
+        self.image_ids = dataset.image_ids[:num_images]
+        """int64: the images evaluated by all processes together"""
+        self._sizes = resized_sizes(
+            dataset.widths[:num_images], dataset.heights[:num_images], min_size=min_size, max_size=max_size
+        )
+        every_batch = evaluation_batches(padded_size(self._sizes[:, None]), batch_size)
+        self._numbers = range(rank, len(every_batch), world_size)
+        self._batches = [every_batch[number] for number in self._numbers]
+        self._stream = BatchStream(dataset, batch_size, workers, pin, "fail" if max_bad_images is None else "blank")
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return len(self._batches)
+
+    @property
+    def num_images(self) -> int:
+        """Images of this process."""
+        return sum(map(len, self._batches))
+
+    def batches(self) -> Iterator[RawBatch]:
+        """This process's batches. `iteration` is a batch's number among those of all processes; flips, epoch
+        and sample_keys are zero; boxes (without crowd regions) are those of the annotations, to be shown.
+
+        Raises ImageError for a picture that cannot be used, where max_bad_images is None.
+        """
+        return self._stream.run(map(self._plan, self._numbers, self._batches))
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._stream.close()
+
+    def _plan(self, number: int, indices: np.ndarray) -> BatchPlan:
+        height, width = padded_size(self._sizes[indices]).tolist()
+        return BatchPlan(
+            iteration=number,
+            epoch=0,
+            indices=indices,
+            places=np.arange(len(indices)),
+            sample_keys=np.zeros(len(indices), dtype=np.int64),
+            sizes=self._sizes[indices],
+            scaled_sizes=self._sizes[indices],
+            offsets=np.zeros((len(indices), 2), dtype=np.int64),
+            flips=np.zeros(len(indices), dtype=bool),
+            vertical_flips=np.zeros(len(indices), dtype=bool),
+            padded_size=(height, width),
+            num_box_rows=_box_rows(self.dataset.box_counts[indices]),
+        )
+
+
+def _repeat_factors(dataset: CocoDataset, threshold: float) -> np.ndarray:
+    images = np.repeat(np.arange(len(dataset)), dataset.box_counts)
+    return repeat_factors(images, dataset.labels, len(dataset), threshold)
+
+
+def _box_rows(box_counts: np.ndarray) -> int:
+    return max(-(-int(box_counts.max()) // BOX_ROWS_MULTIPLE), 1) * BOX_ROWS_MULTIPLE

@@ -1,0 +1,101 @@
+"""Which images make up which batch: pure functions of the seed and the epoch.
+
+The order is a property of (seed, epoch, global batch size): the same on any number of processes, each of
+which takes its slice of every global batch.
+"""
+
+import numpy as np
+
+from data.loading.repeat_factors import epoch_copies, epoch_length
+from data.transforms.hash_rng import ORDER_STREAM, hash_words, image_words
+
+
+def epoch_order(seed: int, epoch: int, num_images: int, copies: np.ndarray | None = None) -> np.ndarray:
+    """The images 0 to num_images - 1 in the order of `epoch`: int64, each once, or as often as `copies` (int64
+    [num_images]) says.
+
+    Images are sorted by a hash of (seed, epoch, image, copy), so the copies of an image lie anywhere.
+    """
+    if copies is None:
+        return np.argsort(hash_words(seed, ORDER_STREAM, epoch, np.arange(num_images)), kind="stable")
+    images = np.repeat(np.arange(num_images), copies)
+    keys = hash_words(seed, ORDER_STREAM, epoch, image_words(images, repeat_numbers(images)))
+    return images[np.argsort(keys, kind="stable")]
+
+
+def repeat_numbers(images: np.ndarray) -> np.ndarray:
+    """How many times each entry's image occurs before it: int64, of the shape of `images` (int64, read row by
+    row); 0 for the first occurrence."""
+    flat = images.reshape(-1)
+    by_image = np.argsort(flat, kind="stable")
+    ordered = flat[by_image]
+    numbers = np.empty_like(flat)
+    numbers[by_image] = np.arange(len(flat)) - np.searchsorted(ordered, ordered)
+    return numbers.reshape(images.shape)
+
+
+def iterations_per_epoch(num_images: int, global_batch_size: int) -> int:
+    """Global batches of an epoch: ceil(num_images / global_batch_size)."""
+    return -(-num_images // global_batch_size)
+
+
+def plan_epoch(
+    widths: np.ndarray,
+    heights: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch_size: int,
+    factors: np.ndarray | None = None,
+) -> np.ndarray:
+    """The global batches of an epoch: image indices, int64 [ceil(N / global_batch_size), global_batch_size].
+
+    widths and heights are int64 [N]. Images are taken in epoch_order and grouped by shape, see
+    group_by_aspect. End of the epoch: every image is in it at least once. Where N is no multiple of the
+    global batch size, the last batch is filled up with the first images of the epoch's order (again from the
+    start of it, if it is shorter than what is missing); these are seen twice in the epoch.
+
+    With repeat factors (float64 [N], see data.loading.repeat_factors) an image is in the epoch as often as its factor
+    says on average, once at least, and N is their sum, rounded up; the rest is the same. So all epochs have the
+    same number of batches.
+    """
+    if factors is None:
+        order, length = epoch_order(seed, epoch, len(widths)), len(widths)
+    else:
+        copies = epoch_copies(factors, seed=seed, epoch=epoch)
+        order, length = epoch_order(seed, epoch, len(widths), copies), epoch_length(factors)
+    grouped = group_by_aspect(order, widths < heights, global_batch_size)
+    missing = iterations_per_epoch(length, global_batch_size) * global_batch_size - len(order)
+    return np.concatenate([grouped, np.resize(order, missing)]).reshape(-1, global_batch_size)
+
+
+def group_by_aspect(order: np.ndarray, portrait: np.ndarray, batch_size: int) -> np.ndarray:
+    """`order` rearranged so that cutting it every batch_size images gives batches of one shape.
+
+    The rule is that of MMDetection's AspectRatioBatchSampler: there are two groups, portrait (width < height)
+    and the rest. Images are taken as `order` (int64 [N], image indices) has them, and as soon as a group has
+    batch_size of them they form a batch. The left-overs of the portrait group, then of the other, come last:
+    at most one batch holds both shapes.
+
+    portrait is bool, indexed by image. Returns int64 [N].
+    """
+    members = [np.flatnonzero(portrait[order]), np.flatnonzero(~portrait[order])]
+    complete = [positions[: len(positions) // batch_size * batch_size] for positions in members]
+    batches = np.concatenate([positions.reshape(-1, batch_size) for positions in complete])
+    # A batch is formed when its last image comes up.
+    batches = batches[np.argsort(batches[:, -1])]
+    left_over = [positions[len(whole) :] for positions, whole in zip(members, complete, strict=True)]
+    return order[np.concatenate([batches.reshape(-1), *left_over])]
+
+
+def evaluation_batches(padded_sizes: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Batches of an evaluation: every image exactly once, images of like padded size together.
+
+    padded_sizes is int64 [N, 2] (height, width) of each image padded alone. Returns index arrays of
+    batch_size images (the last may be shorter), the largest pictures first, so that what does not fit into
+    memory shows at once. The batches do not depend on the number of processes.
+    """
+    heights, widths = padded_sizes.T
+    # lexsort sorts by its last key first; images of equal shape stay in the order of the file.
+    order = np.lexsort((-heights, -widths, -heights * widths))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

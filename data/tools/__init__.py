@@ -1,0 +1,1 @@
+"""Gallery, downloads, and the procedural shapes set."""

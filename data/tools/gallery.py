@@ -1,0 +1,198 @@
+"""A data set as one HTML page that needs nothing beside it: pictures are inside, boxes are drawn by the browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.images.decode import ImageError, read_image
+from data.tools.gallery_page import PAGE
+
+GENERATOR = "detection harness: gallery of a data set"
+BIN_EDGES = tuple(2.0 ** (power / 2) for power in range(0, 23))  # sides of 1 to 2,048 pixels, two bins an octave
+CHUNK = 64  # pictures handed to the threads at a time, so that memory stays small and progress shows
+
+
+class GalleryError(ValueError):
+    """A gallery that cannot be written; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class GallerySummary:
+    """What was written."""
+
+    num_shown: int
+    num_pictures: int
+    num_problems: int
+    num_bytes: int
+
+
+def write_gallery(
+    file: Path,
+    images_dir: Path,
+    annotations: CocoAnnotations,
+    *,
+    colours: Sequence[str],
+    count: int = 200,
+    seed: int = 0,
+    longest_side: int = 480,
+    quality: int = 80,
+    title: str = "",
+    progress: Callable[[int], object] | None = None,
+) -> GallerySummary:
+    """Writes a page with `count` pictures at most, and with the figures of all.
+
+    colours: CSS colours by label. seed: which pictures, where not all are shown (see `choose`). longest_side: of the
+    thumbnails, in pixels; smaller pictures stay as they are. quality: JPEG's. Pictures that cannot be read have a card
+    that says why.
+
+    Raises GalleryError where `file` exists and is not a gallery, which a new one would replace.
+    """
+    _require_own(file)
+    indices = choose(annotations, count, seed)
+    cards: list[dict[str, Any]] = []
+
+    def card(index: int) -> dict[str, Any]:
+        return _card(images_dir, annotations, index, longest_side, quality)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for start in range(0, len(indices), CHUNK):
+            for done in pool.map(card, indices[start : start + CHUNK]):
+                cards.append(done)
+                if progress is not None:
+                    progress(1)
+    content = {
+        "classes": _class_figures(annotations, colours),
+        "edges": [round(edge, 2) for edge in BIN_EDGES],
+        "images": cards,
+        "numImages": len(annotations),
+        "numEmpty": int((np.diff(annotations.offsets) == 0).sum()),
+    }
+    values = {
+        "generator": html.escape(GENERATOR),
+        "title": html.escape(title or str(annotations.source)),
+        # Nothing in a data set's names may end the script element or begin another.
+        "data": json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    text = re.sub(r"\{\{(\w+)\}\}", lambda place: values[place[1]], PAGE)
+    encoded = text.encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, staged = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(encoded)
+        Path(staged).chmod(0o666 & ~_umask())
+        Path(staged).replace(file)
+    except BaseException:
+        Path(staged).unlink(missing_ok=True)
+        raise
+    return GallerySummary(len(cards), len(annotations), sum("problem" in card for card in cards), len(encoded))
+
+
+def choose(annotations: CocoAnnotations, count: int, seed: int) -> list[int]:
+    """`count` images at most, in the file's order: one with each class first, then any, drawn by seed and name."""
+    names = [annotations.file_name(index) for index in range(len(annotations))]
+    if count >= len(names):
+        return list(range(len(names)))
+    turns = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"{seed}\0{names[i]}".encode()).digest())
+    chosen: dict[int, None] = {}
+    wanted = set(np.unique(annotations.labels[annotations.labels != NO_CLASS]).tolist())
+    for index in turns:
+        if not wanted or len(chosen) == count:
+            break
+        here = set(annotations.labels[annotations.rows(index)].tolist())
+        if here & wanted:
+            chosen[index] = None
+            wanted -= here
+    for index in turns:
+        if len(chosen) == count:
+            break
+        chosen[index] = None
+    return sorted(chosen)
+
+
+def _card(
+    images_dir: Path, annotations: CocoAnnotations, index: int, longest_side: int, quality: int
+) -> dict[str, Any]:
+    width, height = int(annotations.widths[index]), int(annotations.heights[index])
+    rows = annotations.rows(index)
+    boxes = [
+        [*(round(value, 2) for value in box), label, int(no_target)]
+        for box, label, no_target in zip(
+            annotations.boxes_xywh[rows].tolist(),
+            annotations.labels[rows].tolist(),
+            (annotations.crowd[rows] | annotations.ignore[rows]).tolist(),
+            strict=True,
+        )
+        if label != NO_CLASS
+    ]
+    name = annotations.file_name(index)
+    card: dict[str, Any] = {"name": name, "id": int(annotations.image_ids[index]), "w": width, "h": height}
+    card["boxes"] = boxes
+    try:
+        pixels = read_image(images_dir / name)
+    except ImageError as error:
+        return card | {"problem": str(error)}
+    if pixels.shape[:2] != (height, width):
+        card["problem"] = (
+            f"the picture is {pixels.shape[1]}x{pixels.shape[0]} pixels and annotated as {width}x{height}: its boxes "
+            "are misplaced"
+        )
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, format="JPEG", quality=quality)
+    card["src"] = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return card
+
+
+def _class_figures(annotations: CocoAnnotations, colours: Sequence[str]) -> list[dict[str, Any]]:
+    """Name, colour, number of boxes, of images and of crowds of each class, and its boxes by size."""
+    target = ~(annotations.crowd | annotations.ignore)
+    sides = np.sqrt(np.clip(annotations.boxes_xywh[:, 2], 0, None) * np.clip(annotations.boxes_xywh[:, 3], 0, None))
+    bins = np.clip(np.searchsorted(BIN_EDGES, sides, side="right") - 1, 0, len(BIN_EDGES) - 1)
+    figures = []
+    for label, name in enumerate(annotations.class_names):
+        mine = annotations.labels == label
+        figures.append(
+            {
+                "name": name,
+                "colour": colours[label],
+                "boxes": int((mine & target).sum()),
+                "images": len(np.unique(annotations.image_indices[mine])),
+                "crowds": int((mine & ~target).sum()),
+                "sizes": np.bincount(bins[mine & target], minlength=len(BIN_EDGES)).tolist(),
+            }
+        )
+    return figures
+
+
+def _require_own(file: Path) -> None:
+    if not file.exists():
+        return
+    if file.is_file():
+        with file.open("rb") as stream:
+            if GENERATOR.encode() in stream.read(2000):
+                return
+    raise GalleryError(f"{file} exists and is not a gallery: choose another name for it")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

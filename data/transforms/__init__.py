@@ -1,0 +1,1 @@
+"""Geometry, augmentation and color, and the hash that replaces random state."""

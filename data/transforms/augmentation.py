@@ -1,0 +1,221 @@
+"""What is done to training images at random: scale, crop, flips and colours.
+
+Every choice is a hash of (seed, epoch, image, which time the image is seen in the epoch), see data/transforms/hash_rng.py; the
+choices are made by the process that plans a batch, and carried out on the training device (data/loading/batch.py).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.transforms.color import ColourChange, ColourJitter, PhotometricDistortion
+from data.transforms.geometry import flip_decisions, padded_size, resized_sizes, vertical_flip_decisions
+from data.transforms.hash_rng import CROP_STREAM, SCALE_STREAM, hash_uniform
+
+
+class AugmentationError(ValueError):
+    """Settings of an augmentation that are wrong or contradict each other."""
+
+
+@dataclass(frozen=True)
+class ScaleSampling:
+    """Multi-scale training: the keep-ratio resize of data.transforms.geometry.resized_sizes, its scale drawn for each image.
+
+    choice: one of the scales, all alike likely. range: the longer and the shorter side are drawn each by itself
+    from the whole numbers between those of the two scales, ends included.
+    """
+
+    scales: tuple[tuple[int, int], ...]
+    """Two sides each, in pixels; the larger limits the picture's longer side, the smaller the shorter."""
+    sampling: str = "choice"
+    """choice or range"""
+
+    def __post_init__(self) -> None:
+        if self.sampling not in ("choice", "range"):
+            raise AugmentationError(f"scale sampling {self.sampling!r}: choose choice or range")
+        if not self.scales or min(min(scale) for scale in self.scales) < 1:
+            raise AugmentationError(
+                f"scales {self.scales}: at least one scale with sides of at least 1 pixel is needed"
+            )
+        if self.sampling == "range" and len(self.scales) != 2:
+            raise AugmentationError(
+                f"scale sampling by range goes from one scale to another: give two scales, not {len(self.scales)}"
+            )
+
+    def sample(self, seed: int, epoch: int, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The (min_size, max_size) of the resize of each image (words int64 [N]): int64 [N] each."""
+        sides = np.sort(np.array(self.scales, dtype=np.int64), axis=1)
+        if self.sampling == "choice":
+            chosen = sides[_below(len(sides), seed, SCALE_STREAM, epoch, words)]
+            return chosen[:, 0], chosen[:, 1]
+        low, high = sides.min(axis=0), sides.max(axis=0)
+        short, long = (
+            low[side] + _below(int(high[side] - low[side]) + 1, seed, SCALE_STREAM, epoch, words, np.array(side))
+            for side in (0, 1)
+        )
+        return np.minimum(short, long), np.maximum(short, long)
+
+    def describe(self) -> str:
+        """A line for people."""
+        listed = [f"{max(scale)}x{min(scale)}" for scale in self.scales]
+        if self.sampling == "range":
+            return f"scale between {listed[0]} and {listed[1]}"
+        return "scale one of " + " ".join(listed) if len(listed) > 1 else f"scale {listed[0]}"
+
+
+@dataclass(frozen=True)
+class LargeScaleJitter:
+    """A resize by a random factor, and a random crop where the result is larger than the target (Ghiasi et al. 2021,
+    "Simple copy-paste is a strong data augmentation method for instance segmentation", without the pasting).
+
+    The picture is resized, its ratio kept, to fit into a square of int(size * factor) pixels. Where a side is longer
+    than size, a window of size pixels is cut out, its place drawn uniformly; every batch is padded to a square of size
+    pixels. Boxes follow data.transforms.geometry.crop_boxes.
+    """
+
+    size: int = 1024
+    """Side of the target, pixels"""
+    smallest: float = 0.1
+    largest: float = 2.0
+    """The factor is drawn uniformly between these."""
+    min_visibility: float = 0.0
+    """Part of a box's area that must be left by the crop, 0 to 1"""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise AugmentationError(f"large-scale jitter to {self.size} pixels: at least 1 is needed")
+        if not 0 < self.smallest <= self.largest:
+            raise AugmentationError(
+                f"large-scale jitter between {self.smallest:g} and {self.largest:g}: the first must be above 0, and "
+                "not above the second"
+            )
+        if not 0 <= self.min_visibility <= 1:
+            raise AugmentationError(f"visibility {self.min_visibility:g}: it is a part of an area, from 0 to 1")
+
+    def edges(self, seed: int, epoch: int, words: np.ndarray) -> np.ndarray:
+        """The side of the square that each image (words int64 [N]) is resized into: int64 [N]."""
+        drawn = hash_uniform(seed, SCALE_STREAM, epoch, words)
+        factors = self.smallest + drawn * (self.largest - self.smallest)
+        return np.maximum((self.size * factors).astype(np.int64), 1)
+
+    def crops(
+        self, scaled_sizes: np.ndarray, seed: int, epoch: int, words: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where each resized image (int64 [N, 2] height, width) is cut: offsets (top, left) and sizes (height, width),
+        int64 [N, 2] each."""
+        sizes = np.minimum(scaled_sizes, self.size)
+        places = hash_uniform(seed, CROP_STREAM, epoch, words[:, None], np.arange(2))
+        return (places * (scaled_sizes - sizes + 1)).astype(np.int64), sizes
+
+    def describe(self) -> str:
+        """A line for people."""
+        text = (
+            f"large-scale jitter x{self.smallest:g} to x{self.largest:g} of {self.size} pixels, cropped or padded to it"
+        )
+        if self.min_visibility > 0:
+            text += f"; boxes of which less than {self.min_visibility:.0%} is left are dropped"
+        return text
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where N native pictures go: resized to scaled_sizes, cut from offsets to sizes, then flipped."""
+
+    scaled_sizes: np.ndarray
+    """int64 [N, 2] (height, width) of the whole picture after the resize"""
+    offsets: np.ndarray
+    """int64 [N, 2] (top, left) of the crop in it"""
+    sizes: np.ndarray
+    """int64 [N, 2] (height, width) of the crop; scaled_sizes where nothing is cut off"""
+    flips: np.ndarray
+    """bool [N], mirrored left to right"""
+    vertical_flips: np.ndarray
+    """bool [N], turned upside down"""
+    padded_size: tuple[int, int]
+    """(height, width) of a batch of all these pictures"""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """All that is done to training images at random. Each part is by itself; without scales and jitter the scale is the
+    one of the evaluation."""
+
+    scales: ScaleSampling | None = None
+    jitter: LargeScaleJitter | None = None
+    flip_probability: float = 0.5
+    vertical_flip_probability: float = 0.0
+    colour: PhotometricDistortion | ColourJitter | None = None
+
+    def __post_init__(self) -> None:
+        if self.scales is not None and self.jitter is not None:
+            raise AugmentationError(
+                "multi-scale training and large-scale jitter both choose the scale: use one of them"
+            )
+        for name in ("flip_probability", "vertical_flip_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise AugmentationError(f"{name.replace('_', ' ')} {getattr(self, name):g}: it must be from 0 to 1")
+
+    @property
+    def min_visibility(self) -> float:
+        """Part of a box's area that must be left by a crop."""
+        return self.jitter.min_visibility if self.jitter is not None else 0.0
+
+    def geometry(
+        self,
+        widths: np.ndarray,
+        heights: np.ndarray,
+        *,
+        words: np.ndarray,
+        seed: int,
+        epoch: int,
+        min_size: int,
+        max_size: int,
+    ) -> Geometry:
+        """Where the pictures of a global batch go.
+
+        widths, heights: int64 [N], native. words: int64 [N], data.transforms.hash_rng.image_words of the images. min_size,
+        max_size: the scale where none is drawn.
+        """
+        if self.jitter is not None:
+            edges = self.jitter.edges(seed, epoch, words)
+            scaled_sizes = resized_sizes(widths, heights, min_size=edges, max_size=edges)
+            offsets, sizes = self.jitter.crops(scaled_sizes, seed, epoch, words)
+            padded = padded_size(np.array([[self.jitter.size] * 2]))
+        else:
+            smallest, largest = (
+                self.scales.sample(seed, epoch, words) if self.scales is not None else (min_size, max_size)
+            )
+            scaled_sizes = sizes = resized_sizes(widths, heights, min_size=smallest, max_size=largest)
+            offsets, padded = np.zeros_like(sizes), padded_size(sizes)
+        height, width = padded.tolist()
+        return Geometry(
+            scaled_sizes=scaled_sizes,
+            offsets=offsets,
+            sizes=sizes,
+            flips=flip_decisions(seed, epoch, words, self.flip_probability),
+            vertical_flips=vertical_flip_decisions(seed, epoch, words, self.vertical_flip_probability),
+            padded_size=(height, width),
+        )
+
+    def colours(self, words: np.ndarray, *, seed: int, epoch: int) -> tuple[ColourChange, ...] | None:
+        """How the colours of each image (words int64 [N]) change; None where they stay."""
+        return self.colour.sample(seed, epoch, words) if self.colour is not None else None
+
+    def describe(self) -> list[str]:
+        """What is on, a line each."""
+        lines = [part.describe() for part in (self.scales, self.jitter) if part is not None]
+        flips = [
+            f"{which} {probability:g}"
+            for which, probability in (
+                ("horizontal", self.flip_probability),
+                ("vertical", self.vertical_flip_probability),
+            )
+            if probability > 0
+        ]
+        lines.append("flip probability: " + ", ".join(flips) if flips else "no flips")
+        return lines + ([self.colour.describe()] if self.colour is not None else [])
+
+
+def _below(count: int, *words: int | np.ndarray) -> np.ndarray:
+    """Uniform whole numbers 0 to count - 1, int64, of the shape of the words."""
+    return (hash_uniform(*words) * count).astype(np.int64)

@@ -1,0 +1,1 @@
+"""Run configuration and the command line that makes one."""

@@ -1,0 +1,1 @@
+"""CUDA graphs, torch.compile and the host's memory allocator."""

@@ -1,0 +1,176 @@
+"""CUDA graphs of the forward and backward pass: recorded once for each size of batch, then started as a whole.
+
+A step launches some two thousand kernels, which takes the host longer than a fast GPU takes for a few images. Replaying
+a recording is one launch. It does again exactly what was recorded, at the same addresses: so the batch is copied to
+where the recording reads it, and gradients stay where it wrote them. Nothing in a step may depend on what the host
+knows of the batch but its shape, and nothing may ask the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from detection.config.errors import ConfigError
+from detection.engine.distributed.comm import Processes
+from detection.engine.distributed.sync_batch_norm import trains_batch_norm
+from detection.models import ImageBatch, TargetBatch, describe_kernels, uses_triton
+
+Losses = dict[str, Tensor]
+Step = Callable[[ImageBatch, TargetBatch], Losses]
+
+_FEWEST_BOX_ROWS = 32
+# Sizes of a batch that are recorded; the buckets of padded sizes and numbers of boxes make some twenty.
+_MOST_RECORDINGS = 32
+
+
+class Recorder(Protocol):
+    """Records what a function does on the device."""
+
+    def rehearse(self, step: Callable[[], Losses]) -> Losses:
+        """What `step` gives, done as recording wants it done once before."""
+
+    def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
+        """A function that does what `step` does, with what is in the tensors that it reads by then, and gives new
+        tensors. Recording itself does nothing. RuntimeError: it cannot be recorded."""
+
+
+class StepGraphs:
+    """Runs forward and backward passes, from the third batch of a size on by replaying a recording.
+
+    problem: why nothing is recorded any more; None while all is well. Then passes run as they are written.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._seen: set[Hashable] = set()
+        self._graphs: dict[Hashable, _Graph] = {}
+        self.problem: str | None = None
+
+    @property
+    def num_recordings(self) -> int:
+        return len(self._graphs)
+
+    def run(self, step: Step, images: ImageBatch, targets: TargetBatch) -> Losses:
+        """What `step` gives for a batch; its gradients are added to those of the parameters."""
+        rows = _round_up_to_power_of_two(targets.valid.shape[1])
+        size = (tuple(images.pixels.shape), rows)
+        graph = self._graphs.get(size)
+        if graph is not None:
+            graph.load(images, targets)
+            return graph.replay()
+        if self.problem is not None or size not in self._seen or len(self._graphs) == _MOST_RECORDINGS:
+            # The first of a size makes what is kept for it: anchors, chosen algorithms, compiled code.
+            self._seen.add(size)
+            return step(images, targets)
+        graph = _Graph(images, targets, rows)
+        graph.load(images, targets)
+        losses = self._recorder.rehearse(lambda: step(graph.images, graph.targets))
+        try:
+            graph.replay = self._recorder.record(lambda: step(graph.images, graph.targets))
+        except RuntimeError as error:
+            # What is raised at the end of a recording says no more than that something went wrong before.
+            cause = error.__context__ or error
+            self.problem = (str(cause).splitlines() or [""])[0]
+        else:
+            self._graphs[size] = graph
+        return losses
+
+
+class _Graph:
+    """A recording, and the batch that it reads: with `rows` rows of boxes an image."""
+
+    replay: Callable[[], Losses]
+
+    def __init__(self, images: ImageBatch, targets: TargetBatch, rows: int) -> None:
+        self.images = ImageBatch(*(torch.empty_like(each) for each in images))
+        boxes, labels, valid, keys = targets
+        number = len(keys)
+        self.targets = TargetBatch(
+            boxes.new_zeros(number, rows, 4),
+            labels.new_zeros(number, rows),
+            valid.new_zeros(number, rows),
+            torch.empty_like(keys),
+        )
+
+    def load(self, images: ImageBatch, targets: TargetBatch) -> None:
+        for mine, given in zip(self.images, images, strict=True):
+            mine.copy_(given)
+        rows = targets.valid.shape[1]
+        # Rows that this batch does not have hold no box; what else is in them nobody looks at.
+        self.targets.valid[:, rows:].zero_()
+        for mine, given in zip(self.targets[:3], targets[:3], strict=True):
+            mine[:, :rows].copy_(given)
+        self.targets.sample_keys.copy_(targets.sample_keys)
+
+
+class CudaGraphRecorder:
+    """Records CUDA graphs, which share their memory: they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def rehearse(self, step: Callable[[], Losses]) -> Losses:
+        # On the stream of the recording: libraries keep what they work with for each.
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            losses = step()
+        current.wait_stream(self._stream)
+        for value in losses.values():
+            value.record_stream(current)
+        return losses
+
+    def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads (checkpoints, the loader's pinned memory) may use the GPU meanwhile.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                recorded = step()
+        except RuntimeError:
+            # torch leaves these as they are in a recording: its stream, and an allocator and a generator that wait for
+            # its end.
+            torch.cuda.set_stream(current)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
+            generator = torch.cuda.default_generators[current.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
+
+        def replay() -> Losses:
+            graph.replay()
+            # The next replay writes over what this one gave.
+            return {name: value.clone() for name, value in recorded.items()}
+
+        return replay
+
+
+def cuda_step_graphs(processes: Processes, model: nn.Module) -> StepGraphs:
+    """Graphs for a training on a GPU.
+
+    Raises:
+        ConfigError: this training's passes cannot be recorded: they run on a CPU, ask the device, or talk to other
+            processes.
+    """
+    if processes.device.type != "cuda":
+        raise ConfigError("--cuda-graphs is for GPUs: leave it away on a CPU")
+    if not uses_triton(processes.device):
+        raise ConfigError(
+            "--cuda-graphs needs the Triton kernels, because PyTorch's own suppression waits for the host; here are "
+            f"{describe_kernels(processes.device)}"
+        )
+    if trains_batch_norm(model) and processes.world_size > 1:
+        raise ConfigError(
+            "--cuda-graphs does not go with trained batch norm in several processes, which share its statistics in "
+            "every forward pass: leave it away, or use --norm gn or pretrained weights"
+        )
+    return StepGraphs(CudaGraphRecorder())
+
+
+def _round_up_to_power_of_two(rows: int) -> int:
+    return max(_FEWEST_BOX_ROWS, 1 << (rows - 1).bit_length())

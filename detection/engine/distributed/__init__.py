@@ -1,0 +1,1 @@
+"""Processes of a run: rendezvous, collectives, heartbeat, synchronised batch norm."""

@@ -1,0 +1,232 @@
+"""The processes of a run: who they are, and the few things they tell each other.
+
+The process group is the only global state of the project, and only this file touches it. Gradients travel through
+DistributedDataParallel (NCCL on GPUs, gloo on CPUs). Everything else, evaluation included, goes through a gloo
+group of its own, so that no GPU collective ever waits for a process that is computing metrics.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detection.engine.distributed.heartbeat import RollCall, join_roll_call
+from detection.engine.distributed.rendezvous import meet
+
+CONTROL_TIMEOUT = timedelta(hours=3)
+"""How long the others wait for what the main process does alone: as long as the longest evaluation may take."""
+_GRACE = timedelta(minutes=1)
+"""The backends' own timeouts come after the roll call's, which says who is missing."""
+
+
+class DeviceError(ValueError):
+    """The device asked for is not there."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    control_group: Any = None
+    """gloo group of all processes; None where there is one process."""
+    roll_call: RollCall | None = None
+    """Who is still there; None where there is one process."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def at(self, place: str) -> None:
+        """Note what this process is doing ("in iteration 7"), for the message of the others should it be lost."""
+        if self.roll_call is not None:
+            self.roll_call.at(place)
+
+    def waiting(self, what: str, limit: timedelta | None = None) -> AbstractContextManager[Any]:
+        """Inside, this process waits for the others; in vain for too long (`limit`, or the run's timeout), and it ends
+        with a message that names them."""
+        return self.roll_call.waiting(what, limit) if self.roll_call is not None else nullcontext()
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            with self.waiting("every process"):
+                dist.barrier(group=self.control_group)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value (plain types) on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        with self.waiting("what process 0 does alone", CONTROL_TIMEOUT):
+            dist.broadcast_object_list(box, src=0, group=self.control_group)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every process's value (small, plain types), by rank, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self.waiting("the word of every process"):
+            dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def gather_arrays(self, array: NDArray[Any]) -> list[NDArray[Any]] | None:
+        """Each process's `array` [n_r, ...] (n_r may differ, 0 included) by rank; on rank 0 only, else None."""
+        if self.world_size == 1:
+            return [array]
+        lengths = self.gather_objects(len(array))
+        # gloo gathers equal shapes only: pad to the longest, cut after.
+        padded = np.zeros((max(lengths), *array.shape[1:]), array.dtype)
+        padded[: len(array)] = array
+        mine = torch.from_numpy(padded)
+        parts = [torch.empty_like(mine) for _ in lengths] if self.is_main else None
+        with self.waiting("the results of every process"):
+            dist.gather(mine, parts, dst=0, group=self.control_group)
+        if parts is None:
+            return None
+        return [part.numpy()[:length] for part, length in zip(parts, lengths, strict=True)]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes of `values` (float, any shape, on this process's device); a new tensor."""
+        values = values.clone()
+        if self.world_size > 1:
+            with self.waiting("the losses of every process"):
+                dist.all_reduce(values)
+            values /= self.world_size
+        return values
+
+    def average(self, values: Tensor) -> None:
+        """Replace `values` (float, any shape, on this process's device) by their mean over the processes."""
+        if self.world_size > 1:
+            with self.waiting("the gradients of every process"):
+                dist.all_reduce(values)
+            values /= self.world_size
+
+    def largest_later(self, value: int) -> PendingMaximum:
+        """Start finding the largest `value` over the processes; `.result()` waits for it.
+
+        Between the two calls the process goes on: asked for one iteration later, the answer is already there.
+        """
+        box = torch.tensor([value], dtype=torch.int64)
+        work = dist.all_reduce(box, dist.ReduceOp.MAX, self.control_group, True) if self.world_size > 1 else None
+        return PendingMaximum(box, work, self)
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process rank 0's buffers: batch-norm statistics, which each keeps for itself while it trains."""
+        if self.world_size > 1:
+            with self.waiting("the statistics of process 0"):
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, src=0)
+
+    def share_weights(self, module: nn.Module) -> None:
+        """Give every process rank 0's parameters and buffers, as `wrap` does."""
+        if self.world_size > 1:
+            with self.waiting("the weights of process 0"):
+                for parameter in module.parameters():
+                    dist.broadcast(parameter.detach(), src=0)
+        self.share_buffers(module)
+
+    def wrap(self, model: nn.Module, *, broadcast_buffers: bool) -> nn.Module:
+        """The model with gradients averaged over the processes (the model itself where there is one)."""
+        if self.world_size == 1:
+            return model
+        # With channels-last weights, 1x1 kernels have two names for one layout, and convolutions choose either.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        # PyTorch 2.15 renamed the argument.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": broadcast_buffers}
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **buffers,
+        )
+
+
+@dataclass
+class PendingMaximum:
+    """A maximum over the processes that is under way."""
+
+    box: Tensor
+    work: Any
+    processes: Processes
+
+    def result(self) -> int:
+        if self.work is not None:
+            with self.processes.waiting("every process to come as far"):
+                self.work.wait()
+        return int(self.box)
+
+
+def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, backward passes add up gradients locally (micro-steps before the last)."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> Processes:
+    """Join the run's processes as torchrun's environment says; one process without it.
+
+    Args:
+        device: auto (CUDA where there is one), cpu or cuda.
+        timeout: how long a process waits for the others before it ends with an error that names them.
+
+    Raises:
+        DeviceError: cuda is asked for and absent, or has fewer GPUs than local processes.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and num_gpus == 0:
+        raise DeviceError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
+    if device == "auto":
+        device = "cuda" if num_gpus else "cpu"
+    if device == "cuda" and local_world_size > num_gpus:
+        raise DeviceError(
+            f"{local_world_size} processes on this machine and {num_gpus} GPUs: "
+            f"start torchrun with --nproc_per_node={num_gpus}"
+        )
+    chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    else:
+        _share_cpu_cores(local_world_size)
+    group = roll_call = None
+    if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        store, start = meet(timeout + _GRACE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + _GRACE)
+        group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT + _GRACE)
+        roll_call = join_roll_call(start, rank, world_size, timeout)
+    return Processes(rank, local_rank, world_size, local_world_size, chosen, group, roll_call)
+
+
+def stop_processes(*, failed: bool = False) -> None:
+    """Leave the run's processes; `failed`: alone, while the others may be in the middle of an exchange."""
+    # NCCL may wait for the end of an exchange that never comes. The end of the process, which is near, needs none.
+    if dist.is_initialized() and not (failed and dist.get_backend() != "gloo"):
+        dist.destroy_process_group()
+
+
+def _share_cpu_cores(local_world_size: int) -> None:
+    # torchrun sets OMP_NUM_THREADS=1 where nobody set it, which leaves most of a large machine idle.
+    if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))

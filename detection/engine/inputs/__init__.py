@@ -1,0 +1,1 @@
+"""Data sets of a run, their augmentation, unreadable images and data stalls."""

@@ -1,0 +1,48 @@
+"""What the command line says about training images at random, as the data path has it."""
+
+from __future__ import annotations
+
+from data import Augmentation, ColourJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling, TrainLoader
+from detection.config.augmentation import AugmentationConfig
+
+
+def augmentation_of(config: AugmentationConfig, max_size: int) -> Augmentation:
+    """The augmentation that the options ask for; max_size limits the longer side with --train-min-sizes."""
+    scales = jitter = None
+    if config.train_min_sizes is not None:
+        pairs = tuple((max_size, size) for size in config.train_min_sizes)
+        scales = ScaleSampling(pairs, config.train_scale_sampling)
+    elif config.train_scales is not None:
+        scales = ScaleSampling(config.train_scales, config.train_scale_sampling)
+    if config.lsj is not None:
+        jitter = LargeScaleJitter(config.lsj, *config.lsj_range, config.lsj_min_visibility)
+    colour: PhotometricDistortion | ColourJitter | None = None
+    if config.photometric_distortion:
+        colour = PhotometricDistortion()
+    elif config.color_jitter is not None:
+        colour = ColourJitter(*config.color_jitter)
+    return Augmentation(
+        scales=scales,
+        jitter=jitter,
+        flip_probability=config.flip_probability,
+        vertical_flip_probability=config.vertical_flip_probability,
+        colour=colour,
+    )
+
+
+def describe_augmentation(config: AugmentationConfig, loader: TrainLoader, min_size: int, max_size: int) -> list[str]:
+    """What is done to training images, a line each part, for the start screen."""
+    augmentation = augmentation_of(config, max_size)
+    lines = augmentation.describe()
+    if augmentation.scales is None and augmentation.jitter is None:
+        lines.insert(0, f"scale {max_size}x{min_size}")
+    else:
+        lines[0] += f" (validation: {max_size}x{min_size})"
+    factors = loader.repeat_factors
+    if factors is not None:
+        lines.append(
+            f"repeat factors for classes in less than {config.repeat_threshold:.3g} of the images: "
+            f"{int((factors > 1).sum()):,} of {len(factors):,} images come more often than once, up to "
+            f"{factors.max():.2f} times on average; {loader.images_per_epoch:,} images an epoch"
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""What a run reports: losses of each step, the metric logger, images for TensorBoard."""

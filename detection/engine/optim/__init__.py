@@ -1,0 +1,1 @@
+"""What applies gradients: optimiser, mixed precision, averaged weights, non-finite guard."""

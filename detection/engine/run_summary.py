@@ -1,0 +1,217 @@
+"""What a run says of itself before it begins: the start screen, and config.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import CocoDataset, TrainLoader
+from detection.config.run_config import RunConfig
+from detection.engine.distributed.comm import Processes
+from detection.engine.inputs.augmentation import describe_augmentation
+from detection.engine.optim.amp import multiplies_bfloat16
+from detection.engine.run_dir import OutputDirectory
+from detection.engine.trainer import Progress
+from detection.models import describe_kernels
+from detection.reporting import counted, sparkline
+from schedules import Schedule
+
+_PACKAGES = ("torch", "torchvision", "pycocotools", "tensorboard", "numpy", "pillow")
+_CURVE_POINTS = 600
+_OF_ONE_START = {"output.resume", "output.overwrite", "mode", "dry_run"}
+
+
+_REACHED = 0.98
+"""Part of the learning rate that counts as all of it: the picture looks at some iterations only."""
+
+
+def describe_plan(
+    config: RunConfig,
+    processes: Processes,
+    *,
+    schedule: Schedule,
+    loader: TrainLoader,
+    train_set: CocoDataset,
+    val_set: CocoDataset | None,
+    model: nn.Module,
+    weights_line: str,
+    output: OutputDirectory,
+    progress: Progress,
+    changes: list[str],
+    notes: list[str],
+    unicode: bool,
+) -> str:
+    """One screen that says what will happen."""
+    num_iterations = schedule.max_epochs * loader.iterations_per_epoch
+    rows = [
+        ("data", _describe_set("train", train_set)),
+        ("", _describe_set("val", val_set) if val_set is not None else "no validation set"),
+        ("classes", _listed(train_set.class_names)),
+        ("model", f"{config.model.model}, {_describe_parameters(model)}"),
+        ("weights", weights_line),
+        ("schedule", "\n".join(schedule.describe())),
+        ("", f"{num_iterations:,} iterations, {loader.iterations_per_epoch:,} an epoch"),
+        ("batch", _describe_batch(config, processes, schedule, loader)),
+        (
+            "augment",
+            "\n".join(describe_augmentation(config.augmentation, loader, config.data.min_size, config.data.max_size)),
+        ),
+        ("device", _describe_device(processes) + _faster(schedule, processes)),
+        ("kernels", describe_kernels(processes.device)),
+        ("output", str(output.path)),
+    ]
+    if notes:
+        rows.append(("overrides", "\n".join(notes)))
+    if progress.iteration:
+        done, within = divmod(progress.iteration, loader.iterations_per_epoch)
+        where = f"epoch {done + 1}, {within} iterations into it" if within else f"epoch {done} done"
+        rows.append(("resumed", f"at iteration {progress.iteration:,} ({where})"))
+    if changes:
+        rows.append(("changed", "\n".join(changes) + "\n(the command line wins)"))
+    lines = []
+    for name, text in rows:
+        for place, line in enumerate(text.splitlines()):
+            lines.append(f"{name if place == 0 else '':<10}{line}".rstrip())
+    return "\n".join([*lines, "", *_learning_rate_picture(schedule, loader.iterations_per_epoch, unicode), ""])
+
+
+def config_record(
+    config: RunConfig, processes: Processes, schedule: Schedule, file: Path, iteration: int
+) -> dict[str, Any]:
+    """What config.json holds: the resolved configuration, where it runs, and the starts of the run so far."""
+    starts = []
+    if file.is_file():
+        try:
+            starts = json.loads(file.read_text()).get("starts", [])
+        except ValueError:  # torn by a crash; the starts are only history
+            starts = []
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "iteration": iteration,
+            "world_size": processes.world_size,
+            "command": [sys.executable, *sys.argv],
+        }
+    )
+    return {
+        "config": config.to_dict(),
+        "schedule": schedule.to_dict(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "device": _describe_device(processes),
+        "host": platform.node(),
+        "git_commit": _git_commit(),
+        "starts": starts,
+    }
+
+
+def configuration_text(record: dict[str, Any]) -> str:
+    """The configuration of a run (config_record's) as Markdown, without what only this start of it was asked for."""
+    lines = ["| setting | value |", "|---|---|"]
+    for group, settings in record["config"].items():
+        for name, value in settings.items() if isinstance(settings, dict) else [("", settings)]:
+            key = f"{group}.{name}".rstrip(".")
+            if key not in _OF_ONE_START and value not in (None, []):
+                lines.append(f"| {key} | {_table_cell(value)} |")
+    lines += [f"| processes | {record['starts'][-1]['world_size']} |"]
+    lines += [f"| {name} | {_table_cell(record[name])} |" for name in ("device", "host", "git_commit")]
+    lines += [f"| {name} | {version} |" for name, version in record["versions"].items()]
+    return "\n".join(lines)
+
+
+def _table_cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+
+
+def _describe_set(name: str, dataset: CocoDataset) -> str:
+    annotations = dataset.annotations
+    empty = int((dataset.box_counts == 0).sum())
+    return (
+        f"{name}: {len(dataset):,} images ({empty:,} without a box), {int(dataset.box_counts.sum()):,} boxes, "
+        f"{len(dataset.class_names)} classes ({annotations.source})"
+    )
+
+
+def _describe_parameters(model: nn.Module) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return f"{(trained + frozen) / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"
+
+
+def _describe_batch(config: RunConfig, processes: Processes, schedule: Schedule, loader: TrainLoader) -> str:
+    total = loader.global_batch_size
+    text = f"{total} = {counted(processes.world_size, 'process', 'processes')} x "
+    text += counted(config.train.batch_size, "image")
+    if schedule.accumulative_counts > 1:
+        text += f" x {schedule.accumulative_counts} micro-steps"
+    base = schedule.base_batch_size
+    if config.train.auto_scale_lr or schedule.auto_scale_lr_enabled:
+        return f"{text}; learning rate scaled for it from base batch {base}: {schedule.optimizer.lr:g}"
+    if total != base:
+        scaled = schedule.scaled(total).optimizer.lr
+        text += (
+            f"; the schedule's lr {schedule.optimizer.lr:g} is meant for {base}: --auto-scale-lr would use {scaled:g}"
+        )
+    return text
+
+
+def _describe_device(processes: Processes) -> str:
+    if processes.device.type == "cuda":
+        return f"{processes.world_size} x {torch.cuda.get_device_name(processes.device)}"
+    count = counted(processes.world_size, "process", "processes")
+    return f"CPU, {count} x {counted(torch.get_num_threads(), 'thread')}"
+
+
+def _faster(schedule: Schedule, processes: Processes) -> str:
+    if schedule.amp is not None or not multiplies_bfloat16(processes.device):
+        return ""
+    return "\nfloat32; --amp bf16 halves the time of a step where it was measured (docs/performance.md)"
+
+
+def _learning_rate_picture(schedule: Schedule, iterations_per_epoch: int, unicode: bool) -> list[str]:
+    total = schedule.max_epochs * iterations_per_epoch
+    points = np.linspace(0, total - 1, min(total, _CURVE_POINTS)).astype(int).tolist()
+    rates = [schedule.learning_rate(point, iterations_per_epoch) for point in points]
+    picture = sparkline(rates, width=72, height=4, unicode=unicode).splitlines()
+    axis = f"{'epoch 1':<36}{f'epoch {schedule.max_epochs}':>36}"
+    title = f"learning rate, up to {max(rates):g}"
+    if max(rates) < _REACHED * schedule.optimizer.lr:
+        title += f": it never comes to the schedule's {schedule.optimizer.lr:g} in {counted(total, 'iteration')}"
+        first = schedule.param_schedulers[0]
+        if first.kind == "LinearLR" and not first.by_epoch:
+            title += f"; a shorter warmup: --set param_scheduler.0.end={max(total // 20, 2)}"
+    return [title, *picture, axis]
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:12])
+    return f"{shown}, ... ({len(names)})" if len(names) > 12 else shown
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root, capture_output=True, text=True, timeout=5, check=False,
+        )  # fmt: skip
+    except OSError:
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Images to detections on disk: prediction, test-time augmentation, drawing, outputs."""

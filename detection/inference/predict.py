@@ -1,0 +1,190 @@
+"""A trained detector run over picture files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data import CocoAnnotations, ImageError, read_image
+from detection.inference.exif import AS_STORED, orientation_of, upright
+from detection.inference.tta import View, predict_views
+from detection.models import Detector
+
+READERS = 4  # threads that decode pictures ahead of the model
+
+
+class PredictionError(ValueError):
+    """A wish that the detector or the annotation file cannot meet."""
+
+
+@dataclass(frozen=True)
+class PictureDetections:
+    """What was found in one picture file, best first.
+
+    index: place of the file in the list. pixels: uint8 RGB [H, W, 3], as stored or turned upright. boxes_xyxy: float32
+    [N, 4] in these pixels. scores: float32 [N]. labels: int64 [N]. is_turned: whether they are not as stored.
+    """
+
+    index: int
+    pixels: np.ndarray
+    boxes_xyxy: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    is_turned: bool = False
+
+    def select(self, min_score: float, labels: Iterable[int] | None, max_boxes: int | None) -> PictureDetections:
+        """Those with at least min_score, of these classes (None: all), and of them the max_boxes best."""
+        wanted = self.scores >= min_score
+        if labels is not None:
+            wanted &= np.isin(self.labels, list(labels))
+        rows = np.flatnonzero(wanted)[:max_boxes]
+        return dataclasses.replace(
+            self, boxes_xyxy=self.boxes_xyxy[rows], scores=self.scores[rows], labels=self.labels[rows]
+        )
+
+    def without_pixels(self) -> PictureDetections:
+        """The same boxes for keeping; pixels: uint8 [0, 0, 3]."""
+        return dataclasses.replace(self, pixels=np.zeros((0, 0, 3), np.uint8))
+
+    def crops(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Label and pixels (uint8 RGB, a view) of each box, whole pixels outwards; none of a box without area."""
+        height, width = self.pixels.shape[:2]
+        for (x0, y0, x1, y1), label in zip(self.boxes_xyxy.tolist(), self.labels.tolist(), strict=True):
+            left, top = max(int(np.floor(x0)), 0), max(int(np.floor(y0)), 0)
+            right, bottom = min(int(np.ceil(x1)), width), min(int(np.ceil(y1)), height)
+            if left < right and top < bottom:
+                yield label, self.pixels[top:bottom, left:right]
+
+
+def predict_files(
+    detector: Detector,
+    files: Sequence[Path],
+    *,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    on_broken: Callable[[Path, ImageError], None],
+    turn_upright: bool = False,
+    views: Sequence[View] = (),
+) -> Iterator[PictureDetections]:
+    """The detections of each file, lying and standing pictures in batches of their own (they would pad each other).
+
+    Threads read ahead. Files that cannot be read are given to on_broken and left out. The order is that in which
+    batches fill up, not that of the files. turn_upright: pictures are turned as their EXIF orientation says. views: of
+    test-time augmentation; none: pictures are looked at once, as they are.
+    """
+    waiting: dict[bool, list[tuple[int, _Picture]]] = {False: [], True: []}
+
+    def run(batch: list[tuple[int, _Picture]]) -> Iterator[PictureDetections]:
+        pictures = [picture.pixels for _, picture in batch]
+        with autocast():
+            if views:
+                results = predict_views(detector, pictures, views, batch_size=batch_size)
+            else:
+                results = detector.predict(pictures, batch_size=batch_size)
+        for (index, picture), found in zip(batch, results, strict=True):
+            boxes, scores, labels = (found[key].numpy() for key in ("boxes_xyxy", "scores", "labels"))
+            yield PictureDetections(index, picture.pixels, boxes, scores, labels, picture.is_turned)
+
+    for index, picture in _read_ahead(files, READERS + batch_size, turn_upright):
+        if isinstance(picture, ImageError):
+            on_broken(files[index], picture)
+            continue
+        queue = waiting[picture.pixels.shape[0] > picture.pixels.shape[1]]
+        queue.append((index, picture))
+        if len(queue) == batch_size:
+            batch = queue.copy()
+            queue.clear()
+            yield from run(batch)
+    for queue in waiting.values():
+        if queue:
+            yield from run(queue)
+
+
+def find_labels(names: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    """The labels of classes by name. Raises PredictionError, with the nearest name, for one that does not exist."""
+    labels = []
+    for name in (name.strip() for name in names):
+        if name not in class_names:
+            near = difflib.get_close_matches(name, class_names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(class_names)}"
+            raise PredictionError(f"the detector knows no class {name!r}; {hint}")
+        labels.append(list(class_names).index(name))
+    return labels
+
+
+def match_image_ids(files: Sequence[Path], annotations: CocoAnnotations) -> list[int]:
+    """The image id of each file, by file name: the annotated name is the file's path or the end of it.
+
+    Raises PredictionError for files that are not annotated or are the same image.
+    """
+    id_of = {annotations.file_name(place): int(annotations.image_ids[place]) for place in range(len(annotations))}
+    ids: list[int] = []
+    file_of: dict[int, Path] = {}
+    unknown = []
+    for file in files:
+        parts = file.absolute().parts[1:]
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        image_id = next((id_of[end] for end in ends if end in id_of), None)
+        if image_id is None:
+            unknown.append(file)
+            continue
+        if image_id in file_of:
+            raise PredictionError(f"{file_of[image_id]} and {file} are both image {image_id} of {annotations.source}")
+        file_of[image_id] = file
+        ids.append(image_id)
+    if unknown:
+        raise PredictionError(
+            f"{len(unknown)} of {len(files)} pictures are not in {annotations.source}, {unknown[0]} among them; "
+            "leave them out, or --annotations, and the pictures are numbered"
+        )
+    return ids
+
+
+def match_category_ids(detector: Detector, annotations: CocoAnnotations) -> list[int | None]:
+    """The file's category id of each of the detector's labels, by name; None for those it does not have.
+
+    Raises PredictionError where it has none of them.
+    """
+    id_of = dict(zip(annotations.class_names, annotations.category_ids, strict=True))
+    ids = [id_of.get(name) for name in detector.class_names]
+    if all(number is None for number in ids):
+        raise PredictionError(
+            f"{annotations.source} has none of the detector's classes ({', '.join(detector.class_names[:5])}, ...): "
+            "its categories are " + ", ".join(annotations.class_names[:5])
+        )
+    return ids
+
+
+class _Picture(NamedTuple):
+    pixels: np.ndarray
+    is_turned: bool
+
+
+def _read_ahead(files: Sequence[Path], depth: int, turn_upright: bool) -> Iterator[tuple[int, _Picture | ImageError]]:
+    def read(file: Path) -> _Picture | ImageError:
+        try:
+            pixels = read_image(file)
+        except ImageError as error:
+            return error
+        orientation = orientation_of(file) if turn_upright else AS_STORED
+        return _Picture(upright(pixels, orientation), orientation != AS_STORED)
+
+    pending: deque[Future[_Picture | ImageError]] = deque()
+    with ThreadPoolExecutor(READERS, thread_name_prefix="reader") as pool:
+        try:
+            for index in range(len(files)):
+                while len(pending) < depth and index + len(pending) < len(files):
+                    pending.append(pool.submit(read, files[index + len(pending)]))
+                yield index, pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

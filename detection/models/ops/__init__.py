@@ -1,0 +1,1 @@
+"""Operators: boxes, NMS, RoIAlign, matching, convolutions; backend.py decides which implementation runs."""

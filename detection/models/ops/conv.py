@@ -1,0 +1,63 @@
+"""Convolutions with what follows them, as each device does it best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detection.models.ops.backend import uses_triton
+from detection.models.ops.cpu import conv as cpu_conv
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    groups: int = 1,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """F.conv2d(x, weight, bias, stride, padding), plus `residual` where one is given, then ReLU if it is asked for."""
+    if x.device.type == "cpu":
+        out = cpu_conv.convolution(
+            x, weight, bias, stride=stride, padding=padding, groups=groups, relu=relu and residual is None
+        )
+        return out if residual is None else end_of_block(out, residual, relu=relu)
+    if _is_finished_by_a_kernel(x, bias is not None or relu or residual is not None):
+        out = F.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
+        if out.is_contiguous(memory_format=torch.channels_last):
+            from detection.models.ops.triton.epilogue import finish_convolution
+
+            return finish_convolution(out, bias, residual, relu=relu)
+        out = out if bias is None else out.add_(bias[:, None, None])
+    else:
+        out = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), 1, groups)
+    if residual is not None:
+        return end_of_block(out, residual, relu=relu)
+    return F.relu_(out) if relu else out
+
+
+def end_of_block(out: Tensor, residual: Tensor, *, relu: bool) -> Tensor:
+    """The sum with the residual, in the memory of `out`, then ReLU if that is asked for."""
+    out = out.add_(residual)
+    return F.relu_(out) if relu else out
+
+
+def convolution_with_sparse_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv2d(x, weight, bias) with the padding that keeps the size; on a CPU without backward work for cells that
+    have no gradient."""
+    if x.device.type == "cpu":
+        return cpu_conv.convolution_with_sparse_gradient(x, weight, bias)
+    padding = weight.shape[-1] // 2
+    return convolution(x, weight, bias, padding=(padding, padding))
+
+
+def _is_finished_by_a_kernel(x: Tensor, has_end: bool) -> bool:
+    # A compiler makes such a kernel itself.
+    return has_end and not torch.compiler.is_compiling() and x.dtype != torch.float64 and uses_triton(x.device)

@@ -1,0 +1,187 @@
+"""Starting weights: any readable file or published name into one of our models, with an account of what
+fitted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from detection.models.backbones import FrozenBatchNorm
+from detection.models.config import model_config
+from detection.models.faster_rcnn import FasterRCNN
+from detection.models.weights.files import WeightsError
+from detection.models.weights.layouts import (
+    CLASSIFIER,
+    COCO_CATEGORY_IDS,
+    REGRESSOR,
+    clean_names,
+    take_categories,
+    to_layout,
+)
+from detection.models.weights.report import WeightReport
+from detection.models.weights.sources import WeightsUnavailable, fetch, find_published
+from detection.models.weights.stored import StoredWeights, read_weights
+
+__all__ = [
+    "WeightReport",
+    "WeightsError",
+    "WeightsUnavailable",
+    "export_state_dict",
+    "load_weights",
+    "prefetch_weights",
+]
+
+_LAYOUT_WORDS = {
+    "ours": "our layout",
+    "mmdet": "MMDetection's layout",
+    "torchvision": "torchvision's detector layout",
+    "detectron2": "Detectron2's layout",
+    "backbone": "a backbone alone",
+}
+
+
+def load_weights(
+    model: FasterRCNN,
+    spec: str | Path,
+    *,
+    category_ids: Sequence[int] | None = None,
+    map_location: str | torch.device = "cpu",
+) -> WeightReport:
+    """Fills `model` with the weights `spec` and reports what fitted.
+
+    spec: a file of ours, torchvision's, MMDetection's or Detectron2's, or the name of published weights:
+    "imagenet" (IMAGENET1K_V1 of the model's backbone), "IMAGENET1K_V2", "COCO_V1",
+    "ResNet50_Weights.IMAGENET1K_V2", ... A head for another number of classes keeps the model's own
+    initialisation, as do tensors of another shape. category_ids: those of the model's classes; torchvision's
+    head for COCO has a row for each of 90 ids, and gives COCO's 80 categories theirs (None: 80 classes are
+    taken for COCO's). map_location: where the file's tensors are put on their way into the model. Raises
+    WeightsError where nothing fits or the file cannot be read, WeightsUnavailable where published weights are
+    neither cached nor reachable.
+    """
+    published = find_published(str(spec), model.backbone.name)
+    path = Path(spec) if published is None else fetch(published)
+    stored = read_weights(path, map_location)
+    notes = list(stored.notes)
+    source = f"{path if published is None else published.name} ({_LAYOUT_WORDS[stored.layout]})"
+
+    own = clean_names(model.state_dict())
+    state = dict(stored.state)
+    refused = _foreign_norms(state, own)
+    if refused:
+        notes.append("the file's batch norms have no use for the model's group norms; those keep their initialisation")
+    if stored.layout == "torchvision" and _wants_coco(state, own, category_ids):
+        take_categories(state, COCO_CATEGORY_IDS)
+        notes.append("of the 90 ids that the file's head has rows for, COCO's 80 categories take theirs")
+    heads = _foreign_heads(state, own, notes)
+    if not heads:
+        _fit_regressor(state, own)
+
+    matched, reshaped, unexpected = [], [], []
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name not in own or name in refused:
+                if not name.endswith("num_batches_tracked"):
+                    unexpected.append(stored.origin.get(name, name))
+            elif name in heads or tensor.shape != own[name].shape:
+                reshaped.append((name, tuple(tensor.shape), tuple(own[name].shape)))
+            else:
+                own[name].copy_(tensor)
+                matched.append(name)
+    if not matched:
+        raise WeightsError(
+            f"nothing in {source} fits the model: the file has {_some(stored.state)}, the model has {_some(own)}"
+        )
+    settled = {*matched, *(name for name, _, _ in reshaped)}
+    missing = [name for name in own if name not in settled and not name.endswith("num_batches_tracked")]
+    notes += _suit_backbone(model, stored, published.norm_eps if published else stored.norm_eps)
+    return WeightReport(tuple(matched), tuple(missing), tuple(unexpected), tuple(reshaped), source, tuple(notes))
+
+
+def prefetch_weights(spec: str | Path, model_name: str) -> Path | None:
+    """Fetches published weights into torch's cache, so that processes that load them later find them there.
+
+    Does nothing, and returns None, where `spec` is a file or "none". Raises as `load_weights` does for a
+    name.
+    """
+    if str(spec) == "none":
+        return None
+    published = find_published(str(spec), model_config(model_name).backbone)
+    return None if published is None else fetch(published)
+
+
+def export_state_dict(model: FasterRCNN, layout: str = "ours") -> dict[str, Tensor]:
+    """The model's weights under the names, and in the order of class rows, of another project.
+
+    layout: "mmdet", "torchvision" or "ours"; see `weight_layouts.to_layout`. Tensors are detached and share
+    the model's memory where they need no change.
+    """
+    return to_layout(clean_names(model.state_dict()), layout)
+
+
+def _foreign_norms(state: dict[str, Tensor], own: dict[str, Tensor]) -> set[str]:
+    """Weights and biases of the file's batch norms whose place in the model is taken by a group norm."""
+    modules = [name.removesuffix("running_mean") for name in state if name.endswith(".running_mean")]
+    modules = [module for module in modules if module + "weight" in own and module + "running_mean" not in own]
+    return {module + kind for module in modules for kind in ("weight", "bias")}
+
+
+def _wants_coco(state: dict[str, Tensor], own: dict[str, Tensor], category_ids: Sequence[int] | None) -> bool:
+    weight = CLASSIFIER[0]
+    if weight not in state or weight not in own:
+        return False
+    is_coco = category_ids is None or tuple(category_ids) == COCO_CATEGORY_IDS
+    return (
+        is_coco and len(state[weight]) == COCO_CATEGORY_IDS[-1] + 1 and len(own[weight]) == len(COCO_CATEGORY_IDS) + 1
+    )
+
+
+def _foreign_heads(state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> set[str]:
+    """Names of the two class-dependent layers where the file's number of classes is not the model's."""
+    weight = CLASSIFIER[0]
+    if weight not in state or weight not in own or len(state[weight]) == len(own[weight]):
+        return set()
+    notes.append(
+        f"the file's head is for {len(state[weight]) - 1} classes, the model's for {len(own[weight]) - 1}: "
+        "classifier and regressor are re-initialised"
+    )
+    return {*CLASSIFIER, *REGRESSOR}
+
+
+def _fit_regressor(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Drops or adds the four box outputs of the background, which are last and which nothing uses."""
+    for name in REGRESSOR:
+        if name in state and name in own:
+            theirs, ours = state[name], own[name]
+            if len(theirs) == len(ours) + 4 and len(ours) > 4:
+                state[name] = theirs[:-4]
+            elif len(ours) == len(theirs) + 4 and len(theirs) > 4:
+                state[name] = torch.cat((theirs, ours[-4:].to(theirs)))
+
+
+def _suit_backbone(model: FasterRCNN, stored: StoredWeights, norm_eps: float | None) -> list[str]:
+    """Gives the model's batch norms the epsilon that the weights were made for; says where strides differ."""
+    notes = []
+    backbone = model.backbone
+    norms = [norm for norm in backbone.modules() if isinstance(norm, (FrozenBatchNorm, nn.BatchNorm2d))]
+    if norm_eps is not None and any(norm.eps != norm_eps for norm in norms):
+        for norm in norms:
+            norm.eps = norm_eps
+        model.config = dataclasses.replace(model.config, norm_eps=norm_eps)
+        notes.append(f"the batch norms' epsilon is now {norm_eps:g}, as these weights need it")
+    if stored.stride_in_1x1 is not None and stored.stride_in_1x1 != backbone.stride_in_1x1:
+        where, other = ("first 1x1", "3x3") if stored.stride_in_1x1 else ("3x3", "first 1x1")
+        notes.append(
+            f"these weights expect the stages' strides in the {where} convolution and the model has them in the "
+            f"{other}: until it is trained it detects worse than their source; a model built with "
+            f"stride_in_1x1={stored.stride_in_1x1} would not"
+        )
+    return notes
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:3]) + ", ..."

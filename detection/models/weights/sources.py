@@ -1,0 +1,130 @@
+"""Weights by name: which of torchvision's published files a name means, and getting it into torch's cache."""
+
+from __future__ import annotations
+
+import difflib
+import http.client
+import socket
+import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+
+from detection.models.weights.files import WeightsError
+
+NETWORK_TIMEOUT_SECONDS = 30.0
+_FILE_SUFFIXES = (".pth", ".pt", ".pkl", ".ckpt", ".bin")
+
+# Which of torchvision's weight enumerations fit a backbone.
+_BACKBONE_WEIGHTS = {
+    "resnet18": "ResNet18_Weights",
+    "resnet34": "ResNet34_Weights",
+    "resnet50": "ResNet50_Weights",
+    "resnet101": "ResNet101_Weights",
+}
+_DETECTOR_WEIGHTS = {"resnet50": "FasterRCNN_ResNet50_FPN_Weights"}
+
+# torchvision sets its norms' epsilon to 0 when it loads these, and only these.
+ZERO_EPS_WEIGHTS = ("FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "MaskRCNN_ResNet50_FPN_Weights.COCO_V1")
+
+
+class WeightsUnavailable(WeightsError):
+    """Published weights that are neither in the cache nor to be had over the network."""
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """One of torchvision's files: its full name, address, and the batch norm epsilon if it needs a particular
+    one.
+    """
+
+    name: str
+    url: str
+    norm_eps: float | None
+
+    @property
+    def cached_file(self) -> Path:
+        return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(self.url).path).name
+
+
+def find_published(spec: str, backbone: str) -> PublishedWeights | None:
+    """What `spec` ("imagenet", "IMAGENET1K_V2", "COCO_V1", "ResNet50_Weights.IMAGENET1K_V2", ...) means for a
+    model with this backbone (one of `backbones.ARCHITECTURES`), or None where it can only be a file.
+
+    Raises WeightsError for a name that does not exist or does not fit the backbone.
+    """
+    path = Path(spec)
+    if path.is_file() or path.suffix in _FILE_SUFFIXES or len(path.parts) > 1:
+        return None
+    enumerations = [table[backbone] for table in (_BACKBONE_WEIGHTS, _DETECTOR_WEIGHTS) if backbone in table]
+    known = [f"{enum}.{member}" for enum in enumerations for member in _members(enum)]
+    short = "IMAGENET1K_V1" if spec == "imagenet" else spec
+    for name in known:
+        if short in (name, name.partition(".")[2]):
+            url = torchvision.models.get_weight(name).url
+            return PublishedWeights(name, url, 0.0 if name in ZERO_EPS_WEIGHTS else None)
+    if spec == "imagenet" or short.startswith(("IMAGENET1K_", "COCO_")) or "_Weights." in short:
+        if not known:
+            raise WeightsError(
+                f"torchvision publishes no weights for the backbone {backbone}; give a file, or --weights none"
+            )
+        raise WeightsError(
+            f"there are no published weights {spec!r} for the backbone {backbone}; there are "
+            f"{', '.join(known)}. Choose one of them, a file, or --weights none"
+        )
+    near = difflib.get_close_matches(spec, ["imagenet", "none", *known, *(n.partition(".")[2] for n in known)], n=1)
+    raise WeightsError(
+        f"--weights {spec!r} is neither a file nor the name of published weights"
+        + (f"; did you mean {near[0]!r}?" if near else f"; names are imagenet, {', '.join(known)}")
+    )
+
+
+def _members(enumeration: str) -> list[str]:
+    enum = type(torchvision.models.get_weight(f"{enumeration}.DEFAULT"))
+    return [member.name for member in enum]  # aliases (DEFAULT) left out
+
+
+def published_hash(name: str) -> str:
+    """First digits of the SHA-256 of torchvision's file with this full name, as its address carries them."""
+    return Path(urlparse(torchvision.models.get_weight(name).url).path).stem.rpartition("-")[2]
+
+
+def fetch(published: PublishedWeights) -> Path:
+    """The file in torch's cache, fetched there (and its hash checked) if it was not in it.
+
+    Raises WeightsUnavailable where it cannot be fetched.
+    """
+    file = published.cached_file
+    if file.is_file():
+        return file
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        hash_prefix = published_hash(published.name)
+        with _socket_timeout(NETWORK_TIMEOUT_SECONDS):
+            torch.hub.download_url_to_file(published.url, str(file), hash_prefix, progress=False)
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise WeightsUnavailable(
+            f"the weights {published.name} are not at hand and could not be fetched ({reason}).\n"
+            f"  address: {published.url}\n"
+            f"  put the file into: {file.parent}\n"
+            "  or start without them: --weights none"
+        ) from error
+    return file
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    # torch.hub opens its connection without a time limit, and a firewall that drops packets would hold the
+    # run for minutes; the socket module's default is the only handle on it.
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,196 @@
+"""What convert_voc.py and convert_yolo.py have in common: options, the report, the next commands."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+import checkout
+from data import AnnotationError, ImageError, read_coco
+from data.coco.findings import by_severity
+from data.convert.conversion import (
+    COCO_TEXTS,
+    ConversionError,
+    LabelledPicture,
+    Remarks,
+    check_classes,
+    pictures_of_coco,
+)
+from data.convert.splits import split_by_seed
+from data.convert.write import WrittenSplit
+from detection.config.arg_types import inner_fraction
+
+USER_ERRORS = (AnnotationError, ConversionError, ImageError, OSError)
+DEFAULT_VAL_FRACTION = 0.1
+MAX_CLASSES_SHOWN = 40
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n(--help lists every option)\n")
+
+
+def convert(
+    arguments: argparse.Namespace,
+    to_coco: Callable[[argparse.Namespace], int],
+    from_coco: Callable[[argparse.Namespace], int],
+) -> int:
+    """Goes the way that was asked for; the exit status."""
+    try:
+        return to_coco(arguments) if arguments.way == "to-coco" else from_coco(arguments)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+
+
+def to_coco_options(parser: argparse.ArgumentParser, exif_help: str) -> None:
+    """Options of the way to COCO."""
+    group = parser.add_argument_group("splits")
+    group.add_argument(
+        "--val-fraction",
+        type=inner_fraction,
+        metavar="X",
+        help=f"share of the pictures to validate on, chosen by seed and file name [{DEFAULT_VAL_FRACTION} where the "
+        "source has no splits of its own]",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed chooses others [0]")
+    group = parser.add_argument_group("what to make of the source")
+    group.add_argument("--exif", choices=["auto", "stored", "displayed"], default="auto", help=exif_help)
+    group.add_argument("--skip-errors", action="store_true", help="leave pictures with errors out instead of stopping")
+    output_options(parser)
+
+
+def from_coco_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the way from COCO."""
+    group = parser.add_argument_group("source, any COCO-format set")
+    for split in ("train", "val", "test"):
+        group.add_argument(f"--{split}-images", type=Path, metavar="DIR", help=f"image folder of the {split} set")
+        group.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="its COCO JSON")
+    group.add_argument("--skip-errors", action="store_true", help="leave pictures with errors out instead of stopping")
+    output_options(parser)
+
+
+def output_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--copy", action="store_true", help="copy the pictures [they stay where they are]")
+    group.add_argument("--overwrite", action="store_true", help="move what is there aside (NAME.before_TIME) and write")
+    group.add_argument("--places", type=int, default=5, metavar="N", help="places shown for each finding [5]")
+
+
+def read_coco_splits(
+    arguments: argparse.Namespace, remarks: Remarks
+) -> tuple[dict[str, list[LabelledPicture]], dict[str, Path], tuple[str, ...]]:
+    """The splits that the options name, their image folders, and the class names."""
+    splits, folders, class_names = {}, {}, None
+    for split in ("train", "val", "test"):
+        images, file = getattr(arguments, f"{split}_images"), getattr(arguments, f"{split}_annotations")
+        if (images is None) != (file is None):
+            raise ConversionError(f"--{split}-images and --{split}-annotations go together: give both")
+        if file is None:
+            continue
+        annotations = read_coco(file, class_names)
+        class_names = annotations.class_names
+        with bar(len(annotations), f"{split} pictures") as progress:
+            splits[split] = pictures_of_coco(images, annotations, remarks, progress.update)
+        folders[split] = images
+    if class_names is None:
+        raise ConversionError("no source: give --train-images DIR --train-annotations FILE, and the same for val")
+    return splits, folders, class_names
+
+
+def coco_remarks() -> Remarks:
+    return Remarks(COCO_TEXTS)
+
+
+def split_pictures(
+    pictures: list[LabelledPicture], arguments: argparse.Namespace
+) -> tuple[dict[str, list[LabelledPicture]], str]:
+    """Splits by seed, and a line that says so."""
+    fraction = DEFAULT_VAL_FRACTION if arguments.val_fraction is None else arguments.val_fraction
+    line = f"by seed {arguments.seed} and file name, {fraction:g} of the pictures to validate on"
+    return split_by_seed(pictures, fraction, arguments.seed), line
+
+
+def bar(total: int, description: str) -> tqdm:
+    """A progress bar, on a terminal only."""
+    return tqdm(total=total, desc=description, unit="file", disable=None)
+
+
+def report(remarks: Remarks, arguments: argparse.Namespace) -> None:
+    """Prints the findings. Raises ConversionError where there are errors that nobody asked to skip."""
+    for finding in by_severity(remarks.findings):
+        print(f"{finding.severity.upper()} [{finding.code}] {finding.count:,}: {finding.text}.")
+        for place in finding.places[: arguments.places]:
+            print(f"    {place}")
+        if finding.count > arguments.places:
+            print(
+                f"    and {finding.count - min(arguments.places, len(finding.places)):,} more (--places N shows more)"
+            )
+    if remarks.num_errors and not arguments.skip_errors:
+        raise ConversionError(
+            f"{remarks.num_errors:,} errors, listed above. Nothing was written. Mend them, or leave the pictures "
+            "concerned out with --skip-errors"
+        )
+
+
+def class_table(
+    splits: dict[str, list[LabelledPicture]], class_names: list[str] | tuple[str, ...], remarks: Remarks
+) -> str:
+    """Pictures and boxes of each class, by split."""
+    counts = check_classes(splits, class_names, remarks)
+    width = max(len(name) for name in ("pictures", *class_names)) + 2
+    head = f"{'':<{width}}" + "".join(f"{split:>10}" for split in splits)
+    pictures = f"{'pictures':<{width}}" + "".join(f"{len(found):>10,}" for found in splits.values())
+    lines = [head, pictures]
+    totals: Counter[str] = sum(counts.values(), Counter())
+    shown = list(class_names)
+    if len(shown) > MAX_CLASSES_SHOWN:
+        often = {name for name, _ in totals.most_common(MAX_CLASSES_SHOWN)}
+        shown = [name for name in shown if name in often][:MAX_CLASSES_SHOWN]
+    for name in shown:
+        lines.append(f"{name:<{width}}" + "".join(f"{counts[split][name]:>10,}" for split in splits))
+    if len(class_names) > len(shown):
+        lines.append(f"and {len(class_names) - len(shown)} classes with fewer boxes")
+    return "\n".join(lines)
+
+
+def next_commands(written: dict[str, WrittenSplit], output_dir: Path) -> str:
+    """What to run next: check, look, train."""
+    splits = [name for name in ("train", "val") if name in written]
+    sets = " ".join(
+        f"--{name}-images {_quoted(written[name].images)} --{name}-annotations {_quoted(written[name].annotations)}"
+        for name in splits
+    )
+    first = written[splits[0]]
+    gallery = _quoted(output_dir / "gallery.html")
+    browse = f"--images {_quoted(first.images)} --annotations {_quoted(first.annotations)}"
+    run = _quoted(Path("runs") / (output_dir.resolve().name or "own_data"))
+    return "\n".join(
+        [
+            "Next: check it, look at it, train.",
+            f"    python3 {_program('scripts/check_dataset.py')} {sets}",
+            f"    python3 {_program('scripts/browse_dataset.py')} --html {gallery} {browse}",
+            f"    python3 {_program('train.py')} --schedule 1x --auto-scale-lr --output-dir {run} {sets}",
+        ]
+    )
+
+
+def _program(name: str) -> str:
+    path = checkout.ROOT / name
+    near = os.path.relpath(path)
+    return shlex.quote(near if not near.startswith("..") else str(path))
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))

@@ -1,0 +1,1 @@
+"""What scripts/fault_test.py runs."""

@@ -1,0 +1,273 @@
+"""The training that is killed, damaged and resumed: small, and the same bits whenever nothing disturbs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkout import ROOT
+from fault_injection.tagged_processes import marked_processes
+
+ITERATIONS_PER_EPOCH = 10
+MARK = "FAULT_TEST_LIFE"
+POLL_SECONDS = 0.004
+PATIENCE = 300.0
+"""Seconds after which a process that should have done something counts as hung."""
+
+
+class FaultTestError(RuntimeError):
+    """The test itself cannot go on: no /proc, a training that fails without any fault."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way of training; every run of it must end with the same bits."""
+
+    name: str
+    processes: int
+    options: tuple[str, ...]
+    data: Path
+    device: str
+    epochs: int
+    checkpoint_iterations: int
+
+    def command(self, output: Path, *more: str, resume: bool = True) -> list[str]:
+        """train.py and its arguments."""
+        small = {
+            "fpn_channels": 16,
+            "roi_hidden_channels": 32,
+            "roi_samples_per_image": 32,
+            "rpn_nms_pre_train": 100,
+            "rpn_nms_pre_test": 50,
+            "rpn_proposals_train": 60,
+            "rpn_proposals_test": 30,
+            "detections_per_image": 10,
+        }
+        settings = {
+            "--data-path": self.data,
+            "--output-dir": output,
+            "--model": "faster_rcnn_r18_fpn",
+            "--weights": "none",
+            "--device": self.device,
+            "--workers": 0,
+            "--min-size": 64,
+            "--max-size": 96,
+            "--batch-size": 1,
+            "--max-epochs": self.epochs,
+            "--limit-train-batches": ITERATIONS_PER_EPOCH,
+            "--log-interval": 1,
+            "--keep-checkpoints": 2,
+            "--checkpoint-iterations": self.checkpoint_iterations,
+        }
+        given = [*self.options, *more]
+        words = [str(word) for pair in settings.items() if pair[0] not in given for word in pair]
+        words += [word for key, value in small.items() for word in ("--model-set", f"{key}={value}")]
+        words += ["--deterministic"] if self.device != "cpu" else []
+        return [str(ROOT / "train.py"), *words, *given, *(["--resume", "auto"] if resume else [])]
+
+    @property
+    def num_iterations(self) -> int:
+        return self.epochs * ITERATIONS_PER_EPOCH
+
+
+@dataclass
+class Position:
+    """How far a run is, by what it has written."""
+
+    iterations: int = 0
+    """Training iterations in metrics.jsonl."""
+    validated: int = 0
+    """The iterations after which the last validation in metrics.jsonl was."""
+
+    @property
+    def in_validation(self) -> bool:
+        return self.iterations > self.validated and self.iterations % ITERATIONS_PER_EPOCH == 0
+
+
+def position(output: Path) -> Position:
+    """Read from metrics.jsonl; a torn last line is not counted."""
+    found = Position()
+    try:
+        text = (output / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+        return found
+    for line in text[: text.rfind(b"\n") + 1].splitlines():
+        if line.startswith(b'{"kind": "train"'):
+            found.iterations += 1
+        elif line.startswith(b'{"kind": "val"'):
+            found.validated = json.loads(line)["iteration"] + 1
+    return found
+
+
+def starts(output: Path) -> list[int]:
+    """The iterations at which the run was started so far, as its config.json says."""
+    try:
+        return [start["iteration"] for start in json.loads((output / "config.json").read_text())["starts"]]
+    except FileNotFoundError:
+        return []
+
+
+def newest_on_disk(output: Path) -> tuple[int, bool]:
+    """(iterations, everything validated) of the checkpoint that is furthest on; (0, False) without any.
+
+    Reads the files by itself: the program's own choice is what is tested.
+    """
+    found = (0, False)
+    for path in (output / "checkpoints").glob("*.pt"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # whatever a broken file raises; files that should not be broken are found missing
+            continue
+        found = max(found, (int(state["iteration"]), not state["validation_due"]))
+    return found
+
+
+@dataclass
+class Life:
+    """One start of a training, up to its end, whatever that is."""
+
+    training: Training
+    output: Path
+    log: Path
+    more: tuple[str, ...] = ()
+    launcher: str = "auto"
+    """direct: the ranks are started by this program, which sees their exit statuses; torchrun; auto: torchrun where
+    there are several processes."""
+    resume: bool = True
+    prefix: tuple[str, ...] = ()
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    began: float = 0.0
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self) -> Life:
+        command = self.training.command(self.output, *self.more, resume=self.resume)
+        count = self.training.processes
+        environment = {**os.environ, MARK: self.mark, "PYTHONUNBUFFERED": "1"}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        self.began = time.monotonic()
+        if count == 1 or self.launcher != "direct":
+            agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+            self._popen([*agent, *command], environment)
+            return self
+        with socket.socket() as chosen:
+            chosen.bind(("127.0.0.1", 0))
+            port = chosen.getsockname()[1]
+        ranks = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        for rank in range(count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+            self._popen(command, environment | ranks | own)
+        return self
+
+    def _popen(self, words: list[str], environment: dict[str, str]) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as stream:
+            self.processes.append(
+                subprocess.Popen(
+                    [*self.prefix, sys.executable, *words],
+                    env=environment,
+                    stdout=stream,
+                    stderr=stream,
+                    start_new_session=True,
+                )  # fmt: skip
+            )
+
+    @property
+    def is_over(self) -> bool:
+        return all(process.poll() is not None for process in self.processes)
+
+    def wait_until(self, happened: Callable[[], bool], patience: float = PATIENCE) -> bool:
+        """Whether it happened before the training ended; FaultTestError where neither does."""
+        until = time.monotonic() + patience
+        while not happened():
+            if self.is_over:
+                return False
+            if time.monotonic() > until:
+                self.kill_all()
+                raise FaultTestError(f"nothing happened for {patience:.0f} s; see {self.log}")
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def wait(self, patience: float = PATIENCE) -> list[int] | None:
+        """Exit statuses; None where the training still runs after so many seconds: it is killed then."""
+        until = time.monotonic() + patience
+        while not self.is_over:
+            if time.monotonic() > until:
+                self.kill_all()
+                return None
+            time.sleep(0.02)
+        return [process.returncode for process in self.processes]
+
+    def rank_ids(self) -> list[int]:
+        """Process ids of the ranks; empty while torchrun has not started them."""
+        if len(self.processes) > 1 or self.training.processes == 1:
+            return [process.pid for process in self.processes]
+        agent = self.processes[0].pid
+        return sorted(pid for pid in self.all_ids() if _parent(pid) == agent and _command(pid).count("train.py"))
+
+    def all_ids(self) -> list[int]:
+        """Process ids of everything that belongs to this life, orphans included."""
+        return marked_processes(MARK, self.mark)
+
+    def kill_all(self) -> None:
+        """SIGKILL to every process of this life, until none is left."""
+        while left := self.all_ids():
+            for pid in left:
+                send(pid, signal.SIGKILL)
+            for process in self.processes:
+                process.poll()
+            time.sleep(POLL_SECONDS)
+        for process in self.processes:
+            process.wait()
+
+    def last_words(self, lines: int = 12) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """A signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def finish(training: Training, output: Path, log: Path, **options: Any) -> list[int]:
+    """Let a training run to its end.
+
+    Raises:
+        FaultTestError: it does not get there.
+    """
+    life = Life(training, output, log, **options).start()
+    statuses = life.wait()
+    if statuses is None or any(statuses):
+        raise FaultTestError(f"{training.name}: the training ended with {statuses}:\n{life.last_words()}")
+    return statuses
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return ["", "0"]
+
+
+def _parent(pid: int) -> int:
+    return int(_stat(pid)[1])
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,178 @@
+"""Training images at random, from the command line to the batches: what is asked for, refused, shown and resumed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data import Augmentation, ColourJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling
+from detection.config.augmentation import AugmentationConfig
+from detection.config.cli import parse_arguments
+from detection.config.errors import ConfigError
+from detection.engine.inputs.augmentation import augmentation_of
+from detection.engine.trainer import EpochBasedTrainLoop
+
+EVERYTHING = [
+    *("--lsj", "80", "--lsj-range", "0.3", "2.0", "--lsj-min-visibility", "0.2", "--vertical-flip-probability", "0.5"),
+    *("--photometric-distortion", "--repeat-threshold", "0.9"),
+]
+
+
+def asked_for(words: str) -> Augmentation:
+    config = parse_arguments(words.split())
+    return augmentation_of(config.augmentation, config.data.max_size)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", Augmentation()),
+        (
+            "--train-min-sizes 640 800",
+            Augmentation(scales=ScaleSampling(((1333, 640), (1333, 800)))),
+        ),
+        (
+            "--train-min-sizes 64 80 --min-size 64 --max-size 100 --train-scale-sampling range",
+            Augmentation(scales=ScaleSampling(((100, 64), (100, 80)), "range")),
+        ),
+        (
+            "--train-scales 1333x640 800X1333 500x500",
+            Augmentation(scales=ScaleSampling(((1333, 640), (800, 1333), (500, 500)))),
+        ),
+        ("--lsj --flip-probability 0", Augmentation(jitter=LargeScaleJitter(1024, 0.1, 2.0), flip_probability=0)),
+        (
+            "--lsj 640 --lsj-range 0.5 1.5 --lsj-min-visibility 0.25 --vertical-flip-probability 0.5",
+            Augmentation(jitter=LargeScaleJitter(640, 0.5, 1.5, 0.25), vertical_flip_probability=0.5),
+        ),
+        ("--photometric-distortion", Augmentation(colour=PhotometricDistortion())),
+        ("--color-jitter 0.4 0.3 0.2 0.1", Augmentation(colour=ColourJitter(0.4, 0.3, 0.2, 0.1))),
+    ],
+)
+def test_options_become_the_augmentation_they_name(words: str, expected: Augmentation) -> None:
+    assert asked_for(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--train-min-sizes 640 800 --train-scales 1333x800", "--train-min-sizes and --train-scales each decide"),
+        ("--train-min-sizes 640 --lsj", "--train-min-sizes and --lsj each decide the scale"),
+        ("--train-scales 640x640 --lsj 512", "give one of them"),
+        ("--train-min-sizes 640 1400", "1400 is above --max-size 1333"),
+        ("--train-scale-sampling range", "no effect by itself"),
+        ("--train-min-sizes 640 700 800 --train-scale-sampling range", "3 were given: give two"),
+        ("--train-scales 640x640 --train-scale-sampling range", "1 were given: give two"),
+        ("--lsj-range 0.1 2", "no effect without --lsj"),
+        ("--lsj-min-visibility 0.5", "--lsj-min-visibility has no effect without --lsj"),
+        ("--lsj --lsj-range 2 0.1", "not above the second"),
+        ("--lsj --lsj-range 0 1", "must be above 0"),
+        ("--photometric-distortion --color-jitter 0.4 0.4 0.4 0.1", "both change the colours"),
+        ("--color-jitter 0.4 0.4 0.4 0.6", "the hue, in turns, is from 0 to 0.5"),
+        ("--color-jitter -1 0.4 0.4 0.1", "0 or above"),
+        ("--repeat-threshold 0", "repeats nothing"),
+    ],
+)
+def test_contradictions_and_options_without_effect_are_refused_with_a_remedy(words: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_arguments(words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--train-scales 1333", "'1333' is no scale: write two sides in pixels, e.g. 1333x800"),
+        ("--train-scales 0x800", "0 is not a whole number of at least 1"),
+        ("--flip-probability 1.5", "1.5 is not from 0 to 1"),
+        ("--train-min-sizes 0", "at least 1"),
+        ("--repeat-threshold 2", "2 is not from 0 to 1"),
+    ],
+)
+def test_values_that_mean_nothing_end_with_a_usage_line(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(words.split())
+    assert said in capsys.readouterr().err
+
+
+def test_the_configuration_is_plain_in_config_json_and_checkpoints() -> None:
+    config = parse_arguments(["--train-scales", "1333x640", "1333x800", "--color-jitter", "0.4", "0.4", "0.4", "0.1"])
+    plain = config.augmentation.to_dict()
+    assert plain["train_scales"] == [[1333, 640], [1333, 800]]
+    assert json.loads(json.dumps(config.to_dict()))["augmentation"] == json.loads(json.dumps(plain)) == plain
+    assert AugmentationConfig().to_dict() == parse_arguments([]).to_dict()["augmentation"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program may catch it."""
+
+
+def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says_what_differs(
+    start, tmp_path, monkeypatch, load, same_state, records_of, capsys
+) -> None:
+    arguments = [*EVERYTHING, "--checkpoint-iterations", "1"]
+    assert start(tmp_path / "whole", *arguments) == 0
+    shown = capsys.readouterr().out
+    assert "augment   large-scale jitter x0.3 to x2 of 80 pixels" in shown
+    assert "flip probability: horizontal 0.5, vertical 0.5" in shown
+    assert "photometric distortion" in shown and "repeat factors for classes in less than 0.9" in shown
+
+    plain = EpochBasedTrainLoop.train_iteration
+
+    def train_iteration(self, at, batches):
+        if at == 4:
+            raise Killed
+        plain(self, at, batches)
+
+    with monkeypatch.context() as context:
+        context.setattr(EpochBasedTrainLoop, "train_iteration", train_iteration)
+        with pytest.raises(Killed):
+            start(tmp_path / "run", *arguments)
+    capsys.readouterr()
+    others = ["--lsj", "64", "--photometric-distortion", "--repeat-threshold", "0.9", "--dry-run", "--resume"]
+    assert start(tmp_path / "run", *others) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "--lsj: 80 before, now 64",
+        "--lsj-range: [0.3, 2.0] before, now [0.1, 2.0]",
+        "--vertical-flip-probability: 0.5 before, now 0.0",
+    ):
+        assert line in shown
+    assert "--photometric-distortion:" not in shown
+    assert start(tmp_path / "run", *arguments, "--resume") == 0
+    assert "before, now" not in capsys.readouterr().out
+    one, other = (load(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "run"))
+    for state in (one, other):
+        del state["config"]
+    same_state(one, other)
+    assert records_of(tmp_path / "whole") == records_of(tmp_path / "run")
+
+
+def test_the_pictures_at_the_start_are_the_augmented_ones(start, tmp_path) -> None:
+    mosaics = {}
+    for name, options in (("plain", []), ("dark", ["--color-jitter", "0", "0", "1", "0"]), ("lsj", ["--lsj", "64"])):
+        assert start(tmp_path / name, "--max-epochs", "1", "--limit-train-batches", "1", *options) == 0
+        events = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
+        (image,) = events.Images("train/batch/0")
+        file = tmp_path / f"{name}.png"
+        file.write_bytes(image.encoded_image_string)
+        mosaics[name] = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    assert mosaics["plain"].shape == mosaics["dark"].shape
+    assert np.abs(mosaics["plain"] - mosaics["dark"]).mean() > 0.5
+    assert mosaics["lsj"].shape != mosaics["plain"].shape or np.abs(mosaics["lsj"] - mosaics["plain"]).mean() > 5
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_is_one_without(start, tmp_path, load, capsys) -> None:
+    assert start(tmp_path / "run", "--max-epochs", "1") == 0
+    file = Path(tmp_path / "run" / "checkpoints" / "last.pt")
+    state = load(file)
+    assert state["run"]["augmentation"] == AugmentationConfig().to_dict()
+    del state["run"]["augmentation"]
+    torch.save(state, tmp_path / "old.pt")
+    capsys.readouterr()
+    assert start(tmp_path / "run", "--max-epochs", "1", "--dry-run", "--resume", str(tmp_path / "old.pt")) == 0
+    assert "before, now" not in capsys.readouterr().out

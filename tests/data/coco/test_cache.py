@@ -1,0 +1,187 @@
+import json
+import multiprocessing
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+import data.coco.annotations
+from data.coco.annotations import AnnotationError, read_coco
+from data.coco.cache import MAGIC, Packed, read_packed, write_packed
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "instances.json"
+    store(path, width=100)
+    return path
+
+
+def store(path, width):
+    images = [{"id": 5 + i, "file_name": f"ä{i}.jpg", "width": width, "height": 90} for i in range(7)]
+    annotations = [
+        {"id": i, "image_id": 5 + i % 6, "category_id": 3 + i % 2, "bbox": [i, 2, 30, 40.25], "iscrowd": i % 5 == 0}
+        for i in range(20)
+    ]
+    categories = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dög"}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+@pytest.fixture
+def parses(monkeypatch):
+    """The calls of the JSON parser."""
+    calls = []
+    real = data.coco.annotations.parse_coco
+    monkeypatch.setattr(data.coco.annotations, "parse_coco", lambda path: (calls.append(path), real(path))[1])
+    return calls
+
+
+def packed_file(cache):
+    (path,) = cache.glob("*.packed")
+    return path
+
+
+def test_the_second_reading_maps_what_the_first_packed(file, tmp_path, parses):
+    plain = read_coco(file)
+    first = read_coco(file, cache_dir=tmp_path / "cache")
+    second = read_coco(file, cache_dir=tmp_path / "cache")
+    assert len(parses) == 2
+    for annotations in (first, second):
+        assert annotations.digest() == plain.digest()
+        assert annotations.findings == plain.findings
+        assert annotations.source == plain.source
+        assert annotations.file_name(3) == "ä3.jpg"
+        assert annotations.training_view().digest() == plain.training_view().digest()
+    assert len(plain.findings) == 3
+
+
+def test_mapped_arrays_cannot_be_written_to(file, tmp_path):
+    annotations = read_coco(file, cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match="read-only"):
+        annotations.boxes_xywh[0, 0] = 1
+
+
+def test_class_lists_are_applied_after_the_cache(file, tmp_path, parses):
+    read_coco(file, cache_dir=tmp_path / "cache")
+    annotations = read_coco(file, ["dög", "cat"], cache_dir=tmp_path / "cache")
+    assert len(parses) == 1
+    assert annotations.digest() == read_coco(file, ["dög", "cat"]).digest()
+    with pytest.raises(AnnotationError, match="lacks 'horse'"):
+        read_coco(file, ["cat", "dög", "horse"], cache_dir=tmp_path / "cache")
+
+
+def test_a_changed_file_is_packed_anew(file, tmp_path, parses):
+    read_coco(file, cache_dir=tmp_path / "cache")
+    times = file.stat()
+    store(file, width=101)  # of equal length
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # and made to look as old
+    assert read_coco(file, cache_dir=tmp_path / "cache").widths.tolist() == [101] * 7
+    assert len(parses) == 2
+
+
+def test_files_of_one_name_in_two_folders_do_not_share_a_cache_file(file, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / file.name
+    store(other, width=222)
+    assert read_coco(file, cache_dir=tmp_path / "cache").widths[0] == 100
+    assert read_coco(other, cache_dir=tmp_path / "cache").widths[0] == 222
+    assert read_coco(file, cache_dir=tmp_path / "cache").widths[0] == 100
+
+
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def flip(content):
+    return content[:-2000] + bytes([content[-2000] ^ 1]) + content[-1999:]
+
+
+def flip_header(content):
+    return content[: len(MAGIC) + 3] + b"\xff" + content[len(MAGIC) + 4 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, flip, flip_header, lambda _: b"", lambda _: b"x", lambda _: b"\0" * 9000, lambda c: c + b"\0"]
+)
+def test_a_torn_or_foreign_cache_file_is_made_anew(file, tmp_path, parses, damage):
+    expected = read_coco(file, cache_dir=tmp_path / "cache").digest()
+    cached = packed_file(tmp_path / "cache")
+    damaged = damage(cached.read_bytes())
+    cached.write_bytes(damaged)
+    assert read_coco(file, cache_dir=tmp_path / "cache").digest() == expected
+    assert len(parses) == 2
+    assert packed_file(tmp_path / "cache").read_bytes() != damaged
+    read_coco(file, cache_dir=tmp_path / "cache")
+    assert len(parses) == 2
+
+
+def test_every_truncation_of_a_small_file_is_recognised(tmp_path):
+    path = tmp_path / "a.packed"
+    write_packed(path, Packed({"a": np.arange(5), "b": np.zeros((0, 4), dtype=np.float32)}, {"n": 1}), ["key"])
+    whole = path.read_bytes()
+    packed = read_packed(path, ["key"])
+    assert packed.arrays["a"].tolist() == [0, 1, 2, 3, 4]
+    assert packed.arrays["b"].shape == (0, 4)
+    assert packed.facts == {"n": 1}
+    assert read_packed(path, ["other"]) is None
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert read_packed(path, ["key"]) is None
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_finding_and_no_error(file, tmp_path):
+    (tmp_path / "occupied").write_text("a file where the folder should be")
+    annotations = read_coco(file, cache_dir=tmp_path / "occupied")
+    assert annotations.digest() == read_coco(file).digest()
+    assert annotations.findings[-1].code == "no-cache"
+
+
+def test_faults_of_the_annotation_file_are_reported_as_without_a_cache(file, tmp_path):
+    file.write_text("{")
+    with pytest.raises(AnnotationError, match="not JSON"):
+        read_coco(file, cache_dir=tmp_path / "cache")
+    with pytest.raises(AnnotationError, match="no such file"):
+        read_coco(tmp_path / "none.json", cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("*.packed")) == []
+
+
+def test_a_failed_write_leaves_no_part_behind(file, tmp_path, monkeypatch, parses):
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    annotations = read_coco(file, cache_dir=tmp_path / "cache")
+    assert len(annotations) == 7
+    assert len(parses) == 1
+    assert "No space left" in annotations.findings[-1].text
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def _count_parses(file, cache, barrier, queue):
+    calls = []
+    real = data.coco.annotations.parse_coco
+    data.coco.annotations.parse_coco = lambda path: (calls.append(path), real(path))[1]
+    barrier.wait()
+    queue.put((len(calls), read_coco(file, cache_dir=cache).digest(), len(calls)))
+
+
+def test_processes_that_start_at_once_pack_once(file, tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(4), context.SimpleQueue()
+    arguments = (file, tmp_path / "cache", barrier, queue)
+    processes = [context.Process(target=_count_parses, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    results = [queue.get() for _ in processes]
+    for process in processes:
+        process.join(30)
+    assert sum(after - before for before, _, after in results) == 1
+    assert len({digest for _, digest, _ in results}) == 1
+
+
+def test_a_copied_set_is_packed_for_itself(file, tmp_path, parses):
+    read_coco(file, cache_dir=tmp_path / "cache")
+    shutil.copy(file, tmp_path / "copy.json")
+    read_coco(tmp_path / "copy.json", cache_dir=tmp_path / "cache")
+    assert len(parses) == 2

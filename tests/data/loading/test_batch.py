@@ -1,0 +1,130 @@
+"""Assembly of a batch: resize, flip and padding of the pixels, in step with the boxes."""
+
+import dataclasses
+import pickle
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.loading.batch import DeviceBatch, RawBatch, assemble, pad_boxes
+from data.loading.dataset import CocoDataset
+from data.loading.loader import TrainLoader
+from data.loading.prefetcher import DevicePrefetcher
+from data.transforms.augmentation import Augmentation
+
+
+@pytest.fixture
+def dataset(make_dataset: Callable[..., CocoDataset]) -> CocoDataset:
+    return make_dataset([(64, 48), (50, 60), (90, 40), (48, 64), (70, 70), (33, 64)])
+
+
+def loader(dataset: CocoDataset, **options: object) -> TrainLoader:
+    settings = {"min_size": 64, "max_size": 112, "batch_size": 3, "seed": 0} | options
+    return TrainLoader(dataset, **settings)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_each_picture_is_resized_flipped_and_padded_with_zeros(dataset: CocoDataset, probability: float) -> None:
+    augmentation = Augmentation(flip_probability=probability)
+    for raw in loader(dataset, augmentation=augmentation).batches(0, 2):
+        batch = raw.to("cpu")
+        assert batch.pixels.dtype == torch.uint8
+        assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
+        assert batch.pixels.shape == (3, 3, *raw.padded_size)
+        assert batch.flips == [probability == 1.0] * 3
+        for i, image_id in enumerate(batch.image_ids.tolist()):
+            native = dataset.picture(int(np.flatnonzero(dataset.image_ids == image_id)[0]))
+            assert native.shape[:2] == batch.native_sizes[i]
+            height, width = batch.sizes[i].tolist()
+            assert (height, width) == batch.resized_sizes[i]
+            picture = torch.from_numpy(native).permute(2, 0, 1)[None].float()
+            expected = F.interpolate(picture, size=(height, width), mode="bilinear")[0]
+            if probability == 1.0:
+                expected = expected.flip(2)
+            inside = batch.pixels[i, :, :height, :width]
+            assert (inside.float() - expected.round()).abs().max() <= 1
+            assert batch.pixels[i, :, height:].eq(0).all()
+            assert batch.pixels[i, :, :, width:].eq(0).all()
+
+
+def test_boxes_stay_on_what_they_frame(make_dataset: Callable[..., CocoDataset]) -> None:
+    dataset = make_dataset([(64, 48)] * 16)
+    for raw in loader(dataset, batch_size=16, min_size=96, max_size=200).batches(0, 1):
+        assert 0 < sum(raw.flips) < 16
+        for i, image_id in enumerate(raw.image_ids.tolist()):
+            boxes, labels = dataset.boxes(image_id - 100)
+            count = len(boxes)
+            assert raw.valid[i].tolist() == [True] * count + [False] * (raw.valid.shape[1] - count)
+            assert raw.labels[i, :count].tolist() == labels.tolist()
+            expected = boxes * 2
+            if raw.flips[i]:
+                expected = np.stack(
+                    [128 - expected[:, 2], expected[:, 1], 128 - expected[:, 0], expected[:, 3]], axis=1
+                )
+            assert np.allclose(raw.boxes_xyxy[i, :count].numpy(), expected, atol=1e-4)
+            assert raw.boxes_xyxy[i, count:].eq(0).all()
+            assert raw.scale_factors[i].tolist() == [2, 2]
+
+
+def test_rows_that_are_not_valid_hold_zeros() -> None:
+    boxes = [np.array([[1, 1, 1, 5], [2, 2, 4, 4]], dtype=np.float32), np.zeros((0, 4), dtype=np.float32)]
+    labels = [np.array([3, 4]), np.zeros(0, dtype=np.int64)]
+    valid = [np.array([False, True]), np.zeros(0, dtype=bool)]
+    padded_boxes, padded_labels, padded_valid = pad_boxes(boxes, labels, valid, 16)
+    assert padded_boxes.shape == (2, 16, 4)
+    assert padded_boxes.dtype == torch.float32
+    assert padded_valid.sum() == 1
+    assert padded_boxes[0, 1].tolist() == [2, 2, 4, 4]
+    assert padded_boxes.sum() == 12
+    assert padded_labels.sum() == 4
+
+
+def test_a_batch_survives_the_way_between_processes(dataset: CocoDataset) -> None:
+    raw = next(iter(loader(dataset).batches(0, 1)))
+    copy = pickle.loads(pickle.dumps(raw))
+    for field in dataclasses.fields(RawBatch):
+        original, copied = getattr(raw, field.name), getattr(copy, field.name)
+        if isinstance(original, torch.Tensor):
+            assert copied.dtype == original.dtype and torch.equal(copied, original)
+        else:
+            assert copied == original
+
+
+def test_the_prefetcher_hands_on_every_batch_and_tells_how_long_it_waited(dataset: CocoDataset) -> None:
+    def slow(batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
+        for batch in batches:
+            time.sleep(0.05)
+            yield batch
+
+    prefetcher = DevicePrefetcher(slow(loader(dataset).batches(0, 4)), "cpu")
+    iterations = []
+    before = time.perf_counter()
+    for batch in prefetcher:
+        iterations.append(batch.iteration)
+        assert 0.05 <= prefetcher.data_seconds <= time.perf_counter() - before
+        before = time.perf_counter()
+    assert iterations == [0, 1, 2, 3]
+
+
+def same(a: DeviceBatch, b: DeviceBatch) -> bool:
+    tensors = ("sizes", "boxes_xyxy", "labels", "valid", "places", "sample_keys", "scale_factors")
+    pixels = (a.pixels.cpu().int() - b.pixels.cpu().int()).abs().max() <= 1
+    return bool(pixels) and all(torch.equal(getattr(a, n).cpu(), getattr(b, n).cpu()) for n in tensors)
+
+
+@pytest.mark.cuda
+def test_the_gpu_gets_the_batches_of_the_cpu_without_a_synchronisation(dataset: CocoDataset) -> None:
+    expected = [assemble(raw, "cpu") for raw in loader(dataset).batches(0, 6)]
+    raws = [raw.pin_memory() for raw in loader(dataset).batches(0, 6)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = list(DevicePrefetcher(iter(raws), "cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(batches) == len(expected)
+    assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
+    assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in batches)

@@ -1,0 +1,323 @@
+"""The stream of batches: a property of seed and global batch size, whatever the processes and workers."""
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.images.decode import ImageError
+from data.loading.batch import DeviceBatch, RawBatch
+from data.loading.dataset import CocoDataset
+from data.loading.loader import EvalLoader, TrainLoader
+
+SIZES = [
+    (64, 48),
+    (50, 60),
+    (90, 40),
+    (48, 64),
+    (70, 70),
+    (33, 64),
+    (64, 33),
+    (40, 44),
+    (44, 40),
+    (60, 50),
+    (41, 40),
+]
+TENSORS = (
+    "pixels",
+    "sizes",
+    "boxes_xyxy",
+    "labels",
+    "valid",
+    "image_ids",
+    "places",
+    "sample_keys",
+    "scale_factors",
+)
+
+MakeDataset = Callable[..., CocoDataset]
+
+
+def train_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
+    return TrainLoader(dataset, **({"min_size": 64, "max_size": 112, "batch_size": 2, "seed": 3} | options))
+
+
+def eval_loader(dataset: CocoDataset, **options: object) -> EvalLoader:
+    return EvalLoader(dataset, **({"min_size": 64, "max_size": 112, "batch_size": 2} | options))
+
+
+def facts(batch: RawBatch | DeviceBatch) -> list:
+    tensors = [getattr(batch, name).tolist() for name in TENSORS]
+    return [batch.iteration, batch.epoch, batch.native_sizes, batch.resized_sizes, batch.flips, *tensors]
+
+
+def joined(batches: Iterable[DeviceBatch]) -> dict[str, torch.Tensor]:
+    batches = list(batches)
+    return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "accumulate"), [(2, 2, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)]
+)
+def test_processes_and_micro_steps_only_divide_the_tensors_of_a_global_batch(
+    make_dataset: MakeDataset, batch_size: int, world_size: int, accumulate: int
+) -> None:
+    dataset = make_dataset(SIZES)
+    whole = [raw.to("cpu") for raw in train_loader(dataset, batch_size=4).batches(0, 7)]
+    ranks = []
+    for rank in range(world_size):
+        loader = train_loader(dataset, batch_size=batch_size, world_size=world_size, accumulate=accumulate, rank=rank)
+        assert loader.iterations_per_epoch == 3
+        ranks.append([raw.to("cpu") for raw in loader.batches(0, 7)])
+        assert len(ranks[-1]) == 7 * accumulate
+    for iteration, batch in enumerate(whole):
+        assert batch.iteration == iteration
+        parts = [
+            ranks[rank][iteration * accumulate + micro_step]
+            for micro_step in range(accumulate)
+            for rank in range(world_size)
+        ]
+        assert {(part.iteration, part.epoch) for part in parts} == {(iteration, iteration // 3)}
+        together = joined(parts)
+        for name in TENSORS:
+            assert torch.equal(together[name], getattr(batch, name)), name
+        assert [flip for part in parts for flip in part.flips] == batch.flips
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 6, 11])
+def test_a_resume_continues_the_stream_and_loads_nothing_of_before(
+    make_dataset: MakeDataset, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(SIZES)
+    whole = [facts(raw) for raw in train_loader(dataset).batches(0, 13)]
+    loaded = []
+    picture = CocoDataset.picture
+    monkeypatch.setattr(
+        CocoDataset, "picture", lambda self, index, out: (loaded.append(index), picture(self, index, out))[1]
+    )
+    assert [facts(raw) for raw in train_loader(dataset).batches(first, 13)] == whole[first:]
+    assert len(loaded) == 2 * (13 - first)
+
+
+def test_workers_change_nothing_and_serve_several_passes(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES)
+    expected = [facts(raw) for raw in train_loader(dataset).batches(0, 14)]
+    loader = train_loader(dataset, workers=2)
+    try:
+        assert [facts(raw) for raw in loader.batches(0, 14)] == expected
+        workers = {process.pid for process in multiprocessing.active_children()}
+        assert len(workers) == 2
+        abandoned = loader.batches(0, 14)
+        next(abandoned)
+        assert [facts(raw) for raw in loader.batches(4, 14)] == expected[4:]
+        handles = num_open_files()
+        for _ in range(3):
+            assert [facts(raw) for raw in loader.batches(9, 12)] == expected[9:12]
+        assert {process.pid for process in multiprocessing.active_children()} == workers
+        assert num_open_files() <= handles
+        del abandoned
+    finally:
+        loader.close()
+    assert not multiprocessing.active_children()
+
+
+def num_open_files() -> int:
+    folder = Path("/proc/self/fd")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def test_every_image_is_seen_once_an_epoch_with_flips_of_its_own(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset([(64, 48)] * 20)
+    flips_by_epoch = []
+    loader = train_loader(dataset, batch_size=4)
+    for epoch in range(3):
+        first = epoch * loader.iterations_per_epoch
+        flips = {}
+        for raw in loader.batches(first, first + loader.iterations_per_epoch):
+            assert raw.epoch == epoch
+            flips.update(zip(raw.image_ids.tolist(), raw.flips, strict=True))
+        assert set(flips) == set(dataset.image_ids.tolist())
+        flips_by_epoch.append(tuple(flips[i] for i in sorted(flips)))
+    assert len(set(flips_by_epoch)) == 3
+
+
+def test_a_limited_epoch_is_the_start_of_the_whole_one(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES)
+    whole, limited = train_loader(dataset), train_loader(dataset, limit_batches=2)
+    assert (whole.iterations_per_epoch, limited.iterations_per_epoch) == (6, 2)
+    of_whole = [*whole.plans(0, 2), *whole.plans(6, 8)]
+    for ours, theirs in zip(limited.plans(0, 4), of_whole, strict=True):
+        assert ours.indices.tolist() == theirs.indices.tolist()
+        assert ours.flips.tolist() == theirs.flips.tolist()
+
+
+def test_rows_for_boxes_are_one_count_for_the_global_batch(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES)
+    dataset.box_counts = dataset.box_counts.copy()
+    dataset.box_counts[:] = 3
+    dataset.box_counts[4] = 17
+    rows = {
+        iteration: {
+            plan.num_box_rows
+            for rank in range(2)
+            for plan in train_loader(dataset, world_size=2, rank=rank).plans(iteration, iteration + 1)
+        }
+        for iteration in range(3)
+    }
+    assert sorted(rows.values(), key=max) in ([{16}, {16}, {32}], [{16}, {32}, {32}])
+
+
+def test_loading_leaves_torchs_global_random_state_alone(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES)
+    before = torch.get_rng_state()
+    assert len(list(train_loader(dataset).batches(0, 2))) == 2
+    assert len(list(eval_loader(dataset).batches())) == 6
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_ends_the_stream_with_its_name_and_no_workers_traceback(
+    make_dataset: MakeDataset, tmp_path: Path, workers: int
+) -> None:
+    dataset = make_dataset(SIZES)
+    file = tmp_path / "005.jpg"
+    file.write_bytes(file.read_bytes()[:700])
+    loader = train_loader(dataset, workers=workers)
+    try:
+        with pytest.raises(ImageError) as caught:
+            list(loader.batches(0, 6))
+        assert str(caught.value).startswith(f"{file}: cannot be decoded")
+        assert "Traceback" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_an_evaluation_sees_every_image_once_also_when_a_process_has_none(
+    make_dataset: MakeDataset, world_size: int
+) -> None:
+    dataset = make_dataset(SIZES, training=False)
+    seen, counts = [], []
+    alone = {raw.iteration: facts(raw) for raw in eval_loader(dataset).batches()}
+    assert len(alone) == 6
+    for rank in range(world_size):
+        loader = eval_loader(dataset, rank=rank, world_size=world_size)
+        assert loader.image_ids.tolist() == dataset.image_ids.tolist()
+        batches = list(loader.batches())
+        assert len(batches) == len(loader)
+        for raw in batches:
+            assert facts(raw) == alone[raw.iteration]
+            seen += raw.image_ids.tolist()
+            largest = raw.sizes.max(dim=0).values.tolist()
+            assert [-(-side // 32) * 32 for side in largest] == list(raw.padded_size)
+            assert not any(raw.flips)
+        counts.append(sum(len(raw) for raw in batches))
+        assert loader.num_images == counts[-1]
+    assert sorted(seen) == dataset.image_ids.tolist()
+    if world_size == 8:
+        assert 0 in counts
+
+
+def test_a_limited_evaluation_takes_the_first_images_of_the_file(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES, training=False)
+    seen = []
+    for rank in range(2):
+        loader = eval_loader(dataset, limit_batches=2, rank=rank, world_size=2)
+        assert loader.image_ids.tolist() == dataset.image_ids[:8].tolist()
+        seen += [image_id for raw in loader.batches() for image_id in raw.image_ids.tolist()]
+    assert sorted(seen) == dataset.image_ids[:8].tolist()
+
+
+def test_like_shapes_are_evaluated_together(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset([(64, 48), (48, 64)] * 6, training=False)
+    for raw in eval_loader(dataset, batch_size=3).batches():
+        assert len(set(raw.native_sizes)) == 1
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "USR1"])
+def test_workers_go_on_after_a_signal_to_the_whole_group(name: str, make_dataset: MakeDataset) -> None:
+    loader = train_loader(make_dataset(SIZES), workers=1)
+    try:
+        batches = loader.batches(0, 20)
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # as torchrun: not from the main process
+        assert len(list(batches)) == 19
+        assert worker.is_alive()
+    finally:
+        loader.close()
+
+
+def test_workers_end_when_the_main_process_terminates_them(make_dataset: MakeDataset) -> None:
+    loader = train_loader(make_dataset(SIZES), workers=1)
+    next(loader.batches(0, 20))
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(timeout=10)
+    assert not worker.is_alive()
+    loader.close()
+
+
+ORPHANS = """
+import multiprocessing, os, sys, time
+from data.loading import workers
+from data.coco.annotations import read_coco
+from data.loading.dataset import CocoDataset
+from data.loading.loader import TrainLoader
+folder = sys.argv[1]
+start = workers._start_worker
+def start_late(worker_id, **facts):
+    time.sleep(worker_id * float(sys.argv[2]))
+    start(worker_id, **facts)
+workers._start_worker = start_late
+dataset = CocoDataset(folder, read_coco(folder + "/annotations.json"), training=True)
+loader = TrainLoader(dataset, min_size=64, max_size=112, batch_size=2, seed=0, workers=2)
+next(loader.batches(0, 1000))
+print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("late", [0, 3])
+def test_workers_end_when_the_main_process_is_killed(make_dataset: MakeDataset, tmp_path: Path, late: float) -> None:
+    """Also one that begins its work only when the main process is gone already."""
+    make_dataset(SIZES)
+    root = Path(__file__).parents[3]
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHANS, str(tmp_path), str(late)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_plans_are_small(make_dataset: MakeDataset) -> None:
+    plan = next(train_loader(make_dataset(SIZES)).plans(0, 1))
+    assert len(pickle.dumps(plan)) < 2000
+    assert np.array_equal(plan.places, [0, 1])

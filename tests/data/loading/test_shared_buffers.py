@@ -1,0 +1,232 @@
+"""Buffers shared with workers: nothing in use is overwritten, nothing is lost, nothing stays behind."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data.loading.workers
+from data.loading.batch import RawBatch
+from data.loading.dataset import CocoDataset
+from data.loading.loader import TrainLoader
+from data.loading.shared_buffers import SharedBuffers
+from data.loading.transport import MainSide
+
+MakeDataset = Callable[..., CocoDataset]
+needs_fork = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="buffers are shared with forked workers only"
+)
+
+
+def train_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
+    return TrainLoader(dataset, **({"min_size": 64, "max_size": 112, "batch_size": 2, "seed": 3} | options))
+
+
+def pixels_of(loader: TrainLoader, last: int) -> list[torch.Tensor]:
+    return [raw.pixels.clone() for raw in loader.batches(0, last)]
+
+
+@pytest.fixture
+def in_message(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each batch that a worker delivered, whether its pixels came with the message."""
+    seen: list[bool] = []
+    batch = MainSide.batch
+
+    def watched(self: MainSide, delivery: object) -> RawBatch:
+        seen.append(delivery.pixels is not None)
+        return batch(self, delivery)
+
+    monkeypatch.setattr(MainSide, "batch", watched)
+    return seen
+
+
+def test_a_buffer_is_free_again_once_the_last_tensor_on_it_is_gone() -> None:
+    buffers = SharedBuffers(2, 8)
+    number = buffers.reserve()
+    buffers.view(number)[:] = range(8)
+    tensor = buffers.take(number, 6)
+    part = tensor.view(2, 3)[1]
+    assert (buffers.reserve(), buffers.reserve()) == (1 - number, None)
+    del tensor
+    gc.collect()
+    assert buffers.num_free == 0
+    assert part.tolist() == [3, 4, 5]
+    del part
+    gc.collect()
+    assert buffers.reserve() == number
+
+
+def test_reserved_buffers_are_freed_together_and_those_in_use_are_not() -> None:
+    buffers = SharedBuffers(4, 4)
+    tensor = buffers.take(buffers.reserve(), 4)
+    buffers.release(buffers.reserve())
+    assert buffers.reserve() is not None and buffers.reserve() is not None
+    buffers.release_all()
+    assert buffers.num_free == 3
+    assert len(tensor) == 4
+
+
+@needs_fork
+def test_what_a_forked_process_writes_is_read_here() -> None:
+    buffers = SharedBuffers(3, 4)
+    number = buffers.reserve()
+    process = multiprocessing.get_context("fork").Process(target=lambda: np.copyto(buffers.view(number), 7))
+    process.start()
+    process.join()
+    assert buffers.take(number, 3).tolist() == [7, 7, 7]
+
+
+@needs_fork
+def test_batches_that_are_kept_stay_as_they_are(make_dataset: MakeDataset, in_message: list[bool]) -> None:
+    dataset = make_dataset([(64, 48)] * 40)
+    expected = pixels_of(train_loader(dataset), 20)
+    loader = train_loader(dataset, workers=1)
+    try:
+        kept = [raw.pixels for raw in loader.batches(0, 20)]
+        assert all(map(torch.equal, kept, expected))
+        # While so many are in use, the rest come in another way.
+        assert 0 < in_message.count(False) < 20
+        in_message.clear()
+        del kept
+        gc.collect()
+        assert all(map(torch.equal, pixels_of(loader, 20), expected))
+        assert not any(in_message)
+    finally:
+        loader.close()
+
+
+@needs_fork
+def test_passes_that_are_given_up_leave_no_buffer_in_use(make_dataset: MakeDataset, in_message: list[bool]) -> None:
+    dataset = make_dataset([(64, 48)] * 40)
+    expected = pixels_of(train_loader(dataset), 20)
+    loader = train_loader(dataset, workers=2)
+    try:
+        for _ in range(8):
+            next(loader.batches(0, 20))
+        assert all(map(torch.equal, pixels_of(loader, 20), expected))
+        assert not any(in_message)
+    finally:
+        loader.close()
+
+
+@needs_fork
+def test_a_picture_too_large_for_the_buffers_comes_in_another_way(
+    make_dataset: MakeDataset, in_message: list[bool]
+) -> None:
+    dataset = make_dataset([(40, 40)] * 20 + [(400, 400)] * 2)
+    expected = pixels_of(train_loader(dataset), 11)
+    loader = train_loader(dataset, workers=1)
+    try:
+        assert all(map(torch.equal, pixels_of(loader, 11), expected))
+        assert 1 <= in_message.count(True) <= 2
+    finally:
+        loader.close()
+
+
+@needs_fork
+def test_pixels_need_no_file_in_shared_memory(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch, in_message: list[bool]
+) -> None:
+    def refuse(self: torch.UntypedStorage, *rest: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    # As in a container whose /dev/shm is full; the workers are forked after this.
+    monkeypatch.setattr(torch.UntypedStorage, "share_memory_", refuse)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refuse)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", refuse)
+    monkeypatch.setattr(data.loading.workers, "LARGEST_BUFFER", 1.0)
+    dataset = make_dataset([(40, 40)] * 8 + [(80, 80)] * 8)
+    expected = pixels_of(train_loader(dataset), 8)
+    loader = train_loader(dataset, workers=1)
+    try:
+        assert all(map(torch.equal, pixels_of(loader, 8), expected))
+        assert set(in_message) == {True, False}
+    finally:
+        loader.close()
+
+
+@needs_fork
+def test_a_replaced_picture_of_another_size_is_delivered_whole(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([(64, 48), (60, 40), (80, 60), (72, 50), (64, 64), (90, 48)])
+    (tmp_path / "002.jpg").write_bytes(b"")
+    alone = train_loader(dataset, max_bad_images=3)
+    with_worker = train_loader(dataset, max_bad_images=3, workers=1)
+    try:
+        assert all(map(torch.equal, pixels_of(with_worker, 9), pixels_of(alone, 9)))
+    finally:
+        with_worker.close()
+
+
+@needs_fork
+def test_pillows_pictures_go_into_the_buffers_too(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([(64, 48)] * 4)
+    with Image.open(tmp_path / "000.jpg") as image:
+        image.convert("L").save(tmp_path / "001.jpg")
+        image.convert("P").save(tmp_path / "002.jpg", format="PNG")
+    expected = pixels_of(train_loader(dataset), 2)
+    loader = train_loader(dataset, workers=1)
+    try:
+        assert all(map(torch.equal, pixels_of(loader, 2), expected))
+    finally:
+        loader.close()
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_dies_is_an_error_and_no_wait_without_end(make_dataset: MakeDataset) -> None:
+    loader = train_loader(make_dataset([(64, 48)] * 8), workers=1)
+    batches = loader.batches(0, 400)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*exited|killed"):
+        list(batches)
+    loader.close()
+
+
+KILLED = """
+import os, signal, sys
+from data.coco.annotations import read_coco
+from data.loading.dataset import CocoDataset
+from data.loading.loader import TrainLoader
+dataset = CocoDataset(sys.argv[1], read_coco(sys.argv[1] + "/annotations.json"), training=True)
+loader = TrainLoader(dataset, min_size=64, max_size=112, batch_size=2, seed=0, workers=2)
+batch = next(loader.batches(0, 1000))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@needs_fork
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
+def test_a_killed_process_leaves_nothing_in_shared_memory(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    make_dataset([(64, 48)] * 8)
+    root = Path(__file__).parents[3]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, env=environment)
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert not list(Path("/dev/shm").glob(f"torch_{process.pid}_*"))
+
+
+@pytest.mark.parametrize("method", [None, "spawn"])
+def test_workers_that_are_not_forked_deliver_the_same(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch, method: str | None
+) -> None:
+    if method is None and "fork" in multiprocessing.get_all_start_methods():
+        pytest.skip("the default of this system is fork")
+    monkeypatch.setattr(data.loading.workers, "_worker_context", lambda: method)
+    dataset = make_dataset([(64, 48)] * 8)
+    expected = pixels_of(train_loader(dataset), 4)
+    loader = train_loader(dataset, workers=1)
+    try:
+        assert all(map(torch.equal, pixels_of(loader, 4), expected))
+    finally:
+        loader.close()

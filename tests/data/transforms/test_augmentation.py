@@ -1,0 +1,374 @@
+"""Random scale, crop and flips: boxes follow the pixels, and nothing depends on processes, workers or the past."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.coco.annotations import read_coco
+from data.loading.batch import RawBatch
+from data.loading.dataset import CocoDataset
+from data.loading.loader import TrainLoader
+from data.transforms.augmentation import Augmentation, AugmentationError, LargeScaleJitter, ScaleSampling
+from data.transforms.color import ColourJitter, PhotometricDistortion
+from data.transforms.geometry import crop_boxes, flip_boxes_vertically, resized_size
+
+MakeDataset = Callable[..., CocoDataset]
+WORDS = np.arange(6000)
+EVERYTHING = {
+    "multi-scale": Augmentation(
+        scales=ScaleSampling(((100, 40), (80, 56), (64, 64))),
+        vertical_flip_probability=0.5,
+        colour=PhotometricDistortion(),
+    ),
+    "range": Augmentation(
+        scales=ScaleSampling(((100, 40), (120, 80)), "range"), colour=ColourJitter(0.4, 0.4, 0.4, 0.1)
+    ),
+    "jitter": Augmentation(
+        jitter=LargeScaleJitter(72, min_visibility=0.3), vertical_flip_probability=0.3, colour=PhotometricDistortion()
+    ),
+}
+SIZES = [(64, 48), (50, 60), (90, 40), (48, 64), (70, 70), (33, 64), (64, 33), (40, 44), (44, 40), (60, 50), (41, 40)]
+EXACT = ("pixels", "sizes", "boxes_xyxy", "labels", "valid", "image_ids", "places", "sample_keys", "scale_factors")
+
+
+def train_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
+    return TrainLoader(dataset, **({"min_size": 64, "max_size": 112, "batch_size": 4, "seed": 3} | options))
+
+
+@pytest.fixture
+def rectangles(tmp_path: Path) -> CocoDataset:
+    """Black pictures, each with one white rectangle that its box frames exactly; PNG, so nothing is blurred."""
+    rng = np.random.default_rng(7)
+    images, annotations = [], []
+    for index in range(24):
+        width, height = rng.integers(60, 140, 2).tolist()
+        left, top = int(rng.integers(2, width - 32)), int(rng.integers(2, height - 32))
+        w, h = int(rng.integers(12, width - left - 2)), int(rng.integers(12, height - top - 2))
+        pixels = np.zeros((height, width, 3), dtype=np.uint8)
+        pixels[top : top + h, left : left + w] = 255
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        images.append({"id": index, "width": width, "height": height, "file_name": f"{index}.png"})
+        box = {"bbox": [left, top, w, h], "area": w * h, "iscrowd": 0, "category_id": 1}
+        annotations.append({"id": index + 1, "image_id": index, **box})
+        # A crowd region over the whole picture: no crop may make a box of it.
+        crowd = {"bbox": [0, 0, width, height], "area": width * height, "iscrowd": 1, "category_id": 1}
+        annotations.append({"id": 100 + index, "image_id": index, "segmentation": {"counts": [], "size": []}, **crowd})
+    file = tmp_path / "annotations.json"
+    categories = [{"id": 1, "name": "rectangle"}]
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return CocoDataset(tmp_path, read_coco(file), training=True)
+
+
+def extent(picture: np.ndarray) -> list[int] | None:
+    """x1, y1, x2, y2 of what is brighter than half; None where nothing is."""
+    bright = picture[0] >= 128
+    if not bright.any():
+        return None
+    columns, rows = np.flatnonzero(bright.any(axis=0)), np.flatnonzero(bright.any(axis=1))
+    return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation(vertical_flip_probability=0.5),
+        Augmentation(scales=ScaleSampling(((200, 48), (300, 96), (90, 90))), vertical_flip_probability=0.5),
+        Augmentation(scales=ScaleSampling(((90, 40), (300, 200)), "range")),
+        Augmentation(jitter=LargeScaleJitter(100, 0.3, 3.0), vertical_flip_probability=0.5),
+    ],
+    ids=["flips", "choice", "range", "jitter"],
+)
+def test_a_rectangle_is_found_where_its_box_says_within_half_a_pixel(
+    rectangles: CocoDataset, augmentation: Augmentation
+) -> None:
+    loader = train_loader(rectangles, augmentation=augmentation, min_size=80, max_size=200, batch_size=8)
+    counts = {"found": 0, "cut": 0, "gone": 0, "mirrored": 0, "upside down": 0}
+    for raw in loader.batches(0, 9):
+        batch = raw.to("cpu")
+        assert batch.valid[:, 1:].eq(False).all()
+        for i in range(len(batch)):
+            height, width = batch.sizes[i].tolist()
+            found = extent(batch.pixels[i, :, :height, :width].numpy())
+            if not batch.valid[i, 0]:
+                # Less than a pixel's centre may be left of it.
+                counts["gone"] += 1
+                assert found is None
+                continue
+            box = batch.boxes_xyxy[i, 0].tolist()
+            assert 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
+            if found is None:
+                assert min(box[2] - box[0], box[3] - box[1]) < 0.5
+                continue
+            assert np.abs(np.array(found) - box).max() <= 0.5 + 1e-4
+            counts["found"] += 1
+            counts["cut"] += raw.resized_sizes[i] != raw.scaled_sizes[i] and (0 in box or width == box[2])
+            counts["mirrored"] += raw.flips[i]
+            counts["upside down"] += raw.vertical_flips[i]
+    assert counts["found"] > 35 and counts["mirrored"] > 15
+    if augmentation.vertical_flip_probability:
+        assert counts["upside down"] > 15
+    if augmentation.jitter is not None:
+        assert counts["cut"] > 8 and counts["gone"] > 1
+
+
+def test_a_crop_is_a_window_of_the_one_resized_picture(make_dataset: MakeDataset) -> None:
+    cv2 = pytest.importorskip("cv2")
+    dataset = make_dataset(SIZES)
+    cropped = 0
+    augmentation = Augmentation(jitter=LargeScaleJitter(64, 0.4, 2.5), vertical_flip_probability=0.5)
+    for raw in train_loader(dataset, augmentation=augmentation).batches(0, 3):
+        batch = raw.to("cpu")
+        assert batch.pixels.shape == (4, 3, 64, 64)
+        for i, image_id in enumerate(raw.image_ids.tolist()):
+            (scaled_height, scaled_width), (top, left) = raw.scaled_sizes[i], raw.offsets[i]
+            height, width = raw.resized_sizes[i]
+            assert top + height <= scaled_height and left + width <= scaled_width
+            expected = cv2.resize(dataset.picture(image_id - 100), (scaled_width, scaled_height))
+            expected = expected[top : top + height, left : left + width]
+            expected = expected[:: -1 if raw.vertical_flips[i] else 1, :: -1 if raw.flips[i] else 1]
+            ours = batch.pixels[i].permute(1, 2, 0).numpy()
+            assert np.abs(ours[:height, :width].astype(int) - expected).max() <= 1
+            assert not ours[height:].any() and not ours[:, width:].any()
+            cropped += (height, width) != (scaled_height, scaled_width)
+    assert cropped > 3
+
+
+@pytest.mark.parametrize("augmentation", EVERYTHING.values(), ids=EVERYTHING)
+@pytest.mark.parametrize(("batch_size", "world_size", "accumulate"), [(2, 2, 1), (1, 4, 1), (1, 2, 2)])
+def test_processes_and_micro_steps_see_the_pixels_and_boxes_that_one_process_sees(
+    make_dataset: MakeDataset, augmentation: Augmentation, batch_size: int, world_size: int, accumulate: int
+) -> None:
+    dataset = make_dataset(SIZES)
+    options = {"augmentation": augmentation, "repeat_threshold": 0.9}
+    whole = [raw.to("cpu") for raw in train_loader(dataset, **options).batches(0, 5)]
+    options |= {"batch_size": batch_size, "accumulate": accumulate, "world_size": world_size}
+    ranks = [
+        [raw.to("cpu") for raw in train_loader(dataset, rank=rank, **options).batches(0, 5)]
+        for rank in range(world_size)
+    ]
+    for iteration, batch in enumerate(whole):
+        parts = [ranks[rank][iteration * accumulate + step] for step in range(accumulate) for rank in range(world_size)]
+        for name in EXACT:
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
+
+
+def facts(raw: RawBatch) -> list:
+    values = [raw.scaled_sizes, raw.offsets, raw.resized_sizes, raw.flips, raw.vertical_flips, raw.colours]
+    return [*values, raw.padded_size, *(getattr(raw, name).tolist() for name in EXACT)]
+
+
+@pytest.mark.parametrize("augmentation", EVERYTHING.values(), ids=EVERYTHING)
+def test_a_resume_inside_an_epoch_and_any_number_of_workers_change_nothing(
+    make_dataset: MakeDataset, augmentation: Augmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(SIZES)
+    options = {"augmentation": augmentation, "repeat_threshold": 0.9}
+    whole = [facts(raw) for raw in train_loader(dataset, **options).batches(0, 8)]
+    assert len({str(fact) for fact in whole}) == 8
+    with_workers = train_loader(dataset, workers=2, **options)
+    try:
+        assert [facts(raw) for raw in with_workers.batches(2, 8)] == whole[2:]
+    finally:
+        with_workers.close()
+    loaded = []
+    picture = CocoDataset.picture
+    monkeypatch.setattr(CocoDataset, "picture", lambda self, *of: (loaded.append(of[0]), picture(self, *of))[1])
+    assert [facts(raw) for raw in train_loader(dataset, **options).batches(5, 8)] == whole[5:]
+    assert len(loaded) == 3 * 4
+
+
+def test_the_padded_size_is_that_of_the_global_batch(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES)
+    scales = Augmentation(scales=ScaleSampling(((64, 32), (160, 64), (320, 128))))
+    seen = set()
+    for iteration in range(6):
+        parts = [
+            next(
+                train_loader(dataset, augmentation=scales, batch_size=2, world_size=2, rank=rank).plans(
+                    iteration, iteration + 1
+                )
+            )
+            for rank in range(2)
+        ]
+        largest = np.concatenate([part.sizes for part in parts]).max(axis=0)
+        assert {part.padded_size for part in parts} == {tuple((-(-largest // 32) * 32).tolist())}
+        seen.add(parts[0].padded_size)
+    assert len(seen) > 2
+    jitter = Augmentation(jitter=LargeScaleJitter(70))
+    assert {plan.padded_size for plan in train_loader(dataset, augmentation=jitter).plans(0, 9)} == {(96, 96)}
+
+
+def test_a_picture_that_loses_all_its_boxes_stays_as_one_without_boxes(rectangles: CocoDataset) -> None:
+    jitter = Augmentation(jitter=LargeScaleJitter(40, 2.5, 4.0))
+    without = 0
+    for raw in train_loader(rectangles, augmentation=jitter).batches(0, 6):
+        assert len(raw) == 4
+        gone = ~raw.valid.any(dim=1)
+        without += int(gone.sum())
+        assert raw.boxes_xyxy[gone].eq(0).all() and raw.labels[gone].eq(0).all()
+    assert without > 3
+
+
+def test_an_unreadable_picture_is_replaced_inside_what_the_crop_left_it(
+    make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    dataset = make_dataset([(64, 48)] * 4)
+    (tmp_path / "001.jpg").write_bytes(b"")
+    jitter = Augmentation(jitter=LargeScaleJitter(64, 2.0, 2.0))
+    (raw,) = train_loader(dataset, augmentation=jitter, max_bad_images=2).batches(0, 1)
+    place = [fault.place for fault in raw.unreadable][0]
+    assert place is not None and raw.offsets[place] == (0, 0)
+    assert raw.scaled_sizes[place] == raw.resized_sizes[place] == (48, 64)
+    whole = raw.boxes_xyxy[place][raw.valid[place]]
+    assert torch.equal(whole, torch.from_numpy(dataset.boxes(int(raw.image_ids[place]) - 100)[0])) != raw.flips[place]
+    assert raw.to("cpu").pixels.shape == (4, 3, 64, 64)
+
+
+@pytest.mark.parametrize("augmentation", EVERYTHING.values(), ids=EVERYTHING)
+def test_the_geometry_of_an_image_is_its_own_whatever_stands_beside_it(augmentation: Augmentation) -> None:
+    rng = np.random.default_rng(1)
+    widths, heights = rng.integers(30, 500, 40), rng.integers(30, 500, 40)
+
+    def geometry(words: np.ndarray, seed: int = 5, epoch: int = 2) -> list[list]:
+        result = augmentation.geometry(
+            widths[words], heights[words], words=words, seed=seed, epoch=epoch, min_size=1, max_size=1
+        )
+        columns = (result.scaled_sizes, result.offsets, result.sizes, result.flips, result.vertical_flips)
+        rows = list(zip(*(column.tolist() for column in columns), strict=True))
+        return [*zip(rows, augmentation.colours(words, seed=seed, epoch=epoch), strict=True)]
+
+    images = np.arange(40)
+    whole = geometry(images)
+    for chosen in ([3], [39, 0, 17]):
+        assert geometry(images[chosen]) == [whole[image] for image in chosen]
+    for other in (geometry(images, seed=6), geometry(images, epoch=3)):
+        assert sum(one == two for one, two in zip(whole, other, strict=True)) < 4
+
+
+def test_scales_are_chosen_alike_likely_and_resize_as_a_single_scale_does() -> None:
+    scales = ScaleSampling(((1333, 640), (704, 1333), (1333, 800), (500, 500)))
+    shorter, longer = scales.sample(0, 0, WORDS)
+    chosen, counts = np.unique(np.stack([shorter, longer], axis=1), axis=0, return_counts=True)
+    assert chosen.tolist() == [[500, 500], [640, 1333], [704, 1333], [800, 1333]]
+    assert np.abs(counts - 1500).max() < 150
+    widths, heights = np.full(6000, 640), np.full(6000, 427)
+    augmentation = Augmentation(scales=scales)
+    geometry = augmentation.geometry(widths, heights, words=WORDS, seed=0, epoch=0, min_size=1, max_size=1)
+    for i in range(50):
+        width, height = resized_size(640, 427, min_size=int(shorter[i]), max_size=int(longer[i]))
+        assert geometry.sizes[i].tolist() == geometry.scaled_sizes[i].tolist() == [height, width]
+    assert not geometry.offsets.any()
+
+
+def test_scales_of_a_range_are_whole_numbers_between_its_ends_drawn_for_each_side() -> None:
+    shorter, longer = ScaleSampling(((1333, 640), (1400, 650)), "range").sample(0, 0, WORDS)
+    assert (shorter.min(), shorter.max(), longer.min(), longer.max()) == (640, 650, 1333, 1400)
+    assert np.abs(np.bincount(shorter - 640) - 6000 / 11).max() < 100
+    assert abs(np.corrcoef(shorter, longer)[0, 1]) < 0.05
+    one_longer = ScaleSampling(((1333, 640), (1333, 800)), "range").sample(0, 0, WORDS)[1]
+    assert np.unique(one_longer).tolist() == [1333]
+
+
+def test_large_scale_jitter_draws_factors_and_windows_uniformly() -> None:
+    jitter = LargeScaleJitter(1000, 0.1, 2.0)
+    edges = jitter.edges(0, 0, WORDS)
+    assert 100 <= edges.min() < 110 and 1990 < edges.max() < 2000
+    assert np.abs(np.histogram(edges, bins=10, range=(100, 2000))[0] - 600).max() < 90
+    offsets, sizes = jitter.crops(np.tile([1003, 700], (6000, 1)), 0, 0, WORDS)
+    assert np.unique(sizes, axis=0).tolist() == [[1000, 700]]
+    assert not offsets[:, 1].any()
+    assert np.abs(np.bincount(offsets[:, 0]) - 1500).max() < 150  # 0 to 3, both ends included
+    both = jitter.crops(np.tile([1500, 1500], (6000, 1)), 0, 0, WORDS)[0]
+    assert abs(np.corrcoef(both.T)[0, 1]) < 0.05
+    assert abs(np.corrcoef(edges, both[:, 0])[0, 1]) < 0.05
+
+
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), word=st.integers(0, 2**40))
+def test_large_scale_jitter_fits_any_picture_into_its_square(width: int, height: int, word: int) -> None:
+    jitter = LargeScaleJitter(128)
+    geometry = Augmentation(jitter=jitter).geometry(
+        np.array([width]), np.array([height]), words=np.array([word]), seed=0, epoch=0, min_size=1, max_size=1
+    )
+    edge = int(jitter.edges(0, 0, np.array([word]))[0])
+    factor = min(edge / max(width, height), edge / min(width, height))
+    scaled = [max(int(side * factor + 0.5), 1) for side in (height, width)]
+    assert geometry.scaled_sizes[0].tolist() == scaled
+    assert geometry.sizes[0].tolist() == [min(side, 128) for side in scaled]
+    assert (geometry.offsets >= 0).all() and (geometry.offsets + geometry.sizes <= geometry.scaled_sizes).all()
+    assert geometry.padded_size == (128, 128)
+
+
+def cropped(boxes: Sequence[Sequence[float]], **options: float) -> tuple[list, list]:
+    result, left = crop_boxes(np.array(boxes, dtype=np.float32), (10, 20), (50, 100), **options)
+    return result.tolist(), left.tolist()
+
+
+def test_boxes_are_moved_clipped_and_dropped_by_what_the_crop_shows_of_them() -> None:
+    boxes = [
+        [30, 20, 60, 40],  # inside
+        [0, 0, 40, 30],  # cut at left and top
+        [0, 0, 20, 60],  # ends where the crop begins
+        [120, 20, 140, 40],  # begins where the crop ends
+        [110, 50, 120.5, 60.5],  # in the corner
+        [20, 59.995, 40, 80],  # a two-hundredth of a pixel is left
+        [0, 0, 300, 300],  # all round
+    ]
+    moved, left = cropped(boxes)
+    assert left == [True, True, False, False, True, False, True]
+    assert moved[0] == [10, 10, 40, 30]
+    assert moved[1] == [0, 0, 20, 20]
+    assert moved[4] == [90, 40, 100, 50]
+    assert moved[6] == [0, 0, 100, 50]
+
+
+def test_boxes_of_which_too_small_a_part_is_left_are_dropped_when_that_is_asked_for() -> None:
+    boxes = [[30, 20, 60, 40], [0, 0, 40, 30], [10, 20, 30, 40], [11, 20, 31, 40]]
+    assert cropped(boxes, min_visibility=1.0)[1] == [True, False, False, False]
+    # One third, one half and a little more of it are left.
+    assert cropped(boxes, min_visibility=0.5)[1] == [True, False, True, True]
+    assert cropped(boxes, min_visibility=0.52)[1] == [True, False, False, True]
+    assert cropped(boxes, min_visibility=0.0)[1] == [True] * 4
+    assert cropped(np.zeros((0, 4)), min_visibility=0.5) == ([], [])
+
+
+def test_turning_upside_down_twice_gives_the_boxes_back() -> None:
+    boxes = np.array([[1, 2, 30, 40], [0, 0, 64, 64]], dtype=np.float32)
+    assert flip_boxes_vertically(boxes, 64).tolist() == [[1, 24, 30, 62], [0, 0, 64, 64]]
+    assert np.array_equal(flip_boxes_vertically(flip_boxes_vertically(boxes, 64), 64), boxes)
+
+
+def test_the_two_flips_are_independent_of_each_other_and_as_frequent_as_asked_for() -> None:
+    side = np.full(6000, 64)
+    augmentation = Augmentation(flip_probability=0.3, vertical_flip_probability=0.6)
+    geometry = augmentation.geometry(side, side, words=WORDS, seed=0, epoch=0, min_size=64, max_size=64)
+    assert abs(geometry.flips.mean() - 0.3) < 0.025
+    assert abs(geometry.vertical_flips.mean() - 0.6) < 0.025
+    assert abs((geometry.flips & geometry.vertical_flips).mean() - 0.18) < 0.025
+    plain = Augmentation().geometry(side, side, words=WORDS, seed=0, epoch=0, min_size=64, max_size=64)
+    assert not plain.vertical_flips.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ScaleSampling(((1333, 800),), "range"), "give two scales, not 1"),
+        (lambda: ScaleSampling(((1333, 800),), "uniform"), "choice or range"),
+        (lambda: ScaleSampling(()), "at least one scale"),
+        (lambda: LargeScaleJitter(0), "at least 1"),
+        (lambda: LargeScaleJitter(64, 2.0, 1.0), "not above the second"),
+        (lambda: LargeScaleJitter(64, 0.0, 1.0), "above 0"),
+        (lambda: LargeScaleJitter(64, min_visibility=1.5), "from 0 to 1"),
+        (lambda: Augmentation(ScaleSampling(((64, 64),)), LargeScaleJitter()), "use one of them"),
+        (lambda: Augmentation(vertical_flip_probability=-0.1), "vertical flip probability -0.1"),
+    ],
+)
+def test_settings_that_are_wrong_are_refused(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(AugmentationError, match=said):
+        make()

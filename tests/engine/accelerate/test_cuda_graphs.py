@@ -1,0 +1,290 @@
+"""Recorded forward and backward passes, on a CPU: a stand-in for CUDA graphs records operators and does them again with
+the very tensors, so that it too knows nothing of what the host did in between."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from detection.config.errors import ConfigError
+from detection.engine import train
+from detection.engine.accelerate import cuda_graphs
+from detection.engine.accelerate.cuda_graphs import CudaGraphRecorder, StepGraphs, cuda_step_graphs
+from detection.engine.distributed.comm import Processes
+from detection.engine.optim.flat_gradients import FlatGradients
+from detection.models import ImageBatch, TargetBatch, build_model
+from detection.models.ops import matcher
+from detection.models.ops.cpu import conv as cpu_conv
+from detection.models.ops.roi_align import RoIAlign
+
+CPU = torch.device("cpu")
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+class OperatorRecorder:
+    """As CudaGraphRecorder, on a CPU."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def rehearse(self, step: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return step()
+
+    def record(self, step: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        written = [parameter.clone() for parameter in self.untouched()]
+        with Operators() as operators:
+            recorded = step()
+        # A recording does nothing.
+        for parameter, before in zip(self.untouched(), written, strict=True):
+            parameter.copy_(before)
+
+        @torch.no_grad()
+        def replay() -> dict[str, Tensor]:
+            self.replays += 1
+            for func, args, kwargs, result in operators.calls:
+                for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.detach().copy_(new)
+            return {name: value.clone() for name, value in recorded.items()}
+
+        return replay
+
+    untouched: Callable[[], list[Tensor]] = staticmethod(list)
+    """The tensors outside a step that it writes to."""
+
+
+class Refuser(OperatorRecorder):
+    def record(self, step: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+@pytest.fixture
+def code_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the CPU run what a GPU runs; its own code decides by what is in the batch, as only a CPU's can."""
+
+    def convolution(x: Tensor, weight: Tensor, bias: Any, *, relu: bool = False, **places: Any) -> Tensor:
+        out = F.conv2d(x, weight, bias, **places)
+        return F.relu_(out) if relu else out
+
+    def of_pyramid(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    monkeypatch.setattr(cpu_conv, "convolution", convolution)
+    monkeypatch.setattr(cpu_conv, "convolution_with_sparse_gradient", of_pyramid)
+    monkeypatch.setattr(
+        RoIAlign, "_by_sparse_matrix", lambda self, maps, boxes, levels, _: self.by_operator(maps, boxes, levels)
+    )
+    monkeypatch.setattr(matcher, "_used_rows", lambda gt_valid: gt_valid.shape[1])
+
+
+def batch(seed: int, num_boxes: int, height: int = 64) -> tuple[ImageBatch, TargetBatch]:
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(2, num_boxes, 2, generator=generator) * 40
+    boxes = torch.cat((corners, corners + 10 + torch.rand(2, num_boxes, 2, generator=generator) * 14), dim=2)
+    pixels = torch.randint(0, 256, (2, 3, height, 96), dtype=torch.uint8, generator=generator)
+    # One image that fills less than its padding: on a CPU too, masks then stay masks.
+    sizes = torch.tensor([[64, 96], [30, 90]])
+    labels = torch.randint(0, 3, (2, num_boxes), generator=generator)
+    valid = torch.rand(2, num_boxes, generator=generator) > 0.3
+    return ImageBatch(pixels, sizes), TargetBatch(boxes, labels, valid, torch.tensor([seed, seed + 100]))
+
+
+def passes(model: nn.Module, graphs: StepGraphs | None, batches: list[tuple[ImageBatch, TargetBatch]]) -> list[Any]:
+    gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
+    if graphs is not None and isinstance(graphs._recorder, OperatorRecorder):
+        graphs._recorder.untouched = lambda: [gradients._flat]
+
+    def step(images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
+        losses = model(images, targets)
+        torch.stack(list(losses.values())).sum().backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    found = []
+    for images, targets in batches:
+        gradients.zero()
+        losses = graphs.run(step, images, targets) if graphs is not None else step(images, targets)
+        found.append((losses, gradients._flat.clone()))
+    return found
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    model = build_model("tiny", 3, norm="gn", frozen_stages=-1).train()
+    nn.init.normal_(model.rpn.deltas.weight, std=0.1)
+    return model
+
+
+def test_replayed_passes_give_each_batch_its_own_losses_and_gradients(code_of_gpus, same_state):
+    # Other pictures, boxes, keys and numbers of boxes each time, in two sizes by turns.
+    batches = [batch(seed, 1 + 5 * (seed % 3), 64 if seed % 2 else 96) for seed in range(10)]
+    recorder = OperatorRecorder()
+    graphs = StepGraphs(recorder)
+    with_graphs, without = passes(tiny(), graphs, batches), passes(tiny(), None, batches)
+    # Of each size one pass as it is written and one with the recording.
+    assert (graphs.num_recordings, recorder.replays) == (2, 6)
+    same_state(with_graphs, without)
+    assert len({float(losses["loss_cls"]) for losses, _ in with_graphs}) == 10
+    assert graphs.problem is None
+
+
+def test_more_boxes_than_before_are_a_size_of_their_own(code_of_gpus, same_state):
+    batches = [batch(seed, 40 if seed % 2 else 3) for seed in range(6)]
+    recorder = OperatorRecorder()
+    graphs = StepGraphs(recorder)
+    same_state(passes(tiny(), graphs, batches), passes(tiny(), None, batches))
+    assert (graphs.num_recordings, recorder.replays) == (2, 2)
+
+
+def test_passes_that_cannot_be_recorded_are_done_once_each_as_they_are_written(code_of_gpus, same_state):
+    graphs = StepGraphs(Refuser())
+    batches = [batch(seed, 3) for seed in range(4)]
+    same_state(passes(tiny(), graphs, batches), passes(tiny(), None, batches))
+    assert graphs.problem == "operation not permitted when stream is capturing"
+    assert graphs.num_recordings == 0
+
+
+def test_flat_gradients_lie_as_their_parameters_and_begin_at_multiples_of_four():
+    weight = nn.Parameter(torch.randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+    bias, other = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 2))
+    gradients = FlatGradients([weight, bias, other])
+    for number, parameter in enumerate((weight, bias, other), 1):
+        assert parameter.grad is not None and parameter.grad.stride() == parameter.stride()
+        assert parameter.grad.data_ptr() % 16 == 0
+        parameter.grad.fill_(number)
+    assert [parameter.grad.unique().tolist() for parameter in (weight, bias, other)] == [[1.0], [2.0], [3.0]]
+    (weight.sum() * 2 + bias.sum()).backward()
+    assert weight.grad.unique().tolist() == [3.0] and bias.grad.unique().tolist() == [3.0]
+    gradients.zero()
+    assert not any(parameter.grad.any() for parameter in (weight, bias, other))
+
+
+def on_gpu(*batches: tuple[ImageBatch, TargetBatch]) -> list[tuple[ImageBatch, TargetBatch]]:
+    return [
+        (ImageBatch(*(each.cuda() for each in images)), TargetBatch(*(each.cuda() for each in targets)))
+        for images, targets in batches
+    ]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_replayed_passes_give_what_passes_give_as_they_are_written(compiled):
+    batches = on_gpu(*(batch(seed, 1 + 5 * (seed % 3), 64 if seed % 2 else 96) for seed in range(10)))
+    graphs = StepGraphs(CudaGraphRecorder())
+    recorded, plain = tiny().cuda(), tiny().cuda()
+    if compiled:
+        recorded.compile_dense_parts(dynamic=False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        found, expected = passes(recorded, graphs, batches), passes(plain, None, batches)
+    assert graphs.problem is None and graphs.num_recordings == 2
+    for (losses, gradients), (plain_losses, plain_gradients) in zip(found, expected, strict=True):
+        torch.testing.assert_close(losses, plain_losses, rtol=1e-3, atol=1e-4)
+        assert (gradients - plain_gradients).norm() < 0.01 * plain_gradients.norm()
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_pass_that_cannot_be_recorded_leaves_a_training_that_goes_on():
+    batches = on_gpu(*(batch(seed, 3) for seed in range(6)))
+    model, graphs = tiny().cuda(), StepGraphs(CudaGraphRecorder())
+    model.register_forward_hook(lambda module, given, losses: losses["loss_cls"].item() and None)
+    found = passes(model, graphs, batches)
+    assert graphs.problem is not None and "captur" in graphs.problem
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    expected = passes(tiny().cuda(), None, batches)
+    assert all((g - e).norm() < 0.02 * e.norm() for (_, g), (_, e) in zip(found, expected, strict=True))
+    # What another stream has used is free again when it has done so.
+    own = torch.cuda.Stream()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        used = torch.zeros(2**20, device="cuda")
+        used.record_stream(own)
+        del used
+    torch.cuda.synchronize()
+    torch.zeros(1, device="cuda")
+    assert torch.cuda.memory_allocated() - before < 2**20
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, code_of_gpus: None) -> list[StepGraphs]:
+    """--cuda-graphs with the stand-in; the graphs of each training."""
+    made: list[StepGraphs] = []
+    recorders: list[OperatorRecorder] = []
+    plain = FlatGradients.__init__
+
+    def remember(self: FlatGradients, parameters: Any) -> None:
+        plain(self, parameters)
+        recorders[-1].untouched = lambda: [self._flat]
+
+    def graphs(processes: Processes, model: nn.Module) -> StepGraphs:
+        recorders.append(OperatorRecorder())
+        made.append(StepGraphs(recorders[-1]))
+        return made[-1]
+
+    monkeypatch.setattr(FlatGradients, "__init__", remember)
+    monkeypatch.setattr(train, "cuda_step_graphs", graphs)
+    return made
+
+
+@pytest.mark.parametrize("more", [[], ["--accumulate", "2", "--skip-nonfinite", "--clip-grad", "3", "--ema"]])
+def test_a_training_with_graphs_ends_with_the_bits_of_one_without(
+    on_cpu, monkeypatch, start, tmp_path, records_of, load, same_state, more
+):
+    words = ["--cuda-graphs", "--norm", "gn", "--limit-train-batches", "4", "--max-epochs", "3", *more]
+    assert start(tmp_path / "with", *words) == 0
+    assert on_cpu[0].num_recordings >= 1 and on_cpu[0]._recorder.replays >= 10
+    # The same loop and the same padding, with passes as they are written.
+    monkeypatch.setattr(StepGraphs, "run", lambda self, step, images, targets: step(images, targets))
+    assert start(tmp_path / "without", *words) == 0
+    assert on_cpu[1].num_recordings == 0
+    assert records_of(tmp_path / "with") == records_of(tmp_path / "without")
+    states = [load(tmp_path / name / "checkpoints" / "last.pt") for name in ("with", "without")]
+    for key in ("model", "ema", "optimizer"):
+        same_state(states[0][key], states[1][key])
+
+
+def test_a_training_with_graphs_resumes_to_the_same_bits(on_cpu, start, tmp_path, load, same_state):
+    words = ["--cuda-graphs", "--norm", "gn", "--limit-train-batches", "4"]
+    assert start(tmp_path / "whole", *words, "--max-epochs", "2") == 0
+    assert start(tmp_path / "halves", *words, "--max-epochs", "1") == 0
+    assert start(tmp_path / "halves", *words, "--max-epochs", "2", "--resume") == 0
+    states = [load(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "halves")]
+    same_state(states[0]["model"], states[1]["model"])
+
+
+def test_graphs_that_cannot_be_recorded_are_told_once_and_the_training_goes_on(monkeypatch, start, tmp_path, capsys):
+    monkeypatch.setattr(train, "cuda_step_graphs", lambda processes, model: StepGraphs(Refuser()))
+    assert start(tmp_path / "run", "--cuda-graphs", "--norm", "gn") == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("CUDA graphs cannot be recorded here") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "world_size", "norm", "message"),
+    [
+        ("cpu", True, 1, "gn", "leave it away on a CPU"),
+        ("cuda", False, 1, "gn", "needs the Triton kernels"),
+        ("cuda", True, 2, "bn", "trained batch norm in several processes"),
+    ],
+)
+def test_passes_that_no_graph_can_hold_are_refused_before_the_training(
+    monkeypatch, device, triton, world_size, norm, message
+):
+    monkeypatch.setattr(cuda_graphs, "uses_triton", lambda where: triton)
+    monkeypatch.setattr(cuda_graphs, "describe_kernels", lambda where: "PyTorch's operators")
+    model = build_model("tiny", 3, norm=norm, frozen_stages=-1)
+    with pytest.raises(ConfigError, match=message):
+        cuda_step_graphs(Processes(0, 0, world_size, world_size, torch.device(device)), model)

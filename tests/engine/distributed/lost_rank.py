@@ -1,0 +1,37 @@
+"""train.py with tiny networks, of which one process comes to grief: lost_rank.py RANK killed|stuck|fails [options]"""
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import train
+from detection.engine.trainer import EpochBasedTrainLoop
+from detection.process_exit import leave
+from tests.engine.tiny_model import make_known
+
+
+def main() -> int:
+    rank, fate = int(sys.argv[1]), sys.argv[2]
+    del sys.argv[1:3]
+    plain = EpochBasedTrainLoop.train_iteration
+
+    def train_iteration(self: EpochBasedTrainLoop, iteration: int, batches: Any) -> None:
+        if iteration == 2 and self.processes.rank == rank:
+            self.processes.at("in iteration 2")
+            if fate == "killed":
+                time.sleep(1.5)  # a sign of life goes out
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fate == "stuck":
+                time.sleep(60)
+            raise MemoryError("no more memory")
+        plain(self, iteration, batches)
+
+    EpochBasedTrainLoop.train_iteration = train_iteration  # type: ignore[method-assign]
+    make_known()
+    return train.main()
+
+
+if __name__ == "__main__":
+    leave(main())

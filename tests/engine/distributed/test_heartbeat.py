@@ -1,0 +1,41 @@
+"""A process that is lost, stuck or fails alone: the others end soon, and say which it was and what they waited for."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("fate", "lost", "said"),
+    [
+        ("killed", 1, r"process 1 \(pid {pid} on \S+\) gives no sign of life; the last was in iteration 2"),
+        ("stuck", 1, r"process 1 \(pid {pid} on \S+\) is alive and elsewhere: in iteration 2, does not wait"),
+        ("fails", 1, r"process 1 \(pid {pid} on \S+\) ended in iteration 2: MemoryError: no more memory"),
+        ("killed", 0, "process 0 cannot be asked: the store of the run, on process 0's machine, is gone"),
+    ],
+)
+def test_the_others_end_soon_and_name_it(
+    fate: str,
+    lost: int,
+    said: str,
+    tmp_path: Path,
+    program: Callable[..., Any],
+    arguments: Callable[..., list[str]],
+) -> None:
+    words = arguments(tmp_path / "run", "--norm", "gn", "--max-epochs", "1", "--collective-timeout", "0.05")
+    with program("distributed/lost_rank.py", lost, fate, *words, ranks=2) as processes:
+        other = processes[1 - lost]
+        out, err = other.communicate(timeout=120)
+        pid = processes[lost].pid
+    assert other.returncode == 1, out + err
+    assert re.search(said.format(pid=pid), err), err
+    assert re.search(
+        rf"error: process {1 - lost}, in iteration [12], waited for "
+        r"(the gradients of every process|every process to come as far|the losses of every process) in vain: ",
+        err,
+    ), err
+    assert "--resume" in err
+    assert "Traceback" not in err

@@ -1,0 +1,108 @@
+"""A training step on a GPU that is not there: run by test_fake_device.py, which reads the answers as JSON.
+
+A process of its own, because the device stays with the process.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
+
+from data import RawBatch, assemble
+from data.transforms.color import Distortion, Jitter
+from detection.engine.metrics.step_metrics import StepRecords
+from detection.engine.optim.amp import Precision, gradient_norm
+from detection.engine.optim.ema import AveragedModel
+from detection.engine.optim.nonfinite import NonFiniteGuard
+from detection.engine.optim.optimizer import build_optimizer, set_learning_rate, trained_parameters
+from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
+from detection.models import rpn as rpn_module
+from detection.models.ops import nms
+from gpu_checks.fake_device import move, pretend_gpu
+from schedules import load_schedule
+
+
+def raw_batch() -> RawBatch:
+    sizes = [(60, 90), (48, 48)]
+    return RawBatch(
+        pixels=torch.zeros(sum(3 * height * width for height, width in sizes), dtype=torch.uint8),
+        native_sizes=sizes, scaled_sizes=[(120, 180), (96, 96)], offsets=[(0, 0), (4, 6)],
+        resized_sizes=[(120, 180), (90, 90)], flips=[False, True], vertical_flips=[True, False], colours=None,
+        padded_size=(128, 192), sizes=torch.tensor([[120, 180], [90, 90]]), boxes_xyxy=torch.zeros(2, 3, 4),
+        labels=torch.zeros(2, 3, dtype=torch.int64), valid=torch.ones(2, 3, dtype=torch.bool),
+        image_ids=torch.tensor([1, 2]), places=torch.tensor([0, 1]), sample_keys=torch.tensor([3, 4]),
+        scale_factors=torch.ones(2, 2), iteration=0, epoch=0,
+    )  # fmt: skip
+
+
+def first_rounds(boxes: torch.Tensor, valid: torch.Tensor, threshold: float) -> torch.Tensor:
+    return nms._rounds_of_all(boxes, valid, threshold, nms._ROUNDS)[0]
+
+
+def train(name: str, batch: Any, device: torch.device, amp: str) -> dict[str, Any]:
+    """One iteration, with everything that can take part in one."""
+    model: FasterRCNN = build_model(name, 5, fpn_channels=32, roi_hidden_channels=32).train()
+    move(model, device)
+    schedule = load_schedule("1x")
+    optimizer = build_optimizer(model, schedule)
+    set_learning_rate(optimizer, schedule, 3, 100)
+    precision = Precision(amp, device)
+    guard = NonFiniteGuard(model)
+    before = {key: value.dtype for key, value in model.state_dict().items()}
+    ema = AveragedModel.__new__(AveragedModel)
+    ema.decay, ema.module = 0.5, model
+    records = StepRecords(
+        mock.Mock(world_size=1), images_per_iteration=2, gradient_may_overflow=False, skips_nonfinite=True
+    )
+    guard.begin()
+    with precision.autocast():
+        losses = model(
+            ImageBatch(batch.pixels, batch.sizes),
+            TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys),
+        )
+    precision.backward(guard.carry(torch.stack(list(losses.values())).sum()))
+    parameters = trained_parameters(optimizer)
+    grad_norm = gradient_norm(parameters, clip_to=35.0)
+    skip = guard.finish(grad_norm)
+    # The optimiser's own step is one operator of PyTorch's, which fake tensors have no shapes for.
+    ema.update(model, 3, skip)
+    records.add(losses, grad_norm, [1, 2], epoch=0, iteration=3, lr=0.1, data_seconds=0.0)
+    return {
+        "losses": sorted(losses),
+        "devices": sorted({str(p.grad.device) for p in parameters if p.grad is not None} | {str(grad_norm.device)}),
+        "without gradient": sum(p.grad is None for p in parameters),
+        "dtypes kept": before == {key: value.dtype for key, value in model.state_dict().items()},
+    }
+
+
+def main() -> None:
+    device, mode = pretend_gpu()
+    found: dict[str, Any] = {}
+    with mode:
+        raw = raw_batch()
+        batch = assemble(raw, device)
+        found["assembled on"] = sorted({str(t.device) for t in (batch.pixels, batch.sizes, batch.labels)})
+        distorted = Distortion(9.0, 1.2, 0.8, 0.03, 1.1, (2, 0, 1))
+        jittered = Jitter(1.1, 0.9, 1.2, 0.02, ("hue", "contrast", "saturation", "brightness"))
+        batch = assemble(replace(raw, colours=(distorted, jittered)), device)
+        # Its operator has a fake of its own, which would hide what it does.
+        with mock.patch.object(rpn_module, "suppress_within_levels", nms.suppress):
+            try:
+                train("faster_rcnn_r18_fpn", batch, device, "bf16")
+            except Exception as error:  # the question whether suppression has settled is caught in the act
+                found["without Triton"] = type(error).__name__
+            with mock.patch.object(nms, "_rounds_until_settled", first_rounds):
+                for name in ("faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"):
+                    for amp in ("bf16", "off"):
+                        found[f"{name} {amp}"] = train(name, batch, device, amp)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

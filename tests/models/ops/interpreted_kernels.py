@@ -1,0 +1,234 @@
+"""What the Triton kernels compute, in Triton's interpreter: run by test_kernels.py, which reads the answers as JSON.
+
+A process of its own, because TRITON_INTERPRET=1 has to be set before Triton is imported.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detection.models import ImageBatch, TargetBatch, build_model
+from detection.models import rpn as rpn_module
+from detection.models.ops import matcher, nms, roi_align, selfcheck
+from detection.models.ops.feature_table import cell_table, take_rows
+from detection.models.ops.matcher import MaxIoUAssigner
+from detection.models.ops.roi_align import RoIAlign, roi_levels
+from detection.models.ops.triton import assignment, epilogue
+from detection.models.ops.triton import nms as nms_kernels
+
+CPU = torch.device("cpu")
+
+
+def boxes(seed: int, *shape: int, side: int = 12, place: int = 30) -> Tensor:
+    """Boxes at whole pixels among few places: many overlap, are equal, or meet a threshold exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.randint(0, place, (*shape, 2), generator=generator)
+    return torch.cat((corners, corners + torch.randint(0, side, (*shape, 2), generator=generator)), dim=-1).float()
+
+
+# The interpreter takes its time.
+selfcheck.NUM_BOXES, selfcheck.NUM_CHANNELS = 110, 8
+
+
+def kernels_that_differ() -> list[str]:
+    return selfcheck.kernels_that_differ(CPU)
+
+
+def broken_kernels_are_found() -> list[str]:
+    """Each kernel's result is spoilt in one place."""
+
+    def spoilt(function: Callable[..., Any], spoil: Callable[[Any], Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: spoil(function(*args, **kwargs))
+
+    def other_index(found: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
+        found[1][0, 0] += 1
+        return found
+
+    def other_bit(keep: Tensor) -> Tensor:
+        keep[0, 0] = ~keep[0, 0]
+        return keep
+
+    from detection.models.ops.triton import roi_align as roi_kernels
+
+    with (
+        mock.patch.object(nms_kernels, "keep_best", spoilt(nms_kernels.keep_best, other_bit)),
+        mock.patch.object(assignment, "best_matches", spoilt(assignment.best_matches, other_index)),
+        mock.patch.object(
+            roi_kernels, "pool_from_table", spoilt(roi_kernels.pool_from_table, lambda pooled: pooled * 1.01)
+        ),
+        mock.patch.object(epilogue, "finish_convolution", spoilt(epilogue.finish_convolution, lambda out: out + 0.1)),
+    ):
+        return selfcheck.kernels_that_differ(CPU)
+
+
+def suppression() -> dict[str, bool]:
+    """Whether each case gives what torchvision's operator gives."""
+    found = {}
+    for number in (1, 31, 32, 33, 70):
+        for threshold in (0.3, 0.5, 0.7):
+            group = boxes(number, 2, number)
+            ranking = torch.randint(0, 50, (2, number), generator=torch.Generator().manual_seed(1)).float()
+            ranking[:, ::7] = -torch.inf
+            expected = nms._one_call_per_level(group, ranking, [number], threshold) & (ranking != -torch.inf)
+            found[f"{number} boxes, {threshold}"] = torch.equal(
+                nms.by_triton(group, ranking, [number], threshold), expected
+            )
+    nobody = torch.full((2, 40), -torch.inf)
+    found["none valid"] = not nms.by_triton(boxes(0, 2, 40), nobody, [30, 10], 0.5).any()
+    # Each box overlaps the next by more than half, and no other by as much: every second one is kept.
+    left = torch.arange(67.0) * 30
+    chain = torch.stack((left, torch.zeros(67), left + 100, torch.ones(67)), dim=1)[None]
+    keep = nms.by_triton(chain, -torch.arange(67.0)[None], [67], 0.5)
+    found["chain"] = keep[0].nonzero()[:, 0].tolist() == list(range(0, 67, 2))
+    return found
+
+
+def assigned() -> dict[str, bool]:
+    """Whether each case equals the plain code, kinds and boxes."""
+    found = {}
+    gt_boxes = boxes(1, 2, 8, side=20, place=20)
+    gt_boxes[:, 3] = gt_boxes[:, 5]
+    candidates = torch.cat((boxes(2, 2, 600, side=20, place=20), gt_boxes), dim=1)
+    some = torch.rand(2, 608, generator=torch.Generator().manual_seed(0)) > 0.3
+    valid = torch.tensor([[True] * 8, [False, True, True] + [False] * 5])
+    for name, gt_valid in (("boxes", valid), ("no boxes", torch.zeros_like(valid))):
+        for takes_own in (True, False):
+            for low_quality_iou in (None, 0.0, 0.3):
+                assigner = MaxIoUAssigner(0.5, 0.3, low_quality_iou, takes_own)
+                for usable in (some, None):
+                    expected = assigner(gt_boxes, gt_valid, candidates, usable)
+                    with mock.patch.object(matcher, "uses_triton", lambda device: True):
+                        given = assigner(gt_boxes, gt_valid, candidates, usable)
+                    of_positive = expected.kind == matcher.POSITIVE
+                    found[f"{name}, {takes_own}, {low_quality_iou}, {usable is None}"] = torch.equal(
+                        given.kind, expected.kind
+                    ) and torch.equal(given.gt_index[of_positive], expected.gt_index[of_positive])
+    return found
+
+
+def pooled() -> dict[str, list[float]]:
+    """Largest differences of values and of gradients, from the product with a sparse matrix."""
+    generator = torch.Generator().manual_seed(2)
+    strides = (4, 8, 16, 32)
+    # A number of channels that is no power of two, and more than a program takes.
+    maps = [torch.randn(2, 68, 128 // stride, 160 // stride, generator=generator) for stride in strides]
+    maps.append(torch.randn(2, 68, 2, 3, generator=generator))
+    rois = boxes(3, 2, 9, side=120, place=100)
+    rois[0, 0] = 0.0  # as empty slots are
+    rois[0, 1] = torch.tensor([0.0, 50, 160, 51])
+    rois[1, 3] = torch.tensor([0.0, 0, 400, 320])  # beyond the map: its samples there count as zero
+    levels = roi_levels(rois, finest_scale=20, eps_inside_log=True)
+    found = {"levels": levels.unique().tolist()}
+    for ratio, aligned in ((0, True), (2, False), (3, True)):
+        pool = RoIAlign(7, ratio, aligned, (*strides, 64))
+        results = []
+        for by in (pool._by_sparse_matrix, pool.by_triton):
+            table, rows = take_rows(cell_table(maps).requires_grad_(), torch.tensor([0, 5, 5]))
+            values = by(maps, rois, levels, table)
+            weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(4))
+            leaf = table.grad_fn.next_functions[0][0].variable  # type: ignore[union-attr]
+            (gradient,) = torch.autograd.grad((values * weights).sum() + rows.sum(), leaf)
+            results.append((values.detach(), gradient))
+        of_rows = torch.zeros_like(gradient).index_add_(0, torch.tensor([0, 5, 5]), torch.ones(3, gradient.shape[1]))
+        torch.use_deterministic_algorithms(True)
+        table = cell_table(maps).requires_grad_()
+        (in_order,) = torch.autograd.grad((pool.by_triton(maps, rois, levels, table) * weights).sum(), table)
+        torch.use_deterministic_algorithms(False)
+        (values, gradient), (other_values, other_gradient) = results
+        found[f"in units, {ratio}, {aligned}"] = [0.0, float((in_order - (other_gradient - of_rows)).abs().max())]
+        found[f"{ratio}, {aligned}"] = [
+            float((values - other_values).abs().max()),
+            float((gradient - other_gradient).abs().max()),
+        ]
+    return found
+
+
+def ends() -> dict[str, float]:
+    """Largest differences of outputs and gradients from the same written out, for more cells than programs."""
+    epilogue._MOST_SUMS = 3
+    generator = torch.Generator().manual_seed(5)
+    found = {}
+    for channels, height, width in ((130, 21, 18), (5, 40, 50), (64, 16, 9)):
+        shape = (2, channels, height, width)
+        out, residual, weights = (torch.randn(shape, generator=generator) for _ in range(3))
+        bias = torch.randn(channels, generator=generator)
+        for has_bias, has_residual, relu in ((1, 0, 1), (1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 1)):
+            leaves = [
+                out.clone(memory_format=torch.channels_last).requires_grad_(),
+                bias.clone().requires_grad_(),
+                residual.clone().requires_grad_(),  # channels first, as it may come
+            ]
+            given = (leaves[1] if has_bias else None, leaves[2] if has_residual else None)
+            ours = epilogue.finish_convolution(leaves[0] * 1, *given, relu=bool(relu))
+            plain = leaves[0] + (leaves[1][:, None, None] if has_bias else 0) + (leaves[2] if has_residual else 0)
+            plain = F.relu(plain) if relu else plain
+            gradients = [
+                torch.autograd.grad((each * weights).sum(), leaves, allow_unused=True) for each in (ours, plain)
+            ]
+            pairs = [(ours, plain), *((a, b) for a, b in zip(*gradients, strict=True) if a is not None)]
+            found[f"{shape} {has_bias} {has_residual} {relu}"] = max(
+                float((a - b).detach().abs().max()) for a, b in pairs
+            )
+    return found
+
+
+def training_step() -> dict[str, Any]:
+    """Losses and gradients of a whole step with all kernels, beside the same step without any."""
+    torch.manual_seed(0)
+    model = build_model(
+        "faster_rcnn_r18_fpn", 5, fpn_channels=16, roi_hidden_channels=32, rpn_samples_per_image=32,
+        roi_samples_per_image=16, rpn_nms_pre_train=60, rpn_proposals_train=40,
+    ).train()  # fmt: skip
+    torch.nn.init.normal_(model.rpn.deltas.weight, std=0.1)
+    torch.nn.init.normal_(model.rpn.objectness.weight, std=0.1)
+    images = ImageBatch(
+        torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)),
+        torch.tensor([[64, 96], [60, 50]]),
+    )
+    truth = torch.tensor([[[8.0, 8, 40, 44], [50, 3, 90, 60]], [[2.0, 2, 30, 20], [0, 0, 0, 0]]])
+    targets = TargetBatch(
+        truth, torch.tensor([[0, 4], [2, 0]]), torch.tensor([[True, True], [True, False]]), torch.tensor([3, 4])
+    )
+
+    def step() -> tuple[dict[str, float], Tensor]:
+        model.zero_grad()
+        losses = model(images, targets)
+        torch.stack(list(losses.values())).sum().backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return {name: float(value) for name, value in losses.items()}, torch.cat(gradients)
+
+    plain, plain_gradient = step()
+    pooled_by: list[str] = []
+
+    def pool(self: RoIAlign, features: Any, rois: Tensor, levels: Tensor, table: Any = None) -> Tensor:
+        pooled_by.append("triton")
+        return self.by_triton(features, rois, levels, table)
+
+    with (
+        mock.patch.object(matcher, "uses_triton", lambda device: True),
+        mock.patch.object(nms, "_one_call_per_level", nms.by_triton),
+        mock.patch.object(rpn_module, "suppress_within_levels", nms.suppress),
+        mock.patch.object(roi_align.RoIAlign, "__call__", pool),
+    ):
+        ours, our_gradient = step()
+    difference = float((our_gradient - plain_gradient).norm() / plain_gradient.norm())
+    return {"plain": plain, "ours": ours, "gradient": difference, "pooled_by": pooled_by}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    answers = {
+        case.__name__: case()
+        for case in (kernels_that_differ, broken_kernels_are_found, suppression, assigned, pooled, ends, training_step)
+    }
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Names, class rows and input conventions of other projects, there and back."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+from detection.models import build_model, export_state_dict
+from detection.models.weights.layouts import PIXEL_STD_RGB, clean_names, recognise, stem_from_bgr, to_layout, to_ours
+
+REFERENCE = Path(__file__).parents[2] / "reference" / "parity" / "state_dict.csv"
+SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16}
+
+
+def randomised(model):
+    generator = torch.Generator().manual_seed(0)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+        else:
+            tensor.fill_(7)
+    return model
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_mmdetections_names_and_shapes_are_written():
+    with torch.device("meta"):
+        exported = export_state_dict(build_model("faster_rcnn_r50_fpn", 80), "mmdet")
+    with REFERENCE.open() as file:
+        expected = {row["name"]: row["shape"] for row in csv.DictReader(file)}
+    assert {name: "x".join(map(str, t.shape)) or "scalar" for name, t in exported.items()} == expected
+
+
+def test_torchvisions_names_shapes_and_order_are_written_and_load_strictly():
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5)
+    model = randomised(build_model("fasterrcnn_resnet50_fpn", 4))
+    exported = export_state_dict(model, "torchvision")
+    assert {name: t.shape for name, t in exported.items()} == {name: t.shape for name, t in theirs.state_dict().items()}
+    assert list(exported) == list(theirs.state_dict())
+    theirs.load_state_dict(exported)
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn", "gn"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("faster_rcnn_r18_fpn", "mmdet"),
+        ("faster_rcnn_r50_fpn", "mmdet"),
+        ("faster_rcnn_x101_32x4d_fpn", "mmdet"),
+        ("fasterrcnn_resnet18_fpn", "torchvision"),
+        ("fasterrcnn_resnet50_fpn", "torchvision"),
+        ("faster_rcnn_r50_fpn", "ours"),
+    ],
+)
+def test_the_way_there_and_back_changes_no_bit(name, layout, norm):
+    ours = randomised(build_model(name, 3, norm=norm, fpn_norm="gn" if norm == "gn" else None, **SMALL)).state_dict()
+    exported = to_layout(ours, layout)
+    back, origin = to_ours(exported, recognise(exported))
+    assert recognise(exported) == layout
+    assert origin.keys() == back.keys() and set(origin.values()) == exported.keys()
+    without_counters = {key: tensor for key, tensor in back.items() if key in ours}
+    assert equal(without_counters, ours)
+    assert all(key.endswith("num_batches_tracked") for key in back.keys() - ours.keys())
+    if layout == "mmdet" and norm == "gn":
+        assert "backbone.layer1.0.gn1.weight" in exported and "neck.fpn_convs.0.gn.weight" in exported
+
+
+def test_counters_of_trained_batch_norms_are_kept_and_those_of_frozen_ones_made_up():
+    model = randomised(build_model("faster_rcnn_r18_fpn", 2, norm="bn", frozen_stages=1, **SMALL))
+    exported = export_state_dict(model, "mmdet")
+    assert exported["backbone.bn1.num_batches_tracked"] == 0
+    assert exported["backbone.layer2.0.bn1.num_batches_tracked"] == 7
+
+
+def test_torchvisions_background_is_its_first_class_and_our_last():
+    generator = torch.Generator().manual_seed(0)
+    weight, deltas = torch.randn(4, 16, generator=generator), torch.randn(16, 16, generator=generator)
+    theirs = {
+        "roi_heads.box_predictor.cls_score.weight": weight,
+        "roi_heads.box_predictor.bbox_pred.weight": deltas,
+    }
+    ours, _ = to_ours(theirs, "torchvision")
+    features = torch.randn(5, 16, generator=generator)
+    logits, boxes = F.linear(features, weight), F.linear(features, deltas).reshape(5, 4, 4)
+    our_logits = F.linear(features, ours["roi_head.classifier.weight"])
+    our_boxes = F.linear(features, ours["roi_head.regressor.weight"]).reshape(5, 4, 4)
+    assert torch.equal(our_logits[:, 3], logits[:, 0]) and torch.equal(our_logits[:, :3], logits[:, 1:])
+    assert torch.equal(our_boxes[:, :3], boxes[:, 1:])
+
+
+def test_box_outputs_of_the_background_are_added_for_torchvision_and_dropped_for_mmdetection():
+    ours = randomised(build_model("faster_rcnn_r18_fpn", 3, **SMALL)).state_dict()
+    exported = to_layout(ours, "torchvision")["roi_heads.box_predictor.bbox_pred.weight"]
+    assert exported.shape == (16, 16) and not exported[:4].any()
+    assert torch.equal(exported[4:], ours["roi_head.regressor.weight"])
+
+    ours = randomised(build_model("fasterrcnn_resnet18_fpn", 3, **SMALL)).state_dict()
+    exported = to_layout(ours, "mmdet")["roi_head.bbox_head.fc_reg.weight"]
+    assert torch.equal(exported, ours["roi_head.regressor.weight"][:12])
+
+
+def test_torchvisions_older_names_are_read():
+    model = randomised(build_model("fasterrcnn_resnet18_fpn", 3, **SMALL))
+    exported = export_state_dict(model, "torchvision")
+    older = {
+        re.sub(r"(inner_blocks\.\d|layer_blocks\.\d|rpn\.head\.conv)(\.0)+\.(weight|bias)$", r"\1.\3", name): tensor
+        for name, tensor in exported.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    assert "rpn.head.conv.weight" in older and "backbone.fpn.inner_blocks.3.bias" in older
+    assert equal(to_ours(older, "torchvision")[0], model.state_dict())
+
+
+def detectron2_name(name):
+    """Detectron2's name of one of our parameters, put together from the module definitions of its R50-FPN."""
+    if name.startswith("backbone."):
+        name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name.removeprefix("backbone."))
+        name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+        name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+        return "backbone.bottom_up." + ("stem." + name if name.startswith(("conv1", "bn1")) else name)
+    for ours, theirs in {
+        r"fpn\.lateral\.(\d)": "backbone.fpn_lateral{}",
+        r"fpn\.output\.(\d)": "backbone.fpn_output{}",
+    }.items():
+        if match := re.match(ours, name):
+            return theirs.format(int(match[1]) + 2) + name[match.end() :]
+    for ours, theirs in {
+        "rpn.conv": "proposal_generator.rpn_head.conv",
+        "rpn.objectness": "proposal_generator.rpn_head.objectness_logits",
+        "rpn.deltas": "proposal_generator.rpn_head.anchor_deltas",
+        "roi_head.fc1": "roi_heads.box_head.fc1",
+        "roi_head.fc2": "roi_heads.box_head.fc2",
+        "roi_head.classifier": "roi_heads.box_predictor.cls_score",
+        "roi_head.regressor": "roi_heads.box_predictor.bbox_pred",
+    }.items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    raise KeyError(name)
+
+
+def test_every_name_of_detectron2s_r50_fpn_is_read():
+    ours = randomised(build_model("faster_rcnn_r50_fpn", 3, **SMALL)).state_dict()
+    theirs = {detectron2_name(name): tensor for name, tensor in ours.items()}
+    assert "backbone.bottom_up.res4.5.conv3.norm.running_var" in theirs
+    assert "backbone.bottom_up.stem.conv1.norm.bias" in theirs
+    assert recognise(theirs) == "detectron2"
+    back, origin = to_ours(theirs, "detectron2")
+    assert equal(back, ours) and origin == {name: detectron2_name(name) for name in ours}
+
+    backbone = {k.removeprefix("backbone.bottom_up."): v for k, v in theirs.items() if ".bottom_up." in k}
+    assert recognise(backbone) == "detectron2"
+    assert equal(to_ours(backbone, "detectron2")[0], {k: v for k, v in ours.items() if k.startswith("backbone.")})
+
+
+def test_the_stem_for_bgr_input_gives_the_same_features_from_our_input_up_to_the_border():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 3, 7, 7, generator=generator, dtype=torch.float64)
+    rgb = torch.randint(0, 256, (1, 3, 20, 30), generator=generator).double()
+    mean = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64)[:, None, None]
+    std = torch.tensor(PIXEL_STD_RGB, dtype=torch.float64)[:, None, None]
+    detectron2_input = (rgb - mean).flip(1)
+    ours = F.conv2d((rgb - mean) / std, stem_from_bgr(weight), stride=2, padding=3)
+    torch.testing.assert_close(ours, F.conv2d(detectron2_input, weight, stride=2, padding=3), rtol=1e-12, atol=1e-9)
+
+
+def test_prefixes_of_ddp_and_compile_are_taken_off():
+    names = ["module.backbone._orig_mod.conv1.weight", "module.module.fpn.lateral.0.bias", "_orig_mod.rpn.conv.weight"]
+    cleaned = clean_names({name: torch.zeros(1) for name in names})
+    assert list(cleaned) == ["backbone.conv1.weight", "fpn.lateral.0.bias", "rpn.conv.weight"]
+
+
+@pytest.mark.parametrize(
+    ("names", "layout"),
+    [
+        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "backbone"),
+        (["backbone.layer1.0.conv1.weight", "head.fc.weight"], "mmdet"),
+        (["backbone.conv1.weight", "fpn.lateral.0.weight"], "ours"),
+        (["encoder.blocks.0.weight"], None),
+    ],
+)
+def test_layouts_are_recognised_by_their_names(names, layout):
+    assert recognise(names) == layout
+
+
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(ValueError, match="ours, mmdet, torchvision"):
+        to_layout({}, "keras")
+
+
+def test_names_without_a_counterpart_keep_theirs():
+    mask = torch.zeros(3)
+    ours, origin = to_ours(
+        {"roi_heads.mask_head.mask_fcn1.weight": mask, "rpn.head.cls_logits.bias": mask}, "torchvision"
+    )
+    assert set(ours) == {"roi_heads.mask_head.mask_fcn1.weight", "rpn.objectness.bias"}
+    assert origin == {"rpn.objectness.bias": "rpn.head.cls_logits.bias"}

@@ -1,0 +1,167 @@
+"""scripts/fault_test.py would notice: a changed bit, a doubled point, a lost checkpoint, an unnamed damage.
+
+The whole program, with real kills, is a step of .ci/run.
+"""
+
+import importlib
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from detection.engine.checkpoint import FORMAT, REQUIRED, VERSION, CheckpointError, load_checkpoint
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Modules of scripts/ by name."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+def state(iteration: int, weight: float, output_dir: str) -> dict:
+    told = dict.fromkeys(REQUIRED)
+    told |= {"format": FORMAT, "version": VERSION, "iteration": iteration, "validation_due": False}
+    told["config"] = {"output": {"output_dir": output_dir, "resume": None}, "train": {"seed": 0}}
+    told["model"] = {"weight": torch.tensor([weight, float("nan")]), "many": torch.zeros(5000)}
+    return told
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """What a training of two iterations might leave."""
+    folder = tmp_path / "one"
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(state(2, 1.0, "one"), folder / "checkpoints" / "last.pt")
+    (folder / "checkpoints" / "epoch_0001.pt").hardlink_to(folder / "checkpoints" / "last.pt")
+    torch.save(state(1, 0.5, "one"), folder / "checkpoints" / "previous.pt")
+    records = [{"kind": "train", "iteration": i, "loss": 1.0 - i / 3, "data_seconds": i * 0.1} for i in range(2)]
+    records.append({"kind": "val", "iteration": 1, "mAP": 0.25, "seconds": 3.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "detections_val.json").write_text("[]")
+    with SummaryWriter(str(folder / "tensorboard")) as board:
+        for record in records[:2]:
+            board.add_scalar("train/loss", record["loss"], record["iteration"])
+    return folder
+
+
+@pytest.fixture
+def twin(output: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(output, tmp_path / "other"))
+
+
+def test_equal_trainings_differ_in_nothing_whatever_the_clock_and_the_folder_were(script, output, twin):
+    compare = script("fault_injection.comparison").differences
+    torch.save(state(2, 1.0, "other"), twin / "checkpoints" / "last.pt")
+    text = (twin / "metrics.jsonl").read_text()
+    (twin / "metrics.jsonl").write_text(text.replace('"data_seconds": 0.1', '"data_seconds": 7.5'))
+    assert compare(output, twin) == []
+
+
+def changed_weight(folder: Path) -> None:
+    value = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).item()
+    torch.save(state(2, value, "other"), folder / "checkpoints" / "last.pt")
+
+
+def missing_checkpoint(folder: Path) -> None:
+    (folder / "checkpoints" / "epoch_0001.pt").unlink()
+
+
+def changed_record(folder: Path) -> None:
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace("0.25", "0.26"))
+
+
+def doubled_record(folder: Path) -> None:
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join([*lines[:2], lines[1], lines[2]]))
+
+
+def doubled_point(folder: Path) -> None:
+    with SummaryWriter(str(folder / "tensorboard"), filename_suffix=".later") as board:
+        board.add_scalar("train/loss", 1.0 - 1 / 3, 1)
+
+
+def other_detections(folder: Path) -> None:
+    (folder / "detections_val.json").write_text("[ ]")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (changed_weight, "last.pt/model/weight"),
+        (missing_checkpoint, "epoch_0001.pt"),
+        (changed_record, "metrics.jsonl/2/mAP"),
+        (doubled_record, "metrics.jsonl: 3 and 4 entries"),
+        (doubled_point, "train/loss has step 1 twice"),
+        (other_detections, "detections_val.json"),
+    ],
+)
+def test_whatever_differs_is_found_and_named(script, output, twin, change, named):
+    change(twin)
+    assert any(named in line for line in script("fault_injection.comparison").differences(output, twin))
+
+
+@pytest.mark.parametrize(
+    ("iterations", "before", "after", "is_lost"),
+    [
+        (7, (4, True), (6, True), False),
+        (7, (4, True), (4, True), False),  # the save at 6 was under way
+        (8, (4, True), (4, True), False),  # iteration 7 is recorded, its save not begun
+        (9, (4, True), (4, True), True),
+        (7, (6, True), (4, True), True),
+        (10, (10, True), (10, False), True),  # the validated one is gone
+        (1, (0, False), (0, False), False),
+    ],
+)
+def test_a_kill_is_lost_where_less_is_on_the_disk_than_must_be(script, iterations, before, after, is_lost):
+    kills = script("fault_injection.kills")
+    kill = kills.Kill("name", "training", "training", "all", iterations, 0, False)
+    assert bool(kills._loss(kill, before, after, 2)) == is_lost
+
+
+def test_every_kind_of_damage_hits_all_names_of_the_newest_file_and_makes_it_unreadable(script, output, tmp_path):
+    corruptions = script("fault_injection.corruptions")
+    for number, kind in enumerate(corruptions.KINDS * 3):
+        copy = tmp_path / f"copy_{number}"
+        corruptions._copy_run(output, copy)
+        assert load_checkpoint(copy / "checkpoints" / "last.pt").state["iteration"] == 2
+        damage = corruptions._damage(copy, kind, random.Random(number))
+        assert damage.names == ["epoch_0001.pt", "last.pt"]
+        assert corruptions.newest_on_disk_among(copy, damage.names) == 1
+        for name in damage.names:
+            with pytest.raises(CheckpointError):
+                load_checkpoint(copy / "checkpoints" / name)
+    assert load_checkpoint(output / "checkpoints" / "last.pt").state["iteration"] == 2
+
+
+def test_the_report_counts_every_fault_and_keeps_what_stands_above_its_mark(script, tmp_path):
+    report, kills = script("fault_injection.report"), script("fault_injection.kills")
+    kill = kills.Kill("1 process", "save", "save", "all", 5, 4, True, resumed_at=4)
+    good = kills.KilledTraining("1 process", [kill])
+    bad = kills.KilledTraining("1 process", [kills.Kill("1 process", "save", "save", "all", 9, 0, True, lost="gone")])
+    bad.differences = ["last.pt/model/weight: another tensor"]
+    record = {"command": "python x", "corruptions": [], "all_broken": "", "signals": [], "disk": []}
+    assert report.num_faults(record | {"trainings": [good.record()]}) == 0
+    faulty = record | {"trainings": [good.record(), bad.record()]}
+    assert report.num_faults(faulty) == 2
+    text = report.page(faulty, "a machine")
+    assert "## 2 kills: 1 lost, 1 different" in text
+    assert "another tensor" in text
+    page = tmp_path / "page.md"
+    page.write_text(f"# Mine\n\n{report.MARKER}\nold\n")
+    report.write_page(page, text)
+    assert page.read_text().startswith(f"# Mine\n\n{report.MARKER}\n\n    python x")
+    assert "old" not in page.read_text()
+
+
+def test_a_folder_that_holds_something_is_not_used(script, tmp_path, capsys):
+    (tmp_path / "mine").write_text("")
+    assert script("fault_test").main(["--work-dir", str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err
