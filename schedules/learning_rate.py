@@ -1,6 +1,6 @@
 """The learning rate of a run as a pure function of the iteration.
 
-At optimiser step i (0-based) the schedulers by iteration have counted i finished iterations and those by
+At optimizer step i (0-based) the schedulers by iteration have counted i finished iterations and those by
 epoch i // iterations_per_epoch finished epochs; each acts on the learning rate that the others left.
 
 Schedulers that only multiply commute, so that the learning rate is base_lr times the product of their

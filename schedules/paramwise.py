@@ -13,7 +13,7 @@ class ParamwiseSettings:
     """Multipliers of learning rate and weight decay; None: the rule is not in force.
 
     custom_keys maps a part of a parameter's name to (lr_mult, decay_mult) and goes before every other rule.
-    bypass_duplicate is accepted and changes nothing: a shared parameter enters the optimiser once in any
+    bypass_duplicate is accepted and changes nothing: a shared parameter enters the optimizer once in any
     case.
     """
 
@@ -34,7 +34,7 @@ class ParamwiseSettings:
 class ParameterFacts:
     """What the rules ask of one parameter.
 
-    name: full dotted name. is_norm: it belongs to a normalisation layer. is_bias: its own name is "bias".
+    name: full dotted name. is_norm: it belongs to a normalization layer. is_bias: its own name is "bias".
     is_depthwise: it belongs to a convolution with as many groups as input channels. is_flat: it has one
     dimension. aliases: other names of the same parameter (say, MMDetection's) that custom_keys may match as
     well.
@@ -51,7 +51,7 @@ class ParameterFacts:
 def parameter_multipliers(
     settings: ParamwiseSettings, parameters: Iterable[ParameterFacts]
 ) -> dict[str, tuple[float, float]]:
-    """{parameter name: (lr_mult, decay_mult)}; the optimiser's lr and weight_decay are multiplied by them.
+    """{parameter name: (lr_mult, decay_mult)}; the optimizer's lr and weight_decay are multiplied by them.
 
     Of several matching custom keys the longest counts, of equally long ones the first in the alphabet.
     """

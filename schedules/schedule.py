@@ -17,7 +17,7 @@ AMP_NAMES = {FLOAT16: "fp16", BFLOAT16: "bf16"}
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """type is SGD, Adam or AdamW; kwargs are further arguments of torch's optimiser of that name, defaults
+    """type is SGD, Adam or AdamW; kwargs are further arguments of torch's optimizer of that name, defaults
     filled in.
     """
 
@@ -36,7 +36,7 @@ class ClipGrad:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, with which optimiser, and how the learning rate moves.
+    """How long to train, with which optimizer, and how the learning rate moves.
 
     Two schedules are equal where they say the same; name, source and notes are not compared.
 
@@ -67,9 +67,9 @@ class Schedule:
     )
 
     def learning_rate(self, iteration: int, iterations_per_epoch: int, lr_mult: float = 1.0) -> float:
-        """The learning rate that optimiser step `iteration` (0-based, over the whole run) uses.
+        """The learning rate that optimizer step `iteration` (0-based, over the whole run) uses.
 
-        lr_mult: of a parameter group (see parameter_multipliers). It multiplies the optimiser's lr before the
+        lr_mult: of a parameter group (see parameter_multipliers). It multiplies the optimizer's lr before the
         schedulers, as in MMEngine: floors such as eta_min stay what they are. Raises ScheduleError for an
         iteration below 0 or an epoch without iterations.
         """
@@ -102,7 +102,7 @@ class Schedule:
     def scaled(self, global_batch_size: int) -> Schedule:
         """The same schedule with lr x global_batch_size / base_batch_size.
 
-        The global batch is the number of images one optimiser step sees: processes x images per process x
+        The global batch is the number of images one optimizer step sees: processes x images per process x
         accumulated micro-batches. A floor eta_min is a learning rate of its own and stays.
         """
         if global_batch_size < 1:
@@ -130,7 +130,7 @@ class Schedule:
         return _plain(
             {
                 "train_cfg": {
-                    "type": "EpochBasedTrainLoop",
+                    "type": "Trainer",
                     "max_epochs": self.max_epochs,
                     "val_begin": self.val_begin,
                     "val_interval": self.val_interval,
@@ -164,7 +164,7 @@ class Schedule:
         return schedule_from_values(values, name, source)
 
     def describe(self) -> list[str]:
-        """A few lines for people: length, optimiser, learning rate, validation."""
+        """A few lines for people: length, optimizer, learning rate, validation."""
         settings = ", ".join(f"{key} {_short(value)}" for key, value in self.optimizer.kwargs.items() if value)
         lines = [
             f"{self.name}: {self.max_epochs} epoch{'s' if self.max_epochs != 1 else ''}",

@@ -13,7 +13,7 @@ Every kind has two faces:
     step_once(lr, base_lr, step)   the learning rate after `step` alone, where two schedulers move it in turns
                                    (see learning_rate.py)
 
-`base_lr` is the optimiser's own learning rate, before any scheduler.
+`base_lr` is the optimizer's own learning rate, before any scheduler.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Why is the mAP what it is? A COCO results file and its annotations -> JSON, pictures and an HTML report.
+"""Why is the mAP what it is? A COCO results file and its annotations -> JSON, images and an HTML report.
 
     python scripts/analyze_results.py --annotations instances_val2017.json --results detections_val.json \\
         --images datasets/coco/val2017 --output-dir analysis
@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = arguments.output_dir or Path(arguments.results).with_name(f"{Path(arguments.results).stem}_analysis")
     folder.mkdir(parents=True, exist_ok=True)
 
-    def picture_of(file_name: str) -> np.ndarray:
+    def image_of(file_name: str) -> np.ndarray:
         from data.images.decode import (
-            read_image,  # brings torch along, which takes seconds: only where pictures are wanted
+            read_image,  # brings torch along, which takes seconds: only where images are wanted
         )
 
         assert images is not None
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     files = [folder / "analysis.json", folder / "report.html"]
     files[0].write_text(json.dumps(analysis, indent=1) + "\n", encoding="utf-8")
     title = f"{Path(arguments.results).name} on {Path(arguments.annotations).name}"
-    page = html_report(analysis, title=title, picture_of=picture_of if images is not None else None)
+    page = html_report(analysis, title=title, image_of=image_of if images is not None else None)
     files[1].write_text(page, encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print("no PNG files: they need matplotlib (pip install matplotlib); report.html has the same charts")

@@ -1,10 +1,10 @@
-"""A data set to look at: a gallery of it, or pictures of what the model is fed (resized, augmented and padded).
+"""A data set to look at: a gallery of it, or images of what the model is fed (resized, augmented and padded).
 
     python3 scripts/browse_dataset.py --images DIR --annotations FILE.json --html gallery.html
     python3 scripts/browse_dataset.py --dataset shapes --data-path datasets/shapes --output-dir browse
     python3 scripts/browse_dataset.py --dataset shapes --lsj 512 --photometric-distortion --mosaic
 
---html writes one page that needs nothing beside it: pictures as stored with the boxes of the file, filters by class and
+--html writes one page that needs nothing beside it: images as stored with the boxes of the file, filters by class and
 text, counts and sizes. Without it PNG files are written of what the model is fed, by train.py's options for training
 images (docs/augmentation.md). There, boxes are drawn after augmentation, from the very tensors that the training step
 gets, so a box that is off there is off in training.
@@ -38,7 +38,7 @@ from detection.config.arg_types import positive_int
 from detection.config.augmentation import add_augmentation_options, augmentation_config
 from detection.config.errors import ConfigError
 from detection.engine.inputs.augmentation import augmentation_of
-from detection.reporting.pictures import class_colour, draw_boxes, mosaic, save_png
+from detection.reporting.images import class_color, draw_boxes, mosaic, save_png
 
 GALLERY_COUNT, PNG_COUNT = 200, 32
 USER_ERRORS = (
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{count} pictures in {arguments.output_dir / 'mosaic.png' if arguments.mosaic else arguments.output_dir}")
+    print(f"{count} images in {arguments.output_dir / 'mosaic.png' if arguments.mosaic else arguments.output_dir}")
     return 0
 
 
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=_DefaultsOnce)
     parser.add_argument("--dataset", choices=("coco", "shapes"), default="coco", help="shapes: made if not there")
     parser.add_argument("--data-path", type=Path, help="[datasets/coco or datasets/shapes]")
-    parser.add_argument("--images", type=Path, help="folder of pictures of any COCO-format set")
+    parser.add_argument("--images", type=Path, help="folder of images of any COCO-format set")
     parser.add_argument("--annotations", type=Path, help="annotation file of that set")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="val: no flips, every image")
     parser.add_argument("--output-dir", type=Path, default=Path("browse"), help="where the PNG files go")
@@ -82,14 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--thumbnail-size", type=positive_int, default=480, help="gallery: longest side, pixels")
     parser.add_argument(
-        "--count", type=positive_int, help=f"number of pictures at most [{PNG_COUNT}; gallery {GALLERY_COUNT}]"
+        "--count", type=positive_int, help=f"number of images at most [{PNG_COUNT}; gallery {GALLERY_COUNT}]"
     )
     parser.add_argument("--mosaic", action="store_true", help="one file, mosaic.png, with all of them")
     parser.add_argument("--min-size", type=int, default=800, help="shorter side after the resize")
     parser.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
     parser.add_argument("--batch-size", type=int, default=16, help="global batch size: decides order and padding")
     parser.add_argument("--epoch", type=int, default=0, help="0-based: which epoch's order and augmentation")
-    parser.add_argument("--seed", type=int, default=0, help="that of the training; gallery: which pictures")
+    parser.add_argument("--seed", type=int, default=0, help="that of the training; gallery: which images")
     add_augmentation_options(parser)
     return parser
 
@@ -111,31 +111,31 @@ def locate(arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def write_html(images: Path, file: Path, arguments: argparse.Namespace) -> int:
-    """Writes the gallery; 1 where pictures cannot be read or have another size than the file says, else 0."""
+    """Writes the gallery; 1 where images cannot be read or have another size than the file says, else 0."""
     annotations = read_coco(file)
     count = arguments.count or GALLERY_COUNT
-    with tqdm(total=min(count, len(annotations)), desc="pictures", unit="img", disable=None) as bar:
+    with tqdm(total=min(count, len(annotations)), desc="images", unit="img", disable=None) as bar:
         summary = write_gallery(
             arguments.html,
             images,
             annotations,
-            colours=[f"rgb{class_colour(label)}" for label in range(len(annotations.class_names))],
+            colors=[f"rgb{class_color(label)}" for label in range(len(annotations.class_names))],
             count=count,
             seed=arguments.seed,
             longest_side=arguments.thumbnail_size,
             progress=bar.update,
         )
-    shown = f"{summary.num_shown:,} pictures"
-    if summary.num_shown < summary.num_pictures:
-        shown = f"{summary.num_shown:,} of {summary.num_pictures:,} pictures (--count N shows more, --seed N others)"
+    shown = f"{summary.num_shown:,} images"
+    if summary.num_shown < summary.num_images:
+        shown = f"{summary.num_shown:,} of {summary.num_images:,} images (--count N shows more, --seed N others)"
     print(f"{arguments.html}: {shown}, {summary.num_bytes / 1e6:.1f} MB. Open it in a browser.")
     if summary.num_problems:
-        print(f'{summary.num_problems:,} pictures have a problem: choose "with a problem" in the page', file=sys.stderr)
+        print(f'{summary.num_problems:,} images have a problem: choose "with a problem" in the page', file=sys.stderr)
     return int(summary.num_problems > 0)
 
 
 def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
-    """Writes the pictures; returns how many."""
+    """Writes the images; returns how many."""
     scale = {"min_size": arguments.min_size, "max_size": arguments.max_size}
     if arguments.split == "train":
         config = augmentation_config(arguments)
@@ -151,8 +151,8 @@ def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
         batches = loader.batches(first, first + loader.iterations_per_epoch)
     else:
         batches = EvalLoader(dataset, **scale, batch_size=arguments.batch_size).batches()
-    pictures = ((batch, place) for batch in (raw.to("cpu") for raw in batches) for place in range(len(batch)))
-    shown = itertools.islice(pictures, arguments.count or PNG_COUNT)
+    images = ((batch, place) for batch in (raw.to("cpu") for raw in batches) for place in range(len(batch)))
+    shown = itertools.islice(images, arguments.count or PNG_COUNT)
     if arguments.mosaic:
         cells = [drawn(batch, place, dataset.class_names) for batch, place in shown]
         save_png(arguments.output_dir / "mosaic.png", mosaic(cells))
@@ -166,7 +166,7 @@ def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
 
 
 def drawn(batch: DeviceBatch, place: int, class_names: tuple[str, ...]) -> np.ndarray:
-    """Picture `place` of the batch with its padding and boxes: uint8 [H, W, 3]."""
+    """Image `place` of the batch with its padding and boxes: uint8 [H, W, 3]."""
     valid = batch.valid[place]
     return draw_boxes(
         np.ascontiguousarray(batch.pixels[place].permute(1, 2, 0).numpy()),

@@ -29,7 +29,7 @@ EPOCHS = 2
 
 @dataclass(frozen=True)
 class RealTraining(Training):
-    """train.py with a model and pictures of ordinary size (or tiny ones), without downloaded weights."""
+    """train.py with a model and images of ordinary size (or tiny ones), without downloaded weights."""
 
     short: bool = False
     iterations_per_epoch: int = 30
@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, metavar="DIR", help="an empty or new folder")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[cuda]")
-    parser.add_argument("--data-path", type=Path, metavar="DIR", help="a set in COCO's layout [generated pictures]")
-    parser.add_argument("--short", action="store_true", help="a tiny model and tiny pictures")
+    parser.add_argument("--data-path", type=Path, metavar="DIR", help="a set in COCO's layout [generated images]")
+    parser.add_argument("--short", action="store_true", help="a tiny model and tiny images")
     parser.add_argument(
         "--repeat-deterministic",
         action="store_true",

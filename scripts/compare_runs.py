@@ -1,4 +1,4 @@
-"""Compares runs: a table, a picture of loss, learning rate and mAP, and the settings that differ.
+"""Compares runs: a table, a image of loss, learning rate and mAP, and the settings that differ.
 
 python scripts/compare_runs.py runs/a runs/b [runs/c ...] --png comparison.png
 """
@@ -20,10 +20,10 @@ from detection.reporting import (
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Compares the output directories of two or more runs: a table of their figures "
-        "(those of the validation with the highest mAP), the settings that differ, and a picture."
+        "(those of the validation with the highest mAP), the settings that differ, and a image."
     )
     parser.add_argument("runs", nargs="+", metavar="DIR", help="output directory of a run (its --output-dir)")
-    parser.add_argument("--png", metavar="FILE", help="picture of loss, learning rate and mAP (needs matplotlib)")
+    parser.add_argument("--png", metavar="FILE", help="image of loss, learning rate and mAP (needs matplotlib)")
     options = parser.parse_args(argv)
     if len(options.runs) < 2:
         parser.error("give two or more output directories")
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         print(configuration_differences(runs))
         if options.png:
             plot_runs(runs, options.png)
-            print(f"\npicture: {options.png}")
+            print(f"\nimage: {options.png}")
     except (RunsError, MetricsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

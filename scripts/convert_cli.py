@@ -17,10 +17,10 @@ from data.coco.findings import by_severity
 from data.convert.conversion import (
     COCO_TEXTS,
     ConversionError,
-    LabelledPicture,
+    LabeledImage,
     Remarks,
     check_classes,
-    pictures_of_coco,
+    images_of_coco,
 )
 from data.convert.splits import split_by_seed
 from data.convert.write import WrittenSplit
@@ -61,13 +61,13 @@ def to_coco_options(parser: argparse.ArgumentParser, exif_help: str) -> None:
         "--val-fraction",
         type=inner_fraction,
         metavar="X",
-        help=f"share of the pictures to validate on, chosen by seed and file name [{DEFAULT_VAL_FRACTION} where the "
+        help=f"share of the images to validate on, chosen by seed and file name [{DEFAULT_VAL_FRACTION} where the "
         "source has no splits of its own]",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed chooses others [0]")
     group = parser.add_argument_group("what to make of the source")
     group.add_argument("--exif", choices=["auto", "stored", "displayed"], default="auto", help=exif_help)
-    group.add_argument("--skip-errors", action="store_true", help="leave pictures with errors out instead of stopping")
+    group.add_argument("--skip-errors", action="store_true", help="leave images with errors out instead of stopping")
     output_options(parser)
 
 
@@ -77,20 +77,20 @@ def from_coco_options(parser: argparse.ArgumentParser) -> None:
     for split in ("train", "val", "test"):
         group.add_argument(f"--{split}-images", type=Path, metavar="DIR", help=f"image folder of the {split} set")
         group.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="its COCO JSON")
-    group.add_argument("--skip-errors", action="store_true", help="leave pictures with errors out instead of stopping")
+    group.add_argument("--skip-errors", action="store_true", help="leave images with errors out instead of stopping")
     output_options(parser)
 
 
 def output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--copy", action="store_true", help="copy the pictures [they stay where they are]")
+    group.add_argument("--copy", action="store_true", help="copy the images [they stay where they are]")
     group.add_argument("--overwrite", action="store_true", help="move what is there aside (NAME.before_TIME) and write")
     group.add_argument("--places", type=int, default=5, metavar="N", help="places shown for each finding [5]")
 
 
 def read_coco_splits(
     arguments: argparse.Namespace, remarks: Remarks
-) -> tuple[dict[str, list[LabelledPicture]], dict[str, Path], tuple[str, ...]]:
+) -> tuple[dict[str, list[LabeledImage]], dict[str, Path], tuple[str, ...]]:
     """The splits that the options name, their image folders, and the class names."""
     splits, folders, class_names = {}, {}, None
     for split in ("train", "val", "test"):
@@ -101,8 +101,8 @@ def read_coco_splits(
             continue
         annotations = read_coco(file, class_names)
         class_names = annotations.class_names
-        with bar(len(annotations), f"{split} pictures") as progress:
-            splits[split] = pictures_of_coco(images, annotations, remarks, progress.update)
+        with bar(len(annotations), f"{split} images") as progress:
+            splits[split] = images_of_coco(images, annotations, remarks, progress.update)
         folders[split] = images
     if class_names is None:
         raise ConversionError("no source: give --train-images DIR --train-annotations FILE, and the same for val")
@@ -113,13 +113,13 @@ def coco_remarks() -> Remarks:
     return Remarks(COCO_TEXTS)
 
 
-def split_pictures(
-    pictures: list[LabelledPicture], arguments: argparse.Namespace
-) -> tuple[dict[str, list[LabelledPicture]], str]:
+def split_images(
+    images: list[LabeledImage], arguments: argparse.Namespace
+) -> tuple[dict[str, list[LabeledImage]], str]:
     """Splits by seed, and a line that says so."""
     fraction = DEFAULT_VAL_FRACTION if arguments.val_fraction is None else arguments.val_fraction
-    line = f"by seed {arguments.seed} and file name, {fraction:g} of the pictures to validate on"
-    return split_by_seed(pictures, fraction, arguments.seed), line
+    line = f"by seed {arguments.seed} and file name, {fraction:g} of the images to validate on"
+    return split_by_seed(images, fraction, arguments.seed), line
 
 
 def bar(total: int, description: str) -> tqdm:
@@ -139,20 +139,20 @@ def report(remarks: Remarks, arguments: argparse.Namespace) -> None:
             )
     if remarks.num_errors and not arguments.skip_errors:
         raise ConversionError(
-            f"{remarks.num_errors:,} errors, listed above. Nothing was written. Mend them, or leave the pictures "
+            f"{remarks.num_errors:,} errors, listed above. Nothing was written. Mend them, or leave the images "
             "concerned out with --skip-errors"
         )
 
 
 def class_table(
-    splits: dict[str, list[LabelledPicture]], class_names: list[str] | tuple[str, ...], remarks: Remarks
+    splits: dict[str, list[LabeledImage]], class_names: list[str] | tuple[str, ...], remarks: Remarks
 ) -> str:
-    """Pictures and boxes of each class, by split."""
+    """Images and boxes of each class, by split."""
     counts = check_classes(splits, class_names, remarks)
-    width = max(len(name) for name in ("pictures", *class_names)) + 2
+    width = max(len(name) for name in ("images", *class_names)) + 2
     head = f"{'':<{width}}" + "".join(f"{split:>10}" for split in splits)
-    pictures = f"{'pictures':<{width}}" + "".join(f"{len(found):>10,}" for found in splits.values())
-    lines = [head, pictures]
+    images = f"{'images':<{width}}" + "".join(f"{len(found):>10,}" for found in splits.values())
+    lines = [head, images]
     totals: Counter[str] = sum(counts.values(), Counter())
     shown = list(class_names)
     if len(shown) > MAX_CLASSES_SHOWN:

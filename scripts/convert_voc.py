@@ -3,8 +3,8 @@
     python3 scripts/convert_voc.py to-coco my_voc datasets/mine
     python3 scripts/convert_voc.py from-coco my_voc --train-images DIR --train-annotations FILE.json ...
 
-to-coco takes VOC's own folders (Annotations, JPEGImages, ImageSets/Main) and any folder with XML files and pictures
-in it, and writes annotations/instances_train.json and instances_val.json. Pictures stay where they are.
+to-coco takes VOC's own folders (Annotations, JPEGImages, ImageSets/Main) and any folder with XML files and images
+in it, and writes annotations/instances_train.json and instances_val.json. Images stay where they are.
 
 Exit status: 0 done, 1 nothing was written because something is wrong, 2 a wrong command.
 """
@@ -24,10 +24,10 @@ from convert_cli import (
     next_commands,
     read_coco_splits,
     report,
-    split_pictures,
+    split_images,
     to_coco_options,
 )
-from data.convert.conversion import ConversionError, LabelledPicture, Remarks, derived_classes
+from data.convert.conversion import ConversionError, LabeledImage, Remarks, derived_classes
 from data.convert.splits import split_by_folder, split_by_lists
 from data.convert.voc import VOC_TEXTS, VocSet, read_voc
 from data.convert.voc_folders import VocFolders, find_voc, read_class_file, xml_files
@@ -42,10 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ways = parser.add_subparsers(dest="way", required=True, parser_class=Parser, metavar="to-coco | from-coco")
     to_coco = ways.add_parser("to-coco", help="XML files to a COCO-format set", allow_abbrev=False)
-    to_coco.add_argument("source", type=Path, metavar="VOC_DIR", help="the folder with XML files and pictures")
+    to_coco.add_argument("source", type=Path, metavar="VOC_DIR", help="the folder with XML files and images")
     to_coco.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where annotations/ goes")
     to_coco.add_argument("--xml", type=Path, metavar="DIR", help="the XML files [VOC_DIR/Annotations, or VOC_DIR]")
-    to_coco.add_argument("--images", type=Path, metavar="DIR", help="the pictures [VOC_DIR/JPEGImages, or VOC_DIR]")
+    to_coco.add_argument("--images", type=Path, metavar="DIR", help="the images [VOC_DIR/JPEGImages, or VOC_DIR]")
     to_coco.add_argument(
         "--classes",
         type=Path,
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     to_coco_options(
         to_coco,
-        "which way up boxes were drawn on pictures that EXIF turns. auto: by the size in the XML, stored where that "
+        "which way up boxes were drawn on images that EXIF turns. auto: by the size in the XML, stored where that "
         "does not tell [auto]",
     )
     from_coco = ways.add_parser("from-coco", help="a COCO-format set to XML files", allow_abbrev=False)
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _to_coco(arguments: argparse.Namespace) -> int:
-    folders = find_voc(arguments.source, xml=arguments.xml, pictures=arguments.images)
+    folders = find_voc(arguments.source, xml=arguments.xml, images=arguments.images)
     lists = _lists(arguments, folders)
     class_file = arguments.classes or folders.classes
     classes = None if class_file is None else read_class_file(class_file)
@@ -102,7 +102,7 @@ def _to_coco(arguments: argparse.Namespace) -> int:
             exif=arguments.exif,
             progress=progress.update,
         )
-    class_names = classes if classes is not None else derived_classes(found.pictures, remarks)
+    class_names = classes if classes is not None else derived_classes(found.images, remarks)
     if remarks.num_errors and not arguments.skip_errors:
         report(remarks, arguments)
     splits, line = _split(found, lists, arguments)
@@ -111,12 +111,12 @@ def _to_coco(arguments: argparse.Namespace) -> int:
     if not class_names:
         raise ConversionError(f"{folders.xml}: no object in any XML file: there is nothing to train on")
 
-    with bar(len(found.pictures), "writing") as progress:
+    with bar(len(found.images), "writing") as progress:
         written = write_coco_set(
             arguments.output_dir,
             splits,
             class_names,
-            images_root=folders.pictures,
+            images_root=folders.images,
             copy=arguments.copy,
             overwrite=arguments.overwrite,
             description=f"converted from the Pascal VOC files of {folders.xml}",
@@ -146,17 +146,17 @@ def _lists(arguments: argparse.Namespace, folders: VocFolders) -> dict[str, Path
 
 def _split(
     found: VocSet, lists: dict[str, Path], arguments: argparse.Namespace
-) -> tuple[dict[str, list[LabelledPicture]], str]:
+) -> tuple[dict[str, list[LabeledImage]], str]:
     if lists:
-        splits, unlisted = split_by_lists(found.pictures, lists, found.left_out)
+        splits, unlisted = split_by_lists(found.images, lists, found.left_out)
         line = ", ".join(str(file) for file in lists.values())
         if unlisted:
-            line += f"; {len(unlisted):,} pictures are in none of them and were left out, the first {unlisted[0]}"
+            line += f"; {len(unlisted):,} images are in none of them and were left out, the first {unlisted[0]}"
         return splits, line
-    by_folder = split_by_folder(found.pictures) if arguments.val_fraction is None else None
+    by_folder = split_by_folder(found.images) if arguments.val_fraction is None else None
     if by_folder is not None:
         return by_folder, f"by the folders of {arguments.source} (--val-fraction would split anew)"
-    return split_pictures(found.pictures, arguments)
+    return split_images(found.images, arguments)
 
 
 def _from_coco(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@
     python3 scripts/convert_yolo.py from-coco my_yolo --train-images DIR --train-annotations FILE.json ...
 
 to-coco takes a folder with data.yaml, obj.data or classes.txt, with labels in "labels" folders or beside the
-pictures, and writes annotations/instances_train.json and instances_val.json. Pictures stay where they are.
+images, and writes annotations/instances_train.json and instances_val.json. Images stay where they are.
 
 Exit status: 0 done, 1 nothing was written because something is wrong, 2 a wrong command.
 """
@@ -24,7 +24,7 @@ from convert_cli import (
     next_commands,
     read_coco_splits,
     report,
-    split_pictures,
+    split_images,
     to_coco_options,
 )
 from data.convert.conversion import ConversionError, Remarks
@@ -40,15 +40,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ways = parser.add_subparsers(dest="way", required=True, parser_class=Parser, metavar="to-coco | from-coco")
     to_coco = ways.add_parser("to-coco", help="label files to a COCO-format set", allow_abbrev=False)
-    to_coco.add_argument("source", type=Path, metavar="YOLO_DIR", help="the folder with pictures and label files")
+    to_coco.add_argument("source", type=Path, metavar="YOLO_DIR", help="the folder with images and label files")
     to_coco.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where annotations/ goes")
     names = to_coco.add_mutually_exclusive_group()
     names.add_argument("--data", type=Path, metavar="FILE", help="data.yaml or obj.data [that of YOLO_DIR]")
     names.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, instead")
-    to_coco.add_argument("--images", type=Path, metavar="DIR", help="only the pictures below this folder")
+    to_coco.add_argument("--images", type=Path, metavar="DIR", help="only the images below this folder")
     to_coco_options(
         to_coco,
-        "which way up boxes were drawn on pictures that EXIF turns. auto: displayed, as the programs have it that "
+        "which way up boxes were drawn on images that EXIF turns. auto: displayed, as the programs have it that "
         "train on such files [auto]",
     )
     from_coco = ways.add_parser("from-coco", help="a COCO-format set to label files", allow_abbrev=False)
@@ -66,29 +66,29 @@ def _to_coco(arguments: argparse.Namespace) -> int:
     class_names = found.settings.class_names
     paths = sorted({path for split in found.splits.values() for path in split})
     remarks = Remarks(YOLO_TEXTS)
-    with bar(len(paths), "pictures") as progress:
-        pictures = read_yolo(
+    with bar(len(paths), "images") as progress:
+        images = read_yolo(
             paths, class_names, remarks, root=arguments.source, exif=arguments.exif, progress=progress.update
         )
     check_orphans(paths, remarks)
     if paths and remarks.count("no-label-file") == len(paths):
         raise ConversionError(
-            f"{arguments.source}: none of the {len(paths):,} pictures has a label file. They are searched for in "
-            '"labels" instead of the last "images" of the path, and beside the picture'
+            f"{arguments.source}: none of the {len(paths):,} images has a label file. They are searched for in "
+            '"labels" instead of the last "images" of the path, and beside the image'
         )
     if remarks.num_errors and not arguments.skip_errors:
         report(remarks, arguments)
-    by_path = {picture.path: picture for picture in pictures}
+    by_path = {image.path: image for image in images}
     splits = {name: [by_path[path] for path in split if path in by_path] for name, split in found.splits.items()}
     line = found.origin
     if "all" in splits or arguments.val_fraction is not None:
-        apart = {picture.path for picture in splits.get("test", [])}
-        chosen, line = split_pictures([picture for picture in pictures if picture.path not in apart], arguments)
+        apart = {image.path for image in splits.get("test", [])}
+        chosen, line = split_images([image for image in images if image.path not in apart], arguments)
         splits = chosen | ({"test": splits["test"]} if splits.get("test") else {})
     table = class_table(splits, class_names, remarks)
     report(remarks, arguments)
 
-    with bar(len(pictures), "writing") as progress:
+    with bar(len(images), "writing") as progress:
         written = write_coco_set(
             arguments.output_dir,
             splits,

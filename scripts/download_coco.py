@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
             yield advance
 
-    # Small ones first: whoever waits for the pictures can look at the annotations meanwhile.
+    # Small ones first: whoever waits for the images can look at the annotations meanwhile.
     archives = [archive for part, archive in ARCHIVES.items() if part in arguments.parts]
     try:
         check_space(archives, arguments.data_path, keep_archives=arguments.keep_archives)

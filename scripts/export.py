@@ -4,11 +4,11 @@
     python scripts/export.py --weights best.pt --format torch --size 1080 1920 --batch-size 1 --output detector.pt2
     python scripts/export.py --weights best.pt --format weights --output detector.pt
 
-onnx, torch: pictures in (uint8 [batch, height, width, 3], RGB, all of one size), boxes in their own pixels out;
-resizing, normalising, padding, score threshold, suppression and the limit on detections are inside. onnx needs
+onnx, torch: images in (uint8 [batch, height, width, 3], RGB, all of one size), boxes in their own pixels out;
+resizing, normalizing, padding, score threshold, suppression and the limit on detections are inside. onnx needs
 the extra "export". weights: a small file that predict.py and load_detector take without any other flag.
 
-PICTURES are looked at by the written file and by PyTorch; without any, three generated ones are. Exit status 1: they
+IMAGES are looked at by the written file and by PyTorch; without any, three generated ones are. Exit status 1: they
 differ by more than the tolerance (the file is left for you to examine).
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 
 import checkout  # noqa: F401
 from data import ImageError, read_image
-from data.images.files import PictureFilesError, find_pictures
+from data.images.files import ImageFilesError, find_images
 from detection.config.arg_types import fraction, positive_int
 from detection.export import (
     ONNX_OPSET,
@@ -40,9 +40,9 @@ from detection.models import Detector, WeightsError, load_detector
 from detection.reporting import Console
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "weights": ".pt"}
-MOST_PICTURES = 16
+MOST_IMAGES = 16
 OPSETS = range(18, 24)  # what PyTorch's exporter can write
-USER_ERRORS = (ExportError, ImageError, PictureFilesError, WeightsError, OSError)
+USER_ERRORS = (ExportError, ImageError, ImageFilesError, WeightsError, OSError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("pictures", nargs="*", metavar="PICTURES", help="files, folders, glob patterns to compare on")
+    parser.add_argument("images", nargs="*", metavar="IMAGES", help="files, folders, glob patterns to compare on")
     parser.add_argument(
         "--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file"
     )
@@ -69,14 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="the file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     group = parser.add_argument_group("shape of the input, for onnx and torch (default: any, chosen at each call)")
-    group.add_argument("--batch-size", metavar="N", type=positive_int, help="always this many pictures a call")
+    group.add_argument("--batch-size", metavar="N", type=positive_int, help="always this many images a call")
     group.add_argument(
         "--size", nargs=2, metavar=("HEIGHT", "WIDTH"), type=positive_int, help="this size in pixels, always"
     )
     group = parser.add_argument_group("settings of the detector (default: as in the weights)")
     group.add_argument("--score-threshold", metavar="X", type=fraction, help="lowest score of a detection, 0..1")
     group.add_argument("--nms-iou", metavar="X", type=fraction, help="overlap from which the weaker of a class goes")
-    group.add_argument("--max-detections", metavar="N", type=positive_int, help="most detections of a picture")
+    group.add_argument("--max-detections", metavar="N", type=positive_int, help="most detections of a image")
     group.add_argument("--min-size", metavar="N", type=positive_int, help="shorter side at the network's scale, pixels")
     group.add_argument("--max-size", metavar="N", type=positive_int, help="limit of the longer side, pixels")
     group = parser.add_argument_group("the rest")
@@ -96,14 +96,14 @@ def _export(arguments: argparse.Namespace, console: Console) -> int:
         raise ExportError(f"--output {output}: --format {kind} writes files that end in {SUFFIXES[kind]}")
     if output.exists() and not arguments.overwrite:
         raise ExportError(f"{output} exists; give another --output, or --overwrite")
-    if kind == "weights" and (arguments.batch_size or arguments.size or arguments.pictures):
-        raise ExportError("--format weights holds no graph: --batch-size, --size and PICTURES have no meaning for it")
+    if kind == "weights" and (arguments.batch_size or arguments.size or arguments.images):
+        raise ExportError("--format weights holds no graph: --batch-size, --size and IMAGES have no meaning for it")
     if kind != "torch" and arguments.device != "cpu":
         raise ExportError("--device goes with --format torch; an .onnx file runs wherever its runtime does")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ExportError("--device cuda: PyTorch sees no CUDA device here")
-    if arguments.no_compare and arguments.pictures:
-        raise ExportError("PICTURES are for comparing, which --no-compare forbids")
+    if arguments.no_compare and arguments.images:
+        raise ExportError("IMAGES are for comparing, which --no-compare forbids")
 
     shape = InputShape(arguments.batch_size, *(arguments.size or (None, None)))
     detector = _with_settings(load_detector(arguments.weights), arguments)
@@ -113,7 +113,7 @@ def _export(arguments: argparse.Namespace, console: Console) -> int:
         _say_written(console, output, f"{len(detector.class_names)} classes, input {_sides(detector)}")
         return 0
 
-    pictures = [] if arguments.no_compare else _pictures(arguments.pictures, shape, console)
+    images = [] if arguments.no_compare else _images(arguments.images, shape, console)
     console.say("exporting; this takes about a minute ...")
     if kind == "onnx":
         save_onnx(detector, shape, output, arguments.opset)
@@ -121,8 +121,8 @@ def _export(arguments: argparse.Namespace, console: Console) -> int:
         on_device = dataclasses.replace(detector, model=detector.model.to(arguments.device))
         save_program(on_device, shape, output)
     batch, size = shape.batch_size or "any", f"{shape.height} x {shape.width}" if shape.height else "any size"
-    _say_written(console, output, f"batch: {batch}; pictures: {size}; network input {_sides(detector)}")
-    return 0 if arguments.no_compare else _compare(detector, shape, pictures, arguments, console)
+    _say_written(console, output, f"batch: {batch}; images: {size}; network input {_sides(detector)}")
+    return 0 if arguments.no_compare else _compare(detector, shape, images, arguments, console)
 
 
 def _with_settings(detector: Detector, arguments: argparse.Namespace) -> Detector:
@@ -140,37 +140,37 @@ def _with_settings(detector: Detector, arguments: argparse.Namespace) -> Detecto
     return dataclasses.replace(detector, min_size=min_size, max_size=max_size)
 
 
-def _pictures(sources: list[str], shape: InputShape, console: Console) -> list[np.ndarray]:
+def _images(sources: list[str], shape: InputShape, console: Console) -> list[np.ndarray]:
     """What to compare on, uint8 RGB [H, W, 3] each, at the fixed size where there is one."""
     if sources:
-        files = find_pictures(sources)
-        if len(files) > MOST_PICTURES:
-            console.say(f"comparing on the first {MOST_PICTURES} of {len(files)} pictures")
-        pictures = [read_image(file) for file in files[:MOST_PICTURES]]
+        files = find_images(sources)
+        if len(files) > MOST_IMAGES:
+            console.say(f"comparing on the first {MOST_IMAGES} of {len(files)} images")
+        images = [read_image(file) for file in files[:MOST_IMAGES]]
     else:
-        console.say("comparing on three generated pictures; name some of yours for a comparison that means more")
-        pictures = [_generated(height, width) for height, width in ((480, 640), (500, 375), (120, 333))]
+        console.say("comparing on three generated images; name some of yours for a comparison that means more")
+        images = [_generated(height, width) for height, width in ((480, 640), (500, 375), (120, 333))]
     if shape.height is None or shape.width is None:
-        return pictures
+        return images
     size = (shape.width, shape.height)
-    return [np.asarray(Image.fromarray(picture).resize(size)) for picture in pictures]
+    return [np.asarray(Image.fromarray(image).resize(size)) for image in images]
 
 
 def _generated(height: int, width: int) -> np.ndarray:
-    """Rectangles of random colours: something with edges, the same at each call."""
+    """Rectangles of random colors: something with edges, the same at each call."""
     random = np.random.default_rng((height, width))
-    picture = np.zeros((height, width, 3), np.uint8)
+    image = np.zeros((height, width, 3), np.uint8)
     for _ in range(60):
         top, left = random.integers(0, (height, width))
         bottom, right = random.integers((top, left), (height, width)) + 1
-        picture[top:bottom, left:right] = random.integers(0, 256, 3)
-    return picture
+        image[top:bottom, left:right] = random.integers(0, 256, 3)
+    return image
 
 
 def _compare(
     detector: Detector,
     shape: InputShape,
-    pictures: list[np.ndarray],
+    images: list[np.ndarray],
     arguments: argparse.Namespace,
     console: Console,
 ) -> int:
@@ -178,10 +178,10 @@ def _compare(
         open_onnx(arguments.output) if arguments.format == "onnx" else open_program(arguments.output, arguments.device)
     )
     ours, theirs = [], []
-    with console.progress(len(pictures), description="comparing", unit="pictures") as bar:
-        for picture in pictures:
-            ours.append(detector.predict(picture))
-            theirs.append(run(np.repeat(picture[None], shape.batch_size or 1, axis=0))[-1])
+    with console.progress(len(images), description="comparing", unit="images") as bar:
+        for image in images:
+            ours.append(detector.predict(image))
+            theirs.append(run(np.repeat(image[None], shape.batch_size or 1, axis=0))[-1])
             bar.update(1)
     difference = compare_detections(
         ours,
@@ -190,7 +190,7 @@ def _compare(
         detections_per_image=detector.model.config.detections_per_image,
         score_tolerance=arguments.score_tolerance,
     )
-    console.say(f"against PyTorch on {len(pictures)} pictures: {difference}")
+    console.say(f"against PyTorch on {len(images)} images: {difference}")
     if difference.within(arguments.score_tolerance, arguments.box_tolerance):
         return 0
     console.warn(f"that is more than {arguments.score_tolerance:g} and {arguments.box_tolerance:g} pixels")

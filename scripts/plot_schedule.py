@@ -1,4 +1,4 @@
-"""The learning rate of a schedule at every iteration, as a table (CSV) and as a picture (PNG)."""
+"""The learning rate of a schedule at every iteration, as a table (CSV) and as a image (PNG)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             draw(arguments.png, schedule, rates, length)
         except ModuleNotFoundError as error:
-            print(f"error: {error}; the picture needs matplotlib: pip install matplotlib", file=sys.stderr)
+            print(f"error: {error}; the image needs matplotlib: pip install matplotlib", file=sys.stderr)
             return 2
         print(arguments.png)
     return 0
@@ -45,13 +45,13 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         default=7330,
         metavar="N",
-        help="optimiser steps in an epoch (default 7330: COCO train2017 at a global batch of 16)",
+        help="optimizer steps in an epoch (default 7330: COCO train2017 at a global batch of 16)",
     )
     result.add_argument(
         "--batch-size-total",
         type=positive,
         metavar="N",
-        help="images per optimiser step over all processes: scales the learning rate by N / base_batch_size",
+        help="images per optimizer step over all processes: scales the learning rate by N / base_batch_size",
     )
     result.add_argument("--csv", type=Path, metavar="FILE", help="write iteration,epoch,lr (both counted from 0)")
     result.add_argument("--png", type=Path, metavar="FILE", help="draw the curve (needs matplotlib)")
@@ -105,7 +105,7 @@ def draw(path: Path, schedule: Schedule, rates: list[float], iterations_per_epoc
         whole.axvline(epoch, color="tab:red", linestyle="--", linewidth=1)
         whole.annotate(
             f"after epoch {epoch:g}\nlr {rate:.3g}",
-            (epoch, 0.98 - 0.1 * (number % 2)),  # neighbours would run into each other
+            (epoch, 0.98 - 0.1 * (number % 2)),  # neighbors would run into each other
             xycoords=("data", "axes fraction"),
             xytext=(-4, 0),
             textcoords="offset points",

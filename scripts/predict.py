@@ -1,12 +1,12 @@
-"""Finds objects in pictures: pictures with boxes, a COCO results file, or crops.
+"""Finds objects in images: images with boxes, a COCO results file, or crops.
 
     python scripts/predict.py --weights runs/mine/checkpoints/best.pt --output-dir out photo.jpg holiday/ "more/*.png"
     python scripts/predict.py --weights detector.pt --json results.json --annotations instances_val2017.json val2017/
     python scripts/predict.py --weights detector.pt --tta --min-score 0.5 --save-crops crops holiday/
 
-Photos are turned upright by their EXIF orientation first; boxes, pictures and crops are those of the turned photo.
-With --annotations pixels are taken as they are stored, as in training and evaluation. A picture that cannot be read is
-reported and passed over, and the exit status is then 1. What exists is not overwritten without --overwrite. Pictures
+Photos are turned upright by their EXIF orientation first; boxes, images and crops are those of the turned photo.
+With --annotations pixels are taken as they are stored, as in training and evaluation. A image that cannot be read is
+reported and passed over, and the exit status is then 1. What exists is not overwritten without --overwrite. Images
 below 640 pixels are drawn enlarged.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 import checkout  # noqa: F401
 from data import AnnotationError, ImageError, read_coco
-from data.images.files import PictureFilesError, ProtectedFiles, find_pictures
+from data.images.files import ImageFilesError, ProtectedFiles, find_images
 from detection.config.arg_types import fraction, positive_int
 from detection.engine.optim.amp import Precision
 from detection.evaluation import ResultsError
@@ -30,7 +30,7 @@ from detection.inference.outputs import (
     write_images_list,
 )
 from detection.inference.predict import (
-    PictureDetections,
+    ImageDetections,
     PredictionError,
     find_labels,
     match_category_ids,
@@ -43,7 +43,7 @@ from detection.reporting import Console, counted
 
 DEFAULT_MIN_SCORE = 0.3
 DEFAULT_FOLDER = Path("predictions")
-USER_ERRORS = (AnnotationError, DetectorError, PictureFilesError, PredictionError, ResultsError, WeightsError, OSError)
+USER_ERRORS = (AnnotationError, DetectorError, ImageFilesError, PredictionError, ResultsError, WeightsError, OSError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,19 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("inputs", nargs="+", metavar="PICTURES", help="files, folders (with subfolders), glob patterns")
+    parser.add_argument("inputs", nargs="+", metavar="IMAGES", help="files, folders (with subfolders), glob patterns")
     parser.add_argument(
         "--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file"
     )
     group = parser.add_argument_group(f"what to write (default: --output-dir {DEFAULT_FOLDER})")
-    group.add_argument("--output-dir", metavar="DIR", type=Path, help="pictures with boxes, JPEG or PNG as they came")
+    group.add_argument("--output-dir", metavar="DIR", type=Path, help="images with boxes, JPEG or PNG as they came")
     group.add_argument("--json", metavar="FILE", type=Path, help="boxes in COCO's results format")
-    group.add_argument("--save-crops", metavar="DIR", type=Path, help="each box as DIR/CLASS/PICTURE_NUMBER.png")
+    group.add_argument("--save-crops", metavar="DIR", type=Path, help="each box as DIR/CLASS/IMAGE_NUMBER.png")
     group.add_argument(
         "--annotations",
         metavar="FILE",
         type=Path,
-        help="for --json: COCO file with the image ids (by file name) and category ids (by name); without it pictures "
+        help="for --json: COCO file with the image ids (by file name) and category ids (by name); without it images "
         "count from 1, and FILE_images.json beside the results says which is which",
     )
     group.add_argument("--overwrite", action="store_true", help="replace files of an earlier call (never an input)")
@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"0..1, default {DEFAULT_MIN_SCORE}; 0 where only --json is written, as metrics want all boxes",
     )
     group.add_argument("--classes", metavar="NAME,...", help="only these classes (default: all)")
-    group.add_argument("--max-boxes", metavar="N", type=positive_int, help="the best N of a picture (default: all)")
-    group = parser.add_argument_group("how to look at a picture")
+    group.add_argument("--max-boxes", metavar="N", type=positive_int, help="the best N of a image (default: all)")
+    group = parser.add_argument_group("how to look at a image")
     group.add_argument(
         "--exif",
         choices=["auto", "apply", "ignore"],
@@ -100,15 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--tta",
         action="store_true",
-        help="test-time augmentation: look at each picture in several sizes and mirrored, and fuse the boxes (weighted "
+        help="test-time augmentation: look at each image in several sizes and mirrored, and fuse the boxes (weighted "
         "box fusion); takes as many times longer as there are views",
     )
     scales = ",".join(f"{scale:g}" for scale in DEFAULT_SCALES)
     group.add_argument("--tta-scales", metavar="X,...", type=_scales, help=f"factors on the input size ({scales})")
     group.add_argument("--no-tta-flip", action="store_true", help="not mirrored: for text, road sides, left and right")
     group = parser.add_argument_group("running")
-    group.add_argument("--limit", metavar="N", type=positive_int, help="only the first N pictures")
-    group.add_argument("--batch-size", metavar="N", type=positive_int, default=4, help="pictures at a time (default 4)")
+    group.add_argument("--limit", metavar="N", type=positive_int, help="only the first N images")
+    group.add_argument("--batch-size", metavar="N", type=positive_int, default=4, help="images at a time (default 4)")
     group.add_argument(
         "--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ..., or auto (default): CUDA if any"
     )
@@ -129,7 +129,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
         min_score = 0.0 if outputs == [arguments.json] else DEFAULT_MIN_SCORE
 
     folders = [path for path in (arguments.output_dir, arguments.save_crops) if path is not None]
-    files = find_pictures(arguments.inputs, excluded=folders)[: arguments.limit]
+    files = find_images(arguments.inputs, excluded=folders)[: arguments.limit]
     others = [path for path in (arguments.weights, arguments.annotations) if path is not None and path.is_file()]
     protected = ProtectedFiles([*files, *others])
     images_list = None
@@ -154,16 +154,16 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
         if unmatched := category_ids.count(None):
             console.warn(f"{unmatched} classes of the detector are not in {arguments.annotations} and are left out")
 
-    boxes: list[PictureDetections] = []
+    boxes: list[ImageDetections] = []
     sizes: dict[int, tuple[int, int]] = {}
     num_turned = 0
     precision = Precision(arguments.amp, detector.model.pixel_mean.device)
     with (
-        console.progress(len(files), description="detecting", unit="pictures") as bar,
+        console.progress(len(files), description="detecting", unit="images") as bar,
         PredictionOutputs(
             files,
             detector.class_names,
-            picture_folder=arguments.output_dir,
+            image_folder=arguments.output_dir,
             crop_folder=arguments.save_crops,
             protected=protected,
             overwrite=arguments.overwrite,
@@ -195,17 +195,17 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     if images_list is not None:
         write_images_list(images_list, detector, files, sizes, turned_upright=turn_upright)
     kinds = ", ".join(f"{name} {count}" for name, count in writer.counts.most_common(8))
-    total = f"{counted(len(sizes), 'picture')}, {counted(writer.counts.total(), 'box', 'boxes')}"
+    total = f"{counted(len(sizes), 'image')}, {counted(writer.counts.total(), 'box', 'boxes')}"
     console.say(total + (f": {kinds}" if kinds else ""))
     if num_turned:
-        turned = f"{counted(num_turned, 'picture')} turned upright by EXIF orientation (--exif ignore: as stored)"
+        turned = f"{counted(num_turned, 'image')} turned upright by EXIF orientation (--exif ignore: as stored)"
         console.say(turned)
     for path in outputs:
         if path.exists():
             console.say(f"written: {path}")
     num_broken = len(files) - len(sizes)
     if num_broken:
-        console.warn(f"{num_broken} of {counted(len(files), 'picture')} could not be read")
+        console.warn(f"{num_broken} of {counted(len(files), 'image')} could not be read")
     if num_broken == len(files):
         return 2
     return 1 if num_broken else 0

@@ -21,7 +21,7 @@ fi
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 processes=$((gpus > 0 ? gpus : 2))
 
-# A detector of the size that small pictures of simple things need; everything else is as on COCO.
+# A detector of the size that small images of simple things need; everything else is as on COCO.
 set -x
 torchrun --nproc_per_node="$processes" train.py --schedule 1x \
     --dataset shapes --model faster_rcnn_r18_fpn --weights none \
@@ -33,5 +33,5 @@ python scripts/predict.py --weights "$output/checkpoints/best.pt" --output-dir "
     --overwrite --min-score 0.5 --limit 8 datasets/shapes/val2017
 set +x
 echo
-echo "pictures of detections: $output/predictions"
+echo "images of detections: $output/predictions"
 echo "curves:                 .venv/bin/tensorboard --logdir $output/tensorboard"

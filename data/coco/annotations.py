@@ -25,7 +25,7 @@ class CocoAnnotations:
     """Images and boxes of one COCO file as flat arrays: N images in the file's order, M annotations.
 
     The annotations of image i are the rows offsets[i] to offsets[i + 1] of the arrays of length M, in the
-    file's order. Boxes are (x, y, width, height) in pixels of the stored picture, unclipped, in float64 so
+    file's order. Boxes are (x, y, width, height) in pixels of the stored image, unclipped, in float64 so
     that corners computed from them round to the same float32 as those of other readers.
     """
 
@@ -34,7 +34,7 @@ class CocoAnnotations:
     image_ids: np.ndarray
     """int64 [N]"""
     widths: np.ndarray
-    """int64 [N], pixels, from the file (not from the pictures)"""
+    """int64 [N], pixels, from the file (not from the images)"""
     heights: np.ndarray
     """int64 [N], pixels"""
     file_name_bytes: np.ndarray
@@ -100,10 +100,10 @@ class CocoAnnotations:
         """The images and annotations that are trained on, by MMDetection 3.3's rules
         (CocoDataset.parse_data_info and filter_data).
 
-        Annotations are left out when they have `ignore` set, when their box does not overlap the picture,
+        Annotations are left out when they have `ignore` set, when their box does not overlap the image,
         when the area is not positive or a side is below 1 pixel, or when their category is not a class. Crowd
         regions stay, marked. Images are left out when no annotation *of the file* has one of the classes
-        (with filter_empty), or when their shorter side is below min_size pixels: a picture whose only
+        (with filter_empty), or when their shorter side is below min_size pixels: a image whose only
         annotation was left out is trained on without a box. Without images to filter: filter_empty=False,
         min_size=0.
         """
@@ -113,7 +113,7 @@ class CocoAnnotations:
         overlap_h = np.minimum(y + h, self.heights[image_indices]) - np.maximum(y, 0)
         faults = (
             ("ignored-annotation", "with ignore set", self.ignore),
-            ("box-outside-image", "without overlap with the picture", (overlap_w <= 0) | (overlap_h <= 0)),
+            ("box-outside-image", "without overlap with the image", (overlap_w <= 0) | (overlap_h <= 0)),
             ("degenerate-box", "without area or thinner than a pixel", (self.areas <= 0) | (w < 1) | (h < 1)),
             ("other-category", "of categories that are not trained", self.labels == NO_CLASS),
         )
@@ -188,7 +188,7 @@ def read_coco(
     Raises AnnotationError, which names file, record and remedy, for what cannot be used: a file that is no
     COCO file, ids that are missing, repeated, not whole numbers or refer to nothing, sizes that are missing
     or not positive, numbers that are not finite, file names that leave the image folder. Boxes without area,
-    outside the picture and the like are read as they are; training_view leaves them out and counts them.
+    outside the image and the like are read as they are; training_view leaves them out and counts them.
 
     With cache_dir, the packed arrays are kept in a file there and mapped by later calls, in all processes, as long
     as the annotation file stays as it is. A folder that cannot be written to is a finding, no error.
@@ -248,7 +248,7 @@ def _read_file(path: Path) -> CocoAnnotations:
 
 
 def _require_decodable(images: Records, widths: np.ndarray, heights: np.ndarray) -> None:
-    # Memory is set aside by these sizes before a picture is opened.
+    # Memory is set aside by these sizes before a image is opened.
     remedy = 'Correct "width" and "height", or store a smaller copy of the image.'
     problem = f"and with the height more than the {MAX_IMAGE_PIXELS:,} pixels that an image may have"
     images.fail_where(widths * heights > MAX_IMAGE_PIXELS, "width", problem, remedy)

@@ -2,7 +2,7 @@
 
 Layout: a line of magic, the length of the header, the header (JSON: facts, and name, type, shape and place of each
 array), the arrays, each on a multiple of 64 bytes. The last 32 bytes are the SHA-256 of all before, so that a file
-that was cut off, damaged or made by something else is recognised.
+that was cut off, damaged or made by something else is recognized.
 """
 
 import fcntl

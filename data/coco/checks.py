@@ -1,4 +1,4 @@
-"""Faults of a COCO-format set that show without opening a picture; fast enough for the start of every run."""
+"""Faults of a COCO-format set that show without opening a image; fast enough for the start of every run."""
 
 import os
 from collections import defaultdict
@@ -9,10 +9,10 @@ import numpy as np
 from data.coco.annotations import NO_CLASS, CocoAnnotations
 from data.coco.findings import MAX_PLACES, Finding, Severity, examples
 
-OVERHANG = 2.0  # pixels a box may stick out of its picture unmentioned; COCO's own boxes do by rounding
+OVERHANG = 2.0  # pixels a box may stick out of its image unmentioned; COCO's own boxes do by rounding
 
 # Boxes are suspected to be (x1, y1, x2, y2) when, read as (x, y, width, height), nearly all have width > x and
-# height > y, which corners always have, and a good part of them leaves the picture, which right boxes hardly do.
+# height > y, which corners always have, and a good part of them leaves the image, which right boxes hardly do.
 XYXY_MIN_BOXES = 10
 XYXY_ORDERED_SHARE = 0.99
 XYXY_OUTSIDE_SHARE = 0.2

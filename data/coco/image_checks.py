@@ -1,4 +1,4 @@
-"""Faults that show only when every picture is decoded."""
+"""Faults that show only when every image is decoded."""
 
 import hashlib
 import os
@@ -70,7 +70,7 @@ def inspect_images(
 
 
 def check_images(annotations: CocoAnnotations, images_dir: str | Path, facts: list[ImageFacts]) -> list[Finding]:
-    """Faults of the pictures of one split."""
+    """Faults of the images of one split."""
     source = annotations.source
     unreadable, differs, rotated = [], [], []
     for index, fact in enumerate(facts):

@@ -1,4 +1,4 @@
-"""Pictures and boxes on their way from one format to another, and what was wrong with them on the way.
+"""Images and boxes on their way from one format to another, and what was wrong with them on the way.
 
 Between reading and writing, corners are decimal fractions: adding and taking away the pixel that formats count
 differently then changes no digit, so that a box comes back from a round trip as it was.
@@ -34,7 +34,7 @@ ALIKE = 0.8  # difflib's ratio: "WBCs" and "WBC" have 0.86
 
 Exif = Literal["auto", "stored", "displayed"]
 Corners = tuple[Decimal, Decimal, Decimal, Decimal]
-"""x1, y1, x2, y2 of a box: edges in pixels, the picture's left upper corner being (0, 0)."""
+"""x1, y1, x2, y2 of a box: edges in pixels, the image's left upper corner being (0, 0)."""
 
 
 class ConversionError(ValueError):
@@ -42,7 +42,7 @@ class ConversionError(ValueError):
 
 
 @dataclass(frozen=True)
-class LabelledBox:
+class LabeledBox:
     """One object: the name of its class, and its box."""
 
     name: str
@@ -58,15 +58,15 @@ class LabelledBox:
 
 
 @dataclass
-class LabelledPicture:
-    """A picture file with its boxes, which refer to the pixels as stored."""
+class LabeledImage:
+    """A image file with its boxes, which refer to the pixels as stored."""
 
     key: str
     """What split lists call it: the path of its label file (or its own) below the source, without suffix."""
     path: Path
     width: int
     height: int
-    boxes: list[LabelledBox] = field(default_factory=list)
+    boxes: list[LabeledBox] = field(default_factory=list)
 
 
 class Remarks:
@@ -103,27 +103,27 @@ class Remarks:
 
 
 SHARED_TEXTS: dict[str, tuple[Severity, str]] = {
-    "unreadable-picture": ("error", "pictures cannot be read. Replace the files"),
+    "unreadable-image": ("error", "images cannot be read. Replace the files"),
     "duplicate-stem": (
         "error",
-        "pictures differ in nothing but the suffix, so their labels cannot be told apart. Rename or remove one of each",
+        "images differ in nothing but the suffix, so their labels cannot be told apart. Rename or remove one of each",
     ),
     "unknown-class": ("error", "classes are not in the class list. Correct the name, or add it to the list"),
     "box-dropped": (
         "warning",
-        "boxes without area, or outside of their picture, were left out. Correct them if the object is there",
+        "boxes without area, or outside of their image, were left out. Correct them if the object is there",
     ),
-    "box-clipped": ("warning", "boxes stuck out of their picture and were cut off at its edge"),
+    "box-clipped": ("warning", "boxes stuck out of their image and were cut off at its edge"),
     "box-trimmed": ("info", "boxes stuck out by a pixel at most and were cut off at the edge"),
-    "duplicate-box": ("warning", "boxes repeat class and corners of another of the same picture and were left out"),
+    "duplicate-box": ("warning", "boxes repeat class and corners of another of the same image and were left out"),
     "exif-turned": (
         "warning",
-        "pictures ask viewers to turn them (EXIF), and the label file does not tell which way up it was drawn; see "
+        "images ask viewers to turn them (EXIF), and the label file does not tell which way up it was drawn; see "
         "--exif, and look at these in the gallery",
     ),
     "exif-mapped": (
         "info",
-        "pictures ask viewers to turn them (EXIF); their boxes, drawn on the turned picture, were turned to the pixels "
+        "images ask viewers to turn them (EXIF); their boxes, drawn on the turned image, were turned to the pixels "
         "as stored",
     ),
     "class-names-alike": (
@@ -134,13 +134,13 @@ SHARED_TEXTS: dict[str, tuple[Severity, str]] = {
     "class-not-in-val": ("warning", "classes without a box to validate on: their AP will be undefined"),
     "class-not-in-train": ("warning", "classes without a box to train on"),
     "class-unused": ("info", "classes of the class list have no box at all"),
-    "empty": ("info", "pictures have no object; they are kept as background, which training leaves out"),
+    "empty": ("info", "images have no object; they are kept as background, which training leaves out"),
 }
 
 
 @dataclass(frozen=True)
-class PictureFacts:
-    """What the head of a picture file says."""
+class ImageFacts:
+    """What the head of a image file says."""
 
     width: int
     height: int
@@ -154,8 +154,8 @@ class PictureFacts:
         return (self.height, self.width) if self.orientation in SWAPS_SIDES else (self.width, self.height)
 
 
-def picture_facts(path: Path) -> PictureFacts:
-    """Reads the head of a picture file only. Raises ImageError where it is none."""
+def image_facts(path: Path) -> ImageFacts:
+    """Reads the head of a image file only. Raises ImageError where it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -166,23 +166,23 @@ def picture_facts(path: Path) -> PictureFacts:
                         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
                     except Exception:  # broken EXIF data beside sound pixels raise nearly anything
                         orientation = 1
-                return PictureFacts(image.width, image.height, orientation if orientation in range(1, 9) else 1)
+                return ImageFacts(image.width, image.height, orientation if orientation in range(1, 9) else 1)
     except Exception as error:  # Pillow raises nearly anything on files that are broken
         raise ImageError(f"{path}: {error}") from error
 
 
-def to_stored(corners: Corners, facts: PictureFacts) -> Corners:
-    """A box drawn on the picture as displayed, in the pixels as stored."""
+def to_stored(corners: Corners, facts: ImageFacts) -> Corners:
+    """A box drawn on the image as displayed, in the pixels as stored."""
     return _turned(corners, facts.orientation, facts.width, facts.height)
 
 
-def to_displayed(corners: Corners, facts: PictureFacts) -> Corners:
-    """A box in the pixels as stored, on the picture as displayed."""
+def to_displayed(corners: Corners, facts: ImageFacts) -> Corners:
+    """A box in the pixels as stored, on the image as displayed."""
     return _turned(corners, INVERSE_ORIENTATION[facts.orientation], *facts.displayed_size)
 
 
 def _turned(corners: Corners, orientation: int, width: int, height: int) -> Corners:
-    """The box undone by `orientation` (EXIF 2.32, section 4.6.4), onto a picture of width x height."""
+    """The box undone by `orientation` (EXIF 2.32, section 4.6.4), onto a image of width x height."""
     x1, y1, x2, y2 = corners
     if orientation in SWAPS_SIDES:
         x1, y1, x2, y2 = y1, x1, y2, x2
@@ -194,7 +194,7 @@ def _turned(corners: Corners, orientation: int, width: int, height: int) -> Corn
 
 
 def fit_box(corners: Corners, width: int, height: int, remarks: Remarks, place: str) -> Corners | None:
-    """The box cut off at the picture's edges, remarked on where that changes it; None where nothing is left."""
+    """The box cut off at the image's edges, remarked on where that changes it; None where nothing is left."""
     x1, y1, x2, y2 = corners
     fitted = max(x1, Decimal(0)), max(y1, Decimal(0)), min(x2, Decimal(width)), min(y2, Decimal(height))
     if fitted[0] >= fitted[2] or fitted[1] >= fitted[3]:
@@ -207,12 +207,12 @@ def fit_box(corners: Corners, width: int, height: int, remarks: Remarks, place: 
     return fitted
 
 
-def add_box(picture: LabelledPicture, box: LabelledBox, remarks: Remarks, place: str) -> None:
-    """Gives the picture one more box unless it has that one already."""
-    if box in picture.boxes:
+def add_box(image: LabeledImage, box: LabeledBox, remarks: Remarks, place: str) -> None:
+    """Gives the image one more box unless it has that one already."""
+    if box in image.boxes:
         remarks.add("duplicate-box", f"{place}: {box.name} {describe(box.corners)}")
     else:
-        picture.boxes.append(box)
+        image.boxes.append(box)
 
 
 def describe(corners: Corners) -> str:
@@ -226,9 +226,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def derived_classes(pictures: Sequence[LabelledPicture], remarks: Remarks) -> list[str]:
+def derived_classes(images: Sequence[LabeledImage], remarks: Remarks) -> list[str]:
     """The names of all boxes in alphabetical order."""
-    counts = Counter(box.name for picture in pictures for box in picture.boxes)
+    counts = Counter(box.name for image in images for box in image.boxes)
     names = sorted(counts)
     spellings: dict[str, list[str]] = {}
     for name in names:
@@ -246,12 +246,12 @@ def derived_classes(pictures: Sequence[LabelledPicture], remarks: Remarks) -> li
 
 
 def check_classes(
-    splits: dict[str, list[LabelledPicture]], class_names: Sequence[str], remarks: Remarks
+    splits: dict[str, list[LabeledImage]], class_names: Sequence[str], remarks: Remarks
 ) -> dict[str, Counter[str]]:
     """Boxes of each class in each split (crowds not counted); remarks on classes that a split lacks."""
     counts = {
-        split: Counter(box.name for picture in pictures for box in picture.boxes if not box.crowd)
-        for split, pictures in splits.items()
+        split: Counter(box.name for image in images for box in image.boxes if not box.crowd)
+        for split, images in splits.items()
     }
     for name in class_names:
         if not any(count[name] for count in counts.values()):
@@ -264,10 +264,10 @@ def check_classes(
 
 
 COCO_TEXTS: dict[str, tuple[Severity, str]] = {
-    "missing-picture": ("error", "picture files are missing. Check the image folder"),
+    "missing-image": ("error", "image files are missing. Check the image folder"),
     "size-differs": (
         "error",
-        "pictures have another size than the annotation file says, so their boxes are misplaced. Use the pictures that "
+        "images have another size than the annotation file says, so their boxes are misplaced. Use the images that "
         "were annotated",
     ),
     **SHARED_TEXTS,
@@ -275,11 +275,11 @@ COCO_TEXTS: dict[str, tuple[Severity, str]] = {
 }
 
 
-def pictures_of_coco(
+def images_of_coco(
     images_dir: Path, annotations: CocoAnnotations, remarks: Remarks, progress: Callable[[int], object] | None = None
-) -> list[LabelledPicture]:
-    """The pictures of a COCO-format set with their boxes (those with `ignore` as crowds)."""
-    pictures = []
+) -> list[LabeledImage]:
+    """The images of a COCO-format set with their boxes (those with `ignore` as crowds)."""
+    images = []
     for index in range(len(annotations)):
         name = annotations.file_name(index)
         path = images_dir / name
@@ -287,18 +287,18 @@ def pictures_of_coco(
         if progress is not None:
             progress(1)
         if not path.is_file():
-            remarks.add("missing-picture", str(path))
+            remarks.add("missing-image", str(path))
             continue
         try:
-            facts = picture_facts(path)
+            facts = image_facts(path)
         except ImageError as error:
-            remarks.add("unreadable-picture", str(error))
+            remarks.add("unreadable-image", str(error))
             continue
         if (facts.width, facts.height) != size:
             said = f"{facts.width}x{facts.height}, annotated as {size[0]}x{size[1]}"
             remarks.add("size-differs", f"{path}: {said}")
             continue
-        picture = LabelledPicture(str(Path(name).with_suffix("")), path, *size)
+        image = LabeledImage(str(Path(name).with_suffix("")), path, *size)
         rows = annotations.rows(index)
         for row in range(rows.start, rows.stop):
             if annotations.labels[row] == NO_CLASS:
@@ -308,9 +308,9 @@ def pictures_of_coco(
             corners = fit_box((x, y, x + w, y + h), *size, remarks, place)
             if corners is not None:
                 crowd = bool(annotations.crowd[row] or annotations.ignore[row])
-                box = LabelledBox(annotations.class_names[annotations.labels[row]], corners, crowd)
-                add_box(picture, box, remarks, place)
-        if not picture.boxes:
+                box = LabeledBox(annotations.class_names[annotations.labels[row]], corners, crowd)
+                add_box(image, box, remarks, place)
+        if not image.boxes:
             remarks.add("empty", str(path))
-        pictures.append(picture)
-    return pictures
+        images.append(image)
+    return images

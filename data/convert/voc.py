@@ -2,7 +2,7 @@
 
 Coordinates. VOC counts pixels from 1 and includes the last one (devkit_doc.pdf of VOC2007, "bounding box"): the box
 covers the pixels xmin to xmax. In COCO's terms, where edges are counted from 0, that is x = xmin - 1 and
-width = xmax - xmin + 1. The labelling programs that write the same XML mostly store edges counted from 0 instead: x =
+width = xmax - xmin + 1. The labeling programs that write the same XML mostly store edges counted from 0 instead: x =
 xmin, width = xmax - xmin (LabelImg, which lifts an xmin of 0 to 1; Datumaro, and with it CVAT). The files do not say
 which, but for one thing: the sets of the VOC challenge name themselves under <source><database> ("The
 VOC2007 Database"), and the programs write "Unknown" or their own name there. "auto" goes by that, file by file.
@@ -25,21 +25,21 @@ from data.convert.conversion import (
     ConversionError,
     Corners,
     Exif,
-    LabelledBox,
-    LabelledPicture,
-    PictureFacts,
+    ImageFacts,
+    LabeledBox,
+    LabeledImage,
     Remarks,
     add_box,
     describe,
     fit_box,
+    image_facts,
     nearest,
-    picture_facts,
     to_stored,
 )
 from data.convert.voc_folders import VocFolders, walk, xml_files
 from data.convert.voc_xml import LocatedElement, XmlError, parse_xml
 from data.images.decode import ImageError
-from data.images.files import PICTURE_SUFFIXES
+from data.images.files import IMAGE_SUFFIXES
 
 Coordinates = Literal["one-based", "zero-based"]
 Difficult = Literal["ignore", "keep", "drop"]
@@ -49,23 +49,23 @@ NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 VOC_TEXTS: dict[str, tuple[Severity, str]] = {
     "malformed-xml": ("error", "files cannot be read as XML. Mend them, or export them again"),
     "faulty-object": ("error", "objects lack a name or a box of four numbers. Mend or delete the object"),
-    "missing-picture": ("error", "the picture of an XML file is missing. Add it, delete the XML, or give --images DIR"),
-    "ambiguous-picture": (
+    "missing-image": ("error", "the image of an XML file is missing. Add it, delete the XML, or give --images DIR"),
+    "ambiguous-image": (
         "error",
-        "an XML file fits several pictures. Make <filename> the picture's name, and names unique",
+        "an XML file fits several images. Make <filename> the image's name, and names unique",
     ),
-    "picture-twice": ("error", "a picture is described by two XML files. Delete one, or join the two"),
+    "image-twice": ("error", "a image is described by two XML files. Delete one, or join the two"),
     "size-differs": (
         "error",
-        "pictures have another size than their XML says, so the boxes are misplaced. Use the pictures that were "
+        "images have another size than their XML says, so the boxes are misplaced. Use the images that were "
         "annotated, or scale the boxes",
     ),
     **SHARED_TEXTS,
-    "no-size": ("warning", "XML files give no size, or one of 0; the picture's own was taken"),
+    "no-size": ("warning", "XML files give no size, or one of 0; the image's own was taken"),
     "corners-swapped": ("warning", "boxes had minimum and maximum exchanged, and were put right"),
-    "picture-renamed": ("warning", "<filename> names no picture; the one of the XML's own name was taken"),
+    "image-renamed": ("warning", "<filename> names no image; the one of the XML's own name was taken"),
     "not-annotation": ("warning", "XML files are no annotations (their root is not <annotation>) and were passed over"),
-    "picture-without-xml": ("warning", "pictures have no XML file and were left out. Label them, or remove them"),
+    "image-without-xml": ("warning", "images have no XML file and were left out. Label them, or remove them"),
     "difficult": ("info", "objects are marked difficult; see --difficult"),
 }
 
@@ -74,7 +74,7 @@ VOC_TEXTS: dict[str, tuple[Severity, str]] = {
 class VocSet:
     """What was read."""
 
-    pictures: list[LabelledPicture] = field(default_factory=list)
+    images: list[LabeledImage] = field(default_factory=list)
     left_out: set[str] = field(default_factory=set)
     """Keys of XML files that could not be used."""
     coordinates: Counter[str] = field(default_factory=Counter)
@@ -91,11 +91,11 @@ def read_voc(
     exif: Exif = "auto",
     progress: Callable[[int], object] | None = None,
 ) -> VocSet:
-    """Every picture with an XML file, in the order of the XML files' names.
+    """Every image with an XML file, in the order of the XML files' names.
 
     classes: names that are allowed; None allows all. difficult: "ignore" makes such objects crowds, "keep" makes them
     like the others, "drop" leaves them out. exif: which way up the boxes were drawn; "auto" tells by the size in the
-    XML where that can tell. remarks: made of VOC_TEXTS; a picture with an error is left out.
+    XML where that can tell. remarks: made of VOC_TEXTS; a image with an error is left out.
 
     Raises ConversionError where there is no XML file at all.
     """
@@ -128,11 +128,11 @@ class _Reader:
         self.difficult = difficult
         self.exif = exif
         self.result = VocSet()
-        self._pictures = sorted(walk(folders.pictures, PICTURE_SUFFIXES))
-        self._known = set(self._pictures)
+        self._images = sorted(walk(folders.images, IMAGE_SUFFIXES))
+        self._known = set(self._images)
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
-        for path in self._pictures:
+        for path in self._images:
             self._by_name.setdefault(path.name, []).append(path)
             self._by_stem.setdefault(path.stem, []).append(path)
         self._described: dict[Path, Path] = {}
@@ -140,20 +140,20 @@ class _Reader:
     def read(self, file: Path) -> None:
         key = file.relative_to(self.folders.xml).with_suffix("").as_posix()
         errors = self.remarks.num_errors
-        picture = self._picture(file, key)
-        if picture is not None and self.remarks.num_errors == errors:
-            self.result.pictures.append(picture)
-            if not picture.boxes:
+        image = self._image(file, key)
+        if image is not None and self.remarks.num_errors == errors:
+            self.result.images.append(image)
+            if not image.boxes:
                 self.remarks.add("empty", str(file))
         else:
             self.result.left_out.add(key)
 
     def finish(self) -> None:
-        for path in self._pictures:
+        for path in self._images:
             if path not in self._described:
-                self.remarks.add("picture-without-xml", str(path))
+                self.remarks.add("image-without-xml", str(path))
 
-    def _picture(self, file: Path, key: str) -> LabelledPicture | None:
+    def _image(self, file: Path, key: str) -> LabeledImage | None:
         try:
             root = parse_xml(file)
         except XmlError as error:
@@ -168,13 +168,13 @@ class _Reader:
         if path is None:
             return None
         if path in self._described:
-            self.remarks.add("picture-twice", f"{path}: {self._described[path]} and {file}")
+            self.remarks.add("image-twice", f"{path}: {self._described[path]} and {file}")
             return None
         self._described[path] = file
         try:
-            facts = picture_facts(path)
+            facts = image_facts(path)
         except ImageError as error:
-            self.remarks.add("unreadable-picture", str(error))
+            self.remarks.add("unreadable-image", str(error))
             return None
         displayed = self._is_displayed(file, root, facts)
         if displayed is None:
@@ -182,19 +182,19 @@ class _Reader:
         one_based = self.coordinates == "one-based" or (self.coordinates == "auto" and _is_of_voc(root))
         self.result.coordinates["one-based" if one_based else "zero-based"] += 1
 
-        picture = LabelledPicture(key, path, facts.width, facts.height)
+        image = LabeledImage(key, path, facts.width, facts.height)
         objects = [element for element in root if element.tag == "object"]
         for number, element in enumerate(objects, 1):
             assert isinstance(element, LocatedElement)
-            self._object(picture, element, f"{file}, line {element.line}, object {number}", facts, displayed, one_based)
-        return picture
+            self._object(image, element, f"{file}, line {element.line}, object {number}", facts, displayed, one_based)
+        return image
 
     def _object(
         self,
-        picture: LabelledPicture,
+        image: LabeledImage,
         element: LocatedElement,
         place: str,
-        facts: PictureFacts,
+        facts: ImageFacts,
         displayed: bool,
         one_based: bool,
     ) -> None:
@@ -236,12 +236,12 @@ class _Reader:
         fitted = fit_box(corners, facts.width, facts.height, self.remarks, f"{place} ({name})")
         if fitted is not None:
             crowd = is_difficult and self.difficult == "ignore"
-            add_box(picture, LabelledBox(name, fitted, crowd), self.remarks, place)
+            add_box(image, LabeledBox(name, fitted, crowd), self.remarks, place)
 
     def _path(self, file: Path, key: str, named: str) -> Path | None:
-        """The picture of an XML file: by <filename> or by the XML's own name, beside it before anywhere else."""
+        """The image of an XML file: by <filename> or by the XML's own name, beside it before anywhere else."""
         named = named.replace("\\", "/").rsplit("/", 1)[-1]
-        folders = list(dict.fromkeys((self.folders.pictures / Path(key).parent, file.parent)))
+        folders = list(dict.fromkeys((self.folders.images / Path(key).parent, file.parent)))
         by_name = [folder / named for folder in folders if folder / named in self._known] if named else []
         if not by_name:
             by_name = self._by_name.get(named, [])
@@ -251,24 +251,24 @@ class _Reader:
             by_stem = self._by_stem.get(stem, [])
         found = by_name[:1] if by_name and by_name[0].parent in folders else by_name
         if found and by_stem and not set(found) & set(by_stem):
-            self.remarks.add("ambiguous-picture", f"{file}: <filename> is {found[0].name}, and there is {by_stem[0]}")
+            self.remarks.add("ambiguous-image", f"{file}: <filename> is {found[0].name}, and there is {by_stem[0]}")
             return None
         if not found and len(by_stem) == 1:
-            # A <filename> without suffix is usual; any other was right once, before the picture was renamed.
+            # A <filename> without suffix is usual; any other was right once, before the image was renamed.
             if named and Path(named).stem != stem and named != stem:
-                self.remarks.add("picture-renamed", f"{file}: {named!r}, took {by_stem[0].name}")
+                self.remarks.add("image-renamed", f"{file}: {named!r}, took {by_stem[0].name}")
             return by_stem[0]
         if len(found) == 1:
             return found[0]
         several = found or by_stem
         if several:
-            self.remarks.add("ambiguous-picture", f"{file}: {', '.join(map(str, several[:3]))}")
+            self.remarks.add("ambiguous-image", f"{file}: {', '.join(map(str, several[:3]))}")
         else:
-            self.remarks.add("missing-picture", f"{file}: {named or stem!r} is not under {self.folders.pictures}")
+            self.remarks.add("missing-image", f"{file}: {named or stem!r} is not under {self.folders.images}")
         return None
 
-    def _is_displayed(self, file: Path, root: LocatedElement, facts: PictureFacts) -> bool | None:
-        """Whether the boxes refer to the picture as EXIF turns it; None where the sizes differ."""
+    def _is_displayed(self, file: Path, root: LocatedElement, facts: ImageFacts) -> bool | None:
+        """Whether the boxes refer to the image as EXIF turns it; None where the sizes differ."""
         try:
             said = int(float(_text(root, "size/width"))), int(float(_text(root, "size/height")))
         except (ValueError, OverflowError):
@@ -279,7 +279,7 @@ class _Reader:
             displayed = self.exif == "displayed"
         elif said not in (stored, facts.displayed_size):
             exchanged = ", sides exchanged" if said == stored[::-1] else ""
-            text = f"{file}: says {said[0]}x{said[1]}, the picture has {stored[0]}x{stored[1]}{exchanged}"
+            text = f"{file}: says {said[0]}x{said[1]}, the image has {stored[0]}x{stored[1]}{exchanged}"
             self.remarks.add("size-differs", text)
             return None
         elif stored == facts.displayed_size:
@@ -287,9 +287,7 @@ class _Reader:
         else:
             displayed = said != stored
             if self.exif != "auto" and displayed != (self.exif == "displayed"):
-                text = (
-                    f"{file}: says {said[0]}x{said[1]}, which is not the picture as {self.exif} (--exif auto takes it)"
-                )
+                text = f"{file}: says {said[0]}x{said[1]}, which is not the image as {self.exif} (--exif auto takes it)"
                 self.remarks.add("size-differs", text)
                 return None
         if turned and displayed:
@@ -300,9 +298,9 @@ class _Reader:
 
 
 def voc_xml(
-    picture: LabelledPicture, file_name: str, *, coordinates: Coordinates = "one-based", whole_pixels: bool = False
+    image: LabeledImage, file_name: str, *, coordinates: Coordinates = "one-based", whole_pixels: bool = False
 ) -> bytes:
-    """The XML file of one picture, crowds as difficult.
+    """The XML file of one image, crowds as difficult.
 
     coordinates: see the head of this file. whole_pixels: rounds corners to whole numbers, for readers that take
     nothing else; fractions are kept otherwise.
@@ -316,10 +314,10 @@ def voc_xml(
     convention = "PASCAL VOC convention" if coordinates == "one-based" else "Unknown"
     ElementTree.SubElement(ElementTree.SubElement(root, "source"), "database").text = convention
     size = ElementTree.SubElement(root, "size")
-    for side, pixels in (("width", picture.width), ("height", picture.height), ("depth", 3)):
+    for side, pixels in (("width", image.width), ("height", image.height), ("depth", 3)):
         ElementTree.SubElement(size, side).text = str(pixels)
     ElementTree.SubElement(root, "segmented").text = "0"
-    for box in picture.boxes:
+    for box in image.boxes:
         element = ElementTree.SubElement(root, "object")
         for tag, text in (("name", box.name), ("pose", "Unspecified"), ("truncated", "0")):
             ElementTree.SubElement(element, tag).text = text
@@ -328,14 +326,14 @@ def voc_xml(
         x1, y1, x2, y2 = box.corners
         if whole_pixels:
             # A box thinner than a pixel keeps one.
-            x1, y1 = min(round(x1), picture.width - 1) * Decimal(1), min(round(y1), picture.height - 1) * Decimal(1)
+            x1, y1 = min(round(x1), image.width - 1) * Decimal(1), min(round(y1), image.height - 1) * Decimal(1)
             x2, y2 = max(Decimal(round(x2)), x1 + 1), max(Decimal(round(y2)), y1 + 1)
         first = 1 if coordinates == "one-based" else 0
         for side, value in (("xmin", x1 + first), ("ymin", y1 + first), ("xmax", x2), ("ymax", y2)):
             ElementTree.SubElement(bounds, side).text = plain_decimal(value)
-    for text in (file_name, *(box.name for box in picture.boxes)):
+    for text in (file_name, *(box.name for box in image.boxes)):
         if NOT_IN_XML.search(text):
-            raise ConversionError(f"{picture.path}: {text!r} holds a character that XML cannot. Rename it")
+            raise ConversionError(f"{image.path}: {text!r} holds a character that XML cannot. Rename it")
     ElementTree.indent(root, "\t")
     return ElementTree.tostring(root, encoding="utf-8") + b"\n"
 

@@ -1,4 +1,4 @@
-"""Where a folder of Pascal VOC's files keeps its XML files, pictures, lists and class names."""
+"""Where a folder of Pascal VOC's files keeps its XML files, images, lists and class names."""
 
 import os
 from dataclasses import dataclass
@@ -7,28 +7,28 @@ from pathlib import Path
 from data.convert.conversion import ConversionError
 
 XML_FOLDERS = ("Annotations", "annotations")
-PICTURE_FOLDERS = ("JPEGImages", "images", "Images", "JPEGimages")
+IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "JPEGimages")
 CLASS_FILES = ("classes.txt", "labels.txt", "labelmap.txt")
 
 
 @dataclass(frozen=True)
 class VocFolders:
-    """Where XML files and pictures lie."""
+    """Where XML files and images lie."""
 
     xml: Path
-    pictures: Path
+    images: Path
     classes: Path | None
     """A file of class names, where the folder has one."""
     sets: dict[str, Path]
     """Lists of ImageSets/Main by split: train and val, and test where there is one; empty without the two."""
 
 
-def find_voc(root: Path, *, xml: Path | None = None, pictures: Path | None = None) -> VocFolders:
+def find_voc(root: Path, *, xml: Path | None = None, images: Path | None = None) -> VocFolders:
     """The layout of VOC's devkit (Annotations, JPEGImages, ImageSets/Main), or any folder with XML files in it.
 
     Raises ConversionError where a folder does not exist.
     """
-    for folder in (root, xml, pictures):
+    for folder in (root, xml, images):
         if folder is not None and not folder.is_dir():
             raise ConversionError(f"{folder}: there is no such folder. Give the one that holds the Pascal VOC files")
     nested = root / "VOCdevkit"
@@ -37,15 +37,15 @@ def find_voc(root: Path, *, xml: Path | None = None, pictures: Path | None = Non
         raise ConversionError(f"{root}: holds {', '.join(map(str, years))}. Give one of these folders")
     # A folder "annotations" may also hold the JSON files of an earlier conversion.
     chosen_xml = xml or next((root / name for name in XML_FOLDERS if xml_files(root / name)), root)
-    chosen_pictures = pictures or next((root / name for name in PICTURE_FOLDERS if (root / name).is_dir()), root)
+    chosen_images = images or next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), root)
     sets = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in ("train", "val", "test")}
     sets = {split: file for split, file in sets.items() if file.is_file()}
     classes = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
-    return VocFolders(chosen_xml, chosen_pictures, classes, sets if {"train", "val"} <= sets.keys() else {})
+    return VocFolders(chosen_xml, chosen_images, classes, sets if {"train", "val"} <= sets.keys() else {})
 
 
 def read_class_file(file: Path) -> list[str]:
-    """Class names, one a line; of CVAT's labelmap.txt ("name:colour:parts:actions") the names but background.
+    """Class names, one a line; of CVAT's labelmap.txt ("name:color:parts:actions") the names but background.
 
     Raises ConversionError for a file that cannot be read, is empty, or names a class twice.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.coco.annotations import AnnotationError, read_coco
-from data.convert.conversion import ConversionError, Exif, LabelledPicture, Remarks, picture_facts
+from data.convert.conversion import ConversionError, Exif, LabeledImage, Remarks, image_facts
 from data.convert.voc import Coordinates, voc_xml
 from data.convert.yolo import label_path, yolo_lines
 from data.convert.yolo_config import yaml_text
@@ -27,14 +27,14 @@ class WrittenSplit:
 
     images: Path
     annotations: Path
-    num_pictures: int
+    num_images: int
     num_boxes: int
     num_empty: int
 
 
 def write_coco_set(
     output_dir: Path,
-    splits: dict[str, list[LabelledPicture]],
+    splits: dict[str, list[LabeledImage]],
     class_names: Sequence[str],
     *,
     images_root: Path | None = None,
@@ -45,22 +45,22 @@ def write_coco_set(
 ) -> dict[str, WrittenSplit]:
     """Writes annotations/instances_<split>.json for each split, and what they refer to.
 
-    Pictures stay where they are, and file names are relative to images_root, or to the deepest folder that holds all
-    pictures of the split; with `copy` they are copied into <output_dir>/<split>/. Image ids count from 1 by key over
+    Images stay where they are, and file names are relative to images_root, or to the deepest folder that holds all
+    images of the split; with `copy` they are copied into <output_dir>/<split>/. Image ids count from 1 by key over
     all splits, category ids from 1 in the order of class_names. What is there already is refused, or with
     `overwrite` moved to <name>.before_<time> first.
 
-    Raises ConversionError for outputs that exist, and for a split without pictures.
+    Raises ConversionError for outputs that exist, and for a split without images.
     """
-    for split, pictures in splits.items():
-        if not pictures:
-            raise ConversionError(f"no pictures are left for {split}: there is nothing to write")
-    roots = {split: _root_of(pictures, images_root) for split, pictures in splits.items()}
+    for split, sources in splits.items():
+        if not sources:
+            raise ConversionError(f"no images are left for {split}: there is nothing to write")
+    roots = {split: _root_of(sources, images_root) for split, sources in splits.items()}
     targets = {split: output_dir / "annotations" / f"instances_{split}.json" for split in splits}
     replaced = [*targets.values(), *(output_dir / split for split in splits if copy)]
-    _refuse_or_allow(replaced, overwrite, [picture.path for pictures in splits.values() for picture in pictures])
+    _refuse_or_allow(replaced, overwrite, [source.path for sources in splits.values() for source in sources])
 
-    everything = sorted((picture.key, split) for split, pictures in splits.items() for picture in pictures)
+    everything = sorted((source.key, split) for split, sources in splits.items() for source in sources)
     ids = {pair: number for number, pair in enumerate(everything, 1)}
     category_ids = {name: number for number, name in enumerate(class_names, 1)}
     written, annotation_id = {}, 0
@@ -68,14 +68,14 @@ def write_coco_set(
     with tempfile.TemporaryDirectory(prefix=".converting_", dir=output_dir) as staging_name:
         staging = Path(staging_name)
         (staging / "annotations").mkdir()
-        for split, pictures in splits.items():
+        for split, sources in splits.items():
             images, annotations = [], []
-            for picture in sorted(pictures, key=lambda picture: picture.key):
-                name = Path(os.path.relpath(picture.path, roots[split])).as_posix()
-                image_id = ids[picture.key, split]
-                size = {"width": picture.width, "height": picture.height}
+            for source in sorted(sources, key=lambda source: source.key):
+                name = Path(os.path.relpath(source.path, roots[split])).as_posix()
+                image_id = ids[source.key, split]
+                size = {"width": source.width, "height": source.height}
                 images.append({"id": image_id, "file_name": name, **size})
-                for box in picture.boxes:
+                for box in source.boxes:
                     annotation_id += 1
                     xywh = box.box_xywh
                     annotations.append(
@@ -90,7 +90,7 @@ def write_coco_set(
                         }
                     )
                 if copy:
-                    _place_picture(picture.path, staging / split / name, copy=True)
+                    _place_image(source.path, staging / split / name, copy=True)
                 if progress is not None:
                     progress(1)
             content = {
@@ -109,7 +109,7 @@ def write_coco_set(
             except AnnotationError as error:  # such as file names that leave their folder on another system
                 raise ConversionError(f"the result cannot be used: {error}") from error
             images_dir = output_dir / split if copy else roots[split]
-            num_empty = sum(not picture.boxes for picture in pictures)
+            num_empty = sum(not source.boxes for source in sources)
             written[split] = WrittenSplit(images_dir, targets[split], len(images), len(annotations), num_empty)
         _set_aside(replaced)
         (output_dir / "annotations").mkdir(exist_ok=True)
@@ -120,7 +120,7 @@ def write_coco_set(
 
 def write_voc_set(
     output_dir: Path,
-    splits: dict[str, list[LabelledPicture]],
+    splits: dict[str, list[LabeledImage]],
     images_dirs: dict[str, Path],
     class_names: Sequence[str],
     *,
@@ -132,37 +132,37 @@ def write_voc_set(
 ) -> None:
     """Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/ (links, or copies) and classes.txt.
 
-    File names stay as they are, subfolders too. Raises ConversionError for outputs that exist, and for pictures of
+    File names stay as they are, subfolders too. Raises ConversionError for outputs that exist, and for images of
     one name (but for the suffix) in two places.
     """
     names: dict[str, Path] = {}
-    for pictures in splits.values():
-        for picture in pictures:
-            if names.setdefault(picture.key, picture.path) != picture.path:
+    for sources in splits.values():
+        for source in sources:
+            if names.setdefault(source.key, source.path) != source.path:
                 raise ConversionError(
-                    f"{names[picture.key]} and {picture.path} would both be {picture.key}.xml. Rename one, or convert "
+                    f"{names[source.key]} and {source.path} would both be {source.key}.xml. Rename one, or convert "
                     "the splits into folders of their own"
                 )
     with _staged_folder(output_dir, overwrite, list(names.values())) as staging:
-        for split, pictures in splits.items():
-            for picture in pictures:
-                name = Path(os.path.relpath(picture.path, images_dirs[split])).as_posix()
-                xml = voc_xml(picture, name, coordinates=coordinates, whole_pixels=whole_pixels)
-                file = staging / "Annotations" / f"{picture.key}.xml"
+        for split, sources in splits.items():
+            for source in sources:
+                name = Path(os.path.relpath(source.path, images_dirs[split])).as_posix()
+                xml = voc_xml(source, name, coordinates=coordinates, whole_pixels=whole_pixels)
+                file = staging / "Annotations" / f"{source.key}.xml"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(xml)
-                _place_picture(picture.path, staging / "JPEGImages" / name, copy=copy)
+                _place_image(source.path, staging / "JPEGImages" / name, copy=copy)
                 if progress is not None:
                     progress(1)
             listed = staging / "ImageSets" / "Main" / f"{split}.txt"
             listed.parent.mkdir(parents=True, exist_ok=True)
-            listed.write_text("".join(f"{picture.key}\n" for picture in pictures), encoding="utf-8")
+            listed.write_text("".join(f"{source.key}\n" for source in sources), encoding="utf-8")
         (staging / "classes.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
 
 
 def write_yolo_set(
     output_dir: Path,
-    splits: dict[str, list[LabelledPicture]],
+    splits: dict[str, list[LabeledImage]],
     images_dirs: dict[str, Path],
     class_names: Sequence[str],
     remarks: Remarks,
@@ -174,36 +174,36 @@ def write_yolo_set(
 ) -> None:
     """images/<split>/ (links, or copies), labels/<split>/*.txt and data.yaml; class indices in the order given.
 
-    Raises ConversionError for outputs that exist, and for pictures that differ in nothing but the suffix.
+    Raises ConversionError for outputs that exist, and for images that differ in nothing but the suffix.
     """
-    pictures_there = [picture.path for pictures in splits.values() for picture in pictures]
-    with _staged_folder(output_dir, overwrite, pictures_there) as staging:
-        for split, pictures in splits.items():
-            for picture in pictures:
-                name = Path(os.path.relpath(picture.path, images_dirs[split])).as_posix()
+    images_there = [source.path for sources in splits.values() for source in sources]
+    with _staged_folder(output_dir, overwrite, images_there) as staging:
+        for split, sources in splits.items():
+            for source in sources:
+                name = Path(os.path.relpath(source.path, images_dirs[split])).as_posix()
                 target = staging / "images" / split / name
                 labels = label_path(target)
                 if labels.exists():
                     raise ConversionError(
-                        f"{picture.path}: another picture's label file is {labels.name} as well. Rename one of the two"
+                        f"{source.path}: another image's label file is {labels.name} as well. Rename one of the two"
                     )
                 labels.parent.mkdir(parents=True, exist_ok=True)
-                facts = picture_facts(picture.path)
-                labels.write_text(yolo_lines(picture, class_names, facts, exif, remarks), encoding="utf-8")
-                _place_picture(picture.path, target, copy=copy)
+                facts = image_facts(source.path)
+                labels.write_text(yolo_lines(source, class_names, facts, exif, remarks), encoding="utf-8")
+                _place_image(source.path, target, copy=copy)
                 if progress is not None:
                     progress(1)
         folders = {split: f"images/{split}" for split in splits}
         (staging / "data.yaml").write_text(yaml_text(list(class_names), folders), encoding="utf-8")
 
 
-def _root_of(pictures: Sequence[LabelledPicture], images_root: Path | None) -> Path:
-    if images_root is not None and all(picture.path.is_relative_to(images_root) for picture in pictures):
+def _root_of(sources: Sequence[LabeledImage], images_root: Path | None) -> Path:
+    if images_root is not None and all(source.path.is_relative_to(images_root) for source in sources):
         return images_root
-    return Path(os.path.commonpath([picture.path.parent for picture in pictures]))
+    return Path(os.path.commonpath([source.path.parent for source in sources]))
 
 
-def _place_picture(source: Path, target: Path, *, copy: bool) -> None:
+def _place_image(source: Path, target: Path, *, copy: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if copy:
         shutil.copy2(source, target)
@@ -242,7 +242,7 @@ def _refuse_or_allow(targets: Sequence[Path], overwrite: bool, inputs: Sequence[
     folders = {folder for path in inputs for folder in path.resolve().parents}
     for target in existing:
         if target.resolve() in folders:
-            raise ConversionError(f"{target} holds the pictures that are converted. Choose another output folder")
+            raise ConversionError(f"{target} holds the images that are converted. Choose another output folder")
 
 
 def _set_aside(targets: Sequence[Path]) -> None:

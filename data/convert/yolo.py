@@ -1,13 +1,13 @@
-"""YOLO's label files, read and written: a text file for each picture, a line "class cx cy w h" for each object.
+"""YOLO's label files, read and written: a text file for each image, a line "class cx cy w h" for each object.
 
-Centre and size are fractions of the picture's width and height, edges counted from 0. The label file of
-.../images/NAME.jpg is .../labels/NAME.txt (the last folder of that name in the path), or NAME.txt beside the picture.
-A picture without a label file, or with an empty one, is background. The programs that train on such files turn
-pictures as their EXIF data say, so that is what the fractions are taken to refer to, and boxes are turned back to the
+Center and size are fractions of the image's width and height, edges counted from 0. The label file of
+.../images/NAME.jpg is .../labels/NAME.txt (the last folder of that name in the path), or NAME.txt beside the image.
+A image without a label file, or with an empty one, is background. The programs that train on such files turn
+images as their EXIF data say, so that is what the fractions are taken to refer to, and boxes are turned back to the
 pixels as stored, which all the rest of this project means.
 
 Boxes read are rounded to a hundredth of a pixel, COCO's own precision. Boxes written have DIGITS decimals, so that
-pictures of up to MAX_EXACT_SIDE pixels give back every hundredth: COCO -> YOLO -> COCO is exact for boxes in
+images of up to MAX_EXACT_SIDE pixels give back every hundredth: COCO -> YOLO -> COCO is exact for boxes in
 hundredths of a pixel.
 """
 
@@ -26,48 +26,48 @@ from data.convert.conversion import (
     ConversionError,
     Corners,
     Exif,
-    LabelledBox,
-    LabelledPicture,
-    PictureFacts,
+    ImageFacts,
+    LabeledBox,
+    LabeledImage,
     Remarks,
     add_box,
     fit_box,
-    picture_facts,
+    image_facts,
     to_displayed,
     to_stored,
 )
 from data.convert.splits import SPLIT_OF_FOLDER
 from data.convert.yolo_config import CLASS_FILES, YoloSettings, read_settings
 from data.images.decode import ImageError
-from data.images.files import PICTURE_SUFFIXES
+from data.images.files import IMAGE_SUFFIXES
 
 DIGITS = 8
 HUNDREDTH = Decimal("0.01")
 MAX_EXACT_SIDE = 300_000  # pixels; the error of a corner, 0.75e-8 of the side, stays below half a hundredth
-MAX_FRACTION = 2  # anything beyond is no fraction of a picture but pixels
+MAX_FRACTION = 2  # anything beyond is no fraction of a image but pixels
 
 YOLO_TEXTS: dict[str, tuple[Severity, str]] = {
-    "missing-picture": ("error", "label files have no picture. Add it, or delete the label file"),
-    "listed-missing": ("error", "pictures named in a list are missing. Correct the list, or add the picture"),
+    "missing-image": ("error", "label files have no image. Add it, or delete the label file"),
+    "listed-missing": ("error", "images named in a list are missing. Correct the list, or add the image"),
     "faulty-line": (
         "error",
-        "lines are no object: five numbers are expected, the class index, then centre x, centre y, width and height "
-        "as fractions of the picture. Mend or delete the line",
+        "lines are no object: five numbers are expected, the class index, then center x, center y, width and height "
+        "as fractions of the image. Mend or delete the line",
     ),
     "not-fractions": (
         "error",
-        "boxes are not fractions of the picture (0 to 1) but seem to be pixels. Divide x and width by the picture's "
+        "boxes are not fractions of the image (0 to 1) but seem to be pixels. Divide x and width by the image's "
         "width, y and height by its height",
     ),
     **SHARED_TEXTS,
     "polygon": ("info", "lines are polygons (segmentation or rotated boxes); the box round each was taken"),
-    "no-label-file": ("warning", "pictures have no label file and count as background. Is it missing?"),
+    "no-label-file": ("warning", "images have no label file and count as background. Is it missing?"),
 }
 
 
 @dataclass
 class YoloSet:
-    """Pictures by split; everything under "all" where nothing says what is validated on."""
+    """Images by split; everything under "all" where nothing says what is validated on."""
 
     splits: dict[str, list[Path]]
     settings: YoloSettings
@@ -77,31 +77,31 @@ class YoloSet:
 
 
 def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | None = None) -> YoloSet:
-    """The pictures, class names and splits of a folder.
+    """The images, class names and splits of a folder.
 
     settings_file: data.yaml, obj.data or a list of class names; searched for in `root` where None. images: only the
-    pictures below this folder. Splits are those of the settings, else of folders named train and val (or valid), also
+    images below this folder. Splits are those of the settings, else of folders named train and val (or valid), also
     within "images".
 
-    Raises ConversionError where there are no class names or no pictures.
+    Raises ConversionError where there are no class names or no images.
     """
     for folder in (root, images):
         if folder is not None and not folder.is_dir():
             raise ConversionError(f"{folder}: there is no such folder. Give the one that holds the YOLO files")
     settings = read_settings(settings_file or _find_settings(root))
     if settings.splits and images is None:
-        splits = {name: _pictures_of(root, settings, name) for name in settings.splits}
+        splits = {name: _images_of(root, settings, name) for name in settings.splits}
         origin = str(settings.source)
     else:
         splits, origin = {}, ""
-        for path in _walk_pictures(images or root):
+        for path in _walk_images(images or root):
             parts = [part.lower() for part in path.relative_to(images or root).parts[:-1]]
             named = [SPLIT_OF_FOLDER[part] for part in parts if part in SPLIT_OF_FOLDER]
             splits.setdefault(named[0] if named else "all", []).append(path)
         origin = f"the folders of {images or root}"
     splits = {name: paths for name, paths in splits.items() if paths}
     if not splits:
-        raise ConversionError(f"{images or root}: no pictures there ({' '.join(sorted(PICTURE_SUFFIXES))})")
+        raise ConversionError(f"{images or root}: no images there ({' '.join(sorted(IMAGE_SUFFIXES))})")
     if "all" in splits or not {"train", "val"} <= splits.keys() or set(splits["train"]) == set(splits["val"]):
         test = splits.pop("test", [])
         everything = sorted({path for paths in splits.values() for path in paths})
@@ -109,53 +109,53 @@ def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | N
     twice = set(splits.get("train", [])) & set(splits.get("val", []))
     if twice:
         raise ConversionError(
-            f"{origin}: {len(twice)} pictures are in train and in val, the first {min(twice)}. Take them out of one, "
+            f"{origin}: {len(twice)} images are in train and in val, the first {min(twice)}. Take them out of one, "
             "or give --val-fraction for splits of our own"
         )
     return YoloSet(splits, settings, origin, images or root)
 
 
 def read_yolo(
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     class_names: Sequence[str],
     remarks: Remarks,
     *,
     root: Path,
     exif: Exif = "auto",
     progress: Callable[[int], object] | None = None,
-) -> list[LabelledPicture]:
-    """The pictures with the boxes of their label files, keys relative to `root`.
+) -> list[LabeledImage]:
+    """The images with the boxes of their label files, keys relative to `root`.
 
-    exif: "auto" is "displayed" (see the head of this file). remarks: made of YOLO_TEXTS; a picture with an error is
+    exif: "auto" is "displayed" (see the head of this file). remarks: made of YOLO_TEXTS; a image with an error is
     left out.
     """
     result = []
     claimed: dict[Path, Path] = {}
-    for path in pictures:
+    for path in images:
         errors = remarks.num_errors
         label_file = find_label_file(path)
         if claimed.setdefault(label_file, path) != path:
             remarks.add("duplicate-stem", f"{claimed[label_file]} and {path} ({label_file})")
-        picture = _read_picture(path, label_file, class_names, remarks, root, exif)
-        if picture is not None and remarks.num_errors == errors:
-            result.append(picture)
+        image = _read_image(path, label_file, class_names, remarks, root, exif)
+        if image is not None and remarks.num_errors == errors:
+            result.append(image)
         if progress is not None:
             progress(1)
     return result
 
 
-def check_orphans(pictures: Sequence[Path], remarks: Remarks) -> None:
-    """Remarks on label files that no picture belongs to, in the folders where the pictures' label files are."""
-    wanted = {find_label_file(path) for path in pictures}
+def check_orphans(images: Sequence[Path], remarks: Remarks) -> None:
+    """Remarks on label files that no image belongs to, in the folders where the images' label files are."""
+    wanted = {find_label_file(path) for path in images}
     for folder in sorted({file.parent for file in wanted if file.parent.is_dir()}):
         for file in sorted(folder.glob("*.txt")):
             if file not in wanted and _looks_like_labels(file):
-                remarks.add("missing-picture", str(file))
+                remarks.add("missing-image", str(file))
 
 
-def label_path(picture: Path) -> Path:
-    """Where the label file of a picture goes: in "labels" instead of the last "images" of its path, or beside it."""
-    parts = list(picture.parts)
+def label_path(image: Path) -> Path:
+    """Where the label file of a image goes: in "labels" instead of the last "images" of its path, or beside it."""
+    parts = list(image.parts)
     for place in range(len(parts) - 2, -1, -1):
         if parts[place] == "images":
             parts[place] = "labels"
@@ -163,50 +163,48 @@ def label_path(picture: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def find_label_file(picture: Path) -> Path:
-    """The label file of a picture, whether it exists or not."""
-    usual, beside = label_path(picture), picture.with_suffix(".txt")
+def find_label_file(image: Path) -> Path:
+    """The label file of a image, whether it exists or not."""
+    usual, beside = label_path(image), image.with_suffix(".txt")
     return beside if beside.is_file() and not usual.is_file() else usual
 
 
-def yolo_lines(
-    picture: LabelledPicture, class_names: Sequence[str], facts: PictureFacts, exif: Exif, remarks: Remarks
-) -> str:
-    """The label file of a picture. Crowds are left out with a remark, as the format has no place for them."""
+def yolo_lines(image: LabeledImage, class_names: Sequence[str], facts: ImageFacts, exif: Exif, remarks: Remarks) -> str:
+    """The label file of a image. Crowds are left out with a remark, as the format has no place for them."""
     displayed = exif != "stored"
     width, height = facts.displayed_size if displayed else (facts.width, facts.height)
     lines = []
-    for box in picture.boxes:
+    for box in image.boxes:
         if box.crowd:
-            remarks.add("crowd-left-out", f"{picture.path}: {box.name}")
+            remarks.add("crowd-left-out", f"{image.path}: {box.name}")
             continue
         x1, y1, x2, y2 = to_displayed(box.corners, facts) if displayed else box.corners
         values = ((x1 + x2) / (2 * width), (y1 + y2) / (2 * height), (x2 - x1) / width, (y2 - y1) / height)
         fractions = " ".join(f"{value:.{DIGITS}f}".rstrip("0").rstrip(".") for value in values)
         lines.append(f"{class_names.index(box.name)} {fractions}\n")
     if displayed and facts.orientation != 1 and lines:
-        remarks.add("exif-mapped", str(picture.path))
+        remarks.add("exif-mapped", str(image.path))
     return "".join(lines)
 
 
-def _read_picture(
+def _read_image(
     path: Path, label_file: Path, class_names: Sequence[str], remarks: Remarks, root: Path, exif: Exif
-) -> LabelledPicture | None:
+) -> LabeledImage | None:
     if not path.is_file():
         remarks.add("listed-missing", str(path))
         return None
     try:
-        facts = picture_facts(path)
+        facts = image_facts(path)
     except ImageError as error:
-        remarks.add("unreadable-picture", str(error))
+        remarks.add("unreadable-image", str(error))
         return None
     key = Path(os.path.relpath(path, root)).with_suffix("").as_posix()
-    picture = LabelledPicture(key, path, facts.width, facts.height)
+    image = LabeledImage(key, path, facts.width, facts.height)
     try:
         text = label_file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         remarks.add("no-label-file", f"{path}: no {label_file}")
-        return picture
+        return image
     except (OSError, UnicodeDecodeError) as error:
         remarks.add("faulty-line", f"{label_file}: {error}")
         return None
@@ -226,14 +224,14 @@ def _read_picture(
                 continue
             x1, y1, x2, y2 = (value.quantize(HUNDREDTH, ROUND_HALF_EVEN) for value in fitted)
             if x1 < x2 and y1 < y2:
-                add_box(picture, LabelledBox(name, (x1, y1, x2, y2)), remarks, place)
+                add_box(image, LabeledBox(name, (x1, y1, x2, y2)), remarks, place)
             else:
                 remarks.add("box-dropped", f"{place}: thinner than a hundredth of a pixel")
-    if displayed and facts.orientation != 1 and picture.boxes:
+    if displayed and facts.orientation != 1 and image.boxes:
         remarks.add("exif-mapped", str(path))
-    if not picture.boxes:
+    if not image.boxes:
         remarks.add("empty", str(label_file))
-    return picture
+    return image
 
 
 def _parse_line(
@@ -292,8 +290,8 @@ def _find_settings(root: Path) -> Path:
     return found[0]
 
 
-def _pictures_of(root: Path, settings: YoloSettings, split: str) -> list[Path]:
-    """The pictures of a split: of folders (with subfolders), patterns, and lists of pictures."""
+def _images_of(root: Path, settings: YoloSettings, split: str) -> list[Path]:
+    """The images of a split: of folders (with subfolders), patterns, and lists of images."""
     found: list[Path] = []
     for written in settings.splits[split]:
         source = _locate(root, settings, written)
@@ -305,7 +303,7 @@ def _pictures_of(root: Path, settings: YoloSettings, split: str) -> list[Path]:
                 f"{settings.source.parent}). Correct it, or delete the line and give --val-fraction"
             )
         if source.is_dir():
-            found += _walk_pictures(source)
+            found += _walk_images(source)
         elif source.suffix.lower() == ".txt":
             lines = source.read_text(encoding="utf-8-sig").splitlines()
             bases = (source.parent, source.parent.parent)
@@ -335,12 +333,12 @@ def _spellings(written: str) -> list[str]:
     return list(dict.fromkeys((written, written.removeprefix("../"), written.removeprefix("data/"))))
 
 
-def _walk_pictures(folder: Path) -> list[Path]:
+def _walk_images(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(_plain(path) for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
+    return sorted(_plain(path) for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _plain(path: Path) -> Path:

@@ -21,7 +21,7 @@ REFUSED = ("&", "*", "!", "|", ">", "%", "@", "`")
 
 @dataclass(frozen=True)
 class YoloSettings:
-    """Class names by index, and where the splits are, as written (folders, lists of pictures, several of these)."""
+    """Class names by index, and where the splits are, as written (folders, lists of images, several of these)."""
 
     source: Path
     class_names: list[str]

@@ -1,4 +1,4 @@
-"""Picture files to pixels."""
+"""Image files to pixels."""
 
 import io
 import warnings
@@ -14,25 +14,25 @@ except ImportError:  # an optional extra: the same pixels in less time
 
 
 class ImageError(ValueError):
-    """A picture that cannot be read or is not the one that was annotated; the message names the file."""
+    """A image that cannot be read or is not the one that was annotated; the message names the file."""
 
 
 def read_image(path: str | Path, out: np.ndarray | None = None) -> np.ndarray:
-    """Pixels of a picture file as stored: uint8 [height, width, 3], RGB.
+    """Pixels of a image file as stored: uint8 [height, width, 3], RGB.
 
     - Orientation tags (EXIF) are ignored: COCO's sizes and boxes refer to the stored pixels.
-    - Grey and black-and-white pictures get three equal channels, palettes and CMYK (also the inverted kind
-      that Adobe programs write) become RGB without colour management.
+    - Gray and black-and-white images get three equal channels, palettes and CMYK (also the inverted kind
+      that Adobe programs write) become RGB without color management.
     - An alpha channel is dropped and not composited on a background, as OpenCV and so MMDetection do:
-      transparent pixels keep the colour that is stored beneath.
+      transparent pixels keep the color that is stored beneath.
     - 16 bits per channel are cut to the upper 8.
-    - Of several pictures in one file (GIF, TIFF, MPO) the first is taken.
+    - Of several images in one file (GIF, TIFF, MPO) the first is taken.
 
     out: contiguous uint8 [height * width * 3] that the pixels are to be put into; the result is then a view of it. A
-    picture of another number of pixels is returned in memory of its own.
+    image of another number of pixels is returned in memory of its own.
 
     Raises ImageError for files that are missing, broken, truncated, far too large or of another kind
-    (32-bit grey, floating point).
+    (32-bit gray, floating point).
     """
     try:
         content = Path(path).read_bytes()
@@ -51,10 +51,10 @@ def read_image(path: str | Path, out: np.ndarray | None = None) -> np.ndarray:
 
 
 def _decode_plain_jpeg(content: bytes, out: np.ndarray | None) -> np.ndarray | None:
-    """Pixels of an ordinary colour JPEG; None for other kinds, and for faulty ones, which Pillow judges."""
+    """Pixels of an ordinary color JPEG; None for other kinds, and for faulty ones, which Pillow judges."""
     try:
-        height, width, colour_space, _ = simplejpeg.decode_jpeg_header(content)
-        if colour_space != "YCbCr" or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
+        if color_space != "YCbCr" or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
         # Without the two fast options, which trade exactness for speed, the pixels are Pillow's.
         buffer = out if out is not None and out.size == height * width * 3 else None
@@ -66,7 +66,7 @@ def _decode_plain_jpeg(content: bytes, out: np.ndarray | None) -> np.ndarray | N
 def _decode(path: str | Path, content: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            # Transparency of a palette that is dropped anyway; pictures of 90 to 179 megapixels.
+            # Transparency of a palette that is dropped anyway; images of 90 to 179 megapixels.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
@@ -74,18 +74,18 @@ def _decode(path: str | Path, content: bytes) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{path}: {error} If the picture is meant to be that large, store a smaller copy of it."
+            f"{path}: {error} If the image is meant to be that large, store a smaller copy of it."
         ) from error
     except Exception as error:  # broken files make Pillow's readers raise nearly anything
-        kind = "is empty" if not content else "cannot be decoded (broken, truncated or no picture)"
+        kind = "is empty" if not content else "cannot be decoded (broken, truncated or no image)"
         # "cannot identify image file <_io.BytesIO object at 0x...>" says nothing more.
         reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise ImageError(f"{path}: {kind}{reason}. Replace the file or leave it out.") from error
 
     # Older Pillows open the 16-bit greys of PNG as 32-bit.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
     if image.mode in ("I", "F", "LAB"):
         raise ImageError(
             f"{path}: pixels of Pillow's mode {image.mode!r} have no known range. Convert it to 8-bit RGB."

@@ -1,4 +1,4 @@
-"""Picture files that a user names: files, folders and patterns."""
+"""Image files that a user names: files, folders and patterns."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-class PictureFilesError(ValueError):
-    """A name under which there is no picture."""
+class ImageFilesError(ValueError):
+    """A name under which there is no image."""
 
 
-def find_pictures(sources: Iterable[str | Path], *, excluded: Iterable[Path] = ()) -> list[Path]:
-    """The picture files that the sources name, each once, in the order of the sources.
+def find_images(sources: Iterable[str | Path], *, excluded: Iterable[Path] = ()) -> list[Path]:
+    """The image files that the sources name, each once, in the order of the sources.
 
-    sources: files (taken whatever their suffix), folders (their pictures by suffix, subfolders too, sorted, hidden
+    sources: files (taken whatever their suffix), folders (their images by suffix, subfolders too, sorted, hidden
     ones left out) and glob patterns with *, ?, [...] and ** (sorted). excluded: folders that are passed over where they
     lie inside a folder to look through, such as the one that results are written into.
 
-    Raises PictureFilesError for a source that names nothing.
+    Raises ImageFilesError for a source that names nothing.
     """
     left_out = [folder.resolve() for folder in excluded]
     found: dict[Path, Path] = {}
     for source in sources:
         files = _files_of(str(source), left_out)
         if not files:
-            raise PictureFilesError(
+            raise ImageFilesError(
                 f"{source}: no such file or folder"
                 if not (Path(source).exists() or glob.has_magic(str(source)))
-                else f"{source}: no pictures there ({' '.join(sorted(PICTURE_SUFFIXES))})"
+                else f"{source}: no images there ({' '.join(sorted(IMAGE_SUFFIXES))})"
             )
         for file in files:
             found.setdefault(file.resolve(), file)
@@ -72,9 +72,9 @@ class ProtectedFiles:
         self._files = {(status.st_dev, status.st_ino): file for file in files for status in [file.stat()]}
 
     def check(self, target: Path) -> None:
-        """Raises PictureFilesError where writing `target` would overwrite an input."""
+        """Raises ImageFilesError where writing `target` would overwrite an input."""
         if target.exists() and (file := self._files.get((target.stat().st_dev, target.stat().st_ino))):
-            raise PictureFilesError(f"{target} would overwrite the input {file}; choose another place for the output")
+            raise ImageFilesError(f"{target} would overwrite the input {file}; choose another place for the output")
 
 
 def _files_of(source: str, left_out: Sequence[Path]) -> list[Path]:
@@ -85,30 +85,30 @@ def _files_of(source: str, left_out: Sequence[Path]) -> list[Path]:
     start = path if path.is_dir() else Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     left_out = [folder for folder in left_out if start.resolve() in folder.parents]
     if path.is_dir():
-        return _pictures_below(path, left_out)
+        return _images_below(path, left_out)
     files: list[Path] = []
     for match in sorted(glob.glob(source, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute patterns
         if Path(match).is_dir():
             if "**" not in source:  # which lists the folders' content itself
-                files += _pictures_below(Path(match), left_out)
-        elif _is_picture(Path(match)) and not _is_below(Path(match), left_out):
+                files += _images_below(Path(match), left_out)
+        elif _is_image(Path(match)) and not _is_below(Path(match), left_out):
             files.append(Path(match))
     return files
 
 
-def _pictures_below(folder: Path, left_out: Sequence[Path]) -> list[Path]:
+def _images_below(folder: Path, left_out: Sequence[Path]) -> list[Path]:
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if _is_below(Path(parent) / "any", left_out):
             folders.clear()
             continue
-        files += [Path(parent, name) for name in names if not name.startswith(".") and _is_picture(Path(name))]
+        files += [Path(parent, name) for name in names if not name.startswith(".") and _is_image(Path(name))]
     return sorted(files)
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _is_below(path: Path, folders: Sequence[Path]) -> bool:

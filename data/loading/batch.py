@@ -8,42 +8,42 @@ import numpy as np
 import torch
 
 from data.loading.unreadable import UnreadableImage
-from data.transforms.color import ColourChange, change_colours
+from data.transforms.color import ColorChange, change_colors
 from data.transforms.geometry import resize_pixels
 
 
 @dataclass
 class RawBatch:
-    """B decoded pictures at their native size, and all that is known of them. In host memory.
+    """B decoded images at their native size, and all that is known of them. In host memory.
 
-    Resize, crop, flips, colours and padding of the pixels are left to `assemble`, on the training device; boxes are
+    Resize, crop, flips, colors and padding of the pixels are left to `assemble`, on the training device; boxes are
     those of the assembled batch already.
     """
 
     pixels: torch.Tensor
-    """uint8 [total]: rows of RGB pixels of each picture at its native size, one picture after another"""
+    """uint8 [total]: rows of RGB pixels of each image at its native size, one image after another"""
     native_sizes: list[tuple[int, int]]
     """(height, width) as stored"""
     scaled_sizes: list[tuple[int, int]]
-    """(height, width) of the whole picture after the resize"""
+    """(height, width) of the whole image after the resize"""
     offsets: list[tuple[int, int]]
-    """(top, left) of the crop in the resized picture"""
+    """(top, left) of the crop in the resized image"""
     resized_sizes: list[tuple[int, int]]
-    """(height, width) after resize and crop: what of the picture is in the batch; scaled_sizes where nothing is cut
+    """(height, width) after resize and crop: what of the image is in the batch; scaled_sizes where nothing is cut
     off"""
     flips: list[bool]
-    """Which pictures are mirrored left to right"""
+    """Which images are mirrored left to right"""
     vertical_flips: list[bool]
-    """Which pictures are turned upside down"""
-    colours: tuple[ColourChange, ...] | None
-    """How the colours of each picture change; None: they stay"""
+    """Which images are turned upside down"""
+    colors: tuple[ColorChange, ...] | None
+    """How the colors of each image change; None: they stay"""
     padded_size: tuple[int, int]
     """(height, width) of the batch: in training of the whole global batch, so that any number of processes
     sees the same tensors"""
     sizes: torch.Tensor
     """int64 [B, 2]: resized_sizes"""
     boxes_xyxy: torch.Tensor
-    """float32 [B, G, 4]: pixels of the resized, cropped and flipped picture, zeros where not valid"""
+    """float32 [B, G, 4]: pixels of the resized, cropped and flipped image, zeros where not valid"""
     labels: torch.Tensor
     """int64 [B, G], 0 to K-1, zero where not valid"""
     valid: torch.Tensor
@@ -55,13 +55,13 @@ class RawBatch:
     sample_keys: torch.Tensor
     """int64 [B]: hash_key(seed, iteration, place)"""
     scale_factors: torch.Tensor
-    """float32 [B, 2]: (x, y) factors from native to the whole resized picture"""
+    """float32 [B, 2]: (x, y) factors from native to the whole resized image"""
     iteration: int
     """0-based, over the whole run; in an evaluation, the batch's number"""
     epoch: int
     """0-based"""
     unreadable: tuple[UnreadableImage, ...] = ()
-    """Pictures that were to be in the batch, or were tried instead of one, and could not be used"""
+    """Images that were to be in the batch, or were tried instead of one, and could not be used"""
     load_seconds: float = 0.0
     """What it took to read and decode the batch"""
     load_cpu_seconds: float = 0.0
@@ -102,9 +102,9 @@ class DeviceBatch:
     native sizes stay on the host."""
 
     pixels: torch.Tensor
-    """uint8 [B, 3, H, W], channels last in memory, RGB; zeros to the right of and below each picture"""
+    """uint8 [B, 3, H, W], channels last in memory, RGB; zeros to the right of and below each image"""
     sizes: torch.Tensor
-    """int64 [B, 2] (height, width) of the pictures inside the padding"""
+    """int64 [B, 2] (height, width) of the images inside the padding"""
     boxes_xyxy: torch.Tensor
     """float32 [B, G, 4]"""
     labels: torch.Tensor
@@ -139,10 +139,10 @@ _ON_DEVICE = ("sizes", "boxes_xyxy", "labels", "valid", "places", "sample_keys",
 
 
 def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
-    """The batch on `device`: each picture resized (bilinear), cropped, its colours changed, flipped, and padded with
+    """The batch on `device`: each image resized (bilinear), cropped, its colors changed, flipped, and padded with
     zeros.
 
-    The crop is a view of the resized picture, so pixels are sampled once. Waits for nothing on a GPU when `raw` is
+    The crop is a view of the resized image, so pixels are sampled once. Waits for nothing on a GPU when `raw` is
     in pinned memory: all sizes are known to the host.
     """
     native_pixels = raw.pixels.to(device, non_blocking=True)
@@ -152,13 +152,13 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
     start = 0
     for i, (target, native) in enumerate(zip(pixels, raw.native_sizes, strict=True)):
         end = start + native[0] * native[1] * 3
-        picture = native_pixels[start:end].view(1, *native, 3).permute(0, 3, 1, 2)
+        image = native_pixels[start:end].view(1, *native, 3).permute(0, 3, 1, 2)
         (top, left), (height, width) = raw.offsets[i], raw.resized_sizes[i]
-        picture = resize_pixels(picture, raw.scaled_sizes[i])[0, :, top : top + height, left : left + width]
-        if raw.colours is not None:
-            picture = change_colours(picture, raw.colours[i])
+        image = resize_pixels(image, raw.scaled_sizes[i])[0, :, top : top + height, left : left + width]
+        if raw.colors is not None:
+            image = change_colors(image, raw.colors[i])
         mirrored = [axis for axis, flip in ((-1, raw.flips[i]), (-2, raw.vertical_flips[i])) if flip]
-        target[:, :height, :width].copy_(picture.flip(mirrored) if mirrored else picture)
+        target[:, :height, :width].copy_(image.flip(mirrored) if mirrored else image)
         target[:, :height, width:].zero_()
         target[:, height:].zero_()
         start = end
@@ -178,8 +178,8 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
 def pad_boxes(
     boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], valid: Sequence[np.ndarray], num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Boxes float32 [n, 4], labels int64 [n], valid bool [n] of each of B pictures, as one tensor each with
-    num_rows rows a picture (the tensors of RawBatch)."""
+    """Boxes float32 [n, 4], labels int64 [n], valid bool [n] of each of B images, as one tensor each with
+    num_rows rows a image (the tensors of RawBatch)."""
     padded_boxes = np.zeros((len(boxes), num_rows, 4), dtype=np.float32)
     padded_labels = np.zeros((len(boxes), num_rows), dtype=np.int64)
     padded_valid = np.zeros((len(boxes), num_rows), dtype=bool)

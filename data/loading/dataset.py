@@ -1,4 +1,4 @@
-"""The pictures of a set and their boxes, ready to be put into batches."""
+"""The images of a set and their boxes, ready to be put into batches."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ class DatasetError(ValueError):
 
 
 class CocoDataset:
-    """A folder of pictures and its annotations.
+    """A folder of images and its annotations.
 
     training: images and boxes are those of annotations.training_view (MMDetection's rules); otherwise every
     image of the file, and the boxes serve to be shown. Crowd regions and ignored annotations are never among
@@ -23,7 +23,7 @@ class CocoDataset:
 
     All data lie in flat arrays, which worker processes share rather than copy.
 
-    Raises DatasetError when the folder or some picture is missing, or when no image is left.
+    Raises DatasetError when the folder or some image is missing, or when no image is left.
     """
 
     def __init__(self, images_dir: str | Path, annotations: CocoAnnotations, *, training: bool) -> None:
@@ -76,7 +76,7 @@ class CocoDataset:
         """The file of image `index`."""
         return self.images_dir / self.annotations.file_name(index)
 
-    def picture(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
+    def image(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
         """Pixels of image `index`, uint8 [height, width, 3] RGB; in `out`, uint8 [height * width * 3], where given.
 
         Raises ImageError, also when the file does not have the size that the annotations say.
@@ -88,11 +88,11 @@ class CocoDataset:
             if (height, width) == expected:
                 remedy = (
                     "The sides are exchanged: boxes refer to the pixels as stored; orientation tags (EXIF) "
-                    "are ignored. Store the picture turned (Pillow's ImageOps.exif_transpose does that), or "
+                    "are ignored. Store the image turned (Pillow's ImageOps.exif_transpose does that), or "
                     "annotate it as it is stored."
                 )
             else:
-                remedy = "Use the pictures that were annotated, or scale the annotations to these."
+                remedy = "Use the images that were annotated, or scale the annotations to these."
             raise ImageError(
                 f"{self.path(index)}: is {width}x{height} pixels, but {self.annotations.source} says "
                 f"{expected[0]}x{expected[1]} for image id {self.image_ids[index]}, so its boxes would be "
@@ -109,7 +109,7 @@ class CocoDataset:
         """Lists each folder once, which takes far less time than asking for every file."""
         if not self.images_dir.is_dir():
             raise DatasetError(
-                f"{self.images_dir}: there is no such folder. It should hold the pictures named in "
+                f"{self.images_dir}: there is no such folder. It should hold the images named in "
                 f"{self.annotations.source}."
             )
         listings: dict[str, set[str]] = {}
@@ -123,7 +123,7 @@ class CocoDataset:
         if missing:
             first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise DatasetError(
-                f"{self.images_dir}: {len(missing):,} of the {len(self):,} pictures named in "
+                f"{self.images_dir}: {len(missing):,} of the {len(self):,} images named in "
                 f"{self.annotations.source} are missing: {first}. Is this the right folder, and was "
                 "everything unpacked?"
             )

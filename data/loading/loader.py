@@ -14,7 +14,7 @@ from data.loading.read_batch import BatchPlan, OnUnreadable
 from data.loading.repeat_factors import epoch_length, repeat_factors
 from data.loading.sampler import evaluation_batches, iterations_per_epoch, plan_epoch, repeat_numbers
 from data.loading.shape_buckets import bucket_of, shape_buckets
-from data.loading.workers import BatchStream
+from data.loading.workers import WorkerPool
 from data.transforms.augmentation import Augmentation
 from data.transforms.geometry import padded_size, resized_sizes
 from data.transforms.hash_rng import hash_key, image_words
@@ -34,14 +34,14 @@ class TrainLoader:
     processes with batch 2 see the same tensors. For the order and the end of an epoch see
     data.loading.sampler.plan_epoch. With limit_batches an epoch has that many iterations at most (the first of it).
 
-    min_size, max_size: the keep-ratio resize, see data.transforms.geometry, where augmentation chooses no other. augmentation:
+    min_size, max_size: the keep-ratio resize, see geometry.py, where augmentation chooses no other. augmentation:
     what is done at random, an image that comes again in an epoch being another draw. repeat_threshold: images of
-    classes that are in a smaller part of the images come several times an epoch, see data.loading.repeat_factors.
+    classes that are in a smaller part of the images come several times an epoch, see repeat_factors.py.
 
-    few_shapes: padded sizes are those of data.loading.shape_buckets, for code that is compiled for each size. pin: hand over
-    page-locked memory (for GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: a picture that
-    cannot be used is replaced (see data.loading.unreadable) and named in the batch's `unreadable`; after more than so many
-    in a row a black picture without boxes stands in, and the caller is to end the run. None: it ends the stream.
+    few_shapes: padded sizes are of shape_buckets.py, for code that is compiled for each size. pin: hand over
+    page-locked memory (for GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: a image that
+    cannot be used is replaced (see unreadable.py) and named in the batch's `unreadable`; after more than so many
+    in a row a black image without boxes stands in, and the caller is to end the run. None: it ends the stream.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class TrainLoader:
         self._rank, self._world_size = rank, world_size
         self._seed, self._augmentation = seed, augmentation
         on_unreadable: OnUnreadable = "fail" if max_bad_images is None else "replace"
-        self._stream = BatchStream(dataset, batch_size, workers, pin, on_unreadable, max_bad_images or 0)
+        self._stream = WorkerPool(dataset, batch_size, workers, pin, on_unreadable, max_bad_images or 0)
 
     def batches(self, first_iteration: int, last_iteration: int) -> Iterator[RawBatch]:
         """Batches of the iterations first_iteration to last_iteration - 1 (0-based over the whole run),
         `accumulate` for each; epochs follow each other without a pause. No image of an earlier iteration is
         loaded. One iterator at a time: the workers are shared.
 
-        Raises ImageError for a picture that cannot be used, where max_bad_images is None.
+        Raises ImageError for a image that cannot be used, where max_bad_images is None.
         """
         return self._stream.run(self.plans(first_iteration, last_iteration))
 
@@ -144,7 +144,7 @@ class TrainLoader:
                 vertical_flips=geometry.vertical_flips[places],
                 padded_size=bucket_of(geometry.padded_size, self._buckets),
                 num_box_rows=num_box_rows,
-                colours=self._augmentation.colours(words[places], seed=self._seed, epoch=epoch),
+                colors=self._augmentation.colors(words[places], seed=self._seed, epoch=epoch),
                 min_visibility=self._augmentation.min_visibility,
             )
 
@@ -155,7 +155,7 @@ class EvalLoader:
     Images of like shape are batched together and batch i goes to process i mod world_size, so processes may
     have different numbers of images, or none; what a batch holds does not depend on the number of processes.
     A batch is padded for its own images. limit_batches: only the first limit_batches * batch_size *
-    world_size images of the file are evaluated. max_bad_images: with a number, a picture that cannot be used is named
+    world_size images of the file are evaluated. max_bad_images: with a number, a image that cannot be used is named
     in the batch's `unreadable` and given as a black one without boxes; the caller counts them. None: it ends the
     stream.
     """
@@ -187,7 +187,7 @@ class EvalLoader:
         every_batch = evaluation_batches(padded_size(self._sizes[:, None]), batch_size)
         self._numbers = range(rank, len(every_batch), world_size)
         self._batches = [every_batch[number] for number in self._numbers]
-        self._stream = BatchStream(dataset, batch_size, workers, pin, "fail" if max_bad_images is None else "blank")
+        self._stream = WorkerPool(dataset, batch_size, workers, pin, "fail" if max_bad_images is None else "blank")
 
     def __len__(self) -> int:
         """Batches of this process."""
@@ -202,7 +202,7 @@ class EvalLoader:
         """This process's batches. `iteration` is a batch's number among those of all processes; flips, epoch
         and sample_keys are zero; boxes (without crowd regions) are those of the annotations, to be shown.
 
-        Raises ImageError for a picture that cannot be used, where max_bad_images is None.
+        Raises ImageError for a image that cannot be used, where max_bad_images is None.
         """
         return self._stream.run(map(self._plan, self._numbers, self._batches))
 

@@ -1,4 +1,4 @@
-"""From a plan of a batch to its decoded pictures and its boxes, in a worker process or in place."""
+"""From a plan of a batch to its decoded images and its boxes, in a worker process or in place."""
 
 import itertools
 import time
@@ -15,7 +15,7 @@ from data.loading.batch import RawBatch, pad_boxes
 from data.loading.dataset import CocoDataset
 from data.loading.transport import LoadFailure
 from data.loading.unreadable import UnreadableImage, fitted_size, replacement_candidates
-from data.transforms.color import ColourChange
+from data.transforms.color import ColorChange
 from data.transforms.geometry import crop_boxes, flip_boxes, flip_boxes_vertically, resize_boxes, scale_factors
 
 
@@ -34,7 +34,7 @@ class BatchPlan:
     sizes: np.ndarray
     """int64 [b, 2] (height, width) after resize and crop"""
     scaled_sizes: np.ndarray
-    """int64 [b, 2] (height, width) of the whole picture after the resize"""
+    """int64 [b, 2] (height, width) of the whole image after the resize"""
     offsets: np.ndarray
     """int64 [b, 2] (top, left) of the crop"""
     flips: np.ndarray
@@ -44,15 +44,15 @@ class BatchPlan:
     padded_size: tuple[int, int]
     """(height, width)"""
     num_box_rows: int
-    colours: tuple[ColourChange, ...] | None = None
-    """[b]; None: the colours stay"""
+    colors: tuple[ColorChange, ...] | None = None
+    """[b]; None: the colors stay"""
     min_visibility: float = 0.0
     """Part of a box's area that a crop must leave of it"""
 
 
 OnUnreadable = Literal["fail", "replace", "blank"]
-"""What becomes of a picture that cannot be used: the stream ends; the next of its group takes its place; or a black
-picture without boxes does, so that it is still counted among the images."""
+"""What becomes of a image that cannot be used: the stream ends; the next of its group takes its place; or a black
+image without boxes does, so that it is still counted among the images."""
 
 _BLANK = np.zeros((1, 1, 3), dtype=np.uint8)
 
@@ -60,7 +60,7 @@ _BLANK = np.zeros((1, 1, 3), dtype=np.uint8)
 class BatchReader(Dataset):
     """Carries out plans, in a worker process or in place.
 
-    max_faults: with "replace", as many unreadable pictures in a row are passed over; after that a black one is taken
+    max_faults: with "replace", as many unreadable images in a row are passed over; after that a black one is taken
     (a folder that has gone away must not be searched from end to end).
     """
 
@@ -78,18 +78,18 @@ class BatchReader(Dataset):
         if room is None:
             room = np.empty(self.dataset.num_bytes(plan.indices).sum(), dtype=np.uint8)
         try:
-            plan, pictures, unreadable = self._read(plan, room)
+            plan, images, unreadable = self._read(plan, room)
         except ImageError as error:
             return LoadFailure(str(error))
-        native_sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
-        if all(np.may_share_memory(picture, room) for picture in pictures):
-            flat = room[: sum(picture.size for picture in pictures)]
+        native_sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
+        if all(np.may_share_memory(image, room) for image in images):
+            flat = room[: sum(image.size for image in images)]
         else:
-            flat = np.concatenate([picture.reshape(-1) for picture in pictures])
-        blank = [picture is _BLANK for picture in pictures]
+            flat = np.concatenate([image.reshape(-1) for image in images])
+        blank = [image is _BLANK for image in images]
 
         factors = scale_factors(native_sizes, plan.scaled_sizes)
-        targets = map(self._targets, itertools.repeat(plan), range(len(pictures)), factors, blank)
+        targets = map(self._targets, itertools.repeat(plan), range(len(images)), factors, blank)
         boxes, labels, valid = zip(*targets, strict=True)
         boxes_xyxy, padded_labels, padded_valid = pad_boxes(boxes, labels, valid, plan.num_box_rows)
         return RawBatch(
@@ -100,7 +100,7 @@ class BatchReader(Dataset):
             resized_sizes=_pairs(plan.sizes),
             flips=plan.flips.tolist(),
             vertical_flips=plan.vertical_flips.tolist(),
-            colours=plan.colours,
+            colors=plan.colors,
             padded_size=plan.padded_size,
             sizes=torch.from_numpy(plan.sizes),
             boxes_xyxy=boxes_xyxy,
@@ -118,7 +118,7 @@ class BatchReader(Dataset):
         )
 
     def _read(self, plan: BatchPlan, room: np.ndarray) -> tuple[BatchPlan, list[np.ndarray], list[UnreadableImage]]:
-        """The pictures of `plan`, and the plan as it was carried out. The one place where pictures are read, and so
+        """The images of `plan`, and the plan as it was carried out. The one place where images are read, and so
         where it is decided what to do about a broken one. They lie in `room` one after another, as far as they fit.
 
         A replacement is resized to fit into what was planned for its place, so that the batch keeps its shape on
@@ -126,15 +126,15 @@ class BatchReader(Dataset):
         """
         indices, sizes = plan.indices.copy(), plan.sizes.copy()
         scaled_sizes, offsets = plan.scaled_sizes.copy(), plan.offsets.copy()
-        pictures: list[np.ndarray] = []
+        images: list[np.ndarray] = []
         unreadable: list[UnreadableImage] = []
         used = 0
         for number, planned in enumerate(plan.indices.tolist()):
             faults: dict[int, str] = {}
-            index, picture = planned, None
+            index, image = planned, None
             for index in self._attempts(planned, plan.num_box_rows):
                 try:
-                    picture = self.dataset.picture(index, room[used : used + self.dataset.num_bytes(index)])
+                    image = self.dataset.image(index, room[used : used + self.dataset.num_bytes(index)])
                     break
                 except ImageError as error:
                     if self._on_unreadable == "fail":
@@ -142,26 +142,26 @@ class BatchReader(Dataset):
                     faults[index] = str(error)
                 if len(faults) > self._max_faults:
                     break
-            if picture is None:
-                index, picture = planned, _BLANK
+            if image is None:
+                index, image = planned, _BLANK
             if index != planned:
                 indices[number] = index
-                sizes[number] = fitted_size(picture.shape[1], picture.shape[0], tuple(sizes[number].tolist()))
+                sizes[number] = fitted_size(image.shape[1], image.shape[0], tuple(sizes[number].tolist()))
                 scaled_sizes[number], offsets[number] = sizes[number], 0
-            pictures.append(picture)
-            used += picture.size
+            images.append(image)
+            used += image.size
             ids = self.dataset.image_ids
             unreadable += [
                 UnreadableImage(
                     image_id=int(ids[fault]),
                     message=message,
                     place=int(plan.places[number]) if fault == planned else None,
-                    replacement_id=None if picture is _BLANK else int(ids[index]),
+                    replacement_id=None if image is _BLANK else int(ids[index]),
                 )
                 for fault, message in faults.items()
             ]
         done = replace(plan, indices=indices, sizes=sizes, scaled_sizes=scaled_sizes, offsets=offsets)
-        return done, pictures, unreadable
+        return done, images, unreadable
 
     def _attempts(self, planned: int, num_box_rows: int) -> Iterator[int]:
         yield planned

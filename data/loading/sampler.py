@@ -92,7 +92,7 @@ def evaluation_batches(padded_sizes: np.ndarray, batch_size: int) -> list[np.nda
     """Batches of an evaluation: every image exactly once, images of like padded size together.
 
     padded_sizes is int64 [N, 2] (height, width) of each image padded alone. Returns index arrays of
-    batch_size images (the last may be shorter), the largest pictures first, so that what does not fit into
+    batch_size images (the last may be shorter), the largest images first, so that what does not fit into
     memory shows at once. The batches do not depend on the number of processes.
     """
     heights, widths = padded_sizes.T

@@ -7,12 +7,12 @@ import numpy as np
 from data.transforms.geometry import PADDING_MULTIPLE
 
 LONG_SIDES = 4
-"""Long sides between a square and the longest picture. At 800 by 1333 they are 960, 1088, 1216 and 1344, which the two
+"""Long sides between a square and the longest image. At 800 by 1333 they are 960, 1088, 1216 and 1344, which the two
 commonest shapes of COCO, 4:3 and 3:2, fill to 98 %."""
 
 
 def shape_buckets(min_size: int, max_size: int) -> list[tuple[int, int]]:
-    """(height, width) of the padded sizes for pictures resized to min_size and max_size, the smallest first.
+    """(height, width) of the padded sizes for images resized to min_size and max_size, the smallest first.
 
     One short side with LONG_SIDES long ones, lying and standing, and a square for batches that hold both.
     """

@@ -14,7 +14,7 @@ from data.loading.shared_buffers import SharedBuffers
 
 @dataclass(frozen=True)
 class LoadFailure:
-    """A worker's report of a picture that cannot be used. Travels as a value: an exception would reach the
+    """A worker's report of a image that cannot be used. Travels as a value: an exception would reach the
     user wrapped in the worker's traceback."""
 
     message: str
@@ -28,7 +28,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
+class Request:
     """A plan on its way to a worker."""
 
     plan: Any
@@ -37,7 +37,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Delivery:
+class Reply:
     """A batch on its way to the main process, without its pixels."""
 
     batch: RawBatch
@@ -55,15 +55,15 @@ class WorkerSide(Dataset):
     def __init__(self, reader: Reader, buffers: SharedBuffers) -> None:
         self._reader, self._buffers = reader, buffers
 
-    def __getitem__(self, order: Order) -> Delivery | LoadFailure:
-        room = None if order.buffer is None else self._buffers.view(order.buffer)
-        batch = self._reader.read(order.plan, room)
+    def __getitem__(self, request: Request) -> Reply | LoadFailure:
+        room = None if request.buffer is None else self._buffers.view(request.buffer)
+        batch = self._reader.read(request.plan, room)
         if isinstance(batch, LoadFailure):
             return batch
         pixels = batch.pixels.numpy()
         is_in_buffer = room is not None and np.may_share_memory(pixels, room)
         batch.pixels = torch.empty(0, dtype=torch.uint8)
-        return Delivery(batch, order.buffer, pixels.size, None if is_in_buffer else pixels)
+        return Reply(batch, request.buffer, pixels.size, None if is_in_buffer else pixels)
 
 
 class MainSide:
@@ -72,20 +72,20 @@ class MainSide:
     def __init__(self, buffers: SharedBuffers) -> None:
         self._buffers = buffers
 
-    def orders(self, plans: Iterable[Any]) -> Iterator[Order]:
+    def requests(self, plans: Iterable[Any]) -> Iterator[Request]:
         """An order for each plan. What an earlier pass left undone is over once the first of them is asked for."""
         self._buffers.release_all()
         for plan in plans:
-            yield Order(plan, self._buffers.reserve())
+            yield Request(plan, self._buffers.reserve())
 
-    def batch(self, delivery: Delivery) -> RawBatch:
+    def batch(self, reply: Reply) -> RawBatch:
         """The batch with its pixels; their buffer is in use for as long as they are."""
-        batch, buffer = delivery.batch, delivery.buffer
-        if delivery.pixels is None:
+        batch, buffer = reply.batch, reply.buffer
+        if reply.pixels is None:
             assert buffer is not None
-            batch.pixels = self._buffers.take(buffer, delivery.num_bytes)
+            batch.pixels = self._buffers.take(buffer, reply.num_bytes)
         else:
-            batch.pixels = torch.from_numpy(delivery.pixels)
+            batch.pixels = torch.from_numpy(reply.pixels)
             if buffer is not None:
                 self._buffers.release(buffer)
         return batch

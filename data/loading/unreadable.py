@@ -1,4 +1,4 @@
-"""What stands in for a picture that cannot be read: a pure function of the set and the picture's place."""
+"""What stands in for a image that cannot be read: a pure function of the set and the image's place."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class UnreadableImage:
-    """A picture that could not be used in a batch."""
+    """A image that could not be used in a batch."""
 
     image_id: int
     """Of the annotation file."""
@@ -17,7 +17,7 @@ class UnreadableImage:
     place: int | None
     """Place in the global batch that it was to fill; None for one that was only tried in place of another."""
     replacement_id: int | None
-    """Image that is in the batch instead; None for a black picture without boxes."""
+    """Image that is in the batch instead; None for a black image without boxes."""
 
 
 def replacement_candidates(
@@ -26,7 +26,7 @@ def replacement_candidates(
     """Which images to try in place of image `index`, best first.
 
     They are the next ones of the file, its end followed by its start: first those of the same group (portrait, or
-    not, see data.loading.sampler.group_by_aspect), then the others; images with more than num_box_rows boxes have no room.
+    not, see group_by_aspect), then the others; images with more than num_box_rows boxes have no room.
     Nothing of it depends on processes, workers or earlier faults, so a resume finds the same one.
 
     widths, heights and box_counts are int64 [N].

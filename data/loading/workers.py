@@ -15,7 +15,7 @@ from data.loading.batch import RawBatch
 from data.loading.dataset import CocoDataset
 from data.loading.read_batch import BatchPlan, BatchReader, OnUnreadable
 from data.loading.shared_buffers import SharedBuffers
-from data.loading.transport import Delivery, LoadFailure, MainSide, Order, WorkerSide
+from data.loading.transport import LoadFailure, MainSide, Reply, Request, WorkerSide
 
 PLANS_AHEAD_PER_WORKER = 2
 """One that a worker is at, and one that waits, decoded, for its turn."""
@@ -27,21 +27,21 @@ ORPHAN_CHECK_SECONDS = 2.0
 """How often a worker looks whether the main process is still there."""
 
 LARGEST_BUFFER = 4.0
-"""A buffer holds a batch of the largest pictures, but no more than so many times a batch of average ones: a few huge
-pictures shall not make every buffer huge, and take a slower way instead."""
+"""A buffer holds a batch of the largest images, but no more than so many times a batch of average ones: a few huge
+images shall not make every buffer huge, and take a slower way instead."""
 
 
-class _Plans(Sampler[BatchPlan | Order]):
+class _Plans(Sampler[BatchPlan | Request]):
     """The plans that the DataLoader is to work off next; set before each pass."""
 
     def __init__(self) -> None:
-        self.upcoming: Iterator[BatchPlan | Order] = iter(())
+        self.upcoming: Iterator[BatchPlan | Request] = iter(())
 
-    def __iter__(self) -> Iterator[BatchPlan | Order]:
+    def __iter__(self) -> Iterator[BatchPlan | Request]:
         return self.upcoming
 
 
-class BatchStream:
+class WorkerPool:
     """One DataLoader, and so one set of worker processes, for as many passes as are wanted."""
 
     def __init__(
@@ -79,12 +79,12 @@ class BatchStream:
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[RawBatch]:
         if self._loader is None:
             raise RuntimeError("The loader is closed.")
-        self._plans.upcoming = plans if self._hand_over is None else self._hand_over.orders(plans)
+        self._plans.upcoming = plans if self._hand_over is None else self._hand_over.requests(plans)
         for result in self._loader:
             if isinstance(result, LoadFailure):
                 raise ImageError(result.message)
             batch = result
-            if isinstance(result, Delivery):
+            if isinstance(result, Reply):
                 assert self._hand_over is not None
                 batch = self._hand_over.batch(result)
             # Pinned here and not by the DataLoader, whose thread would have to know the buffers: a copy of 0.1 ms an

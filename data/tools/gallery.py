@@ -1,4 +1,4 @@
-"""A data set as one HTML page that needs nothing beside it: pictures are inside, boxes are drawn by the browser."""
+"""A data set as one HTML page that needs nothing beside it: images are inside, boxes are drawn by the browser."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from data.tools.gallery_page import PAGE
 
 GENERATOR = "detection harness: gallery of a data set"
 BIN_EDGES = tuple(2.0 ** (power / 2) for power in range(0, 23))  # sides of 1 to 2,048 pixels, two bins an octave
-CHUNK = 64  # pictures handed to the threads at a time, so that memory stays small and progress shows
+CHUNK = 64  # images handed to the threads at a time, so that memory stays small and progress shows
 
 
 class GalleryError(ValueError):
@@ -37,7 +37,7 @@ class GallerySummary:
     """What was written."""
 
     num_shown: int
-    num_pictures: int
+    num_images: int
     num_problems: int
     num_bytes: int
 
@@ -47,7 +47,7 @@ def write_gallery(
     images_dir: Path,
     annotations: CocoAnnotations,
     *,
-    colours: Sequence[str],
+    colors: Sequence[str],
     count: int = 200,
     seed: int = 0,
     longest_side: int = 480,
@@ -55,10 +55,10 @@ def write_gallery(
     title: str = "",
     progress: Callable[[int], object] | None = None,
 ) -> GallerySummary:
-    """Writes a page with `count` pictures at most, and with the figures of all.
+    """Writes a page with `count` images at most, and with the figures of all.
 
-    colours: CSS colours by label. seed: which pictures, where not all are shown (see `choose`). longest_side: of the
-    thumbnails, in pixels; smaller pictures stay as they are. quality: JPEG's. Pictures that cannot be read have a card
+    colors: CSS colors by label. seed: which images, where not all are shown (see `choose`). longest_side: of the
+    thumbnails, in pixels; smaller images stay as they are. quality: JPEG's. Images that cannot be read have a card
     that says why.
 
     Raises GalleryError where `file` exists and is not a gallery, which a new one would replace.
@@ -77,7 +77,7 @@ def write_gallery(
                 if progress is not None:
                     progress(1)
     content = {
-        "classes": _class_figures(annotations, colours),
+        "classes": _class_figures(annotations, colors),
         "edges": [round(edge, 2) for edge in BIN_EDGES],
         "images": cards,
         "numImages": len(annotations),
@@ -150,19 +150,19 @@ def _card(
         return card | {"problem": str(error)}
     if pixels.shape[:2] != (height, width):
         card["problem"] = (
-            f"the picture is {pixels.shape[1]}x{pixels.shape[0]} pixels and annotated as {width}x{height}: its boxes "
+            f"the image is {pixels.shape[1]}x{pixels.shape[0]} pixels and annotated as {width}x{height}: its boxes "
             "are misplaced"
         )
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
+    image = Image.fromarray(pixels)
+    image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    picture.save(stream, format="JPEG", quality=quality)
+    image.save(stream, format="JPEG", quality=quality)
     card["src"] = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
     return card
 
 
-def _class_figures(annotations: CocoAnnotations, colours: Sequence[str]) -> list[dict[str, Any]]:
-    """Name, colour, number of boxes, of images and of crowds of each class, and its boxes by size."""
+def _class_figures(annotations: CocoAnnotations, colors: Sequence[str]) -> list[dict[str, Any]]:
+    """Name, color, number of boxes, of images and of crowds of each class, and its boxes by size."""
     target = ~(annotations.crowd | annotations.ignore)
     sides = np.sqrt(np.clip(annotations.boxes_xywh[:, 2], 0, None) * np.clip(annotations.boxes_xywh[:, 3], 0, None))
     bins = np.clip(np.searchsorted(BIN_EDGES, sides, side="right") - 1, 0, len(BIN_EDGES) - 1)
@@ -172,7 +172,7 @@ def _class_figures(annotations: CocoAnnotations, colours: Sequence[str]) -> list
         figures.append(
             {
                 "name": name,
-                "colour": colours[label],
+                "color": colors[label],
                 "boxes": int((mine & target).sum()),
                 "images": len(np.unique(annotations.image_indices[mine])),
                 "crowds": int((mine & ~target).sum()),

@@ -24,7 +24,7 @@ th, td { text-align: right; padding: .15em .6em; white-space: nowrap; }
 th { position: sticky; top: 0; background: #fff; font-weight: 600; color: #666; }
 td:first-child, th:first-child { text-align: left; }
 tbody tr { cursor: pointer; } tbody tr:hover { background: #eef3fb; } tr.chosen { background: #dbe7fb; }
-i.colour { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border-radius: 2px; }
+i.color { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border-radius: 2px; }
 td.share { width: 40%; } td.share span { display: block; height: .8em; border-radius: 2px; }
 figure { margin: 0; } figcaption { color: #666; font-size: .9em; } figure text { font-size: 11px; fill: #666; }
 nav { position: sticky; top: 0; z-index: 2; background: #fff; padding: .6em 1.5em; border-bottom: 1px solid #ddd;
@@ -33,7 +33,7 @@ nav input[type=search] { width: 17em; } nav input, nav select { font: inherit; p
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 12px; padding: 14px 1.5em; }
 article { background: #fff; border: 1px solid #ddd; border-radius: 4px; overflow: hidden; }
 article[hidden] { display: none; }
-.picture { position: relative; cursor: zoom-in; background: #333; display: flex; justify-content: center; height: 210px;
+.image { position: relative; cursor: zoom-in; background: #333; display: flex; justify-content: center; height: 210px;
   align-items: center; }
 .frame { position: relative; max-width: 100%; max-height: 100%; }
 .frame img { position: absolute; inset: 0; width: 100%; height: 100%; display: block; }
@@ -63,8 +63,8 @@ dialog .text { max-width: 92vw; } dialog button { float: right; font: inherit; m
 <nav>
 <input type="search" id="search" placeholder="file name, image id or class" aria-label="search">
 <select id="class" aria-label="class"></select>
-<select id="only" aria-label="which pictures">
-<option value="all">all pictures</option><option value="empty">without a box</option>
+<select id="only" aria-label="which images">
+<option value="all">all images</option><option value="empty">without a box</option>
 <option value="crowd">with a crowd</option><option value="outside">with a box that sticks out</option>
 <option value="tiny">with a side below 8 pixels</option><option value="problem">with a problem</option></select>
 <select id="order" aria-label="order">
@@ -97,7 +97,7 @@ function drawing(name, attributes = {}, text) {
   return made;
 }
 
-// A picture with its boxes, as large as fits; its overlay is made again when the filters change.
+// A image with its boxes, as large as fits; its overlay is made again when the filters change.
 function frame(image, width, height) {
   const scale = Math.min(width / image.w, height / image.h);
   const made = element("div", {class: "frame"});
@@ -116,7 +116,7 @@ function overlay(image, scale, named) {
   for (const [x, y, w, h, label, crowd] of largestFirst) {
     if (chosen !== "" && Number(chosen) !== label) continue;
     const kind = data.classes[label];
-    const box = drawing("rect", {x, y, width: Math.max(w, 0), height: Math.max(h, 0), stroke: kind.colour,
+    const box = drawing("rect", {x, y, width: Math.max(w, 0), height: Math.max(h, 0), stroke: kind.color,
       class: crowd ? "box crowd" : "box"});
     box.append(drawing("title", {}, `${kind.name}${crowd ? " (crowd, or ignored)" : ""}: ${w} x ${h} at ${x}, ${y}`));
     made.append(box);
@@ -140,11 +140,11 @@ function caption(image) {
 }
 
 const cards = data.images.map((image, place) => {
-  const picture = element("div", {class: "picture"}, frame(image, WIDTH, HEIGHT));
-  const card = element("article", {}, picture, caption(image));
-  picture.onclick = () => enlarge(place);
+  const thumbnail = element("div", {class: "image"}, frame(image, WIDTH, HEIGHT));
+  const card = element("article", {}, thumbnail, caption(image));
+  thumbnail.onclick = () => enlarge(place);
   const words = [image.name, image.id, ...new Set(image.boxes.map(box => data.classes[box[4]].name))];
-  return {image, card, picture, text: words.join("\\n").toLowerCase(),
+  return {image, card, thumbnail, text: words.join("\\n").toLowerCase(),
     smallest: Math.min(Infinity, ...image.boxes.map(box => box[2] * box[3]))};
 });
 const orders = {file: () => 0, most: (a, b) => b.image.boxes.length - a.image.boxes.length,
@@ -160,12 +160,12 @@ function show() {
     && (chosen === "" || image.boxes.some(box => box[4] === Number(chosen)));
   const sorted = [...cards].sort(orders[at("order").value]);
   visible = sorted.filter(fits);
-  for (const {image, picture} of visible) picture.replaceChildren(frame(image, WIDTH, HEIGHT));
+  for (const {image, thumbnail} of visible) thumbnail.replaceChildren(frame(image, WIDTH, HEIGHT));
   at("cards").replaceChildren(...visible.map(({card}) => card));
-  if (!visible.length) at("cards").append(element("p", {class: "nothing quiet"}, "No picture here is like that."));
+  if (!visible.length) at("cards").append(element("p", {class: "nothing quiet"}, "No image here is like that."));
   const boxes = visible.reduce((sum, {image}) => sum
     + image.boxes.filter(box => chosen === "" || box[4] === Number(chosen)).length, 0);
-  at("shown").textContent = `${count(visible.length)} of ${count(cards.length)} pictures, ${count(boxes)} boxes`;
+  at("shown").textContent = `${count(visible.length)} of ${count(cards.length)} images, ${count(boxes)} boxes`;
   for (const row of at("classes").rows) row.classList.toggle("chosen", row.dataset.label === chosen);
   histogram(chosen === "" ? data.classes : [data.classes[Number(chosen)]]);
 }
@@ -177,7 +177,7 @@ function histogram(classes) {
   counts.slice(0, last).forEach((n, bin) => {
     const height = 135 * n / highest;
     const bar = drawing("rect", {x: left + bin * step + 1, y: bottom - height, width: step - 2, height,
-      fill: classes.length === 1 ? classes[0].colour : "#5b7fb5"});
+      fill: classes.length === 1 ? classes[0].color : "#5b7fb5"});
     bar.append(drawing("title", {}, `${data.edges[bin]} to ${data.edges[bin + 1] || "any"} pixels: ${count(n)} boxes`));
     svg.append(bar);
     if (bin % 2 === 0) svg.append(drawing("text", {x: left + bin * step, y: bottom + 14, "text-anchor": "middle"},
@@ -226,8 +226,8 @@ at("crowdhead").hidden = !crowds;
 const most = Math.max(1, ...data.classes.map(kind => kind.boxes));
 at("class").append(element("option", {value: ""}, "all classes"));
 data.classes.forEach((kind, label) => {
-  const swatch = element("i", {class: "colour"}), bar = element("span");
-  swatch.style.background = bar.style.background = kind.colour;
+  const swatch = element("i", {class: "color"}), bar = element("span");
+  swatch.style.background = bar.style.background = kind.color;
   bar.style.width = 100 * kind.boxes / most + "%";
   const row = element("tr", {"data-label": label}, element("td", {}, swatch, kind.name),
     element("td", {}, count(kind.boxes)), element("td", {}, count(kind.images)),

@@ -1,6 +1,6 @@
-"""Draws one picture of the procedural set, with its boxes.
+"""Draws one image of the procedural set, with its boxes.
 
-A picture is a function of its key alone, the same on every machine: random bits come straight from PCG64
+A image is a function of its key alone, the same on every machine: random bits come straight from PCG64
 (numpy keeps that stream fixed, unlike the methods built on it), pixels from elementwise arithmetic (sums of
 floats would depend on the order a machine adds in), and sines are rounded before use.
 """
@@ -20,7 +20,7 @@ RADII = ((0.25, 11.0, 16.0), (0.47, 18.0, 44.0), (0.28, 48.0, 88.0))
 MIN_VISIBLE = 0.4  # an object is placed only where this share of each one below it stays in sight
 MIN_LABELLED = 0.25  # less than this share in sight (bars may cross it too): not annotated
 MIN_SIDE = 4  # pixels; a visible part smaller than this is not annotated
-EMPTY_SHARE, CROWD_SHARE = 0.05, 0.08  # of the pictures
+EMPTY_SHARE, CROWD_SHARE = 0.05, 0.08  # of the images
 
 _Item = TypeVar("_Item")
 
@@ -74,10 +74,10 @@ class Dice:
 
 
 class _Canvas:
-    """The picture under construction: float32 RGB, and which object each pixel shows (0: none)."""
+    """The image under construction: float32 RGB, and which object each pixel shows (0: none)."""
 
     def __init__(self, background: np.ndarray) -> None:
-        self.colours = background
+        self.colors = background
         self.height, self.width = background.shape[:2]
         self.owner = np.zeros((self.height, self.width), dtype=np.int32)
         self.labels: list[int] = []
@@ -103,14 +103,14 @@ class _Canvas:
             for taken, seen, full in zip(hit.tolist(), in_sight.tolist(), self.full_areas, strict=True)
         )
 
-    def paint(self, window: tuple[slice, slice], alpha: np.ndarray, colours: np.ndarray, owner: int) -> None:
-        below = self.colours[window]
-        below += (colours - below) * alpha[..., None]
+    def paint(self, window: tuple[slice, slice], alpha: np.ndarray, colors: np.ndarray, owner: int) -> None:
+        below = self.colors[window]
+        below += (colors - below) * alpha[..., None]
         self.owner[window][alpha >= 0.5] = owner
 
 
 def draw_scene(key: Sequence[int], width: int, height: int) -> Scene:
-    """The picture of `key` with its annotated objects, in the order they were painted."""
+    """The image of `key` with its annotated objects, in the order they were painted."""
     dice = Dice(*key)
     canvas = _Canvas(_background(dice, width, height))
     for _ in range(dice.below(3)):
@@ -122,12 +122,12 @@ def draw_scene(key: Sequence[int], width: int, height: int) -> Scene:
             _draw_object(dice, canvas)
     for _ in range(dice.pick((0, 0, 0, 1, 2))):
         _draw_bar(dice, canvas)
-    pixels = np.clip(np.floor(canvas.colours + 0.5), 0, 255).astype(np.uint8)
+    pixels = np.clip(np.floor(canvas.colors + 0.5), 0, 255).astype(np.uint8)
     return Scene(pixels, tuple(_annotate(canvas)))
 
 
 def _background(dice: Dice, width: int, height: int) -> np.ndarray:
-    """Two muted colours mixed by octaves of value noise, by a gradient, or by stripes, with fine grain on
+    """Two muted colors mixed by octaves of value noise, by a gradient, or by stripes, with fine grain on
     top."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     cosine, sine = dice.angle()
@@ -146,7 +146,7 @@ def _background(dice: Dice, width: int, height: int) -> np.ndarray:
         if kind == "checks":
             mix = np.abs(mix - _triangle_wave(across / period))
         mix = 0.45 * mix + 0.55 * noise
-    first, second = (_colour(dice, (0.05, 0.45), values) for values in ((0.15, 0.5), (0.45, 0.95)))
+    first, second = (_color(dice, (0.05, 0.45), values) for values in ((0.15, 0.5), (0.45, 0.95)))
     grain = (dice.grid(height, width) - 0.5) * dice.uniform(4, 14)
     bands = [a + (b - a) * mix + grain for a, b in zip(first, second, strict=True)]
     return np.stack(bands, axis=-1)
@@ -169,8 +169,8 @@ def _triangle_wave(t: np.ndarray) -> np.ndarray:
     return np.abs((t - np.floor(t)) * 2 - 1)
 
 
-def _colour(dice: Dice, saturation: tuple[float, float], value: tuple[float, float]) -> tuple[float, float, float]:
-    """A random RGB colour, 0 to 255, with saturation and value (as in HSV) from the ranges."""
+def _color(dice: Dice, saturation: tuple[float, float], value: tuple[float, float]) -> tuple[float, float, float]:
+    """A random RGB color, 0 to 255, with saturation and value (as in HSV) from the ranges."""
     hue, s, v = dice.uniform(0, 6), dice.uniform(*saturation), dice.uniform(*value)
     ramp = [min(1.0, max(0.0, abs((hue + shift) % 6 - 3) - 1)) for shift in (0, 4, 2)]
     red, green, blue = (255 * v * (1 - s + s * channel) for channel in ramp)
@@ -178,7 +178,7 @@ def _colour(dice: Dice, saturation: tuple[float, float], value: tuple[float, flo
 
 
 def _signed_distance(label: int, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
-    """About the distance in pixels to the outline, negative inside; u and v are relative to the centre."""
+    """About the distance in pixels to the outline, negative inside; u and v are relative to the center."""
     name = CLASS_NAMES[label]
     if name == "circle":
         return np.sqrt(u * u + v * v) - radius
@@ -230,8 +230,8 @@ def _draw_object(dice: Dice, canvas: _Canvas) -> None:
             canvas.labels.append(label)
             canvas.crowd.append(False)
             canvas.full_areas.append(int(np.count_nonzero(covered)))
-            colours = _skin(dice, placed, radius, _contrasting_colour(dice, canvas, cx, cy))
-            canvas.paint(placed.window, placed.alpha, colours, owner=len(canvas.labels))
+            colors = _skin(dice, placed, radius, _contrasting_color(dice, canvas, cx, cy))
+            canvas.paint(placed.window, placed.alpha, colors, owner=len(canvas.labels))
             return
 
 
@@ -251,17 +251,17 @@ def _coordinate(dice: Dice, side: int, inset: float) -> float:
     return round(dice.uniform(inset, side - inset) * 16) / 16
 
 
-def _contrasting_colour(dice: Dice, canvas: _Canvas, cx: float, cy: float) -> tuple[float, float, float]:
-    below = canvas.colours[min(int(cy), canvas.height - 1), min(int(cx), canvas.width - 1)].tolist()
+def _contrasting_color(dice: Dice, canvas: _Canvas, cx: float, cy: float) -> tuple[float, float, float]:
+    below = canvas.colors[min(int(cy), canvas.height - 1), min(int(cx), canvas.width - 1)].tolist()
     for _ in range(6):
-        colour = _colour(dice, (0.45, 1.0), (0.35, 1.0))
-        if sum(abs(a - b) for a, b in zip(colour, below, strict=True)) > 150:
+        color = _color(dice, (0.45, 1.0), (0.35, 1.0))
+        if sum(abs(a - b) for a, b in zip(color, below, strict=True)) > 150:
             break
-    return colour
+    return color
 
 
-def _skin(dice: Dice, placed: _Placed, radius: float, colour: tuple[float, float, float]) -> np.ndarray:
-    """float32 [h, w, 3]: the colour with a gradient, stripes or blotches, and a darker or lighter rim."""
+def _skin(dice: Dice, placed: _Placed, radius: float, color: tuple[float, float, float]) -> np.ndarray:
+    """float32 [h, w, 3]: the color with a gradient, stripes or blotches, and a darker or lighter rim."""
     height, width = placed.distance.shape
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     cosine, sine = dice.angle()
@@ -277,7 +277,7 @@ def _skin(dice: Dice, placed: _Placed, radius: float, colour: tuple[float, float
         shade = (_value_noise(dice, width, height, 6) - 0.5) * 0.6
     rim = dice.pick((-0.5, -0.35, 0.0, 0.4))
     shade = np.where(placed.distance > -max(1.5, 0.07 * radius), rim, shade)
-    return np.stack([np.clip(band * (1 + shade), 0, 255) for band in colour], axis=-1)
+    return np.stack([np.clip(band * (1 + shade), 0, 255) for band in color], axis=-1)
 
 
 def _draw_crowd(dice: Dice, canvas: _Canvas) -> None:
@@ -291,8 +291,8 @@ def _draw_crowd(dice: Dice, canvas: _Canvas) -> None:
         (cosine, sine), away = dice.angle(), spread * dice.uniform()
         radius = round(dice.uniform(6, 10) * 16) / 16
         placed = _place(canvas, dice, label, cx + cosine * away, cy + sine * away * 0.6, radius)
-        colours = _skin(dice, placed, radius, _contrasting_colour(dice, canvas, cx, cy))
-        canvas.paint(placed.window, placed.alpha, colours, owner=len(canvas.labels))
+        colors = _skin(dice, placed, radius, _contrasting_color(dice, canvas, cx, cy))
+        canvas.paint(placed.window, placed.alpha, colors, owner=len(canvas.labels))
     canvas.full_areas.append(int(np.count_nonzero(canvas.owner == len(canvas.labels))))
 
 
@@ -307,8 +307,8 @@ def _draw_bar(dice: Dice, canvas: _Canvas) -> None:
     distance = np.maximum(np.abs(along) - length / 2, np.abs(across) - half_width)
     alpha = np.clip(0.5 - distance, 0, 1)
     if not canvas.hides_too_much(window, alpha >= 0.5):
-        colour = np.array(_colour(dice, (0.1, 0.9), (0.2, 0.95)), dtype=np.float32)
-        canvas.paint(window, alpha, np.broadcast_to(colour, (*alpha.shape, 3)), owner=0)
+        color = np.array(_color(dice, (0.1, 0.9), (0.2, 0.95)), dtype=np.float32)
+        canvas.paint(window, alpha, np.broadcast_to(color, (*alpha.shape, 3)), owner=0)
 
 
 def _annotate(canvas: _Canvas) -> list[SceneObject]:

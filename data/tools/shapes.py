@@ -1,8 +1,8 @@
 """A small procedural set in COCO's layout, so that everything runs where no data set is at hand.
 
-Six classes of shapes in any rotation, colour and texture, from small to large, cut off by borders and
-hidden by each other, on textured backgrounds with bars that belong to no class; crowd regions, pictures
-without objects, and portrait pictures among them. The set is a function of its settings: equal annotations
+Six classes of shapes in any rotation, color and texture, from small to large, cut off by borders and
+hidden by each other, on textured backgrounds with bars that belong to no class; crowd regions, images
+without objects, and portrait images among them. The set is a function of its settings: equal annotations
 to the byte and equal pixels (stored as PNG) wherever it is made.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 from data.coco.layout import standard_layout
 from data.tools.shape_scenes import CLASS_NAMES, Dice, draw_scene
 
-GENERATOR_VERSION = 1  # goes up whenever equal settings would give another picture or box
+GENERATOR_VERSION = 1  # goes up whenever equal settings would give another image or box
 SETTINGS_FILE = "shapes.json"
 PORTRAIT_SHARE = 0.15
 MIN_SIDE, MAX_SIDE = 64, 4096
@@ -42,7 +42,7 @@ def make_shapes(
 ) -> Path:
     """Makes the set under `folder` in COCO 2017's layout, unless it is there already, and returns the folder.
 
-    size: width and height in pixels; portrait pictures have them swapped. The set is written beside the
+    size: width and height in pixels; portrait images have them swapped. The set is written beside the
     folder and renamed into place whole: an interrupted run leaves nothing that looks like a set, and of
     several processes that start at once one wins and the others take its set.
 
@@ -120,7 +120,7 @@ def _write_set(folder: Path, settings: dict[str, Any]) -> None:
 def _draw_image(
     folder: Path, key: tuple[int, int], size: tuple[int, int], index: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draws and stores one picture; its COCO record and those of its objects, still without annotation
+    """Draws and stores one image; its COCO record and those of its objects, still without annotation
     ids."""
     width, height = size[::-1] if Dice(*key, index, 0).chance(PORTRAIT_SHARE) else size
     scene = draw_scene((*key, index, 1), width, height)
@@ -143,12 +143,12 @@ def _draw_image(
 
 
 def _coco_content(
-    pictures: list[tuple[dict[str, Any], list[dict[str, Any]]]], settings: dict[str, Any]
+    images: list[tuple[dict[str, Any], list[dict[str, Any]]]], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    annotations = [record for _, records in pictures for record in records]
+    annotations = [record for _, records in images for record in records]
     return {
         "info": {"description": "procedural shapes", **settings},
-        "images": [image for image, _ in pictures],
+        "images": [image for image, _ in images],
         "annotations": [{"id": number, **record} for number, record in enumerate(annotations, start=1)],
         "categories": [
             {"id": category_id, "name": name, "supercategory": "shape"}

@@ -1,6 +1,6 @@
-"""What is done to training images at random: scale, crop, flips and colours.
+"""What is done to training images at random: scale, crop, flips and colors.
 
-Every choice is a hash of (seed, epoch, image, which time the image is seen in the epoch), see data/transforms/hash_rng.py; the
+Every choice is a hash of (seed, epoch, image, which time the image is seen in the epoch), see hash_rng.py; the
 choices are made by the process that plans a batch, and carried out on the training device (data/loading/batch.py).
 """
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.transforms.color import ColourChange, ColourJitter, PhotometricDistortion
+from data.transforms.color import ColorChange, ColorJitter, PhotometricDistortion
 from data.transforms.geometry import flip_decisions, padded_size, resized_sizes, vertical_flip_decisions
 from data.transforms.hash_rng import CROP_STREAM, SCALE_STREAM, hash_uniform
 
@@ -19,14 +19,14 @@ class AugmentationError(ValueError):
 
 @dataclass(frozen=True)
 class ScaleSampling:
-    """Multi-scale training: the keep-ratio resize of data.transforms.geometry.resized_sizes, its scale drawn for each image.
+    """Multi-scale training: the keep-ratio resize of geometry.resized_sizes, its scale drawn for each image.
 
     choice: one of the scales, all alike likely. range: the longer and the shorter side are drawn each by itself
     from the whole numbers between those of the two scales, ends included.
     """
 
     scales: tuple[tuple[int, int], ...]
-    """Two sides each, in pixels; the larger limits the picture's longer side, the smaller the shorter."""
+    """Two sides each, in pixels; the larger limits the image's longer side, the smaller the shorter."""
     sampling: str = "choice"
     """choice or range"""
 
@@ -68,7 +68,7 @@ class LargeScaleJitter:
     """A resize by a random factor, and a random crop where the result is larger than the target (Ghiasi et al. 2021,
     "Simple copy-paste is a strong data augmentation method for instance segmentation", without the pasting).
 
-    The picture is resized, its ratio kept, to fit into a square of int(size * factor) pixels. Where a side is longer
+    The image is resized, its ratio kept, to fit into a square of int(size * factor) pixels. Where a side is longer
     than size, a window of size pixels is cut out, its place drawn uniformly; every batch is padded to a square of size
     pixels. Boxes follow data.transforms.geometry.crop_boxes.
     """
@@ -119,10 +119,10 @@ class LargeScaleJitter:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where N native pictures go: resized to scaled_sizes, cut from offsets to sizes, then flipped."""
+    """Where N native images go: resized to scaled_sizes, cut from offsets to sizes, then flipped."""
 
     scaled_sizes: np.ndarray
-    """int64 [N, 2] (height, width) of the whole picture after the resize"""
+    """int64 [N, 2] (height, width) of the whole image after the resize"""
     offsets: np.ndarray
     """int64 [N, 2] (top, left) of the crop in it"""
     sizes: np.ndarray
@@ -132,7 +132,7 @@ class Geometry:
     vertical_flips: np.ndarray
     """bool [N], turned upside down"""
     padded_size: tuple[int, int]
-    """(height, width) of a batch of all these pictures"""
+    """(height, width) of a batch of all these images"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Augmentation:
     jitter: LargeScaleJitter | None = None
     flip_probability: float = 0.5
     vertical_flip_probability: float = 0.0
-    colour: PhotometricDistortion | ColourJitter | None = None
+    color: PhotometricDistortion | ColorJitter | None = None
 
     def __post_init__(self) -> None:
         if self.scales is not None and self.jitter is not None:
@@ -171,9 +171,9 @@ class Augmentation:
         min_size: int,
         max_size: int,
     ) -> Geometry:
-        """Where the pictures of a global batch go.
+        """Where the images of a global batch go.
 
-        widths, heights: int64 [N], native. words: int64 [N], data.transforms.hash_rng.image_words of the images. min_size,
+        widths, heights: int64 [N], native. words: int64 [N], hash_rng.image_words of the images. min_size,
         max_size: the scale where none is drawn.
         """
         if self.jitter is not None:
@@ -197,9 +197,9 @@ class Augmentation:
             padded_size=(height, width),
         )
 
-    def colours(self, words: np.ndarray, *, seed: int, epoch: int) -> tuple[ColourChange, ...] | None:
-        """How the colours of each image (words int64 [N]) change; None where they stay."""
-        return self.colour.sample(seed, epoch, words) if self.colour is not None else None
+    def colors(self, words: np.ndarray, *, seed: int, epoch: int) -> tuple[ColorChange, ...] | None:
+        """How the colors of each image (words int64 [N]) change; None where they stay."""
+        return self.color.sample(seed, epoch, words) if self.color is not None else None
 
     def describe(self) -> list[str]:
         """What is on, a line each."""
@@ -213,7 +213,7 @@ class Augmentation:
             if probability > 0
         ]
         lines.append("flip probability: " + ", ".join(flips) if flips else "no flips")
-        return lines + ([self.colour.describe()] if self.colour is not None else [])
+        return lines + ([self.color.describe()] if self.color is not None else [])
 
 
 def _below(count: int, *words: int | np.ndarray) -> np.ndarray:

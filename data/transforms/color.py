@@ -1,6 +1,6 @@
 """Changes of brightness, contrast, saturation and hue: drawn on the host, carried out on the training device.
 
-Arithmetic is in float32 and rounds once, to whole grey levels, at the end.
+Arithmetic is in float32 and rounds once, to whole gray levels, at the end.
 """
 
 import itertools
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.transforms.hash_rng import COLOUR_STREAM, hash_uniform
+from data.transforms.hash_rng import COLOR_STREAM, hash_uniform
 
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
-"""Parts of red, green and blue in a grey level, as torchvision has them (ITU-R BT.601)"""
+"""Parts of red, green and blue in a gray level, as torchvision has them (ITU-R BT.601)"""
 
 _CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 _JITTER_ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
@@ -23,11 +23,11 @@ class Distortion:
     """One draw of PhotometricDistortion. The steps are taken in the order of the fields."""
 
     shift: float = 0.0
-    """added to every channel, grey levels"""
+    """added to every channel, gray levels"""
     early_contrast: float = 1.0
     """factor of every channel"""
     saturation: float = 1.0
-    """factor of the saturation of the HSV colour, which is limited to 1"""
+    """factor of the saturation of the HSV color, which is limited to 1"""
     hue: float = 0.0
     """added to the hue, in turns"""
     late_contrast: float = 1.0
@@ -37,7 +37,7 @@ class Distortion:
     def apply(self, rgb: torch.Tensor) -> torch.Tensor:
         """float32 [3, H, W], 0 to 255, to float32 that may lie outside."""
         if self.shift != 0:
-            # Below zero a colour has no hue; above 255 a later factor may bring it back.
+            # Below zero a color has no hue; above 255 a later factor may bring it back.
             rgb = (rgb + self.shift).clamp_(min=0)
         if self.early_contrast != 1:
             rgb = rgb * self.early_contrast
@@ -54,7 +54,7 @@ class PhotometricDistortion:
     taken with probability 1/2."""
 
     shift: float = 32.0
-    """grey levels up or down at most"""
+    """gray levels up or down at most"""
     contrast: tuple[float, float] = (0.5, 1.5)
     saturation: tuple[float, float] = (0.5, 1.5)
     hue: float = 0.05
@@ -63,7 +63,7 @@ class PhotometricDistortion:
     def sample(self, seed: int, epoch: int, words: np.ndarray) -> tuple[Distortion, ...]:
         """One draw for each image (words int64 [N], see data.transforms.hash_rng.image_words)."""
         # One number each for: five decisions to take a step, contrast early or late, and the five values.
-        drawn = hash_uniform(seed, COLOUR_STREAM, epoch, words[:, None], np.arange(11))
+        drawn = hash_uniform(seed, COLOR_STREAM, epoch, words[:, None], np.arange(11))
         return tuple(self._draw(*row) for row in drawn.tolist())
 
     def _draw(
@@ -97,14 +97,14 @@ class PhotometricDistortion:
 
 @dataclass(frozen=True)
 class Jitter:
-    """One draw of ColourJitter."""
+    """One draw of ColorJitter."""
 
     brightness: float
     """factor of every channel"""
     contrast: float
-    """factor of the distance to the picture's mean grey level"""
+    """factor of the distance to the image's mean gray level"""
     saturation: float
-    """factor of the distance to the pixel's own grey level"""
+    """factor of the distance to the pixel's own gray level"""
     hue: float
     """added to the hue, in turns"""
     order: tuple[str, ...]
@@ -125,12 +125,12 @@ class Jitter:
         if step == "brightness":
             return rgb.new_zeros(())
         red, green, blue = GREY_WEIGHTS
-        grey = rgb[0] * red + rgb[1] * green + rgb[2] * blue
-        return grey.mean() if step == "contrast" else grey
+        gray = rgb[0] * red + rgb[1] * green + rgb[2] * blue
+        return gray.mean() if step == "contrast" else gray
 
 
 @dataclass(frozen=True)
-class ColourJitter:
+class ColorJitter:
     """torchvision's ColorJitter: factors are drawn between 1 - x and 1 + x (not below 0), the hue between -hue and hue
     turns; the four steps follow each other in a random order."""
 
@@ -142,7 +142,7 @@ class ColourJitter:
 
     def sample(self, seed: int, epoch: int, words: np.ndarray) -> tuple[Jitter, ...]:
         """One draw for each image (words int64 [N], see data.transforms.hash_rng.image_words)."""
-        drawn = hash_uniform(seed, COLOUR_STREAM, epoch, words[:, None], np.arange(5))
+        drawn = hash_uniform(seed, COLOR_STREAM, epoch, words[:, None], np.arange(5))
         return tuple(
             Jitter(
                 brightness=self._factor(self.brightness, brightness),
@@ -157,7 +157,7 @@ class ColourJitter:
     def describe(self) -> str:
         """A line for people."""
         return (
-            f"colour jitter: brightness {self.brightness:g}, contrast {self.contrast:g}, saturation "
+            f"color jitter: brightness {self.brightness:g}, contrast {self.contrast:g}, saturation "
             f"{self.saturation:g}, hue {self.hue:g}"
         )
 
@@ -166,13 +166,13 @@ class ColourJitter:
         return _between((max(0.0, 1 - width), 1 + width), drawn)
 
 
-ColourChange = Distortion | Jitter
+ColorChange = Distortion | Jitter
 
 
-def change_colours(picture: torch.Tensor, change: ColourChange) -> torch.Tensor:
-    """The picture after `change`: uint8 [3, H, W] RGB -> uint8 [3, H, W], limited to 0 to 255 and rounded."""
+def change_colors(image: torch.Tensor, change: ColorChange) -> torch.Tensor:
+    """The image after `change`: uint8 [3, H, W] RGB -> uint8 [3, H, W], limited to 0 to 255 and rounded."""
     # Planes rather than pixels side by side: every step works on whole planes.
-    rgb = picture.to(torch.float32, memory_format=torch.contiguous_format)
+    rgb = image.to(torch.float32, memory_format=torch.contiguous_format)
     return change.apply(rgb).clamp(0, 255).round_().to(torch.uint8)
 
 
@@ -182,7 +182,7 @@ def change_hue_and_saturation(rgb: torch.Tensor, saturation: float, hue: float) 
     red, green, blue = rgb
     value = rgb.amax(dim=0)
     chroma = value - rgb.amin(dim=0)
-    # A grey pixel has no hue; any number serves, as it is multiplied by the chroma, which is zero.
+    # A gray pixel has no hue; any number serves, as it is multiplied by the chroma, which is zero.
     divisor = chroma.clamp(min=torch.finfo(rgb.dtype).tiny)
     sixths = torch.where(
         value == red,

@@ -25,11 +25,11 @@ def resized_sizes(
 ) -> np.ndarray:
     """Sizes after a resize that keeps the ratio: int64 [N, 2] (height, width) from int64 [N] each.
 
-    min_size and max_size are one for all pictures, or int64 [N].
+    min_size and max_size are one for all images, or int64 [N].
 
-    The shorter side becomes min_size unless the longer would exceed max_size; small pictures are enlarged.
+    The shorter side becomes min_size unless the longer would exceed max_size; small images are enlarged.
     f = min(max_size / longer, min_size / shorter) in float64, each side becomes int(side * f + 0.5).
-    A picture thousands of times longer than wide keeps one pixel of width.
+    A image thousands of times longer than wide keeps one pixel of width.
     """
     longer, shorter = np.maximum(widths, heights), np.minimum(widths, heights)
     factors = np.minimum(max_size / longer, min_size / shorter)
@@ -38,13 +38,13 @@ def resized_sizes(
 
 
 def resized_size(width: int, height: int, *, min_size: int, max_size: int) -> tuple[int, int]:
-    """(width, height) after the resize, for one picture. See resized_sizes."""
+    """(width, height) after the resize, for one image. See resized_sizes."""
     sizes = resized_sizes(np.array([width]), np.array([height]), min_size=min_size, max_size=max_size)
     return int(sizes[0, 1]), int(sizes[0, 0])
 
 
 def padded_size(sizes: np.ndarray) -> np.ndarray:
-    """Size of the batch that holds pictures of the given sizes: the largest height and the largest width,
+    """Size of the batch that holds images of the given sizes: the largest height and the largest width,
     each rounded up to PADDING_MULTIPLE. int64 [..., B, 2] -> int64 [..., 2] (height, width)."""
     return -(-sizes.max(axis=-2) // PADDING_MULTIPLE) * PADDING_MULTIPLE
 
@@ -58,11 +58,11 @@ def scale_factors(native_sizes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def resize_boxes(boxes_xyxy: np.ndarray, factors: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes after the resize, clipped to the picture, and which of them can be trained on.
+    """Boxes after the resize, clipped to the image, and which of them can be trained on.
 
     boxes_xyxy float32 [N, 4] in stored pixels, factors float32 [2] (x, y), size (height, width)
     after the resize. Returns float32 [N, 4] and bool [N]; no row is dropped. Annotations without overlap with
-    the picture are left out while reading, so a box that is empty after the clip can only stem from an
+    the image are left out while reading, so a box that is empty after the clip can only stem from an
     overlap of a fraction of a thousandth pixel; but the logarithm of its width would make every weight of the
     model NaN, so boxes with a side under MIN_BOX_SIDE are marked as not valid.
     """
@@ -73,7 +73,7 @@ def resize_boxes(boxes_xyxy: np.ndarray, factors: np.ndarray, size: tuple[int, i
 
 
 def flip_boxes(boxes_xyxy: np.ndarray, width: int) -> np.ndarray:
-    """Boxes (float32 [N, 4]) of the picture mirrored left to right: x1' = width - x2, x2' = width - x1."""
+    """Boxes (float32 [N, 4]) of the image mirrored left to right: x1' = width - x2, x2' = width - x1."""
     flipped = boxes_xyxy.copy()
     flipped[:, 0] = width - boxes_xyxy[:, 2]
     flipped[:, 2] = width - boxes_xyxy[:, 0]
@@ -81,7 +81,7 @@ def flip_boxes(boxes_xyxy: np.ndarray, width: int) -> np.ndarray:
 
 
 def flip_boxes_vertically(boxes_xyxy: np.ndarray, height: int) -> np.ndarray:
-    """Boxes (float32 [N, 4]) of the picture turned upside down: y1' = height - y2, y2' = height - y1."""
+    """Boxes (float32 [N, 4]) of the image turned upside down: y1' = height - y2, y2' = height - y1."""
     flipped = boxes_xyxy.copy()
     flipped[:, 1] = height - boxes_xyxy[:, 3]
     flipped[:, 3] = height - boxes_xyxy[:, 1]
@@ -94,7 +94,7 @@ def crop_boxes(
     """Boxes in the coordinates of a crop, clipped to it, and which of them are left.
 
     boxes_xyxy float32 [N, 4], offset (top, left) and size (height, width) of the crop, all in pixels of the
-    uncropped picture. Returns float32 [N, 4] and bool [N]; no row is dropped. A box is left when both sides
+    uncropped image. Returns float32 [N, 4] and bool [N]; no row is dropped. A box is left when both sides
     of what the crop shows of it are longer than MIN_CROPPED_BOX_SIDE and that is at least min_visibility (0 to
     1) of its area.
     """
@@ -110,7 +110,7 @@ def crop_boxes(
 
 
 def flip_decisions(seed: int, epoch: int, words: np.ndarray, probability: float = 0.5) -> np.ndarray:
-    """Whether each image (int64 [N]: its index in the annotations, see data.transforms.hash_rng.image_words for repeats)
+    """Whether each image (int64 [N]: its index in the annotations, see hash_rng.image_words for repeats)
     is mirrored in this epoch: bool [N]."""
     return hash_uniform(seed, FLIP_STREAM, epoch, words) < probability
 
@@ -120,15 +120,15 @@ def vertical_flip_decisions(seed: int, epoch: int, words: np.ndarray, probabilit
     return hash_uniform(seed, VERTICAL_FLIP_STREAM, epoch, words) < probability
 
 
-def resize_pixels(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_pixels(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bilinear resize without antialiasing (also when shrinking): uint8 [1, 3, h, w] -> uint8 [1, 3, H, W].
 
-    Equal to OpenCV's INTER_LINEAR (MMDetection's) but for rounding: no pixel differs by more than 1 grey
+    Equal to OpenCV's INTER_LINEAR (MMDetection's) but for rounding: no pixel differs by more than 1 gray
     level. OpenCV rounds its weights to 1/2048, torch's kernel for bytes (CPU) to 16 bits and rounds between
-    the two directions, the float path (CUDA) rounds once at the end. On the CPU a picture with channels last
+    the two directions, the float path (CUDA) rounds once at the end. On the CPU a image with channels last
     in memory takes a third of the time.
     """
-    if picture.device.type == "cpu":
-        return F.interpolate(picture, size=size, mode="bilinear", align_corners=False, antialias=False)
-    resized = F.interpolate(picture.float(), size=size, mode="bilinear", align_corners=False, antialias=False)
+    if image.device.type == "cpu":
+        return F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=False)
+    resized = F.interpolate(image.float(), size=size, mode="bilinear", align_corners=False, antialias=False)
     return resized.round_().to(torch.uint8)

@@ -17,7 +17,7 @@ LSJ_RANGE_DEFAULT = (0.1, 2.0)
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Scale, crop, flips and colours of training images, and how often an image comes in an epoch."""
+    """Scale, crop, flips and colors of training images, and how often an image comes in an epoch."""
 
     train_min_sizes: tuple[int, ...] | None = None
     """Shorter sides to choose from, with --max-size for the longer one. None: --min-size."""
@@ -130,7 +130,7 @@ def augmentation_config(options: argparse.Namespace) -> AugmentationConfig:
     _check_scales(options)
     _check_jitter(options)
     if options.photometric_distortion and options.color_jitter is not None:
-        raise ConfigError("--photometric-distortion and --color-jitter both change the colours: give one of them")
+        raise ConfigError("--photometric-distortion and --color-jitter both change the colors: give one of them")
     if options.color_jitter is not None:
         *factors, hue = options.color_jitter
         if not (all(0 <= factor < float("inf") for factor in factors) and 0 <= hue <= 0.5):

@@ -1,4 +1,4 @@
-"""Loops, optimiser, precision, processes and checkpoints: everything that happens around a training step."""
+"""Loops, optimizer, precision, processes and checkpoints: everything that happens around a training step."""
 
 from detection.engine.errors import USER_ERRORS, RunError
 from detection.engine.run import run

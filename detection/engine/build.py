@@ -15,7 +15,7 @@ from detection.config.errors import ConfigError
 from detection.config.run_config import RunConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
 from detection.engine.distributed.comm import Processes
-from detection.engine.distributed.sync_batch_norm import synchronise_batch_norm
+from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
 from detection.engine.inputs.datasets import (
     DatasetFiles,
     SplitFiles,
@@ -25,7 +25,7 @@ from detection.engine.inputs.datasets import (
     load_train,
     prepare_files,
 )
-from detection.engine.run_dir import OutputDirectory
+from detection.engine.run_dir import RunDir
 from detection.models import (
     FasterRCNN,
     WeightsError,
@@ -40,7 +40,7 @@ from schedules import Schedule, load_schedule
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Preflight:
     """What the main process made sure of before the others began."""
 
     resume_path: Path | None
@@ -48,7 +48,7 @@ class Prepared:
 
 
 @dataclass
-class Built:
+class Components:
     """What every process builds for itself."""
 
     schedule: Schedule
@@ -63,7 +63,7 @@ class Built:
     category_ids: tuple[int, ...]
 
 
-def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
+def prepare(config: RunConfig, output: RunDir) -> Preflight:
     """Everything that only one process may do, and everything cheap that can be wrong."""
     schedule, _ = _load_schedule(config)
     if config.train.skip_nonfinite and schedule.optimizer.kwargs.get("dampening"):
@@ -113,7 +113,7 @@ def prepare(config: RunConfig, output: OutputDirectory) -> Prepared:
         if config.mode != "train":
             raise CheckpointError(f"{output.checkpoints}: there is no checkpoint to evaluate; give --weights FILE")
         prefetch_weights(config.model.weights, config.model.model)
-    return Prepared(resume_path, tuple(lines))
+    return Preflight(resume_path, tuple(lines))
 
 
 def _load_schedule(config: RunConfig) -> tuple[Schedule, list[str]]:
@@ -134,7 +134,7 @@ def _load_schedule(config: RunConfig) -> tuple[Schedule, list[str]]:
     return schedule, lines
 
 
-def build(config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint | None) -> Built:
+def build(config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint | None) -> Components:
     schedule, overrides = _load_schedule(config)
     global_batch_size = config.train.batch_size * processes.world_size * schedule.accumulative_counts
     if config.train.auto_scale_lr or schedule.auto_scale_lr_enabled:
@@ -153,7 +153,7 @@ def build(config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint 
     evaluation_set = load_evaluation(evaluation_files, class_names) if evaluation_files is not None else None
     named = train_set or evaluation_set
     assert named is not None
-    return Built(
+    return Components(
         schedule,
         overrides,
         train_set,
@@ -171,7 +171,7 @@ def _model_to_train(
 ) -> tuple[FasterRCNN, str]:
     """The model with its starting weights, and a line that says where they come from."""
     if checkpoint is not None:
-        # Settings come with the weights: what is frozen and how it is normalised cannot change in mid-run.
+        # Settings come with the weights: what is frozen and how it is normalized cannot change in mid-run.
         return _stored_model(checkpoint, "model"), f"{checkpoint.path} (iteration {checkpoint.state['iteration']})"
     class_names = annotations.class_names
     torch.manual_seed(config.train.seed)
@@ -180,7 +180,7 @@ def _model_to_train(
         norm = "group norm" if config.model.norm == "gn" else "batch norm is trained"
         warning = ""
         if model.config.frozen_stages >= 0:
-            warning = "\n  WARNING: what is frozen has random weights, which are never learnt: leave --freeze away"
+            warning = "\n  WARNING: what is frozen has random weights, which are never learned: leave --freeze away"
         return model, f"none: random weights, {norm}\n{_describe_frozen(model)}{warning}"
     report = load_weights(model, config.model.weights, category_ids=annotations.category_ids)
     lines = [report.table(), *_renamed_classes(config.model.weights, class_names), _describe_frozen(model)]
@@ -276,7 +276,7 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
         norm = "bn" if from_none or config.model.sync_bn else "frozen_bn"
     if norm == "frozen_bn" and from_none and config.mode == "train":
         raise ConfigError(
-            "--norm frozen_bn with --weights none freezes random statistics, from which nothing can be learnt: "
+            "--norm frozen_bn with --weights none freezes random statistics, from which nothing can be learned: "
             "use --norm bn or gn, or pretrained weights"
         )
     settings["norm"] = norm
@@ -316,7 +316,7 @@ def _place(config: RunConfig, processes: Processes, model: FasterRCNN) -> Faster
     if config.model.sync_bn:
         if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             raise ConfigError("--sync-bn: the model has no trained batch norm; add --norm bn")
-        synchronise_batch_norm(model, processes.device)
+        synchronize_batch_norm(model, processes.device)
     model = model.to(processes.device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)

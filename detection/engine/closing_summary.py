@@ -6,14 +6,14 @@ from shlex import quote
 
 from detection.engine.inputs.bad_images import BadImages
 from detection.engine.inputs.datasets import SplitFiles
-from detection.engine.metrics.logger import Recorder
-from detection.engine.run_dir import OutputDirectory
+from detection.engine.metrics.logger import MetricLogger
+from detection.engine.run_dir import RunDir
 from detection.engine.trainer import Progress
 
 
-def closing_words(
-    output: OutputDirectory,
-    recorder: Recorder,
+def closing_summary(
+    output: RunDir,
+    metric_logger: MetricLogger,
     progress: Progress,
     bad_images: BadImages,
     validated: SplitFiles | None,
@@ -43,7 +43,7 @@ def closing_words(
     return "\n".join(
         [
             "",
-            recorder.summary(progress.best_epoch),
+            metric_logger.summary(progress.best_epoch),
             "",
             *remarks,
             f"checkpoints  {output.checkpoints}{best}",

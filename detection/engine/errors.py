@@ -12,7 +12,7 @@ from detection.engine.distributed.comm import DeviceError, Processes
 from detection.engine.distributed.heartbeat import LostProcess
 from detection.engine.inputs.bad_images import TooManyBadImages
 from detection.engine.metrics.step_metrics import NonFiniteLoss
-from detection.engine.run_dir import OutputDirectoryError
+from detection.engine.run_dir import RunDirError
 from detection.evaluation import EvaluationError, ResultsError
 from detection.models import ModelError, WeightsError
 from detection.reporting import MetricsError
@@ -31,7 +31,7 @@ USER_ERRORS = (
     MissingDataset,
     ModelError,
     NonFiniteLoss,
-    OutputDirectoryError,
+    RunDirError,
     ResultsError,
     ScheduleError,
     ShapesError,
@@ -46,7 +46,7 @@ class RunError(ValueError):
     """An error that every process of the run knows of; the main one shows it."""
 
 
-def together(processes: Processes, action: Callable[[], T]) -> T:
+def run_on_all_ranks(processes: Processes, action: Callable[[], T]) -> T:
     """Do `action` on every process; where it fails on any of them, every process ends with the same RunError.
 
     `action` must not talk to other processes: one that failed would leave them waiting.
@@ -55,7 +55,7 @@ def together(processes: Processes, action: Callable[[], T]) -> T:
     return _agreed(result, processes.gather_objects(error))
 
 
-def main_first(processes: Processes, action: Callable[[], T]) -> T:
+def run_on_main_rank(processes: Processes, action: Callable[[], T]) -> T:
     """Do `action` on the main process; its result (plain types) or RunError on every process."""
     result, error = _attempt(action) if processes.is_main else (None, None)
     result, error = processes.broadcast((result, error))

@@ -13,16 +13,16 @@ from torch import nn
 from data import EvalLoader
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.compile import compile_for_evaluation
-from detection.engine.build import Built
+from detection.engine.build import Components
 from detection.engine.distributed.comm import Processes
-from detection.engine.errors import RunError, main_first, together
+from detection.engine.errors import RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.evaluator import EvaluationInputs, TestLoop, ValLoop
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
 from detection.engine.inputs.datasets import SplitFiles
-from detection.engine.metrics.images import validation_pictures
-from detection.engine.metrics.logger import Recorder
+from detection.engine.metrics.images import validation_images
+from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
-from detection.engine.run_dir import OutputDirectory, OutputDirectoryError, write_json
+from detection.engine.run_dir import RunDir, RunDirError, write_json
 from detection.engine.signals import STOPPED_EXIT_CODE, StopRequest
 from detection.engine.trainer import Stopped
 from detection.evaluation import CocoEvaluator
@@ -32,29 +32,31 @@ from detection.reporting import Console, validation_table
 def validation(
     config: RunConfig,
     processes: Processes,
-    output: OutputDirectory,
+    output: RunDir,
     stop: StopRequest,
-    recorder: Recorder,
-    built: Built,
+    metric_logger: MetricLogger,
+    components: Components,
     precision: Precision,
     workers: int,
     bad_images: BadImages,
 ) -> tuple[EvalLoader | None, Callable[[int, nn.Module], dict[str, Any]] | None]:
     """The loader of the validation set, and (iteration, model) -> metrics; (None, None) without a set."""
-    if built.evaluation_set is None or built.evaluation_files is None:
-        recorder.say("no validation set is given: the run trains without validation")
+    if components.evaluation_set is None or components.evaluation_files is None:
+        metric_logger.say("no validation set is given: the run trains without validation")
         return None, None
-    inputs = _evaluation_inputs(config, processes, output, stop, recorder, built, precision, workers, bad_images)
-    evaluator = together(processes, partial(_evaluator, config, processes, built.evaluation_files))
+    inputs = _evaluation_inputs(
+        config, processes, output, stop, metric_logger, components, precision, workers, bad_images
+    )
+    evaluator = run_on_all_ranks(processes, partial(_evaluator, config, processes, components.evaluation_files))
     loop = ValLoop(inputs, evaluator)
-    dataset = built.evaluation_set
+    dataset = components.evaluation_set
 
     def validate(iteration: int, model: nn.Module) -> dict[str, Any]:
         metrics, detections = loop.run(model)
         if detections is not None:
-            recorder.pictures(iteration, validation_pictures(dataset, detections), "val/detections")
+            metric_logger.images(iteration, validation_images(dataset, detections), "val/detections")
         if evaluator is not None:
-            recorder.precision_recall(iteration, evaluator.curves)
+            metric_logger.precision_recall(iteration, evaluator.curves)
         return metrics
 
     return inputs.loader, validate
@@ -63,35 +65,37 @@ def validation(
 def evaluate(
     config: RunConfig,
     processes: Processes,
-    output: OutputDirectory,
+    output: RunDir,
     stop: StopRequest,
     console: Console,
-    built: Built,
+    components: Components,
 ) -> int:
     """--val-only and --test-only; the exit status."""
-    assert built.evaluation_set is not None and built.evaluation_files is not None
-    console.say(f"{config.mode}: {len(built.evaluation_set)} images of {built.evaluation_files.annotations}")
-    console.say(f"weights: {built.weights_line}")
+    assert components.evaluation_set is not None and components.evaluation_files is not None
+    console.say(f"{config.mode}: {len(components.evaluation_set)} images of {components.evaluation_files.annotations}")
+    console.say(f"weights: {components.weights_line}")
     if config.dry_run:
         console.say("dry run: everything above was checked; nothing was written.")
         return 0
-    recorder = Recorder(console)
-    precision = Precision(built.schedule.amp or "off", processes.device)
+    metric_logger = MetricLogger(console)
+    precision = Precision(components.schedule.amp or "off", processes.device)
     on_gpu = processes.device.type == "cuda"
     workers = config.data.workers if config.data.workers is not None else (4 if on_gpu else 1)
-    bad_images = BadImages(processes, recorder, config.data.max_bad_images)
+    bad_images = BadImages(processes, metric_logger, config.data.max_bad_images)
     if config.train.compile:
-        compile_for_evaluation(built.model)
-    inputs = _evaluation_inputs(config, processes, output, stop, recorder, built, precision, workers, bad_images)
-    evaluator = together(processes, partial(_evaluator, config, processes, built.evaluation_files))
+        compile_for_evaluation(components.model)
+    inputs = _evaluation_inputs(
+        config, processes, output, stop, metric_logger, components, precision, workers, bad_images
+    )
+    evaluator = run_on_all_ranks(processes, partial(_evaluator, config, processes, components.evaluation_files))
     with contextlib.closing(inputs.loader):
         try:
             if config.mode == "val":
-                metrics: dict[str, Any] | None = ValLoop(inputs, evaluator).run(built.model)[0]
+                metrics: dict[str, Any] | None = ValLoop(inputs, evaluator).run(components.model)[0]
             else:
                 if evaluator is not None and not evaluator.has_boxes:
                     evaluator = None
-                metrics, _ = TestLoop(inputs, evaluator).run(built.model)
+                metrics, _ = TestLoop(inputs, evaluator).run(components.model)
         except Stopped as stopped:
             console.say(
                 f"stopped by {stop.signal_name or 'a signal to another process'} {stopped} "
@@ -106,7 +110,7 @@ def evaluate(
         return 0
     console.say(validation_table(metrics))
     file = output.path / f"metrics_{config.mode}.json"
-    main_first(processes, partial(_write_metrics, file, metrics))
+    run_on_main_rank(processes, partial(_write_metrics, file, metrics))
     console.say(f"metrics: {file}")
     return 0
 
@@ -115,23 +119,23 @@ def _write_metrics(file: Path, metrics: dict[str, Any]) -> None:
     try:
         write_json(file, metrics)
     except OSError as error:
-        raise OutputDirectoryError(f"{file} could not be written: {error}") from error
+        raise RunDirError(f"{file} could not be written: {error}") from error
 
 
 def _evaluation_inputs(
     config: RunConfig,
     processes: Processes,
-    output: OutputDirectory,
+    output: RunDir,
     stop: StopRequest,
-    recorder: Recorder,
-    built: Built,
+    metric_logger: MetricLogger,
+    components: Components,
     precision: Precision,
     workers: int,
     bad_images: BadImages,
 ) -> EvaluationInputs:
-    assert built.evaluation_set is not None
+    assert components.evaluation_set is not None
     loader = EvalLoader(
-        built.evaluation_set,
+        components.evaluation_set,
         min_size=config.data.min_size,
         max_size=config.data.max_size,
         batch_size=config.train.batch_size,
@@ -144,10 +148,10 @@ def _evaluation_inputs(
     )
     return EvaluationInputs(
         loader=loader,
-        category_ids=built.evaluation_set.annotations.category_ids,
+        category_ids=components.evaluation_set.annotations.category_ids,
         precision=precision,
         processes=processes,
-        recorder=recorder,
+        metric_logger=metric_logger,
         bad_images=bad_images,
         split="test" if config.mode == "test" else "val",
         stop=stop,

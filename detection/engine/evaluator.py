@@ -14,11 +14,11 @@ from torch import nn
 
 from data import DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
 from detection.engine.distributed.comm import Processes
-from detection.engine.errors import main_first
+from detection.engine.errors import run_on_main_rank
 from detection.engine.inputs.bad_images import BadImages
-from detection.engine.metrics.logger import Recorder
+from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
-from detection.engine.run_dir import OutputDirectoryError
+from detection.engine.run_dir import RunDirError
 from detection.engine.signals import StopRequest
 from detection.engine.trainer import Stopped
 from detection.evaluation import CocoEvaluator, Detections, write_results
@@ -38,7 +38,7 @@ class EvaluationInputs:
     """COCO category id of each label."""
     precision: Precision
     processes: Processes
-    recorder: Recorder
+    metric_logger: MetricLogger
     bad_images: BadImages
     split: str
     """val or test, for messages."""
@@ -75,7 +75,7 @@ class ValLoop:
         forward_seconds = time.perf_counter() - started
         # The others wait here, on gloo, for as long as rank 0 needs.
         processes.at("computing the metrics" if processes.is_main else "validating, all batches done")
-        metrics = main_first(processes, partial(self._metrics, detections, image_ids, num_unreadable))
+        metrics = run_on_main_rank(processes, partial(self._metrics, detections, image_ids, num_unreadable))
         metrics["seconds"] = time.perf_counter() - started
         metrics["images_per_second"] = metrics["num_images"] / forward_seconds
         return metrics, detections
@@ -85,7 +85,7 @@ class ValLoop:
         try:
             write_results(detections, self.inputs.results_file)
         except OSError as error:  # a full disk does not end a training; the metrics need no file
-            self.inputs.recorder.warn(f"{self.inputs.results_file} could not be written: {error}; the run goes on")
+            self.inputs.metric_logger.warn(f"{self.inputs.results_file} could not be written: {error}; the run goes on")
         return _evaluated(self.evaluator, self.inputs, detections, image_ids, num_unreadable)
 
 
@@ -111,7 +111,7 @@ class TestLoop:
             RunError: on every process, when the results cannot be written or judged.
         """
         detections, image_ids, num_unreadable = detect(self.inputs, model, "testing")
-        return main_first(self.inputs.processes, partial(self._results, detections, image_ids, num_unreadable))
+        return run_on_main_rank(self.inputs.processes, partial(self._results, detections, image_ids, num_unreadable))
 
     def _results(
         self, detections: Detections | None, image_ids: np.ndarray, num_unreadable: int
@@ -120,7 +120,7 @@ class TestLoop:
         try:
             write_results(detections, self.inputs.results_file)
         except OSError as error:
-            raise OutputDirectoryError(f"{self.inputs.results_file} could not be written: {error}") from error
+            raise RunDirError(f"{self.inputs.results_file} could not be written: {error}") from error
         if self.evaluator is None:
             return None, len(detections)
         return _evaluated(self.evaluator, self.inputs, detections, image_ids, num_unreadable), len(detections)
@@ -170,11 +170,11 @@ def detect(inputs: EvaluationInputs, model: nn.Module, verb: str) -> tuple[Detec
     rounds = max(processes.gather_objects(len(loader)))
     batches = DevicePrefetcher(loader.batches(), processes.device)
     try:
-        with inputs.recorder.evaluation_bar(verb, len(loader)) as bar:
+        with inputs.metric_logger.evaluation_bar(verb, len(loader)) as bar:
             for round_index in range(rounds):
                 processes.at(f"{verb}, batch {round_index + 1} of {rounds}")
                 over = inputs.bad_images.exceeded_by(inputs.split, unreadable)
-                stop_wanted = processes.largest_later(_OVER if over else int(inputs.stop.requested))
+                stop_wanted = processes.all_reduce_max_async(_OVER if over else int(inputs.stop.requested))
                 if round_index < len(loader):
                     batch = next(batches)
                     batches.prepare()

@@ -7,14 +7,14 @@ from typing import Any
 
 from data import CocoDataset, TrainLoader
 from detection.config.run_config import RunConfig
-from detection.engine.build import Built
+from detection.engine.build import Components
 from detection.engine.distributed.comm import Processes
 from detection.engine.errors import RunError
 from schedules import Schedule
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class Fingerprint:
     """What of a run decides whether its checkpoints can be gone on from. Part of every checkpoint."""
 
     model_name: str
@@ -49,24 +49,24 @@ class RunFacts:
         }
 
 
-def run_facts(config: RunConfig, processes: Processes, built: Built, loader: TrainLoader) -> RunFacts:
+def fingerprint(config: RunConfig, processes: Processes, components: Components, loader: TrainLoader) -> Fingerprint:
     """Those of the training that `config` asks for."""
-    return RunFacts(
+    return Fingerprint(
         model_name=config.model.model,
-        class_names=built.class_names,
-        category_ids=built.category_ids,
+        class_names=components.class_names,
+        category_ids=components.category_ids,
         preprocessing={"min_size": config.data.min_size, "max_size": config.data.max_size},
         seed=config.train.seed,
         global_batch_size=loader.global_batch_size,
         world_size=processes.world_size,
         data_digest=loader.dataset.annotations.digest(),
         augmentation=config.augmentation.to_dict(),
-        validation=_validation_facts(config, processes, built.evaluation_set),
+        validation=_validation_facts(config, processes, components.evaluation_set),
     )
 
 
-def require_one_run(
-    config: RunConfig, processes: Processes, facts: RunFacts, schedule: Schedule, iterations_per_epoch: int
+def assert_same_on_all_ranks(
+    config: RunConfig, processes: Processes, facts: Fingerprint, schedule: Schedule, iterations_per_epoch: int
 ) -> None:
     """Raises RunError on every process where one has other data or settings, with which they would train past each
     other or wait for each other in vain."""

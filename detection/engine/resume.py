@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from detection.config.augmentation import AugmentationConfig
 from detection.config.run_config import FREEZE_CHOICES, ModelConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
-from detection.engine.fingerprint import RunFacts
+from detection.engine.fingerprint import Fingerprint
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.optimizer import load_optimizer_state
@@ -23,7 +23,7 @@ _PARTS: dict[int | None, str] = {number: part for part, number in FREEZE_CHOICES
 
 
 def check_resumable(
-    checkpoint: LoadedCheckpoint, facts: RunFacts, schedule: Schedule, iterations_per_epoch: int
+    checkpoint: LoadedCheckpoint, facts: Fingerprint, schedule: Schedule, iterations_per_epoch: int
 ) -> list[str]:
     """Lines that say what differs from the checkpoint's run; in all of them the command line wins.
 
@@ -88,7 +88,7 @@ def check_resumable(
     return lines
 
 
-def forgets_best(checkpoint: LoadedCheckpoint, facts: RunFacts, num_iterations: int) -> bool:
+def forgets_best(checkpoint: LoadedCheckpoint, facts: Fingerprint, num_iterations: int) -> bool:
     """Whether mAP will be of other images than the checkpoint's, with which it cannot be compared."""
     state = checkpoint.state
     goes_on = state["iteration"] < num_iterations or state["validation_due"]
@@ -96,7 +96,7 @@ def forgets_best(checkpoint: LoadedCheckpoint, facts: RunFacts, num_iterations: 
     return goes_on and None not in (before, facts.validation) and before != facts.validation
 
 
-def progress_of(checkpoint: LoadedCheckpoint, facts: RunFacts, num_iterations: int) -> Progress:
+def progress_of(checkpoint: LoadedCheckpoint, facts: Fingerprint, num_iterations: int) -> Progress:
     """How far the checkpoint's run was; `num_iterations` are those of the whole run as it is planned now."""
     state = checkpoint.state
     keeps_best = not forgets_best(checkpoint, facts, num_iterations)
@@ -140,7 +140,7 @@ def restore(
     precision: Precision,
     ema: AveragedModel | None,
 ) -> list[str]:
-    """Give optimiser, loss scale and averaged weights what the checkpoint has; lines on what begins afresh.
+    """Give optimizer, loss scale and averaged weights what the checkpoint has; lines on what begins afresh.
 
     Rates and decay are not in it: this run's schedule decides over them.
 
@@ -151,7 +151,7 @@ def restore(
     try:
         if not load_optimizer_state(optimizer, model, state["optimizer"]):
             before, now = state["optimizer"]["type"], type(optimizer).__name__
-            lines.append(f"optimiser: {before} before, {now} now; its state begins afresh")
+            lines.append(f"optimizer: {before} before, {now} now; its state begins afresh")
         precision.load_state_dict(state["scaler"])
         if ema is not None and state["ema"] is not None:
             ema.module.load_state_dict(state["ema"])

@@ -14,9 +14,9 @@ from detection.engine.build import build, prepare
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.distributed.heartbeat import LostProcess, is_network_error
-from detection.engine.errors import USER_ERRORS, RunError, main_first, together
+from detection.engine.errors import USER_ERRORS, RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.evaluate import evaluate
-from detection.engine.run_dir import OutputDirectory
+from detection.engine.run_dir import RunDir
 from detection.engine.signals import StopRequest
 from detection.engine.train import train
 from detection.reporting import Console
@@ -32,7 +32,7 @@ def run(config: RunConfig) -> int:
         RunError and the errors in detection.engine.errors.USER_ERRORS: the user's to mend.
     """
     processes = start_processes(config.device, timedelta(minutes=config.collective_timeout))
-    output = OutputDirectory(config.output_dir)
+    output = RunDir(config.output_dir)
     last_words: str | None = None
     try:
         config = config.for_processes(processes.world_size)
@@ -41,18 +41,18 @@ def run(config: RunConfig) -> int:
     except BaseException as error:
         # A process that fails alone leaves the others waiting: they are told why.
         last_words = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if processes.roll_call is not None and is_network_error(error):
+        if processes.heartbeat is not None and is_network_error(error):
             last_words = "lost contact as well"
-            raise LostProcess(processes.roll_call.report(str(error).splitlines()[0])) from error
+            raise LostProcess(processes.heartbeat.report(str(error).splitlines()[0])) from error
         raise
     finally:
-        if processes.roll_call is not None:
-            processes.roll_call.close(last_words)
+        if processes.heartbeat is not None:
+            processes.heartbeat.close(last_words)
         output.release()
         stop_processes(failed=last_words is not None)
 
 
-def _run(config: RunConfig, processes: Processes, output: OutputDirectory, stop: StopRequest) -> int:
+def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequest) -> int:
     if config.train.deterministic:
         # cuBLAS repeats its results only with a fixed workspace; it reads this when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -60,18 +60,18 @@ def _run(config: RunConfig, processes: Processes, output: OutputDirectory, stop:
         torch.backends.cudnn.benchmark = False
     if processes.device.type == "cpu":
         keep_freed_memory()
-    prepared = main_first(processes, partial(prepare, config, output))
+    prepared = run_on_main_rank(processes, partial(prepare, config, output))
     checkpoint = None
     if prepared.resume_path is not None:
-        checkpoint = together(processes, partial(load_checkpoint, prepared.resume_path))
-    built = together(processes, partial(build, config, processes, checkpoint))
+        checkpoint = run_on_all_ranks(processes, partial(load_checkpoint, prepared.resume_path))
+    components = run_on_all_ranks(processes, partial(build, config, processes, checkpoint))
     console = Console(None if config.dry_run else output.log, is_main=processes.is_main, rank=processes.rank)
     for line in prepared.lines:
         console.say(line)
     try:
         if config.mode == "train":
-            return train(config, processes, output, stop, console, built, checkpoint)
-        return evaluate(config, processes, output, stop, console, built)
+            return train(config, processes, output, stop, console, components, checkpoint)
+        return evaluate(config, processes, output, stop, console, components)
     except (RunError, *USER_ERRORS) as error:
         if processes.is_main or not isinstance(error, RunError):
             console.log(f"error: {error}")

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 
-class OutputDirectoryError(ValueError):
+class RunDirError(ValueError):
     """The output directory belongs to another run, or cannot be written."""
 
 
-class OutputDirectory:
+class RunDir:
     """Paths of a run's files, and the lock that keeps a second run out while this one works."""
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class OutputDirectory:
             A line saying where an earlier run was moved to; None where there was none.
 
         Raises:
-            OutputDirectoryError: another process works in the folder, it holds a run and neither is asked for, or it
+            RunDirError: another process works in the folder, it holds a run and neither is asked for, or it
                 cannot be made.
         """
         moved = None
@@ -57,7 +57,7 @@ class OutputDirectory:
             if self.holds_a_run and overwrite:
                 moved = f"the run that was in {self.path} is now in {self._move_aside()}"
         except OSError as error:
-            raise OutputDirectoryError(f"{self.path}: cannot be used as output directory: {error}") from error
+            raise RunDirError(f"{self.path}: cannot be used as output directory: {error}") from error
         self.check(overwrite=overwrite, resume=resume)
         return moved
 
@@ -76,25 +76,25 @@ class OutputDirectory:
         """Make the folder and keep others out, for as long as this process works in it; main process only.
 
         Raises:
-            OutputDirectoryError: another process works in the folder, or it cannot be made.
+            RunDirError: another process works in the folder, or it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         except OSError as error:
-            raise OutputDirectoryError(f"{self.path}: cannot be used as output directory: {error}") from error
+            raise RunDirError(f"{self.path}: cannot be used as output directory: {error}") from error
 
     def check_usable(self) -> None:
-        """Raises OutputDirectoryError where the folder cannot be written, or not be made; leaves nothing behind."""
+        """Raises RunDirError where the folder cannot be written, or not be made; leaves nothing behind."""
         try:
             check_writable(self.path)
         except OSError as error:
-            raise OutputDirectoryError(f"{self.path}: cannot be used as output directory: {error}") from error
+            raise RunDirError(f"{self.path}: cannot be used as output directory: {error}") from error
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
-        """Raises OutputDirectoryError where the folder holds a run and is to be neither gone on with nor moved."""
+        """Raises RunDirError where the folder holds a run and is to be neither gone on with nor moved."""
         if self.holds_a_run and not (resume or overwrite):
-            raise OutputDirectoryError(
+            raise RunDirError(
                 f"{self.path} already holds a run. Go on with it: --resume. Start anew, the old one moved aside: "
                 "--overwrite. Or give another --output-dir."
             )
@@ -109,7 +109,7 @@ class OutputDirectory:
         # Of a link the folder that it means is moved, and the link stays.
         path = self.path.resolve()
         if Path.cwd().is_relative_to(path):
-            raise OutputDirectoryError(
+            raise RunDirError(
                 f"{self.path} is the folder that this program works in, which --overwrite would move aside: start it "
                 "from another one, or give another --output-dir"
             )
@@ -139,7 +139,7 @@ class OutputDirectory:
                 lock.seek(0)
                 owner = lock.read().strip()
                 lock.close()
-                raise OutputDirectoryError(
+                raise RunDirError(
                     f"{self.path}: another run is writing here (process {owner or 'unknown'}). "
                     "Wait for it, or give another --output-dir (an evaluation beside a training: --resume FILE, too)."
                 ) from error

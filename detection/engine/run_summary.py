@@ -20,7 +20,7 @@ from detection.config.run_config import RunConfig
 from detection.engine.distributed.comm import Processes
 from detection.engine.inputs.augmentation import describe_augmentation
 from detection.engine.optim.amp import multiplies_bfloat16
-from detection.engine.run_dir import OutputDirectory
+from detection.engine.run_dir import RunDir
 from detection.engine.trainer import Progress
 from detection.models import describe_kernels
 from detection.reporting import counted, sparkline
@@ -32,10 +32,10 @@ _OF_ONE_START = {"output.resume", "output.overwrite", "mode", "dry_run"}
 
 
 _REACHED = 0.98
-"""Part of the learning rate that counts as all of it: the picture looks at some iterations only."""
+"""Part of the learning rate that counts as all of it: the image looks at some iterations only."""
 
 
-def describe_plan(
+def describe_run(
     config: RunConfig,
     processes: Processes,
     *,
@@ -45,7 +45,7 @@ def describe_plan(
     val_set: CocoDataset | None,
     model: nn.Module,
     weights_line: str,
-    output: OutputDirectory,
+    output: RunDir,
     progress: Progress,
     changes: list[str],
     notes: list[str],
@@ -82,7 +82,7 @@ def describe_plan(
     for name, text in rows:
         for place, line in enumerate(text.splitlines()):
             lines.append(f"{name if place == 0 else '':<10}{line}".rstrip())
-    return "\n".join([*lines, "", *_learning_rate_picture(schedule, loader.iterations_per_epoch, unicode), ""])
+    return "\n".join([*lines, "", *_learning_rate_image(schedule, loader.iterations_per_epoch, unicode), ""])
 
 
 def config_record(
@@ -178,11 +178,11 @@ def _faster(schedule: Schedule, processes: Processes) -> str:
     return "\nfloat32; --amp bf16 halves the time of a step where it was measured (docs/performance.md)"
 
 
-def _learning_rate_picture(schedule: Schedule, iterations_per_epoch: int, unicode: bool) -> list[str]:
+def _learning_rate_image(schedule: Schedule, iterations_per_epoch: int, unicode: bool) -> list[str]:
     total = schedule.max_epochs * iterations_per_epoch
     points = np.linspace(0, total - 1, min(total, _CURVE_POINTS)).astype(int).tolist()
     rates = [schedule.learning_rate(point, iterations_per_epoch) for point in points]
-    picture = sparkline(rates, width=72, height=4, unicode=unicode).splitlines()
+    image = sparkline(rates, width=72, height=4, unicode=unicode).splitlines()
     axis = f"{'epoch 1':<36}{f'epoch {schedule.max_epochs}':>36}"
     title = f"learning rate, up to {max(rates):g}"
     if max(rates) < _REACHED * schedule.optimizer.lr:
@@ -190,7 +190,7 @@ def _learning_rate_picture(schedule: Schedule, iterations_per_epoch: int, unicod
         first = schedule.param_schedulers[0]
         if first.kind == "LinearLR" and not first.by_epoch:
             title += f"; a shorter warmup: --set param_scheduler.0.end={max(total // 20, 2)}"
-    return [title, *picture, axis]
+    return [title, *image, axis]
 
 
 def _listed(names: tuple[str, ...]) -> str:

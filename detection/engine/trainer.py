@@ -17,9 +17,9 @@ from detection.engine.accelerate.cuda_graphs import StepGraphs
 from detection.engine.checkpoint import BEST, LAST, CheckpointStore, epoch_file
 from detection.engine.distributed.comm import Processes, without_gradient_exchange
 from detection.engine.inputs.bad_images import BadImages
-from detection.engine.inputs.data_stall import DataAdvice, DataWaitWatch
-from detection.engine.metrics.logger import Recorder
-from detection.engine.metrics.step_metrics import NonFiniteLoss, StepRecords
+from detection.engine.inputs.data_stall import DataAdvice, DataStallWatch
+from detection.engine.metrics.logger import MetricLogger
+from detection.engine.metrics.step_metrics import NonFiniteLoss, StepMetrics
 from detection.engine.optim.amp import Precision, gradient_norm
 from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.flat_gradients import FlatGradients
@@ -57,10 +57,10 @@ class SavePlan:
     iterations: int | None = None
 
 
-class EpochBasedTrainLoop:
+class Trainer:
     """Trains to the schedule's last epoch, from any iteration.
 
-    An iteration is one optimiser step: `accumulate` micro-steps of one batch each on every process.
+    An iteration is one optimizer step: `accumulate` micro-steps of one batch each on every process.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class EpochBasedTrainLoop:
         precision: Precision,
         ema: AveragedModel | None,
         processes: Processes,
-        recorder: Recorder,
+        metric_logger: MetricLogger,
         store: CheckpointStore,
         stop: StopRequest,
         log_interval: int,
@@ -103,7 +103,7 @@ class EpochBasedTrainLoop:
         self.precision = precision
         self.ema = ema
         self.processes = processes
-        self.recorder = recorder
+        self.metric_logger = metric_logger
         self.store = store
         self.stop = stop
         self.log_interval = log_interval
@@ -116,13 +116,13 @@ class EpochBasedTrainLoop:
         self.gradients = FlatGradients(self.parameters) if graphs is not None else None
         self.iterations_per_epoch = loader.iterations_per_epoch
         self.num_iterations = schedule.max_epochs * self.iterations_per_epoch
-        self.records = StepRecords(
+        self.records = StepMetrics(
             processes,
             images_per_iteration=loader.global_batch_size,
             gradient_may_overflow=precision.amp == "fp16",
             skips_nonfinite=skip_nonfinite,
         )
-        self.data_wait: DataWaitWatch | None = None
+        self.data_stall: DataStallWatch | None = None
         self._told_of_graphs = False
         self._saved_iteration: int | None = None
         self._last_save = time.monotonic()
@@ -132,14 +132,14 @@ class EpochBasedTrainLoop:
 
         Raises:
             Stopped: a signal asked for it; the state is saved.
-            NonFiniteLoss: see StepRecords.
+            NonFiniteLoss: see StepMetrics.
             TooManyBadImages: see BadImages.
         """
         self.records.skipped_steps = progress.skipped_steps
         self._saved_iteration = progress.iteration or None
         batches = DevicePrefetcher(self.loader.batches(progress.iteration, self.num_iterations), self.processes.device)
         self.records.take_idle_seconds = batches.take_idle_seconds
-        self.data_wait = DataWaitWatch(
+        self.data_stall = DataStallWatch(
             self.loader.global_batch_size,
             lambda: DataAdvice.of(self.loader, self.processes).text(batches.load_times),
         )
@@ -148,9 +148,9 @@ class EpochBasedTrainLoop:
         progress.validation_due = False
         self.model.train()
         self.records.restart_clock()
-        with self.recorder.training_bar(self.num_iterations, progress.iteration):
+        with self.metric_logger.training_bar(self.num_iterations, progress.iteration):
             while progress.iteration < self.num_iterations:
-                stop_wanted = self.processes.largest_later(int(self.stop.requested))
+                stop_wanted = self.processes.all_reduce_max_async(int(self.stop.requested))
                 self.train_iteration(progress.iteration, batches)
                 progress.iteration += 1
                 self.read_records(progress)
@@ -167,7 +167,7 @@ class EpochBasedTrainLoop:
                     self.records.restart_clock()
 
     def train_iteration(self, iteration: int, batches: DevicePrefetcher) -> None:
-        """One optimiser step."""
+        """One optimizer step."""
         self.processes.at(f"in iteration {iteration}")
         learning_rate = set_learning_rate(self.optimizer, self.schedule, iteration, self.iterations_per_epoch)
         if self.gradients is not None:
@@ -244,17 +244,19 @@ class EpochBasedTrainLoop:
         try:
             records = self.records.read()
         except NonFiniteLoss as error:
-            self.recorder.train(error.records)
+            self.metric_logger.train(error.records)
             raise NonFiniteLoss(f"{error}\n{self.advice()}") from None
-        self.recorder.train(records)
+        self.metric_logger.train(records)
         for line in self.records.warnings if self.processes.is_main else ():
-            self.recorder.warn(line)
-        waited = self.data_wait.note(records) if self.data_wait is not None else None
+            self.metric_logger.warn(line)
+        waited = self.data_stall.note(records) if self.data_stall is not None else None
         if waited is not None and self.processes.is_main:
-            self.recorder.warn(waited)
+            self.metric_logger.warn(waited)
         if self.graphs is not None and self.graphs.problem is not None and not self._told_of_graphs:
             self._told_of_graphs = True
-            self.recorder.warn(f"CUDA graphs cannot be recorded here, the run goes on without: {self.graphs.problem}")
+            self.metric_logger.warn(
+                f"CUDA graphs cannot be recorded here, the run goes on without: {self.graphs.problem}"
+            )
         progress.skipped_steps = self.records.skipped_steps
         if any("replaced_images" in record for record in records):
             self.bad_images.agree("train", self.records.unreadable)
@@ -285,7 +287,7 @@ class EpochBasedTrainLoop:
         tested, tested_name = (
             (self.ema.module, "averaged weights") if self.ema is not None else (self.detector, "weights")
         )
-        self.processes.share_buffers(tested)
+        self.processes.broadcast_buffers(tested)
         metrics = self.validate(progress.iteration - 1, tested)
         names = [LAST, epoch_file(epochs_done)]
         is_best = metrics["mAP"] >= 0 and (progress.best_map is None or metrics["mAP"] > progress.best_map)
@@ -293,7 +295,7 @@ class EpochBasedTrainLoop:
             progress.best_map, progress.best_epoch = metrics["mAP"], epochs_done
             names.append(BEST)
         progress.validation_due = False
-        self.recorder.validation(epochs_done - 1, progress.iteration - 1, metrics, tested_name)
+        self.metric_logger.validation(epochs_done - 1, progress.iteration - 1, metrics, tested_name)
         self.save(progress, names)
 
     def save_is_due(self, progress: Progress) -> bool:
@@ -313,10 +315,10 @@ class EpochBasedTrainLoop:
         self._saved_iteration = progress.iteration
         if not self.processes.is_main:
             return
-        self.recorder.flush()
+        self.metric_logger.flush()
         problem = self.store.save(self.state(progress), names)
         if problem is not None:
-            self.recorder.warn(f"{problem}\nThe run goes on, and tries again at the next checkpoint.")
+            self.metric_logger.warn(f"{problem}\nThe run goes on, and tries again at the next checkpoint.")
 
     def state(self, progress: Progress) -> dict[str, Any]:
         """Everything that must survive: tensors and plain types."""

@@ -1,4 +1,4 @@
-"""An analysis as one HTML page that needs nothing beside it: charts are SVG, pictures are inside."""
+"""An analysis as one HTML page that needs nothing beside it: charts are SVG, images are inside."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-# Colours of Okabe and Ito's palette, told apart by the colour-blind as well.
-KIND_COLOURS = {
+# Colors of Okabe and Ito's palette, told apart by the color-blind as well.
+KIND_COLORS = {
     "correct": "#009e73",
     "class": "#cc79a7",
     "localisation": "#e69f00",
@@ -30,13 +30,13 @@ KIND_MEANINGS = {
     "background": "no box there (IoU up to 0.1)",
     "missed": "a box that nothing answers to",
 }
-CURVE_COLOURS = {"iou_50": "#0072b2", "iou_75": "#e69f00", "iou_50_95": "#009e73"}
+CURVE_COLORS = {"iou_50": "#0072b2", "iou_75": "#e69f00", "iou_50_95": "#009e73"}
 CURVE_NAMES = {"iou_50": "IoU 0.50", "iou_75": "IoU 0.75", "iou_50_95": "IoU 0.50 to 0.95"}
 CLASS_COLUMNS = (
     *("AP", "AP_50", "AP_75", "AP_s", "AP_m", "AP_l", "AR_100"),
     *("best_f1", "best_f1_threshold", "precision", "recall"),
 )
-PICTURE_SIDE = 720
+IMAGE_SIDE = 720
 MAX_CONFUSIONS = 25
 
 STYLE = """
@@ -47,7 +47,7 @@ td, th { padding: .2em .6em; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child { text-align: left; } th { cursor: pointer; position: sticky; top: 0; background: #fff; }
 .scroll { max-height: 34em; overflow: auto; } .row { display: flex; flex-wrap: wrap; gap: 1.5em; }
 figure { margin: 0; flex: 1 1 340px; max-width: 560px; } figure svg { width: 100%; height: auto; }
-figure.picture svg { cursor: zoom-in; } figure.large { flex-basis: 100%; max-width: none; }
+figure.image svg { cursor: zoom-in; } figure.large { flex-basis: 100%; max-width: none; }
 figure.large svg { cursor: zoom-out; max-height: 95vh; }
 figcaption, .quiet { color: #666; font-size: .9em; } .key { white-space: nowrap; margin-right: 1em; }
 .key i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
@@ -62,7 +62,7 @@ for (const head of document.querySelectorAll("table.sortable th")) head.onclick 
     return sign * (typeof x === typeof y ? (x > y) - (x < y) : typeof x === "number" ? 1 : -1);
   }).forEach(row => body.append(row));
 };
-for (const figure of document.querySelectorAll("figure.picture")) figure.onclick = () => {
+for (const figure of document.querySelectorAll("figure.image")) figure.onclick = () => {
   figure.classList.toggle("large");
   figure.scrollIntoView({block: "nearest"});
 };
@@ -73,15 +73,15 @@ def html_report(
     analysis: dict[str, Any],
     *,
     title: str,
-    picture_of: Callable[[str], npt.NDArray[np.uint8]] | None = None,
+    image_of: Callable[[str], npt.NDArray[np.uint8]] | None = None,
 ) -> str:
     """The page.
 
     Args:
         analysis: what `analyze_results` returns.
         title: heading; file names will do.
-        picture_of: gives the uint8 RGB [H, W, 3] pixels of an image's file name; FileNotFoundError and ValueError
-            from it become a line in the page. None: the worst images are listed without pictures.
+        image_of: gives the uint8 RGB [H, W, 3] pixels of an image's file name; FileNotFoundError and ValueError
+            from it become a line in the page. None: the worst images are listed without images.
     """
     sections = [
         f"<h1>{escape(title)}</h1>",
@@ -96,7 +96,7 @@ def html_report(
         "<h2>Confusions</h2>",
         _confusions(analysis["confusion_matrix"]),
         "<h2>Worst images</h2>",
-        *_worst_images(analysis["worst_images"], picture_of),
+        *_worst_images(analysis["worst_images"], image_of),
     ]
     body = "\n".join(sections)
     return (
@@ -135,11 +135,11 @@ def _error_bars(errors: dict[str, Any]) -> str:
         y, width = 8 + 30 * i, 330 * gain / highest
         bars.append(
             f'<text x="98" y="{y + 15}" text-anchor="end">{kind}</text>'
-            f'<rect x="105" y="{y}" width="{width:.1f}" height="21" fill="{KIND_COLOURS[kind]}"/>'
+            f'<rect x="105" y="{y}" width="{width:.1f}" height="21" fill="{KIND_COLORS[kind]}"/>'
             f'<text x="{112 + width:.1f}" y="{y + 15}">+{gain:.3f} ({counts[kind]})</text>'
         )
     meanings = "".join(
-        f'<span class="key"><i style="background:{KIND_COLOURS[kind]}"></i>{kind}: {meaning}</span> '
+        f'<span class="key"><i style="background:{KIND_COLORS[kind]}"></i>{kind}: {meaning}</span> '
         for kind, meaning in KIND_MEANINGS.items()
     )
     return (
@@ -153,8 +153,8 @@ def _curves(curves: dict[str, Any]) -> str:
     if not curves["mean"]:
         return "<p>No class has boxes.</p>"
     keys = "".join(
-        f'<span class="key"><i style="background:{colour}"></i>{CURVE_NAMES[name]}</span>'
-        for name, colour in CURVE_COLOURS.items()
+        f'<span class="key"><i style="background:{color}"></i>{CURVE_NAMES[name]}</span>'
+        for name, color in CURVE_COLORS.items()
     )
     every = "".join(_curve_figure(curves["recall"], values, name) for name, values in curves["per_class"].items())
     return (
@@ -174,8 +174,8 @@ def _curve_figure(recall: Sequence[float], values: dict[str, Sequence[float]], n
         for t in (0, 0.5, 1)
     )
     lines = "".join(
-        f'<polyline points="{points(values[key])}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        for key, colour in CURVE_COLOURS.items()
+        f'<polyline points="{points(values[key])}" fill="none" stroke="{color}" stroke-width="2"/>'
+        for key, color in CURVE_COLORS.items()
     )
     return (
         f'<figure><svg viewBox="0 0 360 245">{grid}{lines}<text x="190" y="242" text-anchor="middle">recall</text>'
@@ -218,9 +218,9 @@ def _confusions(confusion: dict[str, Any]) -> str:
     for row, column in np.argwhere(matrix).tolist():
         x, y, share = margin + cell * column, margin + cell * row, shares[row, column]
         words = f"{labels[row]} found as {labels[column]}: {matrix[row, column]} ({share:.0%})"
-        colour = "0,114,178" if row == column else "213,94,0"
+        color = "0,114,178" if row == column else "213,94,0"
         cells.append(
-            f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" fill="rgba({colour},{0.08 + 0.92 * share:.2f})">'
+            f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" fill="rgba({color},{0.08 + 0.92 * share:.2f})">'
             f"<title>{escape(words)}</title></rect>"
         )
         if cell >= 26:
@@ -249,17 +249,17 @@ def _confusions(confusion: dict[str, Any]) -> str:
 
 
 def _worst_images(
-    images: Sequence[dict[str, Any]], picture_of: Callable[[str], npt.NDArray[np.uint8]] | None
+    images: Sequence[dict[str, Any]], image_of: Callable[[str], npt.NDArray[np.uint8]] | None
 ) -> list[str]:
     if not images:
         return ["<p>No image has an error.</p>"]
     keys = "".join(
-        f'<span class="key"><i style="background:{colour}"></i>{kind}</span>' for kind, colour in KIND_COLOURS.items()
+        f'<span class="key"><i style="background:{color}"></i>{kind}</span>' for kind, color in KIND_COLORS.items()
     )
     parts = [
         f"<p>{keys}</p>",
         '<p class="quiet">Names stand at errors only; every box tells what it is when the mouse is on it. A click makes'
-        " a picture large.</p>",
+        " a image large.</p>",
         '<div class="row">',
     ]
     for image in images:
@@ -268,21 +268,21 @@ def _worst_images(
             f" {image['missed']} not found"
         )
         parts.append(
-            f'<figure class="picture">{_picture(image, picture_of)}<figcaption>{escape(words)}</figcaption></figure>'
+            f'<figure class="image">{_image(image, image_of)}<figcaption>{escape(words)}</figcaption></figure>'
         )
     return [*parts, "</div>"]
 
 
-def _picture(image: dict[str, Any], picture_of: Callable[[str], npt.NDArray[np.uint8]] | None) -> str:
-    if picture_of is None:
+def _image(image: dict[str, Any], image_of: Callable[[str], npt.NDArray[np.uint8]] | None) -> str:
+    if image_of is None:
         return ""
     try:
-        pixels = picture_of(image["file_name"])
+        pixels = image_of(image["file_name"])
     except (FileNotFoundError, ValueError) as error:
         return f'<p class="quiet">{escape(str(error))}</p>'
     height, width = pixels.shape[:2]
     small = Image.fromarray(pixels)
-    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     data = io.BytesIO()
     small.save(data, "JPEG", quality=82)
     line = max(width, height) / 280
@@ -292,18 +292,18 @@ def _picture(image: dict[str, Any], picture_of: Callable[[str], npt.NDArray[np.u
         x, y, w, h = box["box_xywh"]
         score = "" if box["score"] is None else f" {box['score']:.2f}"
         truth = f", truth: {box['truth']}" if box["truth"] not in (None, box["name"]) else ""
-        colour = KIND_COLOURS[box["kind"]]
+        color = KIND_COLORS[box["kind"]]
         words = box["kind"] + ": " + box["name"] + score + truth
         dashes = f' stroke-dasharray="{3 * line} {2 * line}"' if box["kind"] == "missed" else ""
         is_correct = box["kind"] == "correct"
         stroke = line / 2 if is_correct else line
         frames.append(
-            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="transparent" stroke="{colour}"'
+            f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="transparent" stroke="{color}"'
             f' stroke-width="{stroke:.1f}"{dashes}><title>{escape(words)}</title></rect>'
         )
-        if not is_correct:  # the names of all boxes would hide the picture
+        if not is_correct:  # the names of all boxes would hide the image
             names.append(
-                f'<text x="{x}" y="{max(y - line, 8 * line)}" style="font-size:{6 * line:.1f}px;fill:{colour};'
+                f'<text x="{x}" y="{max(y - line, 8 * line)}" style="font-size:{6 * line:.1f}px;fill:{color};'
                 f'paint-order:stroke;stroke:#fff;stroke-width:{1.5 * line:.1f}px">{escape(box["name"] + score)}</text>'
             )
     encoded = base64.b64encode(data.getvalue()).decode()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from detection.evaluation.html_report import CURVE_COLOURS, CURVE_NAMES, KIND_COLOURS
+from detection.evaluation.html_report import CURVE_COLORS, CURVE_NAMES, KIND_COLORS
 
 MAX_NAMED_CLASSES = 100
 
@@ -38,7 +38,7 @@ def save_plots(analysis: dict[str, Any], folder: Path) -> list[Path]:
         axes = figure.subplots()
         for key, precision in curves["mean"].items():
             area = f"{CURVE_NAMES[key]}: {np.mean(precision):.3f}"
-            axes.plot(curves["recall"], precision, color=CURVE_COLOURS[key], label=area)
+            axes.plot(curves["recall"], precision, color=CURVE_COLORS[key], label=area)
         axes.set(xlabel="recall", ylabel="precision, mean over classes", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -47,7 +47,7 @@ def save_plots(analysis: dict[str, Any], folder: Path) -> list[Path]:
     gains, counts = analysis["errors"]["AP_50_gain"], analysis["errors"]["counts"]
     figure = Figure(figsize=(6, 3.2))
     axes = figure.subplots()
-    bars = axes.barh(list(gains), list(gains.values()), color=[KIND_COLOURS[kind] for kind in gains])
+    bars = axes.barh(list(gains), list(gains.values()), color=[KIND_COLORS[kind] for kind in gains])
     axes.bar_label(bars, [f"+{gain:.3f} ({counts[kind]})" for kind, gain in gains.items()], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.35)
@@ -70,7 +70,7 @@ def save_plots(analysis: dict[str, Any], folder: Path) -> list[Path]:
     if scored:
         figure = Figure(figsize=(6, max(2.0, 0.22 * len(scored))))
         axes = figure.subplots()
-        axes.barh([name for _, name in scored], [ap for ap, _ in scored], color=CURVE_COLOURS["iou_50_95"])
+        axes.barh([name for _, name in scored], [ap for ap, _ in scored], color=CURVE_COLORS["iou_50_95"])
         axes.set(xlabel="AP", ylim=(-0.6, len(scored) - 0.4))
         files.append(save(figure, "class_ap.png"))
     return files

@@ -43,7 +43,7 @@ def compare_detections(
     detections_per_image: int,
     score_tolerance: float,
 ) -> Difference:
-    """Detections of the same pictures, {"boxes_xyxy", "scores", "labels"} each, matched by class and overlap.
+    """Detections of the same images, {"boxes_xyxy", "scores", "labels"} each, matched by class and overlap.
 
     What only one found is not counted where its score is within score_tolerance of what it would have had to exceed
     in the other: the threshold, or the last of a full list.

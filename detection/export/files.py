@@ -25,11 +25,11 @@ ONNX_OPSET = 20
 """The newest whose RoiAlign onnxruntime 1.32 computes; it knows none of opset 22."""
 METADATA_FILE = "detector.json"
 """Name of the extra file in a .pt2; an .onnx has the same entries as metadata properties."""
-_PICTURE_SIDES = (1, 2**15)  # of a dynamic height or width
+_IMAGE_SIDES = (1, 2**15)  # of a dynamic height or width
 _BATCH_SIZES = (1, 2**10)
 
 Runner: TypeAlias = Callable[[np.ndarray], list[dict[str, Tensor]]]
-"""uint8 RGB [B, H, W, 3] -> for each picture {"boxes_xyxy", "scores", "labels"}, as the model in PyTorch gives them."""
+"""uint8 RGB [B, H, W, 3] -> for each image {"boxes_xyxy", "scores", "labels"}, as the model in PyTorch gives them."""
 
 
 class ExportError(ValueError):
@@ -38,7 +38,7 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class InputShape:
-    """Shape [batch_size, height, width, 3] of the pictures; None leaves a length open until the file is used."""
+    """Shape [batch_size, height, width, 3] of the images; None leaves a length open until the file is used."""
 
     batch_size: int | None = None
     height: int | None = None
@@ -49,15 +49,15 @@ class InputShape:
             raise ExportError("height and width are both fixed or both open")
 
     def example(self) -> Tensor:
-        """Pictures of an allowed shape, all zeros. Open lengths are neither 0 nor 1, which exporters take as fixed."""
+        """Images of an allowed shape, all zeros. Open lengths are neither 0 nor 1, which exporters take as fixed."""
         return torch.zeros((self.batch_size or 2, self.height or 100, self.width or 150, 3), dtype=torch.uint8)
 
     def dimensions(self) -> dict[int, Any]:
         """The open lengths for torch.export."""
         named = (
             (0, "batch", self.batch_size, _BATCH_SIZES),
-            (1, "height", self.height, _PICTURE_SIDES),
-            (2, "width", self.width, _PICTURE_SIDES),
+            (1, "height", self.height, _IMAGE_SIDES),
+            (2, "width", self.width, _IMAGE_SIDES),
         )
         return {
             place: torch.export.Dim(name, min=low, max=high)
@@ -128,7 +128,7 @@ def open_program(path: str | Path, device: str = "cpu") -> Runner:
 
     def run(images: np.ndarray) -> list[dict[str, Tensor]]:
         with torch.no_grad():
-            return _per_picture(*(tensor.cpu() for tensor in module(torch.from_numpy(images).to(device))))
+            return _per_image(*(tensor.cpu() for tensor in module(torch.from_numpy(images).to(device))))
 
     return run
 
@@ -145,7 +145,7 @@ def open_onnx(path: str | Path) -> Runner:
         raise ExportError(f"onnxruntime {runtime.__version__} cannot run {path}: {error}") from error
 
     def run(images: np.ndarray) -> list[dict[str, Tensor]]:
-        return _per_picture(*map(torch.from_numpy, session.run(list(OUTPUT_NAMES), {"images": images})))
+        return _per_image(*map(torch.from_numpy, session.run(list(OUTPUT_NAMES), {"images": images})))
 
     return run
 
@@ -184,7 +184,7 @@ def _metadata(detector: Detector, shape: InputShape) -> dict[str, Any]:
     }
 
 
-def _per_picture(boxes: Tensor, scores: Tensor, labels: Tensor, counts: Tensor) -> list[dict[str, Tensor]]:
+def _per_image(boxes: Tensor, scores: Tensor, labels: Tensor, counts: Tensor) -> list[dict[str, Tensor]]:
     return [
         {"boxes_xyxy": boxes[row, :count], "scores": scores[row, :count], "labels": labels[row, :count]}
         for row, count in enumerate(counts.tolist())

@@ -1,7 +1,7 @@
-"""A detector as one graph of tensors that `torch.export` and ONNX can hold: pictures in, boxes in their pixels out.
+"""A detector as one graph of tensors that `torch.export` and ONNX can hold: images in, boxes in their pixels out.
 
 The arithmetic is that of `Detector.predict`, operation by operation; what differs is its form. Numbers that depend on
-the picture's content become fixed shapes with a count beside them, and suppression and RoIAlign are operators that
+the image's content become fixed shapes with a count beside them, and suppression and RoIAlign are operators that
 other runtimes have too.
 """
 
@@ -45,9 +45,9 @@ def suppress_groups(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, mo
 
 
 class DetectorGraph(nn.Module):
-    """`Detector.predict` for a batch of pictures of one size.
+    """`Detector.predict` for a batch of images of one size.
 
-    forward: uint8 [B, H, W, 3], RGB -> boxes_xyxy float32 [B, D, 4] in pixels of those pictures, scores float32
+    forward: uint8 [B, H, W, 3], RGB -> boxes_xyxy float32 [B, D, 4] in pixels of those images, scores float32
     [B, D], labels int64 [B, D], num_detections int64 [B]. Best first; D is the model's detections_per_image, and rows
     from num_detections on are zero, their labels -1.
     """
@@ -86,7 +86,7 @@ class DetectorGraph(nn.Module):
         )
 
     def _network_input(self, images: Tensor) -> tuple[ImageBatch, Tensor]:
-        """The padded batch at the network's scale, and its factors x, y, x, y to the pictures: float32 [4]."""
+        """The padded batch at the network's scale, and its factors x, y, x, y to the images: float32 [4]."""
         height, width = images.shape[1:3]
         sides = torch.stack((_scalar(images, 1), _scalar(images, 2))).double()
         padded: list[int]

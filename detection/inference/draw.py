@@ -1,4 +1,4 @@
-"""Detections drawn on their picture, for notebooks."""
+"""Detections drawn on their image, for notebooks."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from PIL import Image
 
-from detection.models.detector import Picture, read_picture
+from detection.models.detector import ImageInput, load_pixels
 from detection.reporting import draw_boxes
 
 LEGIBLE_SIDE = 640
-"""Smaller pictures are drawn enlarged to it, so that names do not hide what they name."""
+"""Smaller images are drawn enlarged to it, so that names do not hide what they name."""
 
 
 def draw_detections(
-    picture: Picture, found: Mapping[str, Any], *, min_score: float = 0.3, longest_side: int | None = None
+    image: ImageInput, found: Mapping[str, Any], *, min_score: float = 0.3, longest_side: int | None = None
 ) -> Image.Image:
-    """The picture with boxes, class names and scores in percent, as an image that a notebook shows by itself.
+    """The image with boxes, class names and scores in percent, as an image that a notebook shows by itself.
 
-    picture: as it was given to `Detector.predict`, and found: what that returned for it. min_score: 0..1, boxes below
-    are left out. longest_side: pixels to scale to first; default: the picture's own size, but at least 640, so that
-    names can be read. Raises DetectorError for what is no picture.
+    image: as it was given to `Detector.predict`, and found: what that returned for it. min_score: 0..1, boxes below
+    are left out. longest_side: pixels to scale to first; default: the image's own size, but at least 640, so that
+    names can be read. Raises DetectorError for what is no image.
     """
-    pixels = read_picture(picture).permute(1, 2, 0).contiguous().numpy()
+    pixels = load_pixels(image).permute(1, 2, 0).contiguous().numpy()
     shown = found["scores"] >= min_score
     names: list[str] = found["names"]
     places = shown.nonzero()[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""What comes of detections in picture files: pictures with boxes, a COCO results file, crops."""
+"""What comes of detections in image files: images with boxes, a COCO results file, crops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data.images.files import ProtectedFiles, distinct_names
 from detection.engine.run_dir import check_writable
 from detection.evaluation import Detections, write_results
 from detection.inference.draw import LEGIBLE_SIDE
-from detection.inference.predict import PictureDetections, PredictionError
+from detection.inference.predict import ImageDetections, PredictionError
 from detection.models import Detector
 from detection.reporting import draw_boxes
 
@@ -27,7 +27,7 @@ WRITERS = 4  # threads that draw and compress behind the model
 class PredictionOutputs:
     """Writes while the detector runs. A context manager; leaving it waits for what is still being written.
 
-    Raises PictureFilesError, at once where it can be known, for an output that would replace one of the inputs, and
+    Raises ImageFilesError, at once where it can be known, for an output that would replace one of the inputs, and
     PredictionError, before anything is written, for one that exists already, unless `overwrite`.
     """
 
@@ -36,7 +36,7 @@ class PredictionOutputs:
         files: Sequence[Path],
         class_names: Sequence[str],
         *,
-        picture_folder: Path | None,
+        image_folder: Path | None,
         crop_folder: Path | None,
         protected: ProtectedFiles,
         overwrite: bool = False,
@@ -45,20 +45,20 @@ class PredictionOutputs:
         """Boxes written of each class."""
         self._names = distinct_names(files)
         self._class_names = class_names
-        self._picture_folder, self._crop_folder = picture_folder, crop_folder
+        self._image_folder, self._crop_folder = image_folder, crop_folder
         self._protected = protected
         self._suffixes = [".jpg" if file.suffix.lower() in (".jpg", ".jpeg") else ".png" for file in files]
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="writer")
         self._pending: deque[Future[None]] = deque()
-        for option, folder in (("--output-dir", picture_folder), ("--save-crops", crop_folder)):
+        for option, folder in (("--output-dir", image_folder), ("--save-crops", crop_folder)):
             try:
                 if folder is not None:
                     check_writable(folder)
             except OSError as error:
                 raise PredictionError(f"{option} {folder}: nothing can be written there: {error}") from error
-        if picture_folder is not None:
+        if image_folder is not None:
             for index in range(len(files)):
-                path = self._picture_path(picture_folder, index)
+                path = self._image_path(image_folder, index)
                 protected.check(path)
                 if not overwrite:
                     refuse_existing(path)
@@ -66,11 +66,11 @@ class PredictionOutputs:
         if crop_folder is not None and not overwrite and crop_folder.is_dir() and any(crop_folder.iterdir()):
             raise PredictionError(f"{crop_folder} holds files already; choose another folder for crops, or --overwrite")
 
-    def add(self, found: PictureDetections) -> None:
-        """Writes the picture and the crops of one file soon."""
+    def add(self, found: ImageDetections) -> None:
+        """Writes the image and the crops of one file soon."""
         self.counts.update(self._class_names[label] for label in found.labels.tolist())
         self._pending.append(self._pool.submit(self._write, found))
-        if len(self._pending) > 2 * WRITERS:  # pictures must not pile up in memory
+        if len(self._pending) > 2 * WRITERS:  # images must not pile up in memory
             self._pending.popleft().result()
 
     def __enter__(self) -> PredictionOutputs:
@@ -82,8 +82,8 @@ class PredictionOutputs:
             for future in self._pending:
                 future.result()
 
-    def _write(self, found: PictureDetections) -> None:
-        if self._picture_folder is not None:
+    def _write(self, found: ImageDetections) -> None:
+        if self._image_folder is not None:
             drawn = draw_boxes(
                 found.pixels,
                 found.boxes_xyxy,
@@ -92,7 +92,7 @@ class PredictionOutputs:
                 found.scores,
                 longest_side=max(LEGIBLE_SIDE, *found.pixels.shape[:2]),
             )
-            path = self._picture_path(self._picture_folder, found.index)
+            path = self._image_path(self._image_folder, found.index)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(drawn).save(path, quality=JPEG_QUALITY)
         if self._crop_folder is not None:
@@ -103,7 +103,7 @@ class PredictionOutputs:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
 
-    def _picture_path(self, folder: Path, index: int) -> Path:
+    def _image_path(self, folder: Path, index: int) -> Path:
         return folder / (self._names[index] + self._suffixes[index])
 
 
@@ -114,7 +114,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_coco_results(
-    path: Path, found: Sequence[PictureDetections], image_ids: Sequence[int], category_ids: Sequence[int | None]
+    path: Path, found: Sequence[ImageDetections], image_ids: Sequence[int], category_ids: Sequence[int | None]
 ) -> None:
     """A COCO results file in the order of the files.
 
@@ -144,7 +144,7 @@ def write_images_list(
 
     The image id is the place in `files`, from 1. File names are relative to the deepest folder that holds all files,
     which stands under info.image_folder. sizes: (height, width) by place from 0; places not in it are left out.
-    turned_upright: whether these and the boxes are those of pictures turned by EXIF, as info.turned_upright then says.
+    turned_upright: whether these and the boxes are those of images turned by EXIF, as info.turned_upright then says.
     """
     root = os.path.commonpath([file.absolute().parent for file in files])
     images = []

@@ -1,4 +1,4 @@
-"""A trained detector run over picture files."""
+"""A trained detector run over image files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from detection.inference.exif import AS_STORED, orientation_of, upright
 from detection.inference.tta import View, predict_views
 from detection.models import Detector
 
-READERS = 4  # threads that decode pictures ahead of the model
+READERS = 4  # threads that decode images ahead of the model
 
 
 class PredictionError(ValueError):
@@ -27,8 +27,8 @@ class PredictionError(ValueError):
 
 
 @dataclass(frozen=True)
-class PictureDetections:
-    """What was found in one picture file, best first.
+class ImageDetections:
+    """What was found in one image file, best first.
 
     index: place of the file in the list. pixels: uint8 RGB [H, W, 3], as stored or turned upright. boxes_xyxy: float32
     [N, 4] in these pixels. scores: float32 [N]. labels: int64 [N]. is_turned: whether they are not as stored.
@@ -41,7 +41,7 @@ class PictureDetections:
     labels: np.ndarray
     is_turned: bool = False
 
-    def select(self, min_score: float, labels: Iterable[int] | None, max_boxes: int | None) -> PictureDetections:
+    def select(self, min_score: float, labels: Iterable[int] | None, max_boxes: int | None) -> ImageDetections:
         """Those with at least min_score, of these classes (None: all), and of them the max_boxes best."""
         wanted = self.scores >= min_score
         if labels is not None:
@@ -51,7 +51,7 @@ class PictureDetections:
             self, boxes_xyxy=self.boxes_xyxy[rows], scores=self.scores[rows], labels=self.labels[rows]
         )
 
-    def without_pixels(self) -> PictureDetections:
+    def without_pixels(self) -> ImageDetections:
         """The same boxes for keeping; pixels: uint8 [0, 0, 3]."""
         return dataclasses.replace(self, pixels=np.zeros((0, 0, 3), np.uint8))
 
@@ -74,32 +74,32 @@ def predict_files(
     on_broken: Callable[[Path, ImageError], None],
     turn_upright: bool = False,
     views: Sequence[View] = (),
-) -> Iterator[PictureDetections]:
-    """The detections of each file, lying and standing pictures in batches of their own (they would pad each other).
+) -> Iterator[ImageDetections]:
+    """The detections of each file, lying and standing images in batches of their own (they would pad each other).
 
     Threads read ahead. Files that cannot be read are given to on_broken and left out. The order is that in which
-    batches fill up, not that of the files. turn_upright: pictures are turned as their EXIF orientation says. views: of
-    test-time augmentation; none: pictures are looked at once, as they are.
+    batches fill up, not that of the files. turn_upright: images are turned as their EXIF orientation says. views: of
+    test-time augmentation; none: images are looked at once, as they are.
     """
-    waiting: dict[bool, list[tuple[int, _Picture]]] = {False: [], True: []}
+    waiting: dict[bool, list[tuple[int, _Image]]] = {False: [], True: []}
 
-    def run(batch: list[tuple[int, _Picture]]) -> Iterator[PictureDetections]:
-        pictures = [picture.pixels for _, picture in batch]
+    def run(batch: list[tuple[int, _Image]]) -> Iterator[ImageDetections]:
+        images = [image.pixels for _, image in batch]
         with autocast():
             if views:
-                results = predict_views(detector, pictures, views, batch_size=batch_size)
+                results = predict_views(detector, images, views, batch_size=batch_size)
             else:
-                results = detector.predict(pictures, batch_size=batch_size)
-        for (index, picture), found in zip(batch, results, strict=True):
+                results = detector.predict(images, batch_size=batch_size)
+        for (index, image), found in zip(batch, results, strict=True):
             boxes, scores, labels = (found[key].numpy() for key in ("boxes_xyxy", "scores", "labels"))
-            yield PictureDetections(index, picture.pixels, boxes, scores, labels, picture.is_turned)
+            yield ImageDetections(index, image.pixels, boxes, scores, labels, image.is_turned)
 
-    for index, picture in _read_ahead(files, READERS + batch_size, turn_upright):
-        if isinstance(picture, ImageError):
-            on_broken(files[index], picture)
+    for index, image in _read_ahead(files, READERS + batch_size, turn_upright):
+        if isinstance(image, ImageError):
+            on_broken(files[index], image)
             continue
-        queue = waiting[picture.pixels.shape[0] > picture.pixels.shape[1]]
-        queue.append((index, picture))
+        queue = waiting[image.pixels.shape[0] > image.pixels.shape[1]]
+        queue.append((index, image))
         if len(queue) == batch_size:
             batch = queue.copy()
             queue.clear()
@@ -143,8 +143,8 @@ def match_image_ids(files: Sequence[Path], annotations: CocoAnnotations) -> list
         ids.append(image_id)
     if unknown:
         raise PredictionError(
-            f"{len(unknown)} of {len(files)} pictures are not in {annotations.source}, {unknown[0]} among them; "
-            "leave them out, or --annotations, and the pictures are numbered"
+            f"{len(unknown)} of {len(files)} images are not in {annotations.source}, {unknown[0]} among them; "
+            "leave them out, or --annotations, and the images are numbered"
         )
     return ids
 
@@ -164,21 +164,21 @@ def match_category_ids(detector: Detector, annotations: CocoAnnotations) -> list
     return ids
 
 
-class _Picture(NamedTuple):
+class _Image(NamedTuple):
     pixels: np.ndarray
     is_turned: bool
 
 
-def _read_ahead(files: Sequence[Path], depth: int, turn_upright: bool) -> Iterator[tuple[int, _Picture | ImageError]]:
-    def read(file: Path) -> _Picture | ImageError:
+def _read_ahead(files: Sequence[Path], depth: int, turn_upright: bool) -> Iterator[tuple[int, _Image | ImageError]]:
+    def read(file: Path) -> _Image | ImageError:
         try:
             pixels = read_image(file)
         except ImageError as error:
             return error
         orientation = orientation_of(file) if turn_upright else AS_STORED
-        return _Picture(upright(pixels, orientation), orientation != AS_STORED)
+        return _Image(upright(pixels, orientation), orientation != AS_STORED)
 
-    pending: deque[Future[_Picture | ImageError]] = deque()
+    pending: deque[Future[_Image | ImageError]] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="reader") as pool:
         try:
             for index in range(len(files)):

@@ -1,4 +1,4 @@
-"""Test-time augmentation: one picture looked at in several sizes and mirrored, the detections of all views fused."""
+"""Test-time augmentation: one image looked at in several sizes and mirrored, the detections of all views fused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FUSION_IOU = 0.55  # Solovyev et al. 2021, section 3.1
 
 @dataclass(frozen=True)
 class View:
-    """A way to look at a picture. scale: factor on the network's input sizes. flip: mirrored left to right."""
+    """A way to look at a image. scale: factor on the network's input sizes. flip: mirrored left to right."""
 
     scale: float = 1.0
     flip: bool = False
@@ -32,9 +32,9 @@ def make_views(scales: Sequence[float], *, flip: bool) -> tuple[View, ...]:
 
 
 def predict_views(
-    detector: Detector, pictures: Sequence[np.ndarray], views: Sequence[View], *, batch_size: int
+    detector: Detector, images: Sequence[np.ndarray], views: Sequence[View], *, batch_size: int
 ) -> list[dict[str, Any]]:
-    """What `detector.predict` gives (without names) for each picture, uint8 RGB [H, W, 3], fused over the views."""
+    """What `detector.predict` gives (without names) for each image, uint8 RGB [H, W, 3], fused over the views."""
     of_views = []
     for view in views:
         at_scale = dataclasses.replace(
@@ -42,10 +42,10 @@ def predict_views(
             min_size=max(1, round(detector.min_size * view.scale)),
             max_size=max(1, round(detector.max_size * view.scale)),
         )
-        shown = [np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels for pixels in pictures]
+        shown = [np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels for pixels in images]
         results = at_scale.predict(shown, batch_size=batch_size)
         if view.flip:
-            for found, pixels in zip(results, pictures, strict=True):
+            for found, pixels in zip(results, images, strict=True):
                 found["boxes_xyxy"] = mirror(found["boxes_xyxy"], pixels.shape[1])
         of_views.append(results)
     most = detector.model.config.detections_per_image
@@ -53,13 +53,13 @@ def predict_views(
 
 
 def mirror(boxes_xyxy: Tensor, width: int) -> Tensor:
-    """Boxes [N, 4] of a mirrored picture in the picture itself: x1 = width - x2', x2 = width - x1'."""
+    """Boxes [N, 4] of a mirrored image in the image itself: x1 = width - x2', x2 = width - x1'."""
     x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
     return torch.stack((width - x2, y1, width - x1, y2), dim=-1)
 
 
 def fuse_views(found: Sequence[Mapping[str, Any]], *, most: int) -> dict[str, Any]:
-    """Detections of one picture in all its views, by weighted box fusion (Solovyev et al. 2021), the `most` best.
+    """Detections of one image in all its views, by weighted box fusion (Solovyev et al. 2021), the `most` best.
 
     Best first, each detection joins the group of its class that it overlaps most, if by more than FUSION_IOU, or begins
     one. A group's box is the mean of its boxes, weighted by their scores; its score is the mean of their scores, times

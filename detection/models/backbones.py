@@ -6,7 +6,7 @@ output. Gradients still reach the convolution's weight and, where they are train
 bias, because the fold is part of the graph.
 
 Parameters carry the names that torchvision and MMDetection give them (conv1.weight, bn1.running_mean,
-layer1.0.downsample.0.weight, ...), whatever the normalisation.
+layer1.0.downsample.0.weight, ...), whatever the normalization.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class ResNet(nn.Module):
         return [self.get_submodule(f"layer{stage}") for stage in (1, 2, 3, 4)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalised images, float [B, 3, H, W], to C2..C5: float [B, out_channels[i], H_i, W_i].
+        """Normalized images, float [B, 3, H, W], to C2..C5: float [B, out_channels[i], H_i, W_i].
 
         H_i and W_i are H and W over 4, 8, 16 and 32, rounded up.
         """
@@ -278,7 +278,7 @@ def build_backbone(
     """A backbone with fresh weights (He normal, fan out; norms at one and zero).
 
     name: a key of `ARCHITECTURES`. norm: "frozen_bn" (statistics never change), "bn" (plain batch norm,
-    which an engine may turn into synchronised batch norm) or "gn" (32 groups). train_norm_affine: whether a
+    which an engine may turn into synchronized batch norm) or "gn" (32 groups). train_norm_affine: whether a
     frozen norm's weight and bias are trained; bn and gn always train theirs. frozen_stages: -1 nothing, 0
     the stem, n the stem and stages 1..n. norm_eps: torchvision's COCO_V1 weights want 0. stride_in_1x1: the
     bottlenecks of Detectron2's and Caffe's models. Raises ValueError for a name, norm or number of stages

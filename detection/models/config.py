@@ -26,12 +26,12 @@ class FasterRCNNConfig:
     """
 
     num_classes: int
-    """Foreground classes, labelled 0..num_classes-1. The classifier's background is its last output."""
+    """Foreground classes, labeled 0..num_classes-1. The classifier's background is its last output."""
 
     # Pixels
     pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375)
-    """RGB, of values 0..255. What lies outside an image is zero after normalisation."""
+    """RGB, of values 0..255. What lies outside an image is zero after normalization."""
 
     # Backbone and feature pyramid
     backbone: str = "resnet50"
@@ -70,7 +70,7 @@ class FasterRCNNConfig:
     rpn_loss_beta: float = 0.0
     """Where smooth L1 turns linear; 0 is L1."""
     rpn_counts_at_least_one: bool = True
-    """The normaliser counts an image without positives (or negatives) as if it had one."""
+    """The normalizer counts an image without positives (or negatives) as if it had one."""
 
     # Proposals
     rpn_nms_pre_train: int = 2000

@@ -1,4 +1,4 @@
-"""A trained detector to use: model, class names and preprocessing from one file, pictures in, boxes out."""
+"""A trained detector to use: model, class names and preprocessing from one file, images in, boxes out."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from detection.models.faster_rcnn import FasterRCNN, model_from_config
 from detection.models.weights.files import WeightsError
 from detection.models.weights.stored import read_weights
 
-Picture: TypeAlias = "np.ndarray | Image.Image | str | Path"
+ImageInput: TypeAlias = "np.ndarray | Image.Image | str | Path"
 """RGB as uint8 [H, W, 3], a PIL image of any mode, or a path to an image file."""
 
 
 class DetectorError(ValueError):
-    """A picture that a detector cannot take, or a device that it cannot work on."""
+    """A image that a detector cannot take, or a device that it cannot work on."""
 
 
 @dataclass(frozen=True)
 class Detector:
     """A model in evaluation mode with what it needs to be used.
 
-    class_names and category_ids: one per label, in label order. min_size, max_size: pictures are enlarged or
+    class_names and category_ids: one per label, in label order. min_size, max_size: images are enlarged or
     reduced, keeping their shape, until the shorter side is min_size, or the longer max_size if that comes
     first.
     """
@@ -44,31 +44,31 @@ class Detector:
     def __repr__(self) -> str:
         classes = ", ".join(self.class_names[:4]) + (", ..." if len(self.class_names) > 4 else "")
         return (
-            f"Detector({self.model.config.backbone}, {len(self.class_names)} classes: {classes}; pictures at "
+            f"Detector({self.model.config.backbone}, {len(self.class_names)} classes: {classes}; images at "
             f"{self.min_size} to {self.max_size} pixels, on {self.model.pixel_mean.device})"
         )
 
-    def predict(self, pictures: Picture | Sequence[Picture], batch_size: int = 1) -> Any:
-        """Detections in one picture, or a list of them for a list of pictures, best first.
+    def predict(self, images: ImageInput | Sequence[ImageInput], batch_size: int = 1) -> Any:
+        """Detections in one image, or a list of them for a list of images, best first.
 
-        Each is {"boxes_xyxy": float32 [N, 4] in pixels of the picture as it is stored, "scores": float32 [N],
+        Each is {"boxes_xyxy": float32 [N, 4] in pixels of the image as it is stored, "scores": float32 [N],
         "labels": int64 [N], "names": list of N class names}, tensors on the CPU. Any EXIF orientation is
         ignored, as in training: turn photos with PIL.ImageOps.exif_transpose first. Raises DetectorError for a
-        picture that cannot be read or has another form than `Picture` says.
+        image that cannot be read or has another form than `Image` says.
         """
         if batch_size < 1:
             raise DetectorError(f"batch_size is {batch_size}; give at least 1")
-        if isinstance(pictures, (str, bytes)) or not isinstance(pictures, Sequence):
-            return self.predict([pictures])[0]
+        if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
+            return self.predict([images])[0]
         results: list[dict[str, Any]] = []
-        for first in range(0, len(pictures), batch_size):
-            results += self._predict_batch(pictures[first : first + batch_size])
+        for first in range(0, len(images), batch_size):
+            results += self._predict_batch(images[first : first + batch_size])
         return results
 
     @torch.inference_mode()
-    def _predict_batch(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+    def _predict_batch(self, images: Sequence[ImageInput]) -> list[dict[str, Any]]:
         device = self.model.pixel_mean.device
-        originals = [read_picture(picture) for picture in pictures]
+        originals = [load_pixels(source) for source in images]
         resized = [resize(image.to(device), self.min_size, self.max_size) for image in originals]
         results = []
         for detection, original, network_input in zip(self.model(resized), originals, resized, strict=True):
@@ -132,15 +132,15 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
 
 
 def network_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Height and width of a picture at the network's scale, by MMDetection's keep-ratio rule."""
+    """Height and width of a image at the network's scale, by MMDetection's keep-ratio rule."""
     scale = min(max_size / max(height, width), min_size / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
-    """A picture, uint8 [3, H, W], at the network's scale: uint8 [3, h, w].
+    """A image, uint8 [3, H, W], at the network's scale: uint8 [3, h, w].
 
-    Plain bilinear interpolation, without antialiasing, rounded to whole grey levels.
+    Plain bilinear interpolation, without antialiasing, rounded to whole gray levels.
     """
     height, width = image.shape[1:]
     size = network_size(height, width, min_size, max_size)
@@ -150,29 +150,29 @@ def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
     return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def read_picture(picture: Picture) -> Tensor:
-    """Pixels of a picture in any of its forms: uint8 [3, H, W], RGB, as stored. Raises DetectorError."""
-    if isinstance(picture, (str, Path)):
+def load_pixels(source: ImageInput) -> Tensor:
+    """Pixels of a image in any of its forms: uint8 [3, H, W], RGB, as stored. Raises DetectorError."""
+    if isinstance(source, (str, Path)):
         try:
-            with Image.open(picture) as image:
+            with Image.open(source) as image:
                 return _from_pil(image)
         except Exception as error:  # broken files make Pillow's readers raise nearly anything
-            raise DetectorError(f"the picture {picture} cannot be read: {error}") from error
-    if isinstance(picture, Image.Image):
-        return _from_pil(picture)
-    if not isinstance(picture, np.ndarray):
-        raise DetectorError(f"a picture is an array, a PIL image or a path, not a {type(picture).__name__}")
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+            raise DetectorError(f"the image {source} cannot be read: {error}") from error
+    if isinstance(source, Image.Image):
+        return _from_pil(source)
+    if not isinstance(source, np.ndarray):
+        raise DetectorError(f"a image is an array, a PIL image or a path, not a {type(source).__name__}")
+    if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or source.size == 0:
         raise DetectorError(
-            f"an array of {picture.dtype} with the shape {list(picture.shape)} is no picture; "
+            f"an array of {source.dtype} with the shape {list(source.shape)} is no image; "
             "expected uint8 [height, width, 3], RGB"
         )
-    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
+    return torch.from_numpy(np.ascontiguousarray(source.transpose(2, 0, 1)))
 
 
 def _from_pil(image: Image.Image) -> Tensor:
     if image.mode.startswith("I"):
-        # PIL would cut 16-bit grey values off at 255 instead of scaling them.
-        grey = (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
+        # PIL would cut 16-bit gray values off at 255 instead of scaling them.
+        gray = (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return torch.from_numpy(gray).expand(3, -1, -1).contiguous()
     return torch.from_numpy(np.array(image.convert("RGB")).transpose(2, 0, 1).copy())

@@ -90,12 +90,12 @@ class FasterRCNN(nn.Module):
         features = self.extract_features(images)
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)
-            learnt = anchor_targets(config, anchors, images.sizes, targets)
+            learned = anchor_targets(config, anchors, images.sizes, targets)
         table = None
-        if learnt.sample.candidate is None:
+        if learned.sample.candidate is None:
             logits, deltas = sampled_logits, sampled_deltas = self.rpn(features)
         else:
-            candidates = learnt.sample.candidate
+            candidates = learned.sample.candidate
             windows = windows_3x3(candidates // self.rpn.anchors_per_cell, anchors.layout)
             table, patches = take_rows(cell_table(features), windows.view(-1))
             # Before the pass without gradients: autocast keeps the parameters it casts, with their graph or without.
@@ -103,7 +103,7 @@ class FasterRCNN(nn.Module):
             with torch.no_grad():
                 logits, deltas = self.rpn(features)
         with _full_precision(images.pixels.device):
-            loss_rpn_cls, loss_rpn_bbox = rpn_losses(config, sampled_logits, sampled_deltas, learnt)
+            loss_rpn_cls, loss_rpn_bbox = rpn_losses(config, sampled_logits, sampled_deltas, learned)
             proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=True)
             rois = sample_rois(config, proposals, targets)
             pooled = self._pool(features, rois.boxes_xyxy, table)
@@ -133,18 +133,18 @@ class FasterRCNN(nn.Module):
             )
 
     def extract_features(self, images: ImageBatch) -> tuple[Tensor, ...]:
-        """P2..P6, [B, fpn_channels, H_l, W_l], of images normalised and with zeros outside."""
-        return self.fpn(self.backbone(self._normalised(images)))
+        """P2..P6, [B, fpn_channels, H_l, W_l], of images normalized and with zeros outside."""
+        return self.fpn(self.backbone(self._normalized(images)))
 
-    def _normalised(self, images: ImageBatch) -> Tensor:
+    def _normalized(self, images: ImageBatch) -> Tensor:
         pixels, sizes = images
         rows = torch.arange(pixels.shape[2], device=pixels.device)
         columns = torch.arange(pixels.shape[3], device=pixels.device)
         below = rows >= sizes[:, :1]
         beside = columns >= sizes[:, 1:]
         outside = below[:, :, None] | beside[:, None, :]
-        normalised = torch.sub(pixels, self.pixel_mean).div_(self.pixel_std)
-        return normalised.masked_fill_(outside[:, None], 0.0)
+        normalized = torch.sub(pixels, self.pixel_mean).div_(self.pixel_std)
+        return normalized.masked_fill_(outside[:, None], 0.0)
 
     def _anchors(self, images: ImageBatch, features: Sequence[Tensor]) -> AnchorGrid:
         height, width = images.pixels.shape[-2:]

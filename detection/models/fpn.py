@@ -43,7 +43,7 @@ def _norms(norm: str | None, count: int, channels: int) -> nn.ModuleList | None:
 
 
 class FPN(nn.Module):
-    """Lateral 1x1 convolutions, nearest-neighbour enlargements from the top down, 3x3 output convolutions,
+    """Lateral 1x1 convolutions, nearest-neighbor enlargements from the top down, 3x3 output convolutions,
     and P6.
 
     norm: None (convolutions with bias, no norm: both recipes) or "gn" (32 groups after every convolution,

@@ -75,13 +75,13 @@ class RPNHead(nn.Module):
 class AnchorTargets(NamedTuple):
     """The anchors that a step learns from, in the S slots of `sample`, and what they are to learn.
 
-    delta_targets: float32 [B, S, 4], 0 where not positive. normaliser: float32 or int64 scalar, the number of sampled
+    delta_targets: float32 [B, S, 4], 0 where not positive. normalizer: float32 or int64 scalar, the number of sampled
     anchors in the batch as the recipe counts it.
     """
 
     sample: Sample
     delta_targets: Tensor
-    normaliser: Tensor
+    normalizer: Tensor
 
 
 @torch.no_grad()
@@ -109,16 +109,16 @@ def anchor_targets(config: FasterRCNNConfig, anchors: AnchorGrid, sizes: Tensor,
     deltas = encode_boxes(gt_boxes, references, ANCHOR_STDS)
     num_positive, num_chosen = chosen.positive.sum(dim=1), chosen.chosen.sum(dim=1)
     if config.rpn_counts_at_least_one:
-        normaliser = (num_positive.clamp(min=1) + (num_chosen - num_positive).clamp(min=1)).sum()
+        normalizer = (num_positive.clamp(min=1) + (num_chosen - num_positive).clamp(min=1)).sum()
     else:
-        normaliser = count_at_least_one(num_chosen)
-    return AnchorTargets(chosen, torch.where(chosen.positive[..., None], deltas, 0.0), normaliser)
+        normalizer = count_at_least_one(num_chosen)
+    return AnchorTargets(chosen, torch.where(chosen.positive[..., None], deltas, 0.0), normalizer)
 
 
 def rpn_losses(
     config: FasterRCNNConfig, logits: Tensor, deltas: Tensor, targets: AnchorTargets
 ) -> tuple[Tensor, Tensor]:
-    """Objectness and box loss, float32 scalars: sums over the sampled anchors divided by the normaliser.
+    """Objectness and box loss, float32 scalars: sums over the sampled anchors divided by the normalizer.
 
     logits [B, S] and deltas [B, S, 4] of the sampled anchors.
     """
@@ -128,7 +128,7 @@ def rpn_losses(
     )
     differences = smooth_l1(deltas.float() - targets.delta_targets, config.rpn_loss_beta)
     loss_bbox = (differences * chosen.positive[..., None]).sum()
-    return loss_cls / targets.normaliser, loss_bbox / targets.normaliser
+    return loss_cls / targets.normalizer, loss_bbox / targets.normalizer
 
 
 class Proposals(NamedTuple):

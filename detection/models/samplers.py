@@ -67,10 +67,10 @@ def sample(
     num_positive = min(int(num_samples * positive_fraction), num_candidates)
     if num_positive:
         last_chosen = positive_keys.topk(num_positive, dim=1).values[:, -1:]
-        favoured = positive & (positive_keys >= last_chosen)
+        favored = positive & (positive_keys >= last_chosen)
     else:
-        favoured = torch.zeros_like(positive)
-    order = torch.where(favoured, keys + _POSITIVE_BONUS, torch.where(negative, keys, _NOT_ELIGIBLE))
+        favored = torch.zeros_like(positive)
+    order = torch.where(favored, keys + _POSITIVE_BONUS, torch.where(negative, keys, _NOT_ELIGIBLE))
     top = order.topk(min(num_samples, num_candidates), dim=1)
     return Sample(top.indices, top.values >= _POSITIVE_BONUS, top.values != _NOT_ELIGIBLE)
 

@@ -1,11 +1,11 @@
-"""What a run leaves behind for people: TensorBoard, metrics.jsonl, the console and train.log, pictures."""
+"""What a run leaves behind for people: TensorBoard, metrics.jsonl, the console and train.log, images."""
 
 from detection.reporting.console import Console, Progress
 from detection.reporting.counts import counted
 from detection.reporting.durations import duration, remaining
 from detection.reporting.forecast import Forecast
+from detection.reporting.images import class_color, draw_boxes, mosaic, save_png, side_by_side
 from detection.reporting.metrics_log import CutReport, MetricsError, MetricsLog, read_metrics
-from detection.reporting.pictures import class_colour, draw_boxes, mosaic, save_png, side_by_side
 from detection.reporting.run_comparison import (
     Run,
     RunsError,
@@ -28,7 +28,7 @@ __all__ = [
     "Run",
     "RunsError",
     "TensorBoardLog",
-    "class_colour",
+    "class_color",
     "comparison_table",
     "configuration_differences",
     "counted",

@@ -100,10 +100,10 @@ class Console:
         one."""
         return Progress(self, total, initial, description, unit)
 
-    def _raise_voice(self, word: str, text: str, colour: str) -> None:
+    def _raise_voice(self, word: str, text: str, color: str) -> None:
         text = f"{word}: {text}" if self.is_main else f"[rank {self.rank}] {word}: {text}"
-        if _may_colour(self.error_stream):
-            self._print(f"{colour}{text}{_RESET}", self.error_stream)
+        if _may_color(self.error_stream):
+            self._print(f"{color}{text}{_RESET}", self.error_stream)
         else:
             self._print(text, self.error_stream)
         self._log(text)
@@ -170,7 +170,7 @@ class Progress:
                     ncols=None if has_size else console.width,
                     nrows=None if has_size else 24,
                     ascii=not console.has_unicode,
-                    colour="green" if _may_colour(console.stream) else None,
+                    colour="green" if _may_color(console.stream) else None,
                     leave=False,
                 )
 
@@ -261,7 +261,7 @@ def _has_size(terminal: TextIO) -> bool:
         return False
 
 
-def _may_colour(stream: TextIO) -> bool:
+def _may_color(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 

@@ -2,5 +2,5 @@
 
 
 def counted(number: int, one: str, several: str | None = None) -> str:
-    """ "1 picture", "2 pictures"; `several` where it is not `one` with an s."""
+    """ "1 image", "2 images"; `several` where it is not `one` with an s."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"

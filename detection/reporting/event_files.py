@@ -42,7 +42,7 @@ def read_records(path: Path) -> Iterator[bytes]:
     """The whole records of an event file, framing included; ends at the first torn or damaged one.
 
     The checksum of the data is looked at for the last record only, where a kill or a power loss leaves its
-    damage: computing it in Python for every picture would make a resume wait for minutes.
+    damage: computing it in Python for every image would make a resume wait for minutes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -89,23 +89,23 @@ def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise RunsError("a picture needs matplotlib: pip install matplotlib, or leave --png out") from error
+        raise RunsError("a image needs matplotlib: pip install matplotlib, or leave --png out") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure_, (loss_axes, lr_axes, map_axes) = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
     for number, run in enumerate(runs):
-        colour = f"C{number % 10}"
+        color = f"C{number % 10}"
         iterations, losses = _series(run.train, "loss")
-        loss_axes.plot(iterations, losses, color=colour, alpha=0.2, linewidth=0.8)
-        loss_axes.plot(iterations, _smoothed(losses), color=colour, label=run.name)
-        lr_axes.plot(*_series(run.train, "lr"), color=colour, label=run.name)
-        map_axes.plot(*_series(run.val, "mAP"), color=colour, marker="o", markersize=4, label=run.name)
+        loss_axes.plot(iterations, losses, color=color, alpha=0.2, linewidth=0.8)
+        loss_axes.plot(iterations, _smoothed(losses), color=color, label=run.name)
+        lr_axes.plot(*_series(run.train, "lr"), color=color, label=run.name)
+        map_axes.plot(*_series(run.val, "mAP"), color=color, marker="o", markersize=4, label=run.name)
     for axes, title in ((loss_axes, "loss"), (lr_axes, "learning rate"), (map_axes, "mAP (IoU 0.50:0.95)")):
         axes.set(title=title, xlabel="iteration")
         axes.grid(alpha=0.3)
     all_losses = np.concatenate([_smoothed(_series(run.train, "loss")[1]) for run in runs])
-    if len(all_losses):  # the noise and the first iterations may run out of the picture; the curves may not
+    if len(all_losses):  # the noise and the first iterations may run out of the image; the curves may not
         loss_axes.set_ylim(0, 1.15 * float(np.quantile(all_losses, 0.995)))
     map_axes.set_ylim(bottom=0)
     map_axes.legend()
@@ -159,7 +159,7 @@ def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """The running mean over a window centred on each value, narrower at the ends."""
+    """The running mean over a window centered on each value, narrower at the ends."""
     half = int(len(values) * SMOOTHING_FRACTION / 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))

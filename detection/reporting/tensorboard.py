@@ -1,4 +1,4 @@
-"""The TensorBoard log of a run: curves, pictures, texts and pages that show them together.
+"""The TensorBoard log of a run: curves, images, texts and pages that show them together.
 
 A resumed run continues its curves without a seam: before anything new is written, what lies past the
 checkpoint is taken out of the event files themselves, so that each point is there once for every reader,
@@ -21,7 +21,7 @@ from torch.utils.tensorboard import summary as summaries
 
 from detection.reporting.event_files import cut_event_files, event_files
 
-PICTURES_TAG = "val/detections"
+IMAGES_TAG = "val/detections"
 UNDEFINED = -1.0  # COCO's value of a figure that no ground truth supports; a curve has no point there
 FLUSH_SECONDS = 10
 JPEG_QUALITY = 92
@@ -36,7 +36,7 @@ _LAYOUT: dict[str, dict[str, list[Any]]] = {
         "loss": ["Multiline", ["^train/loss$"]],
         "images per second": ["Multiline", ["^train/images_per_second$"]],
     },
-    # A page draws all curves of a run in one colour: parts that do not lie apart have a chart each.
+    # A page draws all curves of a run in one color: parts that do not lie apart have a chart each.
     "Losses": {
         "RPN: object or not": ["Multiline", ["^train/loss_rpn_cls$"]],
         "RPN: boxes": ["Multiline", ["^train/loss_rpn_bbox$"]],
@@ -107,13 +107,13 @@ class TensorBoardLog:
         points = {tag: value for tag, value in points.items() if value != UNDEFINED}
         self._write(_scalars(points), int(record["iteration"]))
 
-    def pictures(self, iteration: int, pictures: Sequence[np.ndarray], tag: str = PICTURES_TAG) -> None:
-        """Shows uint8 RGB [H, W, 3] arrays as <tag>/0, <tag>/1, ...; a picture that the log already has is
+    def images(self, iteration: int, images: Sequence[np.ndarray], tag: str = IMAGES_TAG) -> None:
+        """Shows uint8 RGB [H, W, 3] arrays as <tag>/0, <tag>/1, ...; a image that the log already has is
         skipped."""
-        for number, picture in enumerate(pictures):
+        for number, pixels in enumerate(images):
             name = f"{tag}/{number}"
             if self.history.last_steps.get(name, -1) < iteration:
-                self._write(_picture(name, picture), iteration)
+                self._write(_image(name, pixels), iteration)
 
     def text(self, tag: str, text: str, *, verbatim: bool = False) -> None:
         """Shows a text (Markdown, or as it stands with verbatim) unless the log already shows this very
@@ -204,9 +204,9 @@ def _scalars(points: Mapping[str, Any]) -> Summary:
     return Summary(value=[Summary.Value(tag=tag, simple_value=float(value)) for tag, value in points.items()])
 
 
-def _picture(tag: str, picture: np.ndarray) -> Summary:
+def _image(tag: str, pixels: np.ndarray) -> Summary:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    height, width = picture.shape[:2]
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    height, width = pixels.shape[:2]
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
     return Summary(value=[Summary.Value(tag=tag, image=image)])

@@ -1,4 +1,4 @@
-"""The training step's optimisations one by one: each taken out again, to see what it is worth on this machine."""
+"""The training step's optimizations one by one: each taken out again, to see what it is worth on this machine."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from detection.models.ops.cpu import conv as cpu_conv
 from detection.models.ops.cpu import winograd as cpu_winograd
 from detection.models.ops.roi_align import RoIAlign
 
-KEPT_MEMORY, FUSED_OPTIMISER = "kept-memory", "fused-optimiser"
+KEPT_MEMORY, FUSED_OPTIMIZER = "kept-memory", "fused-optimiser"
 
 Patches = Callable[[FasterRCNN], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
-class Optimisation:
+class Optimization:
     """One thing that makes the step faster, and how to do without it while a step runs."""
 
     text: str
@@ -125,29 +125,29 @@ def _two_table_gradients(model: FasterRCNN) -> contextlib.AbstractContextManager
     return mock.patch.object(faster_rcnn, "take_rows", lambda table, rows: (table, table.index_select(0, rows)))
 
 
-OPTIMISATIONS: dict[str, Optimisation] = {
-    "folded-norm": Optimisation("frozen batch norm folded into the convolutions", _unfolded),
-    "sampled-rpn": Optimisation("RPN learns at its sampled anchors only", _dense_rpn),
-    FUSED_OPTIMISER: Optimisation("fused SGD", None),
-    "shared-table-gradient": Optimisation("one gradient for the cell table", _two_table_gradients),
-    "triton-nms": Optimisation("NMS as a Triton kernel, instead of rounds of products", _plain(nms), device="cuda"),
-    "joint-nms": Optimisation(
+OPTIMIZATIONS: dict[str, Optimization] = {
+    "folded-norm": Optimization("frozen batch norm folded into the convolutions", _unfolded),
+    "sampled-rpn": Optimization("RPN learns at its sampled anchors only", _dense_rpn),
+    FUSED_OPTIMIZER: Optimization("fused SGD", None),
+    "shared-table-gradient": Optimization("one gradient for the cell table", _two_table_gradients),
+    "triton-nms": Optimization("NMS as a Triton kernel, instead of rounds of products", _plain(nms), device="cuda"),
+    "joint-nms": Optimization(
         "NMS of all images and levels at once, instead of an operator call each", _nms_operator, device="cuda"
     ),
-    "triton-assignment": Optimisation("assignment as a Triton kernel", _plain(matcher), device="cuda"),
-    "triton-roi-align": Optimisation("RoIAlign as a Triton kernel", _plain(roi_align), device="cuda"),
-    "finished-convolutions": Optimisation(
+    "triton-assignment": Optimization("assignment as a Triton kernel", _plain(matcher), device="cuda"),
+    "triton-roi-align": Optimization("RoIAlign as a Triton kernel", _plain(roi_align), device="cuda"),
+    "finished-convolutions": Optimization(
         "bias, residual and ReLU after a convolution in one pass", _plain(convolutions), device="cuda"
     ),
-    "sparse-roi-align": Optimisation("RoIAlign as a sparse matrix product", _stock_roi_align, device="cpu"),
-    "sparse-pyramid-gradient": Optimisation(
-        "pyramid's convolutions: no backward work where nothing was learnt", _dense_pyramid_gradient, device="cpu"
+    "sparse-roi-align": Optimization("RoIAlign as a sparse matrix product", _stock_roi_align, device="cpu"),
+    "sparse-pyramid-gradient": Optimization(
+        "pyramid's convolutions: no backward work where nothing was learned", _dense_pyramid_gradient, device="cpu"
     ),
-    "fused-convolutions": Optimisation(
+    "fused-convolutions": Optimization(
         "convolution and ReLU in one pass, 1x1 weights' gradients as products", _plain_convolutions, device="cpu"
     ),
-    "winograd": Optimisation("3x3 convolutions with two thirds of the products", _all_products, device="cpu"),
-    KEPT_MEMORY: Optimisation("freed memory stays with the process", None, device="cpu"),
+    "winograd": Optimization("3x3 convolutions with two thirds of the products", _all_products, device="cpu"),
+    KEPT_MEMORY: Optimization("freed memory stays with the process", None, device="cpu"),
 }
 
 
@@ -159,9 +159,9 @@ def ablation_variants(amp: str, device: torch.device, *, compiled: bool) -> dict
     if amp != "off":
         variants["ours-fp32-cl"] = f"{precision} (float32 instead)"
     variants[f"ours-{precision}"] = "channels-last"
-    for name, optimisation in OPTIMISATIONS.items():
-        if optimisation.device in (None, device.type):
-            variants[f"{full}-without-{name}"] = optimisation.text
+    for name, optimization in OPTIMIZATIONS.items():
+        if optimization.device in (None, device.type):
+            variants[f"{full}-without-{name}"] = optimization.text
     if compiled:
         variants[f"{full}-compile"] = "(with --compile added)"
     return variants

@@ -71,7 +71,7 @@ class PillowDecode(Chain):
 
 
 class TorchvisionReference(Chain):
-    """torchvision's detection reference, preset "hflip": Pillow, tensor, flip and float in the workers; normalise,
+    """torchvision's detection reference, preset "hflip": Pillow, tensor, flip and float in the workers; normalize,
     resize and pad in the model."""
 
     def __init__(self, dataset: CocoDataset, plans: Sequence[BatchPlan], min_size: int, max_size: int) -> None:
@@ -94,9 +94,9 @@ class TorchvisionReference(Chain):
 
 class MMDetection3(Chain):
     """MMDetection 3's training pipeline: OpenCV's decode and resize, a flip, and the copy to channels first in the
-    workers; channel order, normalise and pad in the model's preprocessor.
+    workers; channel order, normalize and pad in the model's preprocessor.
 
-    A flipped picture is a view with a negative stride there, which numpy makes contiguous; of others torch makes the
+    A flipped image is a view with a negative stride there, which numpy makes contiguous; of others torch makes the
     channels-first copy, which is faster.
     """
 
@@ -136,7 +136,7 @@ class MMDetection3(Chain):
 
 
 class MMDetection2(MMDetection3):
-    """MMDetection's pipeline as it was up to version 2: normalise, pad and the float batch in the workers too."""
+    """MMDetection's pipeline as it was up to version 2: normalize, pad and the float batch in the workers too."""
 
     def __getitem__(self, item: int) -> Sample:
         pixels, boxes, labels = self.resized(item)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import checkout  # noqa: F401
 from benchmarks.baselines import Chain, MMDetection2, MMDetection3, PillowDecode, TorchvisionReference, cv2
-from benchmarks.inputs import add_picture_arguments, open_pictures
+from benchmarks.inputs import add_image_arguments, open_images
 from benchmarks.machine import add_common_arguments
 from benchmarks.processes import cpu_seconds
 from benchmarks.timing import (
@@ -47,7 +47,7 @@ Say = Callable[[str], None]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, repeats=5)
-    add_picture_arguments(parser, num_pictures=24)
+    add_image_arguments(parser, num_images=24)
     parser.add_argument("--batch-size", type=int, default=2, help="[2]")
     parser.add_argument("--min-size", type=int, default=800, help="[800]")
     parser.add_argument("--max-size", type=int, default=1333, help="[1333]")
@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     """The figures for the JSON file, and the tables."""
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
-        say("making pictures")
-        dataset = open_pictures(arguments, Path(name))
+        say("making images")
+        dataset = open_images(arguments, Path(name))
         plans = list(_loader(dataset, arguments, workers=0).plans(0, max(1, len(dataset) // arguments.batch_size)))
         num_images = sum(len(plan.indices) for plan in plans)
         figures: dict[str, Any] = {
@@ -308,7 +308,7 @@ def _worker_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _loader(dataset: CocoDataset, arguments: argparse.Namespace, *, workers: int) -> TrainLoader:
     if len(dataset) < arguments.batch_size:
-        raise BenchmarkError(f"--batch-size {arguments.batch_size} and only {len(dataset)} pictures")
+        raise BenchmarkError(f"--batch-size {arguments.batch_size} and only {len(dataset)} images")
     return TrainLoader(
         dataset,
         min_size=arguments.min_size,

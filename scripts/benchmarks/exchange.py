@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkout  # noqa: F401
 from benchmarks.multiprocess import measure_together
 from benchmarks.peak_memory import PeakMemory
-from benchmarks.profilers import synchronise
+from benchmarks.profilers import synchronize
 from benchmarks.steps import OurStep
 from benchmarks.timing import format_table, pairwise_ratio, spread
 from benchmarks.variants import Variant, Work
@@ -62,7 +62,7 @@ def _times(processes: Processes, work: Work, variant: Variant, arguments: argpar
             processes.barrier()
             start, start_cpu = time.perf_counter(), time.process_time()
             steps[name].train(work.batches)
-            synchronise(work.device)
+            synchronize(work.device)
             took = time.perf_counter() - start, time.process_time() - start_cpu
             everybody = processes.gather_objects(took)
             if number:  # the first round is not counted

@@ -17,21 +17,21 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import checkout  # noqa: F401
-from benchmarks.inputs import add_picture_arguments, open_pictures
+from benchmarks.inputs import add_image_arguments, open_images
 from benchmarks.machine import add_common_arguments
 from benchmarks.processes import MB, Memory, memory_of
 from benchmarks.timing import BenchmarkError, format_table
 from data import CocoDataset, TrainLoader, read_coco
 
 OURS, PEER = "ours", "a list of dicts"
-_SMALL = (96, 72)  # generated pictures: what is watched is the list, not the decoder
+_SMALL = (96, 72)  # generated images: what is watched is the list, not the decoder
 
 Say = Callable[[str], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, repeats=1)
-    add_picture_arguments(parser, num_pictures=24)
+    add_image_arguments(parser, num_images=24)
     parser.add_argument("--epochs", type=int, default=20, help="whole epochs over the list [20]")
     parser.add_argument("--workers", type=int, default=2, help="[2]")
     parser.add_argument("--batch-size", type=int, default=8, help="[8]")
@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         folder = Path(name)
-        say("making pictures and a long list of them")
-        file = write_long_list(open_pictures(arguments, folder / "pictures", size=_SMALL), folder, arguments.listed)
+        say("making images and a long list of them")
+        file = write_long_list(open_images(arguments, folder / "images", size=_SMALL), folder, arguments.listed)
         figures: dict[str, Any] = {
             "device": "cpu",
             "workers": arguments.workers,
@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
 
 
 def write_long_list(dataset: CocoDataset, folder: Path, num_images: int) -> Path:
-    """A set of `num_images` entries that name the pictures of `dataset` over and over, as large sets' lists are: the
-    annotation file, beside links to the pictures."""
+    """A set of `num_images` entries that name the images of `dataset` over and over, as large sets' lists are: the
+    annotation file, beside links to the images."""
     links = folder / "links"
     links.mkdir(parents=True)
     images: list[dict[str, Any]] = []

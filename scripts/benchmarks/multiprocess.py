@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing
 
 import checkout  # noqa: F401
-from benchmarks.inputs import open_pictures, train_loader
+from benchmarks.inputs import open_images, train_loader
 from benchmarks.scenes import native_size
 from benchmarks.timing import BenchmarkError
 from benchmarks.torchvision_peer import starting_weights
@@ -52,7 +52,7 @@ def measure_together(
     results = []
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         arguments.pictures = arguments.pictures or num_processes * arguments.batch_size * arguments.batches
-        dataset = open_pictures(arguments, Path(folder), size=size)
+        dataset = open_images(arguments, Path(folder), size=size)
         annotations = arguments.annotations or Path(folder) / "annotations.json"
         first = next(train_loader(arguments, dataset, (min_size, max_size), world_size=num_processes).batches(0, 1))
         with starting_weights(arguments.model, len(dataset.class_names), first) as weights:

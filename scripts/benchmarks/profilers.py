@@ -1,4 +1,4 @@
-"""What a step consists of: time by stage, synchronisations, FLOPs, a matrix multiplication to compare with, traces."""
+"""What a step consists of: time by stage, synchronizations, FLOPs, a matrix multiplication to compare with, traces."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class _CopyCounter(TorchFunctionMode):
 
 
 def count_waits(run: Callable[[], object]) -> dict[str, Any]:
-    """Synchronisations of one run by kind: {"device_to_host": {kind: number}, "host_to_device": {kind: number}}.
+    """Synchronizations of one run by kind: {"device_to_host": {kind: number}, "host_to_device": {kind: number}}.
 
     Counted by operator, as they would be on a GPU: a run on the CPU gives about the same. Code that is compiled runs
     uncompiled here.
@@ -219,7 +219,7 @@ def count_waits(run: Callable[[], object]) -> dict[str, Any]:
 
 
 def count_cuda_waits(run: Callable[[], object]) -> int:
-    """Synchronisations that the CUDA runtime itself reports for one run."""
+    """Synchronizations that the CUDA runtime itself reports for one run."""
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
@@ -249,17 +249,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], fl
     rates: list[float] = []
     begin = time.perf_counter()
     while len(rates) < 4 or time.perf_counter() - begin < _MATMUL_SECONDS:
-        synchronise(device)
+        synchronize(device)
         start = clock()
         calls = 1 if device.type == "cpu" else 20
         for _ in range(calls):
             a @ b
-        synchronise(device)
+        synchronize(device)
         rates.append(2 * side**3 * calls / (clock() - start))
     return statistics.median(rates[1:])
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -271,7 +271,7 @@ def write_trace(run: Callable[[], object], file: Path, device: torch.device) -> 
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         run()
-        synchronise(device)
+        synchronize(device)
     file.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(file))
 

@@ -13,7 +13,7 @@ import torch
 
 import checkout  # noqa: F401
 from benchmarks.multiprocess import measure_together
-from benchmarks.profilers import synchronise
+from benchmarks.profilers import synchronize
 from benchmarks.steps import OurStep
 from benchmarks.timing import format_table, spread
 from benchmarks.variants import Variant, Work
@@ -54,7 +54,7 @@ def _measure(processes: Processes, work: Work, variant: Variant, arguments: argp
             processes.barrier()
             start = time.perf_counter()
             run()
-            synchronise(device)
+            synchronize(device)
             slowest = max(processes.gather_objects(time.perf_counter() - start))
             if number:  # the first round is not counted
                 seconds[name].append(slowest / len(batches))
@@ -69,7 +69,7 @@ def _measure(processes: Processes, work: Work, variant: Variant, arguments: argp
         "shapes": [list(batch.padded_size) for batch in batches],
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "gradient_mb": gradients / 1e6,
-        "scaling_efficiency": spread([alone / together for alone, together in pairs]),
+        "scaling_efficiency": spread([alone / run_on_all_ranks for alone, run_on_all_ranks in pairs]),
     }
 
 

@@ -1,4 +1,4 @@
-"""Pictures and boxes drawn like COCO's: sizes, counts, and textures that compress as photographs do."""
+"""Images and boxes drawn like COCO's: sizes, counts, and textures that compress as photographs do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# Roughly COCO train2017: (width, height) and the share of pictures of about that size.
+# Roughly COCO train2017: (width, height) and the share of images of about that size.
 COCO_SIZES = (
     ((640, 480), 0.36),
     ((640, 427), 0.25),
@@ -24,30 +24,30 @@ COCO_SIZES = (
 )
 NUM_CLASSES = 80
 MAX_BOXES = 93
-# Log-normal with a median of 4 and a mean of 7 boxes a picture, as COCO's counts.
+# Log-normal with a median of 4 and a mean of 7 boxes a image, as COCO's counts.
 _LOG_COUNT_MEAN, _LOG_COUNT_STD = 1.4, 1.0
-# COCO's boxes: side from 2 % of the picture's shorter one to nearly all of it, small ones more often.
+# COCO's boxes: side from 2 % of the image's shorter one to nearly all of it, small ones more often.
 _MIN_BOX_SHARE = 0.02
-_NATIVE_SHARE = 0.6  # 640x480 pictures are resized by 1.67 to 800 pixels
+_NATIVE_SHARE = 0.6  # 640x480 images are resized by 1.67 to 800 pixels
 _JPEG_QUALITY = 88
 
 
 def draw_sizes(number: int, seed: int) -> list[tuple[int, int]]:
-    """(width, height) of `number` pictures, distributed as COCO's."""
+    """(width, height) of `number` images, distributed as COCO's."""
     sizes, shares = zip(*COCO_SIZES, strict=True)
     chosen = np.random.default_rng([seed, 1]).choice(len(sizes), size=number, p=np.array(shares) / sum(shares))
     return [sizes[index] for index in chosen]
 
 
 def native_size(height: int, width: int) -> tuple[int, int]:
-    """(width, height) of stored pictures that the usual factor of COCO's brings to a network size."""
+    """(width, height) of stored images that the usual factor of COCO's brings to a network size."""
     return round(width * _NATIVE_SHARE), round(height * _NATIVE_SHARE)
 
 
-def write_pictures(folder: Path, sizes: Sequence[tuple[int, int]], seed: int) -> Path:
+def write_images(folder: Path, sizes: Sequence[tuple[int, int]], seed: int) -> Path:
     """JPEGs of the given (width, height) with annotations in `folder`; the path of the annotation file.
 
-    Each picture has at least one box, so that training takes every one.
+    Each image has at least one box, so that training takes every one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ def texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     for _ in range(3):
         phase = rng.uniform(0, 2 * np.pi, frequency.shape)
         planes.append(np.fft.irfft2(np.exp(1j * phase) / frequency, s=(height, width)))
-    # Colours are mostly shared between the channels.
+    # Colors are mostly shared between the channels.
     shared = planes[0] + planes[1] + planes[2]
     pixels = np.stack([shared + 0.5 * plane for plane in planes], axis=-1)
     pixels = (pixels - pixels.mean()) / pixels.std()
@@ -97,7 +97,7 @@ def texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def draw_boxes(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """float64 [n, 4] xywh inside the picture; 1 to MAX_BOXES of them."""
+    """float64 [n, 4] xywh inside the image; 1 to MAX_BOXES of them."""
     number = int(np.clip(round(rng.lognormal(_LOG_COUNT_MEAN, _LOG_COUNT_STD)), 1, MAX_BOXES))
     sides = np.exp(rng.uniform(np.log(_MIN_BOX_SHARE), 0, (number, 1))) * min(width, height)
     elongation = np.exp(rng.uniform(-0.5, 0.5, (number, 1)))

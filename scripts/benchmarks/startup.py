@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.machine import add_common_arguments
-from benchmarks.scenes import NUM_CLASSES, categories, draw_sizes, write_pictures
+from benchmarks.scenes import NUM_CLASSES, categories, draw_sizes, write_images
 from benchmarks.timing import BenchmarkError, format_table, spread
 from checkout import ROOT
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         folder = Path(name)
         training = [sys.executable, str(ROOT / "train.py"), "--schedule", "1x"]
-        training += arguments.train_arguments.split() or _toy_run(folder / "pictures")
+        training += arguments.train_arguments.split() or _toy_run(folder / "images")
         durations: dict[str, list[Duration]] = {}
         for number in range(arguments.repeats):
             say(f"round {number + 1} of {arguments.repeats}")
@@ -98,7 +98,7 @@ _IMPORTS = [sys.executable, "-c", "import torch, torchvision"]
 
 def _toy_run(folder: Path) -> list[str]:
     """Arguments of a run whose iterations take next to no time."""
-    annotations = write_pictures(folder, [(256, 192)] * 8, seed=0)
+    annotations = write_images(folder, [(256, 192)] * 8, seed=0)
     settings = {**_TOY, "train-images": str(folder), "train-annotations": str(annotations)}
     return [text for name, value in settings.items() for text in (f"--{name}", value)]
 

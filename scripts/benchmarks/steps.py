@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
-from benchmarks.ablation import FUSED_OPTIMISER, KEPT_MEMORY, OPTIMISATIONS
+from benchmarks.ablation import FUSED_OPTIMIZER, KEPT_MEMORY, OPTIMIZATIONS
 from benchmarks.timing import BenchmarkError
 from benchmarks.torchvision_peer import TorchvisionStep
 from benchmarks.variants import (
@@ -19,7 +19,7 @@ from benchmarks.variants import (
     FEATURES,
     INPUT,
     LOSSES,
-    OPTIMISER,
+    OPTIMIZER,
     PROPOSALS,
     ROI_ALIGN,
     RPN_HEAD,
@@ -37,11 +37,11 @@ from detection.engine.accelerate.cuda_graphs import cuda_step_graphs
 from detection.engine.checkpoint import CheckpointStore
 from detection.engine.distributed.comm import Processes
 from detection.engine.inputs.bad_images import BadImages
-from detection.engine.metrics.logger import Recorder
+from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.optimizer import build_optimizer
 from detection.engine.signals import StopRequest
-from detection.engine.trainer import EpochBasedTrainLoop, SavePlan
+from detection.engine.trainer import SavePlan, Trainer
 from detection.models import FasterRCNN, ImageBatch, build_model, faster_rcnn, load_weights
 from detection.reporting import Console
 from schedules import load_schedule
@@ -55,7 +55,7 @@ def build_step(variant: Variant, work: Work) -> Step:
 
 
 class OurStep:
-    """EpochBasedTrainLoop.train_iteration itself, with the prefetcher in front of it and the records behind it."""
+    """Trainer.train_iteration itself, with the prefetcher in front of it and the records behind it."""
 
     def __init__(self, variant: Variant, work: Work, processes: Processes | None = None) -> None:
         self.variant, self.work = variant, work
@@ -68,13 +68,13 @@ class OurStep:
         precision = Precision(variant.amp, work.device)
         self._scratch = tempfile.TemporaryDirectory(prefix="benchmark_")
         optimizer = build_optimizer(self.model, schedule)
-        if variant.without == FUSED_OPTIMISER:
+        if variant.without == FUSED_OPTIMIZER:
             for group in optimizer.param_groups:
                 group.update(fused=False, foreach=None)
-        processes, recorder = processes or Processes(0, 0, 1, 1, work.device), Recorder(Console(None))
+        processes, metric_logger = processes or Processes(0, 0, 1, 1, work.device), MetricLogger(Console(None))
         graphs = cuda_step_graphs(processes, self.model) if variant.graphs else None
-        self.loop = EpochBasedTrainLoop(
-            model=processes.wrap(self.model, broadcast_buffers=False) if graphs is None else self.model,
+        self.loop = Trainer(
+            model=processes.wrap_ddp(self.model, broadcast_buffers=False) if graphs is None else self.model,
             graphs=graphs,
             optimizer=optimizer,
             schedule=schedule,
@@ -83,12 +83,12 @@ class OurStep:
             precision=precision,
             ema=None,
             processes=processes,
-            recorder=recorder,
+            metric_logger=metric_logger,
             store=CheckpointStore(Path(self._scratch.name), keep=1),
             stop=StopRequest(),
             log_interval=1,
             save_plan=SavePlan(),
-            bad_images=BadImages(processes, recorder, limit=0),
+            bad_images=BadImages(processes, metric_logger, limit=0),
             skip_nonfinite=False,
             validate=None,
             extra_state={},
@@ -115,10 +115,10 @@ class OurStep:
 
     def _patches(self) -> AbstractContextManager[Any]:
         """While inside, the step does without what its variant says."""
-        optimisation = OPTIMISATIONS.get(self.variant.without or "")
-        if optimisation is None or optimisation.without is None:
+        optimization = OPTIMIZATIONS.get(self.variant.without or "")
+        if optimization is None or optimization.without is None:
             return nullcontext()
-        return optimisation.without(self.model)
+        return optimization.without(self.model)
 
     def detect(self, batches: Sequence[RawBatch]) -> None:
         self.model.eval()
@@ -151,8 +151,8 @@ class OurStep:
             (self.model, "roi_head", BOX_HEAD),
             (faster_rcnn, "roi_losses", LOSSES),
             (self.loop.precision, "backward", BACKWARD),
-            (self.loop.optimizer, "zero_grad", OPTIMISER),
-            (trainer, "set_learning_rate", OPTIMISER),
-            (trainer, "gradient_norm", OPTIMISER),
-            (self.loop.precision, "step", OPTIMISER),
+            (self.loop.optimizer, "zero_grad", OPTIMIZER),
+            (trainer, "set_learning_rate", OPTIMIZER),
+            (trainer, "gradient_norm", OPTIMIZER),
+            (self.loop.precision, "step", OPTIMIZER),
         ]

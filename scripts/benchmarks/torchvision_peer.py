@@ -23,7 +23,7 @@ from benchmarks.variants import (
     FEATURES,
     INPUT,
     LOSSES,
-    OPTIMISER,
+    OPTIMIZER,
     PROPOSALS,
     ROI_ALIGN,
     RPN_HEAD,
@@ -49,7 +49,7 @@ class TorchvisionStep:
     """torchvision's model in the step of its reference training: model, finite check, backward, SGD, losses read.
 
     It is given float images that are decoded, scaled to 0..1 and flipped already, because its own loader's workers do
-    that; normalisation and resize are inside its model.
+    that; normalization and resize are inside its model.
     """
 
     def __init__(self, variant: Variant, work: Work) -> None:
@@ -137,13 +137,13 @@ class TorchvisionStep:
             (roi_heads_, "box_predictor", BOX_HEAD),
             (torchvision_roi_heads, "fastrcnn_loss", LOSSES),
             (self.precision, "backward", BACKWARD),
-            (self.optimizer, "zero_grad", OPTIMISER),
-            (self.precision, "step", OPTIMISER),
+            (self.optimizer, "zero_grad", OPTIMIZER),
+            (self.precision, "step", OPTIMIZER),
         ]
 
 
 def torchvision_inputs(batch: RawBatch, device: torch.device) -> TorchvisionInputs:
-    """The pictures of `batch` at native size, float [3, h, w] in 0..1, and their boxes, as torchvision takes them."""
+    """The images of `batch` at native size, float [3, h, w] in 0..1, and their boxes, as torchvision takes them."""
     images, targets, start = [], [], 0
     for row, ((height, width), flip) in enumerate(zip(batch.native_sizes, batch.flips, strict=True)):
         end = start + height * width * 3

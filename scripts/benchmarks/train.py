@@ -1,4 +1,4 @@
-"""The training step beside torchvision's: time, memory, synchronisations, stages, and FLOPs against the machine's."""
+"""The training step beside torchvision's: time, memory, synchronizations, stages, and FLOPs against the machine's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import checkout  # noqa: F401
 from benchmarks.ablation import ablation_rows, ablation_table, ablation_variants
 from benchmarks.exchange import measure_exchange
-from benchmarks.inputs import add_picture_arguments, open_pictures, train_loader
+from benchmarks.inputs import add_image_arguments, open_images, train_loader
 from benchmarks.machine import add_common_arguments
 from benchmarks.peak_memory import peak_memory_on_cpu
 from benchmarks.profilers import (
@@ -27,7 +27,7 @@ from benchmarks.profilers import (
     count_waits,
     gpu_figures,
     matmul_rate,
-    synchronise,
+    synchronize,
     wrapped,
     write_trace,
 )
@@ -50,7 +50,7 @@ Say = Callable[[str], None]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, repeats=5)
-    add_picture_arguments(parser, num_pictures=0)
+    add_image_arguments(parser, num_images=0)
     parser.add_argument("--model", default="faster_rcnn_r50_fpn", help="our model [faster_rcnn_r50_fpn]")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--threads", type=int, help="torch's threads on the CPU [torch's own choice]")
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ablation",
         action="store_true",
-        help="ours alone: each optimisation taken out in turn, in the same run; with --nproc, settings of the exchange",
+        help="ours alone: each optimization taken out in turn, in the same run; with --nproc, settings of the exchange",
     )
     parser.add_argument(
         "--nproc",
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="scaling: images/s of N processes (GPUs, or CPU processes) over N times one",
     )
-    parser.add_argument("--no-probes", action="store_true", help="times only: no stages, synchronisations and FLOPs")
+    parser.add_argument("--no-probes", action="store_true", help="times only: no stages, synchronizations and FLOPs")
     parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of the last of our variants")
 
 
@@ -168,7 +168,7 @@ def _timed(
     batch_size = len(batches[0])
     timed = {name: partial(step.train, batches) for name, step in steps.items()}
     settle = {name: step.settle for name, step in steps.items()}
-    samples = interleave(timed, arguments.repeats, wait=partial(synchronise, device), say=say, settle=settle)
+    samples = interleave(timed, arguments.repeats, wait=partial(synchronize, device), say=say, settle=settle)
     rows = timing_rows(samples, peers, units=len(batches), clock=arguments.clock)
     key = "seconds" if arguments.clock == "wall" else "cpu_seconds"
     for row in rows:
@@ -223,7 +223,7 @@ def _work(arguments: argparse.Namespace, device: torch.device, folder: Path, sta
         size = native_size(arguments.height, arguments.width)
         min_size, max_size = sorted((arguments.height, arguments.width))
     arguments.pictures = arguments.pictures or arguments.batch_size * arguments.batches
-    dataset = open_pictures(arguments, folder, size=size)
+    dataset = open_images(arguments, folder, size=size)
     batches = load_batches(arguments, dataset, min_size, max_size, device)
     num_classes = len(dataset.class_names)
     weights = stack.enter_context(starting_weights(arguments.model, num_classes, batches[0]))
@@ -281,7 +281,7 @@ def _inference(
     for title, batches in (("batch", work.batches), ("one_image", tuple(single))):
         timed = {name: partial(step.detect, batches) for name, step in steps.items()}
         settle = {name: step.settle for name, step in steps.items()}
-        samples = interleave(timed, arguments.repeats, wait=partial(synchronise, work.device), say=say, settle=settle)
+        samples = interleave(timed, arguments.repeats, wait=partial(synchronize, work.device), say=say, settle=settle)
         results[title] = timing_rows(samples, peers, units=len(batches), clock=arguments.clock)
         number = len(batches[0])
         for row in results[title]:
@@ -314,17 +314,17 @@ def _probes(steps: Mapping[str, Step], work: Work, rows: Sequence[Mapping[str, A
             flops[step.variant.owner] = counted / sum(map(len, work.batches))
     precisions = sorted({step.variant.amp for step in steps.values()})
     rates = {amp: matmul_rate(work.device, _DTYPES[amp], ticks) for amp in precisions}
-    utilisation = {}
+    utilization = {}
     for row in rows:
         variant = steps[row["name"]].variant
-        utilisation[row["name"]] = flops[variant.owner] * row["images_per_second"] / rates[variant.amp]
+        utilization[row["name"]] = flops[variant.owner] * row["images_per_second"] / rates[variant.amp]
     return {
         "stage_seconds": stages,
         "stages_not_found": missing,
         "waits": waits,
         "gflop_per_image": {owner: number / 1e9 for owner, number in flops.items()},
         "matmul_gflops": {"fp32" if amp == "off" else amp: rate / 1e9 for amp, rate in rates.items()},
-        "utilisation": utilisation,
+        "utilization": utilization,
     }
 
 
@@ -357,11 +357,11 @@ def _probe_tables(figures: Mapping[str, Any]) -> str:
             f"{kind} {number}" for kind, number in {**kinds["device_to_host"], **kinds["host_to_device"]}.items()
         )
         cells.append([name, str(down), str(up), str(kinds.get("cuda_runtime", "-")), detail])
-    texts += ["", "synchronisations a step: device to host, host to device, as the CUDA runtime counts them"]
+    texts += ["", "synchronizations a step: device to host, host to device, as the CUDA runtime counts them"]
     texts.append(format_table(["", "to host", "to device", "runtime", "kinds"], cells))
     work = ", ".join(f"{owner} {number:.1f}" for owner, number in figures["gflop_per_image"].items())
     rates = ", ".join(f"{amp} {rate:,.0f}" for amp, rate in figures["matmul_gflops"].items())
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in figures["utilisation"].items())
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in figures["utilization"].items())
     texts += ["", f"GFLOP an image: {work}; GFLOP/s of a matrix multiplication: {rates}; share reached: {shares}"]
     return "\n".join(texts)
 
@@ -385,7 +385,7 @@ def _gpu_line(figures: Mapping[str, Any]) -> str:
 
 
 def _padding_share(batches: Sequence[RawBatch]) -> float:
-    """Share of the batches' pixels that lie outside the pictures."""
+    """Share of the batches' pixels that lie outside the images."""
     inside = sum(height * width for batch in batches for height, width in batch.resized_sizes)
     return 1 - inside / sum(len(batch) * batch.padded_size[0] * batch.padded_size[1] for batch in batches)
 

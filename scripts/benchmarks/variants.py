@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 import checkout  # noqa: F401
-from benchmarks.ablation import OPTIMISATIONS
+from benchmarks.ablation import OPTIMIZATIONS
 from benchmarks.timing import BenchmarkError
 from data import RawBatch, TrainLoader
 from detection.engine.accelerate.allocator import keep_freed_memory, return_freed_memory
 
 INPUT, FEATURES, RPN_HEAD, PROPOSALS = "input", "backbone and FPN", "RPN head", "proposals and NMS"
 ASSIGNMENT, ROI_ALIGN, BOX_HEAD = "assignment and sampling", "RoIAlign", "box head"
-LOSSES, BACKWARD, OPTIMISER = "losses", "backward", "optimiser"
-STAGES = (INPUT, FEATURES, RPN_HEAD, PROPOSALS, ASSIGNMENT, ROI_ALIGN, BOX_HEAD, LOSSES, BACKWARD, OPTIMISER)
+LOSSES, BACKWARD, OPTIMIZER = "losses", "backward", "optimizer"
+STAGES = (INPUT, FEATURES, RPN_HEAD, PROPOSALS, ASSIGNMENT, ROI_ALIGN, BOX_HEAD, LOSSES, BACKWARD, OPTIMIZER)
 
 Place = tuple[Any, str, str]
 """An owner (module, object or class), the name of something it calls, and the stage that this belongs to."""
@@ -38,7 +38,7 @@ class Variant:
     compiled: bool
     graphs: bool = False
     without: str | None = None
-    """Of ours: the one of OPTIMISATIONS that is left out."""
+    """Of ours: the one of OPTIMIZATIONS that is left out."""
 
     @staticmethod
     def parse(name: str) -> Variant:
@@ -53,8 +53,8 @@ class Variant:
         owner, precision, channels_last, compiled, graphs, without = match.groups()
         if graphs is not None and owner != "ours":
             raise BenchmarkError(f"variant {name!r}: -graphs goes with ours")
-        if without is not None and (owner != "ours" or without not in OPTIMISATIONS):
-            raise BenchmarkError(f"variant {name!r}: -without- goes with ours and one of {', '.join(OPTIMISATIONS)}")
+        if without is not None and (owner != "ours" or without not in OPTIMIZATIONS):
+            raise BenchmarkError(f"variant {name!r}: -without- goes with ours and one of {', '.join(OPTIMIZATIONS)}")
         amp = "off" if precision == "fp32" else precision
         return Variant(name, owner, amp, channels_last is not None, compiled is not None, graphs is not None, without)
 
@@ -88,7 +88,7 @@ class Step(Protocol):
         """Right before `run` is timed: memory as this step's own program has it."""
 
     def train(self, batches: Sequence[RawBatch]) -> None:
-        """One optimiser step a batch, from what workers hand over to updated weights."""
+        """One optimizer step a batch, from what workers hand over to updated weights."""
 
     def detect(self, batches: Sequence[RawBatch]) -> None:
         """Detections of each batch, on the host."""

@@ -102,7 +102,7 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
             + (() if short else ("--batch-size", "2")),
         ),
         "ablation": (
-            "each optimisation taken out in turn",
+            "each optimization taken out in turn",
             120,
             ("scripts/benchmark.py", "train", *device, *of_one_size, *compiled, "--ablation"),
         ),

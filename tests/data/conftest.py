@@ -16,7 +16,7 @@ MakeDataset = Callable[..., CocoDataset]
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> MakeDataset:
-    """make_dataset(sizes, training=True): pictures of (width, height) sizes with noise, each with 0 to 3
+    """make_dataset(sizes, training=True): images of (width, height) sizes with noise, each with 0 to 3
     boxes (1 to 3 when training), image ids 100, 101, ..."""
 
     def make(sizes: Sequence[tuple[int, int]], *, training: bool = True) -> CocoDataset:

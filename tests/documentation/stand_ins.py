@@ -39,7 +39,7 @@ class NoWay(LookupError):
 
 
 # Written here -> in its place, in every command. The reader's own names (DIR, FILE.json, runs/NAME, photo.jpg, ...)
-# need nothing: tree.py lays out pictures, annotations and runs under just these names.
+# need nothing: tree.py lays out images, annotations and runs under just these names.
 SUBSTITUTIONS = (
     (r"--nproc_per_node=(8|4|gpu)(?= )", "--nproc_per_node=2", "two CPU processes in place of the GPUs"),
     (r"--nproc 8\b", "--nproc 2", "the same"),
@@ -51,7 +51,7 @@ SUBSTITUTIONS = (
     (r"(?<=[ =])/(shared|datasets)/", r"\1/", "no folder outside the scratch tree"),
     (r"\bFUZZ_EXAMPLES=\d+", "FUZZ_EXAMPLES=5", "seconds in place of hours"),
     (r"--val-images DIR --val-annotations FILE", "--val-images DIR_VAL --val-annotations FILE_VAL", "two splits"),
-    (r"\bIMAGE\.\.\.", "photo.jpg", "a picture"),
+    (r"\bIMAGE\.\.\.", "photo.jpg", "a image"),
 )
 
 SMALL_MODEL = (

@@ -73,7 +73,7 @@ def test_the_page_on_python_runs(folder):
 
 
 class OneBox(torch.nn.Module):
-    """In place of a detector, whose export takes long: the whole picture, once."""
+    """In place of a detector, whose export takes long: the whole image, once."""
 
     def forward(self, images):
         sides = torch.tensor([0.0, 0.0, 1.0, 1.0]) * (images[0, 0, 0, 0] * 0 + 60)

@@ -1,4 +1,4 @@
-"""README and docs/: every command fits its program, every option exists, every link and picture is there."""
+"""README and docs/: every command fits its program, every option exists, every link and image is there."""
 
 import os
 import re
@@ -78,7 +78,7 @@ def test_every_option_that_a_page_mentions_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_and_picture_of_a_page_is_there(page):
+def test_every_link_and_image_of_a_page_is_there(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"

@@ -164,8 +164,8 @@ class Trees:
             (given / "bccd" / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
         for name in ("photo.jpg", "holiday/1.jpg", "more/1.png", "photos/1.jpg"):
             (given / name).parent.mkdir(exist_ok=True)
-            with Image.open(shapes / "val2017" / "000000000001.png") as picture:
-                picture.convert("RGB").save(given / name)
+            with Image.open(shapes / "val2017" / "000000000001.png") as photo:
+                photo.convert("RGB").save(given / name)
         # A training of the shapes, as the quickstart leaves it; others of the name that pages call them by.
         self._run(
             "train.py", "--schedule", "1x", "--dataset", "shapes", "--weights", "none", "--max-epochs", "1",

@@ -1,4 +1,4 @@
-"""Runs of the whole program on a set of a few small pictures, with a network that a CPU trains in no time."""
+"""Runs of the whole program on a set of a few small images, with a network that a CPU trains in no time."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ def _tiny_models() -> None:
 
 @pytest.fixture(scope="session")
 def shapes_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 pictures to train on, 6 to validate on, in the standard layout."""
+    """16 images to train on, 6 to validate on, in the standard layout."""
     return make_shapes(tmp_path_factory.mktemp("data") / "shapes", num_train=16, num_val=6, size=(128, 96))
 
 

@@ -85,7 +85,7 @@ def test_a_test_set_without_boxes_gets_results_for_an_upload(how, start, shapes_
     assert not (tmp_path / "out" / "metrics_test.json").exists()
 
 
-def test_boxes_come_back_in_pixels_of_the_stored_picture(start, shapes_set, weights, tmp_path):
+def test_boxes_come_back_in_pixels_of_the_stored_image(start, shapes_set, weights, tmp_path):
     assert start(tmp_path / "out", "--val-only", "--weights", weights, "--limit-val-batches", "9") == 0
     results = json.loads((tmp_path / "out" / "detections_val.json").read_text())
     images = json.loads((shapes_set / "annotations" / "instances_val2017.json").read_text())["images"]

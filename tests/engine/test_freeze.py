@@ -61,7 +61,7 @@ def test_frozen_weights_do_not_move_in_fine_tuning_and_all_others_do(
     moved = {name for name in after if name in before and not torch.equal(before[name], after[name])}
     assert not [name for name in moved if _is_frozen(name, prefixes)]
     trained = {name for name in after if name.endswith(("weight", "bias")) and not _is_frozen(name, prefixes)}
-    # The picture's few boxes leave some levels' outputs without a gradient; whole modules never are.
+    # The image's few boxes leave some levels' outputs without a gradient; whole modules never are.
     for module in {name.rsplit(".", 1)[0] for name in trained if name.startswith(("backbone", "fpn.lateral", "roi"))}:
         assert any(name.startswith(module + ".") for name in moved), module
 

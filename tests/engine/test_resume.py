@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from detection.engine import RunError
 from detection.engine.evaluator import ValLoop
-from detection.engine.metrics.logger import Recorder
-from detection.engine.trainer import EpochBasedTrainLoop
+from detection.engine.metrics.logger import MetricLogger
+from detection.engine.trainer import Trainer
 from detection.reporting import TensorBoardLog
 
 MIXED = ["--max-epochs", "1", "--amp", "bf16", "--ema", "0.9", "--accumulate", "2", "--checkpoint-iterations", "1"]
@@ -22,14 +22,14 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, iteration: int) -> None:
-    plain = EpochBasedTrainLoop.train_iteration
+    plain = Trainer.train_iteration
 
     def train_iteration(self, at, batches):
         if at == iteration:
             raise Killed
         plain(self, at, batches)
 
-    monkeypatch.setattr(EpochBasedTrainLoop, "train_iteration", train_iteration)
+    monkeypatch.setattr(Trainer, "train_iteration", train_iteration)
 
 
 def steps(output: Path, tag: str) -> list[int]:
@@ -102,14 +102,14 @@ def test_a_kill_between_an_epochs_save_and_its_validation_is_made_up_for(
 def test_a_kill_between_a_validations_record_and_its_save_repeats_no_record(
     start, finished, tmp_path, monkeypatch, same_run, records_of
 ):
-    plain = Recorder.validation
+    plain = MetricLogger.validation
 
     def validation(self, *arguments):
         plain(self, *arguments)
         raise Killed
 
     with monkeypatch.context() as context:
-        context.setattr(Recorder, "validation", validation)
+        context.setattr(MetricLogger, "validation", validation)
         with pytest.raises(Killed):
             start(tmp_path / "run")
     assert len(records_of(tmp_path / "run", "val")) == 1
@@ -177,17 +177,17 @@ def test_more_epochs_go_on_after_the_last_one_and_are_named_as_a_change(start, f
     assert [r["iteration"] for r in records_of(tmp_path / "run", "train")] == list(range(9))
 
 
-def test_another_optimiser_begins_with_a_fresh_state_and_says_so(start, finished, tmp_path, capsys):
+def test_another_optimizer_begins_with_a_fresh_state_and_says_so(start, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     schedule = tmp_path / "adamw.py"
     schedule.write_text(
-        "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=3)\n"
+        "train_cfg = dict(type='Trainer', max_epochs=3)\n"
         "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.01),\n"
         "    paramwise_cfg=dict(norm_decay_mult=0))\n"
     )
     assert start(tmp_path / "run", "--resume", "--schedule", schedule, "--max-epochs", "3") == 0
     said = capsys.readouterr().out
-    assert "optimiser: SGD before, AdamW now" in said
+    assert "optimizer: SGD before, AdamW now" in said
     assert "schedule optim_wrapper.optimizer.type" in said
 
 

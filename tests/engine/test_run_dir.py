@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from detection.engine import RunError
-from detection.engine.run_dir import OutputDirectory, OutputDirectoryError
+from detection.engine.run_dir import RunDir, RunDirError
 
 
-def used(folder: Path) -> OutputDirectory:
+def used(folder: Path) -> RunDir:
     """A folder that a run has left something in."""
-    output = OutputDirectory(folder)
+    output = RunDir(folder)
     folder.mkdir(parents=True)
     output.metrics.write_text('{"kind": "train", "iteration": 0}\n')
     output.checkpoints.mkdir()
@@ -26,7 +26,7 @@ def used(folder: Path) -> OutputDirectory:
 
 def test_a_used_folder_is_refused_with_three_ways_out(tmp_path: Path):
     output = used(tmp_path / "run")
-    with pytest.raises(OutputDirectoryError, match=r"--resume.*--overwrite.*--output-dir"):
+    with pytest.raises(RunDirError, match=r"--resume.*--overwrite.*--output-dir"):
         output.claim(overwrite=False, resume=False)
 
 
@@ -55,7 +55,7 @@ def test_overwriting_moves_the_earlier_run_aside_and_loses_nothing(tmp_path: Pat
 def test_of_a_link_the_folder_that_it_means_is_moved(tmp_path: Path):
     used(tmp_path / "disk" / "run")
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
-    output = OutputDirectory(tmp_path / "link")
+    output = RunDir(tmp_path / "link")
     assert output.claim(overwrite=True, resume=False) is not None
     output.release()
     assert (tmp_path / "link").is_symlink() and not output.holds_a_run
@@ -68,8 +68,8 @@ def test_the_folder_that_the_program_works_in_is_not_moved(path: str, tmp_path: 
     used(tmp_path / "run")
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "iteration": 0}\n')
     monkeypatch.chdir(tmp_path / "run")
-    output = OutputDirectory(Path(path))
-    with pytest.raises(OutputDirectoryError, match="start it from another one, or give another --output-dir"):
+    output = RunDir(Path(path))
+    with pytest.raises(RunDirError, match="start it from another one, or give another --output-dir"):
         output.claim(overwrite=True, resume=False)
     output.release()
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
@@ -91,14 +91,14 @@ def test_an_evaluation_keeps_out_of_the_folder_of_a_training_at_work(start, fini
 
 def test_overwriting_a_folder_without_a_run_moves_nothing(tmp_path: Path):
     (tmp_path / "run").mkdir()
-    output = OutputDirectory(tmp_path / "run")
+    output = RunDir(tmp_path / "run")
     assert output.claim(overwrite=True, resume=False) is None
     output.release()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def hold(folder: Path, seconds: float, held, done) -> None:
-    output = OutputDirectory(folder)
+    output = RunDir(folder)
     output.claim(overwrite=False, resume=True)
     held.set()
     done.wait(seconds)
@@ -118,7 +118,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_works(tmp_pa
     assert held.wait(30)
     try:
         for options in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
-            with pytest.raises(OutputDirectoryError, match=f"another run is writing here .process {process.pid}."):
+            with pytest.raises(RunDirError, match=f"another run is writing here .process {process.pid}."):
                 output.claim(**options)
         assert output.metrics.exists()
     finally:
@@ -129,7 +129,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_works(tmp_pa
 
 
 def claim_and_leave_a_child(folder: Path, child_is_there) -> None:
-    OutputDirectory(folder).claim(overwrite=False, resume=True)
+    RunDir(folder).claim(overwrite=False, resume=True)
     if os.fork() == 0:  # as a loader process, which outlives a killed run for some seconds
         child_is_there.set()
         time.sleep(3)
@@ -143,13 +143,13 @@ def test_a_killed_runs_loader_processes_do_not_keep_its_restart_out(tmp_path: Pa
     process = in_another_process(claim_and_leave_a_child, tmp_path / "run", child_is_there)
     process.join()
     assert process.exitcode == 9
-    output = OutputDirectory(tmp_path / "run")
+    output = RunDir(tmp_path / "run")
     output.claim(overwrite=False, resume=True)
     output.release()
 
 
 def test_a_folder_moved_aside_between_opening_and_locking_is_not_taken_for_the_own_one(tmp_path: Path, monkeypatch):
-    output = OutputDirectory(tmp_path / "run")
+    output = RunDir(tmp_path / "run")
     plain, moved = fcntl.lockf, []
 
     def lock_after_a_move(file, mode):
@@ -167,8 +167,8 @@ def test_a_folder_moved_aside_between_opening_and_locking_is_not_taken_for_the_o
 
 def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputDirectoryError, match="cannot be used as output directory"):
-        OutputDirectory(tmp_path / "file" / "run").claim(overwrite=False, resume=False)
+    with pytest.raises(RunDirError, match="cannot be used as output directory"):
+        RunDir(tmp_path / "file" / "run").claim(overwrite=False, resume=False)
 
 
 def test_a_second_training_is_refused_and_overwrite_starts_anew(start, tmp_path: Path, records_of):
@@ -198,7 +198,7 @@ def test_the_starts_of_a_run_are_kept_even_when_the_record_is_torn(start, tmp_pa
 
 
 def test_only_the_torchrun_that_began_a_run_starts_it_again(tmp_path: Path, monkeypatch):
-    output = OutputDirectory(tmp_path)
+    output = RunDir(tmp_path)
     assert not output.was_begun_by_this_torchrun()
     output.mark_as_begun()
     assert not output.was_begun_by_this_torchrun()  # there is none

@@ -15,7 +15,7 @@ import pytest
 from detection.engine import STOPPED_EXIT_CODE, signals
 from detection.engine.evaluator import _detect_batch
 from detection.engine.signals import StopRequest
-from detection.engine.trainer import EpochBasedTrainLoop
+from detection.engine.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def heard_hangups():
 def test_a_signal_in_training_saves_and_leaves_with_status_75(
     name, start, tmp_path, monkeypatch, load, capsys, finished, records_of
 ):
-    plain = EpochBasedTrainLoop.train_iteration
+    plain = Trainer.train_iteration
 
     def train_iteration(self, iteration, batches):
         plain(self, iteration, batches)
@@ -38,7 +38,7 @@ def test_a_signal_in_training_saves_and_leaves_with_status_75(
             os.kill(os.getpid(), signal.Signals[name])
 
     with monkeypatch.context() as context:
-        context.setattr(EpochBasedTrainLoop, "train_iteration", train_iteration)
+        context.setattr(Trainer, "train_iteration", train_iteration)
         assert start(tmp_path / "run") == STOPPED_EXIT_CODE == 75
     said = capsys.readouterr().out
     assert f"stopped by {name}" in said and "--resume" in said
@@ -76,7 +76,7 @@ def test_a_stop_in_the_wait_for_data_is_heard(start, tmp_path, monkeypatch, load
 
     def batches(self, first, last):
         for number, batch in enumerate(plain(self, first, last)):
-            # The mosaic at the start takes its pictures from the first epoch alone.
+            # The mosaic at the start takes its images from the first epoch alone.
             if number == 1 and last > self.iterations_per_epoch:
                 signal.raise_signal(signal.SIGTERM)
                 time.sleep(0.2)

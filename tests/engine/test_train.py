@@ -13,7 +13,7 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 from data import TrainLoader
 from detection.engine import RunError
-from detection.engine.trainer import EpochBasedTrainLoop
+from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN
 from schedules import ScheduleError, load_schedule
 
@@ -77,7 +77,7 @@ def test_the_summary_at_the_end_counts_epochs_from_1(start, tmp_path, capsys):
     assert [line.split()[0] for line in table[1:3]] == ["1", "2"]
 
 
-def test_the_learning_rate_of_the_optimiser_is_the_one_logged(start, tmp_path, records_of, monkeypatch):
+def test_the_learning_rate_of_the_optimizer_is_the_one_logged(start, tmp_path, records_of, monkeypatch):
     used = []
     plain = torch.optim.SGD.step
 
@@ -103,7 +103,7 @@ def test_a_float16_training_steps_with_a_loss_scale(start, tmp_path, load, recor
     assert any(record["grad_norm"] is not None for record in records_of(tmp_path / "run", "train"))
 
 
-def test_clipping_bounds_the_gradient_that_the_optimiser_sees(start, tmp_path, records_of, monkeypatch):
+def test_clipping_bounds_the_gradient_that_the_optimizer_sees(start, tmp_path, records_of, monkeypatch):
     seen = []
     plain = torch.optim.SGD.step
 
@@ -122,7 +122,7 @@ def test_clipping_bounds_the_gradient_that_the_optimiser_sees(start, tmp_path, r
 def test_an_adamw_schedule_of_a_file_trains(start, tmp_path, load, records_of):
     file = tmp_path / "mine.py"
     file.write_text(
-        "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=1)\n"
+        "train_cfg = dict(type='Trainer', max_epochs=1, val_interval=1)\n"
         "param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=1, T_max=1, eta_min=1e-6,\n"
         "                        convert_to_iter_based=True)]\n"
         "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),\n"
@@ -141,7 +141,7 @@ def test_an_adamw_schedule_of_a_file_trains(start, tmp_path, load, records_of):
 def test_a_learning_rate_that_cannot_be_computed_ends_the_run_before_it_begins(start, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)\n"
+        "train_cfg = dict(type='Trainer', max_epochs=1)\n"
         "param_scheduler = [dict(type='LinearLR', start_factor=0.5, by_epoch=False, begin=0, end=50),\n"
         "    dict(type='CosineAnnealingLR', by_epoch=True, begin=0.2, end=0.3, T_max=1, convert_to_iter_based=True)]\n"
         "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))\n"
@@ -241,7 +241,7 @@ def test_tensorboards_files_are_completed_when_the_disk_has_room_again(
     start, tmp_path, monkeypatch, capsys, finished, records_of
 ):
     plain, full = LocalFileSystem.append, threading.Event()
-    train_iteration = EpochBasedTrainLoop.train_iteration
+    train_iteration = Trainer.train_iteration
 
     def append(self, *arguments, **named):
         if full.is_set():
@@ -256,7 +256,7 @@ def test_tensorboards_files_are_completed_when_the_disk_has_room_again(
         train_iteration(self, iteration, batches)
 
     monkeypatch.setattr(LocalFileSystem, "append", append)
-    monkeypatch.setattr(EpochBasedTrainLoop, "train_iteration", full_for_a_while)
+    monkeypatch.setattr(Trainer, "train_iteration", full_for_a_while)
     assert start(tmp_path / "run") == 0
     told = capsys.readouterr()
     assert told.err.count("TensorBoard's files cannot be written: [Errno 28]") == 1
@@ -288,23 +288,23 @@ def test_without_a_validation_set_the_run_trains_on_and_says_so(start, shapes_se
     assert not (tmp_path / "run" / "checkpoints" / "best.pt").exists()
 
 
-def test_a_picture_that_cannot_be_read_ends_the_run_with_its_name(start, shapes_set, tmp_path):
+def test_a_image_that_cannot_be_read_ends_the_run_with_its_name(start, shapes_set, tmp_path):
     broken = tmp_path / "set"
     shutil.copytree(shapes_set, broken)
-    for picture in (broken / "train2017").iterdir():
-        picture.write_bytes(b"no picture")
+    for image in (broken / "train2017").iterdir():
+        image.write_bytes(b"no image")
     with pytest.raises(ValueError, match="train2017/0000000000"):
         start(tmp_path / "run", "--data-path", broken)
 
 
 def test_a_network_that_detects_nothing_is_validated(start, tmp_path, records_of, monkeypatch):
-    plain = EpochBasedTrainLoop.run_validation
+    plain = Trainer.run_validation
 
     def run_validation(self, progress):
         object.__setattr__(self.detector.config, "score_threshold", 1.1)
         plain(self, progress)
 
-    monkeypatch.setattr(EpochBasedTrainLoop, "run_validation", run_validation)
+    monkeypatch.setattr(Trainer, "run_validation", run_validation)
     assert start(tmp_path / "run", "--max-epochs", "1") == 0
     (record,) = records_of(tmp_path / "run", "val")
     assert record["mAP"] == 0

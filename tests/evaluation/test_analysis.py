@@ -112,12 +112,12 @@ def test_an_analysis_is_plain_json_also_without_any_detection(case, tmp_path):
 
 
 def test_the_report_escapes_names_and_needs_no_other_file(case):
-    def picture_of(name):
+    def image_of(name):
         if name == "3.png":
             raise FileNotFoundError(f"no {name} here")
         return np.zeros((480, 640, 3), np.uint8)
 
-    page = html_report(analyze_results(*case, score_threshold=0.0), title="a <b>", picture_of=picture_of)
+    page = html_report(analyze_results(*case, score_threshold=0.0), title="a <b>", image_of=image_of)
     assert "dog &amp; &lt;wolf&gt;" in page and "<wolf>" not in page and "a &lt;b&gt;" in page
     assert page.count("data:image/jpeg;base64,") == 1 and "no 3.png here" in page
     for outside in ("http://", "https://", "src="):
@@ -129,7 +129,7 @@ def run_program(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_the_program_writes_json_pictures_and_a_report_with_the_worst_images(case, tmp_path):
+def test_the_program_writes_json_images_and_a_report_with_the_worst_images(case, tmp_path):
     pytest.importorskip("matplotlib")
     images = tmp_path / "images"
     images.mkdir()

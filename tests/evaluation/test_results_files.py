@@ -51,7 +51,7 @@ def test_every_bit_survives_writing_and_reading(tmp_path, n, dtype):
 
 
 def test_ranking_and_ties_of_float32_scores_survive_the_file(tmp_path):
-    scores = np.float32(0.5) + np.arange(64, dtype=np.float32) // 2 * np.float32(2**-24)  # neighbours, in pairs
+    scores = np.float32(0.5) + np.arange(64, dtype=np.float32) // 2 * np.float32(2**-24)  # neighbors, in pairs
     n = len(scores)
     ids = np.zeros(n, np.int64)
     write_results(Detections(ids, ids, np.ones((n, 4), np.float32), scores), tmp_path / "r.json")

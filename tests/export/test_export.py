@@ -1,4 +1,4 @@
-"""Exported detectors find what the detector in PyTorch finds, in pictures of every allowed shape."""
+"""Exported detectors find what the detector in PyTorch finds, in images of every allowed shape."""
 
 import json
 
@@ -36,7 +36,7 @@ def small_detector(recipe):
     return Detector(model, ("cat", "dog", "bird"), (1, 5, 9), 128, 213)
 
 
-def picture(height, width, seed=0):
+def image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -55,14 +55,14 @@ def difference(detector, ours, theirs):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_graph_is_the_detector(recipe, shape):
     detector = small_detector(recipe)
-    pictures = [picture(*shape, seed) for seed in range(2)]
+    images = [image(*shape, seed) for seed in range(2)]
     with torch.no_grad():
-        boxes, scores, labels, counts = DetectorGraph(detector)(torch.from_numpy(np.stack(pictures)))
+        boxes, scores, labels, counts = DetectorGraph(detector)(torch.from_numpy(np.stack(images)))
     found = [
         {"boxes_xyxy": boxes[row, :count], "scores": scores[row, :count], "labels": labels[row, :count]}
         for row, count in enumerate(counts.tolist())
     ]
-    result = difference(detector, detector.predict(pictures, batch_size=2), found)
+    result = difference(detector, detector.predict(images, batch_size=2), found)
     assert result.num_matched > 2 and result.within(5e-4, 1e-2), str(result)
     assert boxes.shape == (2, 20, 4) and scores.dtype == torch.float32 and labels.dtype == torch.int64
     for row, count in enumerate(counts.tolist()):
@@ -77,7 +77,7 @@ def test_nothing_found_is_a_count_of_zero():
     with torch.no_grad():
         detector.model.roi_head.classifier.weight.zero_()
         detector.model.roi_head.classifier.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0]))  # background, always
-        boxes, scores, labels, counts = DetectorGraph(detector)(torch.from_numpy(picture(90, 120))[None])
+        boxes, scores, labels, counts = DetectorGraph(detector)(torch.from_numpy(image(90, 120))[None])
     assert counts.tolist() == [0] and (boxes == 0).all() and (scores == 0).all() and (labels == -1).all()
 
 
@@ -109,9 +109,9 @@ def onnx_file(tmp_path_factory):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_onnx_file_finds_the_same_in_any_size_and_batch(onnx_file, shape, batch_size):
     detector = small_detector(RECIPES[0])
-    pictures = [picture(*shape, seed) for seed in range(batch_size)]
+    images = [image(*shape, seed) for seed in range(batch_size)]
     result = difference(
-        detector, detector.predict(pictures, batch_size=batch_size), open_onnx(onnx_file)(np.stack(pictures))
+        detector, detector.predict(images, batch_size=batch_size), open_onnx(onnx_file)(np.stack(images))
     )
     assert result.num_matched > 2 and result.within(5e-4, 1e-2), str(result)
 

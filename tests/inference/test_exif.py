@@ -9,27 +9,27 @@ from detection.inference.exif import AS_STORED, orientation_of, upright
 ORIENTATION_TAG = 0x0112
 
 
-def picture():
+def photo():
     return np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pixels_are_turned_as_pillow_turns_them(orientation, tmp_path):
-    image = Image.fromarray(picture())
+    image = Image.fromarray(photo())
     exif = image.getexif()
     exif[ORIENTATION_TAG] = orientation
     image.save(tmp_path / "photo.png", exif=exif)
     assert orientation_of(tmp_path / "photo.png") == orientation
     with Image.open(tmp_path / "photo.png") as stored:
         expected = np.asarray(ImageOps.exif_transpose(stored))
-    turned = upright(picture(), orientation)
+    turned = upright(photo(), orientation)
     np.testing.assert_array_equal(turned, expected)
     assert turned.flags.c_contiguous
 
 
 @pytest.mark.parametrize("value", [0, 9])
 def test_a_tag_without_meaning_asks_for_nothing(value, tmp_path):
-    image = Image.fromarray(picture())
+    image = Image.fromarray(photo())
     exif = image.getexif()
     exif[ORIENTATION_TAG] = value
     image.save(tmp_path / "photo.jpg", exif=exif)
@@ -37,7 +37,7 @@ def test_a_tag_without_meaning_asks_for_nothing(value, tmp_path):
 
 
 def test_a_tiff_is_not_turned_twice(tmp_path):
-    image = Image.fromarray(picture())
+    image = Image.fromarray(photo())
     exif = image.getexif()
     exif[ORIENTATION_TAG] = 6
     image.save(tmp_path / "photo.tiff", exif=exif)

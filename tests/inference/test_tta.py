@@ -1,4 +1,4 @@
-"""Views of a picture: boxes mapped back, and fused as weighted box fusion says."""
+"""Views of a image: boxes mapped back, and fused as weighted box fusion says."""
 
 import numpy as np
 import pytest
@@ -63,16 +63,16 @@ def test_one_view_is_left_as_it_is_and_nothing_stays_nothing():
 
 
 class BrightestColumn:
-    """Finds the brightest column of a picture; keeps the sizes it was asked for."""
+    """Finds the brightest column of a image; keeps the sizes it was asked for."""
 
     asked: list = []
 
     def __init__(self, min_size, max_size):
         self.asked.append((min_size, max_size))
 
-    def predict(self, pictures, batch_size):
-        columns = [int(picture.sum(axis=(0, 2)).argmax()) for picture in pictures]
-        return [found((column, 0, column + 1, len(p), 0.5, 0)) for column, p in zip(columns, pictures, strict=True)]
+    def predict(self, images, batch_size):
+        columns = [int(image.sum(axis=(0, 2)).argmax()) for image in images]
+        return [found((column, 0, column + 1, len(p), 0.5, 0)) for column, p in zip(columns, images, strict=True)]
 
 
 def test_each_view_has_its_size_and_finds_the_same_place(monkeypatch):
@@ -85,8 +85,8 @@ def test_each_view_has_its_size_and_finds_the_same_place(monkeypatch):
             class config:
                 detections_per_image = 100
 
-    picture = np.zeros((6, 30, 3), np.uint8)
-    picture[:, 4] = 200
-    (result,) = predict_views(Settings, [picture], make_views((0.5, 1.0), flip=True), batch_size=1)
+    image = np.zeros((6, 30, 3), np.uint8)
+    image[:, 4] = 200
+    (result,) = predict_views(Settings, [image], make_views((0.5, 1.0), flip=True), batch_size=1)
     assert rows_of(result) == [(4, 0, 5, 6, 0.5, 0)]
     assert BrightestColumn.asked == [(40, 66), (40, 66), (80, 133), (80, 133)]

@@ -1,4 +1,4 @@
-"""Backbones: torchvision's networks under torchvision's names, with normalisation folded, trained or frozen."""
+"""Backbones: torchvision's networks under torchvision's names, with normalization folded, trained or frozen."""
 
 import copy
 
@@ -32,7 +32,7 @@ def shapes(module: nn.Module) -> dict[str, torch.Size]:
     }
 
 
-def randomise(module: nn.Module, seed: int = 0) -> None:
+def randomize(module: nn.Module, seed: int = 0) -> None:
     """Statistics and affines that no test could confuse with the identity."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in module.state_dict().items():
@@ -57,7 +57,7 @@ def test_names_and_shapes_are_torchvisions(name):
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
 def test_features_equal_torchvisions_in_float64(name, norm):
     theirs = TORCHVISION[name]().double().eval()
-    randomise(theirs)
+    randomize(theirs)
     ours = build_backbone(name, norm=norm, train_norm_affine=True, frozen_stages=1).double().eval()
     ours.load_state_dict(theirs.state_dict(), strict=False)
     x = torch.randn(2, 3, 65, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -83,7 +83,7 @@ def test_the_grouped_network_equals_torchvisions():
     backbone = build_backbone("resnext101_32x4d", norm="frozen_bn", train_norm_affine=True, frozen_stages=-1)
     block = backbone.stages[0][0].double()
     theirs = theirs.double().eval()
-    randomise(theirs)
+    randomize(theirs)
     block.load_state_dict(theirs.state_dict(), strict=False)
     x = torch.randn(1, 64, 9, 7, dtype=torch.float64)
     torch.testing.assert_close(block(x), theirs(x), rtol=1e-10, atol=1e-10)
@@ -92,7 +92,7 @@ def test_the_grouped_network_equals_torchvisions():
 def test_folding_leaves_output_and_every_gradient_as_they_are():
     conv = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2, bias=False).double()
     norm = FrozenBatchNorm(8, train_affine=True).double()
-    randomise(nn.ModuleDict({"bn": norm}))
+    randomize(nn.ModuleDict({"bn": norm}))
     x = torch.randn(2, 6, 9, 10, dtype=torch.float64, requires_grad=True)
     leaves = [x, conv.weight, norm.weight, norm.bias]
 
@@ -112,7 +112,7 @@ def test_folding_leaves_output_and_every_gradient_as_they_are():
 def test_the_fold_is_rounded_to_bf16_once():
     conv = nn.Conv2d(4, 4, 1, bias=False)
     norm = FrozenBatchNorm(4, train_affine=True)
-    randomise(nn.ModuleDict({"bn": norm}))
+    randomize(nn.ModuleDict({"bn": norm}))
     x = torch.randn(1, 4, 5, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = conv_norm(conv, norm, x)
@@ -161,7 +161,7 @@ def test_training_mode_changes_no_frozen_statistics_but_gathers_the_others():
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
 
 
-def test_trained_batch_norm_can_become_synchronised():
+def test_trained_batch_norm_can_become_synchronized():
     backbone = build_backbone("resnet18", norm="bn", train_norm_affine=True, frozen_stages=0)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
     kinds = {type(module) for name, module in converted.named_modules() if ".bn" in name or "downsample.1" in name}
@@ -177,7 +177,7 @@ def test_residual_blocks_start_as_the_identity_when_trained_from_scratch(norm):
     torch.testing.assert_close(block(x), x)
 
 
-def test_fresh_convolutions_are_he_initialised_by_fan_out():
+def test_fresh_convolutions_are_he_initialized_by_fan_out():
     torch.manual_seed(0)
     weight = build_backbone("resnet18", norm="bn", train_norm_affine=True, frozen_stages=-1).stages[3][1].conv1.weight
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)

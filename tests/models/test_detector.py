@@ -1,4 +1,4 @@
-"""A detector from one file: pictures in every form, boxes in the picture's own pixels."""
+"""A detector from one file: images in every form, boxes in the image's own pixels."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def echo_detector(min_size=80, max_size=133):
     return Detector(EchoModel(), ("cat", "dog"), (3, 7), min_size, max_size)
 
 
-def picture(height, width, seed=0):
+def photo(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -63,9 +63,9 @@ def model():
 
 
 @pytest.mark.parametrize("size", [(50, 80), (37, 211), (300, 200), (1, 40)])
-def test_boxes_come_back_in_the_pictures_own_pixels_and_inside_it(size):
+def test_boxes_come_back_in_the_images_own_pixels_and_inside_it(size):
     detector = echo_detector()
-    result = detector.predict(picture(*size))
+    result = detector.predict(photo(*size))
     height, width = size
     expected = torch.tensor([[0, 0, width, height], [0, height / 2, width, height]], dtype=torch.float32)
     torch.testing.assert_close(result["boxes_xyxy"], expected)
@@ -90,45 +90,45 @@ def test_resized_pixels_are_opencvs_to_one_grey_level(case):
     torch.testing.assert_close(result.int(), after.int(), rtol=0, atol=1)
 
 
-def test_a_picture_at_the_networks_scale_is_left_as_it_is():
-    image = torch.from_numpy(picture(80, 100)).permute(2, 0, 1)
+def test_a_image_at_the_networks_scale_is_left_as_it_is():
+    image = torch.from_numpy(photo(80, 100)).permute(2, 0, 1)
     assert resize(image, 80, 133) is image
 
 
-def test_arrays_pil_images_and_paths_are_the_same_picture(tmp_path):
-    pixels = picture(40, 60)
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
+def test_arrays_pil_images_and_paths_are_the_same_image(tmp_path):
+    pixels = photo(40, 60)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
     detector = echo_detector()
-    detector.predict([pixels, Image.fromarray(pixels), tmp_path / "picture.png", str(tmp_path / "picture.png")])
+    detector.predict([pixels, Image.fromarray(pixels), tmp_path / "image.png", str(tmp_path / "image.png")])
     first, *others = [images[0] for images in detector.model.given]
     assert len(others) == 3 and all(torch.equal(first, other) for other in others)
 
 
 def test_a_list_gives_a_list_in_batches_of_the_asked_size():
     detector = echo_detector()
-    pictures = [picture(40, 60 + index, index) for index in range(5)]
-    results = detector.predict(pictures, batch_size=2)
+    photos = [photo(40, 60 + index, index) for index in range(5)]
+    results = detector.predict(photos, batch_size=2)
     assert [len(images) for images in detector.model.given] == [2, 2, 1]
     assert [result["boxes_xyxy"][0, 2].item() for result in results] == pytest.approx([60, 61, 62, 63, 64])
     assert detector.predict([]) == []
-    assert isinstance(detector.predict(pictures[0]), dict)
+    assert isinstance(detector.predict(photos[0]), dict)
 
 
-def stored_pictures():
-    colour = Image.fromarray(picture(8, 10))
+def stored_images():
+    color = Image.fromarray(photo(8, 10))
     grey16 = Image.fromarray(np.full((8, 10), 0x8040, dtype=np.uint16))
     return {
-        "grey": (colour.convert("L"), None),
-        "palette": (colour.convert("P"), None),
-        "cmyk": (colour.convert("CMYK"), None),
-        "alpha": (colour.convert("RGBA"), np.asarray(colour)),
+        "gray": (color.convert("L"), None),
+        "palette": (color.convert("P"), None),
+        "cmyk": (color.convert("CMYK"), None),
+        "alpha": (color.convert("RGBA"), np.asarray(color)),
         "16 bits": (grey16, np.full((8, 10, 3), 0x80, dtype=np.uint8)),
     }
 
 
-@pytest.mark.parametrize("kind", stored_pictures())
-def test_pictures_of_every_mode_become_rgb(kind):
-    image, expected = stored_pictures()[kind]
+@pytest.mark.parametrize("kind", stored_images())
+def test_images_of_every_mode_become_rgb(kind):
+    image, expected = stored_images()[kind]
     detector = echo_detector(min_size=8, max_size=100)
     detector.predict(image)
     given = detector.model.given[0][0]
@@ -138,7 +138,7 @@ def test_pictures_of_every_mode_become_rgb(kind):
 
 
 def test_exif_orientation_is_ignored(tmp_path):
-    image = Image.fromarray(picture(20, 40))
+    image = Image.fromarray(photo(20, 40))
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(tmp_path / "rotated.jpg", exif=exif)
@@ -155,12 +155,12 @@ def test_exif_orientation_is_ignored(tmp_path):
         ("nowhere.jpg", "nowhere.jpg"),
     ],
 )
-def test_what_is_no_picture_is_refused_by_name(bad, message):
+def test_what_is_no_image_is_refused_by_name(bad, message):
     with pytest.raises(DetectorError, match=message):
         echo_detector().predict(bad)
 
 
-def test_a_broken_picture_file_is_named(tmp_path):
+def test_a_broken_image_file_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 nothing")
     with pytest.raises(DetectorError, match="broken.jpg"):
         echo_detector().predict(tmp_path / "broken.jpg")
@@ -172,7 +172,7 @@ def test_a_stripped_file_is_all_that_is_needed(model, tmp_path):
     assert detector.class_names == ("cat", "dog", "bird") and detector.category_ids == (1, 5, 9)
     assert (detector.min_size, detector.max_size) == (64, 96)
     assert detector.model.config == model.config and not detector.model.training
-    image = picture(64, 80)
+    image = photo(64, 80)
     expected = model.eval()([torch.from_numpy(image).permute(2, 0, 1)])[0]
     result = detector.predict(image)
     assert len(result["scores"]) > 0
@@ -219,10 +219,10 @@ def test_a_device_that_is_not_there_is_not_blamed_on_the_file(model, tmp_path):
         load_detector(tmp_path / "detector.pt", device="cuda:99")
 
 
-def test_a_detector_is_shown_in_a_line_and_batches_have_pictures(model, tmp_path):
+def test_a_detector_is_shown_in_a_line_and_batches_have_images(model, tmp_path):
     torch.save(content(model), tmp_path / "detector.pt")
     detector = load_detector(tmp_path / "detector.pt")
     shown = repr(detector)
     assert shown.startswith("Detector(resnet18, ") and "\n" not in shown and len(shown) < 200
     with pytest.raises(DetectorError, match="batch_size is 0; give at least 1"):
-        detector.predict([picture(32, 32)], batch_size=0)
+        detector.predict([photo(32, 32)], batch_size=0)

@@ -1,4 +1,4 @@
-"""The feature pyramid: torchvision's numbers, exact sizes, both normalisations."""
+"""The feature pyramid: torchvision's numbers, exact sizes, both normalizations."""
 
 import pytest
 import torch

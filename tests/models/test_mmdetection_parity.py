@@ -1,4 +1,4 @@
-"""The whole detector against MMDetection's figures: same weights, same pictures, same losses, gradients and steps."""
+"""The whole detector against MMDetection's figures: same weights, same images, same losses, gradients and steps."""
 
 import dataclasses
 import zlib
@@ -70,13 +70,13 @@ def training(model, weights, images, targets):
 
 @pytest.fixture(scope="module")
 def features(model, weights, images):
-    """P2..P6 of the pictures at the original weights, which several cases share."""
+    """P2..P6 of the images at the original weights, which several cases share."""
     model.load_state_dict(weights)
     with torch.no_grad():
         return model.extract_features(batch_images(images, torch.device("cpu")))
 
 
-def test_the_formula_rebuilds_weights_and_pictures(weights, images):
+def test_the_formula_rebuilds_weights_and_images(weights, images):
     for row in formula.load_rows("state_dict.csv"):
         if row["name"].endswith("num_batches_tracked"):
             continue
@@ -151,7 +151,7 @@ def test_the_random_samplers_take_as_many_as_mmdetections(model, features, image
     ):
         assert positive.sum(1).tolist() == [image["pos"] for image in counts]
         assert (chosen & ~positive).sum(1).tolist() == [image["neg"] for image in counts]
-    assert of_rpn.normaliser == expected["rpn_avg_factor"]
+    assert of_rpn.normalizer == expected["rpn_avg_factor"]
 
 
 def matched(boxes, expected_boxes, tolerance):

@@ -47,8 +47,8 @@ def test_every_candidate_is_drawn_equally_often_and_without_correlation():
     variance = num_draws * share * (1 - share)
     chi_squared = ((hits.sum(0) - num_draws * share) ** 2 / variance).sum() * (1 - 1 / num_candidates)
     assert 60 < chi_squared < 149  # 99 degrees of freedom: 0.1 % and 99.9 %
-    neighbours = (hits[:, :-1] * hits[:, 1:]).mean()
-    assert neighbours.item() == pytest.approx(share * (num_samples - 1) / (num_candidates - 1), rel=0.02)
+    neighbors = (hits[:, :-1] * hits[:, 1:]).mean()
+    assert neighbors.item() == pytest.approx(share * (num_samples - 1) / (num_candidates - 1), rel=0.02)
     successive = (hits[:-1] * hits[1:]).mean()
     assert successive.item() == pytest.approx(share**2, rel=0.02)
 

@@ -24,7 +24,7 @@ def test_one_float_image_makes_the_whole_batch_float():
 
 
 @pytest.mark.parametrize("images", [[], [torch.zeros(1, 8, 8)], [torch.zeros(3, 8)], [torch.zeros(3, 0, 8)]])
-def test_what_is_no_picture_is_refused(images):
+def test_what_is_no_image_is_refused(images):
     with pytest.raises(ModelError):
         batch_images(images, CPU)
 

@@ -1,4 +1,4 @@
-"""The torchvision recipe beside torchvision's own model: same weights and pictures, same detections and losses."""
+"""The torchvision recipe beside torchvision's own model: same weights and images, same detections and losses."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def theirs():
             buffer.normal_(0, 0.1)
         elif name.endswith("bias"):
             buffer.normal_(0, 0.05)
-    # These limits leave pictures with a shorter side of 128 and a longer one of up to 160 as they are.
+    # These limits leave images with a shorter side of 128 and a longer one of up to 160 as they are.
     model = torchvision.models.detection.FasterRCNN(
         _resnet_fpn_extractor(backbone, 3), NUM_CLASSES + 1, min_size=128, max_size=160
     )
@@ -69,11 +69,11 @@ def ours(theirs):
 @pytest.fixture(scope="module")
 def images():
     generator = torch.Generator().manual_seed(1)
-    pictures = []
+    photos = []
     for height, width in ((128, 160), (152, 128)):
         blocks = torch.randint(0, 256, (3, height // 8, width // 8), dtype=torch.uint8, generator=generator)
-        pictures.append(blocks.repeat_interleave(8, 1).repeat_interleave(8, 2))
-    return pictures
+        photos.append(blocks.repeat_interleave(8, 1).repeat_interleave(8, 2))
+    return photos
 
 
 def test_detections_equal_torchvisions(theirs, ours, images):

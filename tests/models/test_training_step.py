@@ -43,7 +43,7 @@ def model():
     return make_model()
 
 
-def pictures(*sizes):
+def photos(*sizes):
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
 
@@ -91,14 +91,14 @@ EDGE_CASES = {
 def test_a_fresh_models_losses_are_those_of_guessing(name):
     torch.manual_seed(0)
     model = build_model(name, num_classes=5, norm="gn", frozen_stages=-1).train()
-    losses = step(model, pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH)), [target([BOX]), target([BOX])])
+    losses = step(model, photos((HEIGHT, WIDTH), (HEIGHT, WIDTH)), [target([BOX]), target([BOX])])
     assert losses["loss_rpn_cls"] == pytest.approx(math.log(2), abs=0.05)
     assert losses["loss_cls"] == pytest.approx(math.log(6), abs=0.3)
 
 
 @pytest.mark.parametrize("case", EDGE_CASES)
 def test_every_kind_of_target_gives_finite_losses_and_gradients_for_all(model, case):
-    losses = step(model, pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH)), EDGE_CASES[case])
+    losses = step(model, photos((HEIGHT, WIDTH), (HEIGHT, WIDTH)), EDGE_CASES[case])
     if case == "no boxes at all":
         assert losses["loss_rpn_bbox"] == losses["loss_bbox"] == 0
     else:
@@ -110,8 +110,8 @@ def test_every_kind_of_target_gives_finite_losses_and_gradients_for_all(model, c
 @pytest.mark.parametrize("sizes", [((32, 320), (300, 20)), ((1, 200), (200, 1))])
 def test_images_of_extreme_aspect_train(model, sizes):
     targets = [target([[0, 0, 15, 1]]), target([[0, 2, 1, 60]])]
-    step(model, pictures(*sizes), targets)
-    detections = model.eval()(pictures(*sizes))
+    step(model, photos(*sizes), targets)
+    detections = model.eval()(photos(*sizes))
     model.train()
     assert len(detections) == 2
 
@@ -119,7 +119,7 @@ def test_images_of_extreme_aspect_train(model, sizes):
 @pytest.mark.parametrize("samples", [None, 16])
 def test_a_step_in_which_no_proposal_survives_learns_from_the_boxes_alone(samples):
     model = make_model(proposal_min_size=1e9, rpn_samples_per_image=samples, roi_samples_per_image=samples)
-    images = pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH))
+    images = photos((HEIGHT, WIDTH), (HEIGHT, WIDTH))
     assert step(model, images, [target([BOX]), target([])])["loss_cls"] > 0
     losses = step(model, images, [target([]), target([])])
     assert losses["loss_cls"] == losses["loss_bbox"] == 0
@@ -131,19 +131,19 @@ def test_a_step_in_which_no_proposal_survives_learns_from_the_boxes_alone(sample
 def test_the_rpn_learns_the_same_at_its_sampled_anchors_as_from_whole_maps(name):
     """Losses and gradients through `RPNHead.at_anchors` equal those through the dense pass at the same anchors."""
     model = make_model(name, rpn_samples_per_image=64)
-    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), CPU)
+    batch = batch_images(photos((HEIGHT, WIDTH), (64, 120)), CPU)
     truth = batch_targets([target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])], 5, CPU)
     features = [each.detach().requires_grad_() for each in model.extract_features(batch)]
     anchors = model._anchors(batch, features)
-    learnt = rpn_module.anchor_targets(model.config, anchors, batch.sizes, truth)
-    cells = learnt.sample.candidate // model.rpn.anchors_per_cell
+    learned = rpn_module.anchor_targets(model.config, anchors, batch.sizes, truth)
+    cells = learned.sample.candidate // model.rpn.anchors_per_cell
     _, patches = take_rows(cell_table(features), windows_3x3(cells, anchors.layout).view(-1))
-    sampled = model.rpn.at_anchors(patches, learnt.sample.candidate)
-    dense = [learnt.sample.take(each) for each in model.rpn(features)]
+    sampled = model.rpn.at_anchors(patches, learned.sample.candidate)
+    dense = [learned.sample.take(each) for each in model.rpn(features)]
     wanted = [*model.rpn.parameters(), *features]
     gradients = []
     for outputs in (sampled, dense):
-        losses = rpn_losses(model.config, *outputs, learnt)
+        losses = rpn_losses(model.config, *outputs, learned)
         gradients.append(torch.autograd.grad(losses[0] + 3 * losses[1], wanted, retain_graph=True))
     torch.testing.assert_close(sampled, tuple(dense), rtol=1e-4, atol=1e-5)
     for of_sampled, of_dense in zip(*gradients, strict=True):
@@ -152,7 +152,7 @@ def test_the_rpn_learns_the_same_at_its_sampled_anchors_as_from_whole_maps(name)
 
 
 def test_padded_boxes_behind_the_real_ones_change_nothing(model):
-    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), CPU)
+    batch = batch_images(photos((HEIGHT, WIDTH), (64, 120)), CPU)
     truth = batch_targets([target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])], 5, CPU)
     padding = 7
     padded = TargetBatch(
@@ -166,7 +166,7 @@ def test_padded_boxes_behind_the_real_ones_change_nothing(model):
 
 
 def test_what_lies_in_the_images_padding_changes_nothing(model):
-    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), CPU)
+    batch = batch_images(photos((HEIGHT, WIDTH), (64, 120)), CPU)
     noisy = batch.pixels.clone()
     noisy[1, :, 64:] = 200
     noisy[1, :, :, 120:] = 100
@@ -186,7 +186,7 @@ def test_samples_depend_on_the_images_keys_and_not_on_their_places(model, monkey
     sample_rois = faster_rcnn.sample_rois
     monkeypatch.setattr(faster_rcnn, "sample_rois", record)
     model = make_model(rpn_samples_per_image=32, roi_samples_per_image=32)
-    batch = batch_images(pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH), (HEIGHT, WIDTH)), CPU)
+    batch = batch_images(photos((HEIGHT, WIDTH), (HEIGHT, WIDTH), (HEIGHT, WIDTH)), CPU)
     truth = batch_targets([target([BOX]), target([[5, 5, 60, 60], [1, 1, 9, 9]]), target([])], 5, CPU)
     order = torch.tensor([2, 0, 1])
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_samples_depend_on_the_images_keys_and_not_on_their_places(model, monkey
 
 
 def test_under_autocast_every_parameter_learns_much_the_same(model):
-    images = pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH))
+    images = photos((HEIGHT, WIDTH), (HEIGHT, WIDTH))
     batch = batch_images(images, CPU)
     truth = batch_targets([target([BOX]), target([[5, 5, 60, 60]])], 5, CPU)
     gradients = []
@@ -220,7 +220,7 @@ def test_under_autocast_every_parameter_learns_much_the_same(model):
         assert similarity > 0.8, (name, similarity)
 
 
-class SynchronisationCount(TorchDispatchMode):
+class SynchronizationCount(TorchDispatchMode):
     """Counts operators that would make the host wait for a device."""
 
     def __init__(self):
@@ -286,10 +286,10 @@ def test_a_training_step_asks_the_device_once_at_most(monkeypatch, code, samples
     model = make_model(rpn_samples_per_image=samples, roi_samples_per_image=samples)
     if code == "device":
         use_device_code(monkeypatch)
-    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120), (HEIGHT, 30)), CPU)
+    batch = batch_images(photos((HEIGHT, WIDTH), (64, 120), (HEIGHT, 30)), CPU)
     truth = batch_targets([target([BOX]), target([]), target([[2, 2, 20, 30]] * 3)], 5, CPU)
     model(batch, truth)  # anchors of a new size are made on the host
-    with TensorsFromNumbers() as numbers, SynchronisationCount() as count:
+    with TensorsFromNumbers() as numbers, SynchronizationCount() as count:
         losses = model(batch, truth)
         total = losses["loss_rpn_cls"] + losses["loss_rpn_bbox"] + losses["loss_cls"] + losses["loss_bbox"]
         total.backward()
@@ -300,7 +300,7 @@ def test_a_training_step_asks_the_device_once_at_most(monkeypatch, code, samples
 
 
 def test_the_code_for_other_devices_gives_the_same_losses(model, monkeypatch):
-    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), CPU)
+    batch = batch_images(photos((HEIGHT, WIDTH), (64, 120)), CPU)
     truth = batch_targets([target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])], 5, CPU)
     with torch.no_grad():
         on_cpu = model(batch, truth)
@@ -331,7 +331,7 @@ def test_a_step_on_the_gpu_waits_for_nothing_and_without_triton_for_its_suppress
 
     model = make_model(name).cuda()
     device = torch.device("cuda")
-    batch = batch_images(pictures((HEIGHT, WIDTH), (64, 120)), device)
+    batch = batch_images(photos((HEIGHT, WIDTH), (64, 120)), device)
     truth = batch_targets([target([BOX]), target([])], 5, device)
     sum(model(batch, truth).values()).backward()
     monkeypatch.setattr(rpn_module, "suppress_within_levels", suppress)
@@ -346,7 +346,7 @@ def test_a_step_on_the_gpu_waits_for_nothing_and_without_triton_for_its_suppress
 
 @pytest.mark.cuda
 def test_losses_on_the_gpu_equal_those_on_the_cpu(model):
-    images = pictures((HEIGHT, WIDTH), (64, 120))
+    images = photos((HEIGHT, WIDTH), (64, 120))
     targets = [target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])]
     truth = batch_targets(targets, 5, CPU)
     on_gpu = make_model().cuda()
@@ -364,7 +364,7 @@ def test_losses_on_the_gpu_equal_those_on_the_cpu(model):
 def test_compiled_dense_parts_have_no_graph_break_and_the_same_losses_and_names():
     model = make_model()
     names = list(model.state_dict())
-    batch = batch_images(pictures((HEIGHT, WIDTH)), CPU)
+    batch = batch_images(photos((HEIGHT, WIDTH)), CPU)
     truth = batch_targets([target([BOX])], 5, CPU)
     expected = model(batch, truth)
     model.compile_dense_parts(fullgraph=True, backend="eager")
@@ -382,7 +382,7 @@ def test_each_padded_size_is_compiled_once_and_gives_the_same_losses_and_gradien
     model = make_model()
     batches = []
     for size in ((HEIGHT, WIDTH), (64, 160), (HEIGHT, WIDTH)):
-        batches.append((batch_images(pictures(size, size), CPU), batch_targets([target([BOX]), target([])], 5, CPU)))
+        batches.append((batch_images(photos(size, size), CPU), batch_targets([target([BOX]), target([])], 5, CPU)))
 
     def train():
         found = []
@@ -410,7 +410,7 @@ def test_a_deep_copy_of_a_compiled_model_is_independent():
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-    images, targets = pictures((HEIGHT, WIDTH)), [target([BOX])]
+    images, targets = photos((HEIGHT, WIDTH)), [target([BOX])]
     with torch.no_grad():
         assert twin(images, targets)["loss_rpn_cls"].item() == pytest.approx(0.6931, abs=1e-3)
         assert model(images, targets)["loss_rpn_cls"].item() != pytest.approx(0.6931, abs=1e-3)
@@ -422,5 +422,5 @@ def test_the_configuration_decides_how_many_are_sampled():
     recorded = []
     model.roi_head.register_forward_pre_hook(lambda module, arguments: recorded.append(arguments[0].shape[0]))
     with torch.no_grad():
-        model(pictures((HEIGHT, WIDTH), (HEIGHT, WIDTH)), [target([BOX]), target([])])
+        model(photos((HEIGHT, WIDTH), (HEIGHT, WIDTH)), [target([BOX]), target([])])
     assert recorded == [16]

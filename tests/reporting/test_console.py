@@ -92,13 +92,13 @@ def test_other_ranks_print_nothing_but_warnings_and_errors_with_their_number(tmp
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "coloured"), [("ANY", "1", True), ("NO_COLOR", "1", False), ("TERM", "dumb", False)]
+    ("variable", "value", "colored"), [("ANY", "1", True), ("NO_COLOR", "1", False), ("TERM", "dumb", False)]
 )
-def test_warnings_are_coloured_only_where_colour_is_wanted(tmp_path, monkeypatch, variable, value, coloured):
+def test_warnings_are_colored_only_where_color_is_wanted(tmp_path, monkeypatch, variable, value, colored):
     monkeypatch.setenv(variable, value)
     console = make_console(tmp_path, terminal=True)
     console.warn("careful")
-    assert ("\x1b[" in console.error_stream.getvalue()) == coloured
+    assert ("\x1b[" in console.error_stream.getvalue()) == colored
     assert "\x1b[" not in (tmp_path / "train.log").read_text()
 
 
@@ -241,8 +241,8 @@ def test_a_dumb_terminal_gets_lines(tmp_path, monkeypatch):
     assert "\r" not in console.stream.getvalue()
 
 
-@pytest.mark.parametrize(("size", "no_colour"), [((24, 80), False), ((0, 0), True)])
-def test_a_bar_is_drawn_on_a_real_terminal_also_of_unknown_size_and_colours_follow_no_color(no_colour, size):
+@pytest.mark.parametrize(("size", "no_color"), [((24, 80), False), ((0, 0), True)])
+def test_a_bar_is_drawn_on_a_real_terminal_also_of_unknown_size_and_colors_follow_no_color(no_color, size):
     program = (
         "from detection.reporting.console import Console\n"
         "console = Console()\n"
@@ -252,7 +252,7 @@ def test_a_bar_is_drawn_on_a_real_terminal_also_of_unknown_size_and_colours_foll
     )
     environment = {**os.environ, "TERM": "xterm"}
     environment.pop("COLUMNS", None)
-    if no_colour:
+    if no_color:
         environment["NO_COLOR"] = "1"
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
@@ -273,7 +273,7 @@ def test_a_bar_is_drawn_on_a_real_terminal_also_of_unknown_size_and_colours_foll
     assert process.returncode == 0, shown.decode()
     assert b"epoch" in shown
     assert b"\r" in shown.replace(b"\r\n", b"")
-    assert (b"\x1b[32m" in shown or b"\x1b[38;" in shown) != no_colour
+    assert (b"\x1b[32m" in shown or b"\x1b[38;" in shown) != no_color
 
 
 @pytest.mark.parametrize(

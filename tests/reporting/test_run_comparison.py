@@ -72,20 +72,20 @@ def test_a_directory_that_is_no_run_and_one_given_twice_are_refused(directories,
         read_runs([directories[0], directories[0]])
 
 
-def test_the_script_prints_table_and_differences_and_draws_the_picture(directories, tmp_path):
+def test_the_script_prints_table_and_differences_and_draws_the_image(directories, tmp_path):
     pytest.importorskip("matplotlib")
-    picture = tmp_path / "comparison.png"
-    command = [sys.executable, "scripts/compare_runs.py", *map(str, directories), "--png", str(picture)]
+    plot = tmp_path / "comparison.png"
+    command = [sys.executable, "scripts/compare_runs.py", *map(str, directories), "--png", str(plot)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "a/run" in result.stdout
     assert "model.width" in result.stdout
-    with Image.open(picture) as image:
+    with Image.open(plot) as image:
         assert image.width > 1000
-        # Both runs' colours (matplotlib's first two) stand in all three panels.
+        # Both runs' colors (matplotlib's first two) stand in all three panels.
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    for colour in ((31, 119, 180), (255, 127, 14)):
-        columns = np.flatnonzero((abs(pixels - colour).sum(axis=2) < 30).any(axis=0))
+    for color in ((31, 119, 180), (255, 127, 14)):
+        columns = np.flatnonzero((abs(pixels - color).sum(axis=2) < 30).any(axis=0))
         panels = set((columns * 3 // pixels.shape[1]).tolist())
         assert panels == {0, 1, 2}
 

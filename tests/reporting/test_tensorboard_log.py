@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")
 NO_LIMITS = {"scalars": 0, "images": 0, "tensors": 0}
 RECALL = np.linspace(1, 0, 101)
-PICTURE = np.full((8, 12, 3), 200, dtype=np.uint8)
+IMAGE = np.full((8, 12, 3), 200, dtype=np.uint8)
 
 
 def train_record(iteration):
@@ -48,16 +48,16 @@ def write_segment(directory, first, stop, *, val_from=None, configuration="lr: 0
     log.text("configuration", configuration)
     log.hparams({"lr": 0.5, "model": "r50", "amp": None})
     if first == 0:
-        log.pictures(0, [PICTURE], tag="train/augmented")
+        log.images(0, [IMAGE], tag="train/augmented")
     if val_from is not None and val_from < first:
         log.validation(val_record(val_from))
-        log.pictures(val_from, [PICTURE, PICTURE])
+        log.images(val_from, [IMAGE, IMAGE])
         log.precision_recall(val_from, {"class/cat": (RECALL, RECALL)})
     for iteration in range(first, stop):
         log.train(train_record(iteration))
         if iteration % 10 == 9:
             log.validation(val_record(iteration))
-            log.pictures(iteration, [PICTURE, PICTURE])
+            log.images(iteration, [IMAGE, IMAGE])
             log.precision_recall(iteration, {"class/cat": (RECALL, RECALL)})
     log.finish(stop)
     log.flush()
@@ -278,11 +278,11 @@ def test_learning_rate_and_map_stand_on_one_page_of_the_custom_layout(tmp_path):
     assert overview["mAP"] == ["^val/mAP$"]
 
 
-def test_a_picture_comes_back_as_it_was_given(tmp_path):
+def test_a_image_comes_back_as_it_was_given(tmp_path):
     write_segment(tmp_path, 0, 10).close()
-    picture = read_back(tmp_path, purge=True).Images("val/detections/0")[0]
-    assert (picture.height, picture.width) == (8, 12)
-    assert picture.encoded_image_string[:3] == b"\xff\xd8\xff"
+    image = read_back(tmp_path, purge=True).Images("val/detections/0")[0]
+    assert (image.height, image.width) == (8, 12)
+    assert image.encoded_image_string[:3] == b"\xff\xd8\xff"
 
 
 def test_precision_recall_curves_are_kept_with_their_values(tmp_path):

@@ -1,4 +1,4 @@
-"""schedules.paramwise: the rules of MMEngine's default optimiser constructor."""
+"""schedules.paramwise: the rules of MMEngine's default optimizer constructor."""
 
 from schedules import ParameterFacts, ParamwiseSettings, parameter_multipliers, unmatched_custom_keys
 

@@ -67,7 +67,7 @@ def export(script, weights):
 
 @pytest.fixture(scope="module")
 def program(weights, tmp_path_factory):
-    """A .pt2 for pictures of 60 x 80 pixels, and what was said."""
+    """A .pt2 for images of 60 x 80 pixels, and what was said."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
         main = importlib.import_module("export").main
@@ -97,14 +97,14 @@ def test_a_program_runs_without_this_project_and_finds_the_same(program, weights
 
 def test_the_difference_is_printed_and_too_large_a_one_is_exit_status_1(export, reuse_program, tmp_path, capsys):
     options = ["--format", "torch", "--output", tmp_path / "d.pt2", "--size", 60, 80, "--batch-size", 1, "--overwrite"]
-    picture = tmp_path / "photo.png"
-    Image.fromarray(np.random.default_rng(4).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(picture)
-    assert export(*options, picture) == 0
+    image = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(4).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(image)
+    assert export(*options, image) == 0
     output = capsys.readouterr().out
-    assert "against PyTorch on 1 pictures" in output and "scores differ by" in output
+    assert "against PyTorch on 1 images" in output and "scores differ by" in output
     assert export(*options, "--box-tolerance", -1) == 1
     captured = capsys.readouterr()
-    assert "against PyTorch on 3 pictures" in captured.out and "more than" in captured.err
+    assert "against PyTorch on 3 images" in captured.out and "more than" in captured.err
     assert (tmp_path / "d.pt2").exists()
 
 

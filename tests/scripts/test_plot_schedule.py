@@ -1,4 +1,4 @@
-"""scripts/plot_schedule.py: the table, the picture, its errors."""
+"""scripts/plot_schedule.py: the table, the image, its errors."""
 
 import csv
 import subprocess
@@ -17,7 +17,7 @@ def run(*arguments, cwd):
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
 
-def test_the_table_holds_every_iteration_exactly_and_the_picture_opens(tmp_path):
+def test_the_table_holds_every_iteration_exactly_and_the_image_opens(tmp_path):
     pytest.importorskip("matplotlib")
     done = run(
         "--schedule", "20e", "--iterations-per-epoch", 30, "--batch-size-total", 8,
@@ -28,9 +28,9 @@ def test_the_table_holds_every_iteration_exactly_and_the_picture_opens(tmp_path)
     schedule = load_schedule("20e").scaled(8)
     assert rows[0] == ["iteration", "epoch", "lr"]
     assert rows[1:] == [[str(i), str(i // 30), repr(schedule.learning_rate(i, 30))] for i in range(600)]
-    with Image.open(tmp_path / "out" / "lr.png") as picture:
-        assert picture.width > 600
-        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 10
+    with Image.open(tmp_path / "out" / "lr.png") as image:
+        assert image.width > 600
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 10
 
 
 def test_a_wrong_schedule_ends_with_one_line(tmp_path):

@@ -28,13 +28,13 @@ _FEWEST_BOX_ROWS = 32
 _MOST_RECORDINGS = 32
 
 
-class Recorder(Protocol):
+class GraphBackend(Protocol):
     """Records what a function does on the device."""
 
-    def rehearse(self, step: Callable[[], Losses]) -> Losses:
+    def warm_up(self, step: Callable[[], Losses]) -> Losses:
         """What `step` gives, done as recording wants it done once before."""
 
-    def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
+    def capture(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
         """A function that does what `step` does, with what is in the tensors that it reads by then, and gives new
         tensors. Recording itself does nothing. RuntimeError: it cannot be recorded."""
 
@@ -45,14 +45,14 @@ class StepGraphs:
     problem: why nothing is recorded any more; None while all is well. Then passes run as they are written.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, backend: GraphBackend) -> None:
+        self._recorder = backend
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, _Graph] = {}
         self.problem: str | None = None
 
     @property
-    def num_recordings(self) -> int:
+    def num_captures(self) -> int:
         return len(self._graphs)
 
     def run(self, step: Step, images: ImageBatch, targets: TargetBatch) -> Losses:
@@ -69,9 +69,9 @@ class StepGraphs:
             return step(images, targets)
         graph = _Graph(images, targets, rows)
         graph.load(images, targets)
-        losses = self._recorder.rehearse(lambda: step(graph.images, graph.targets))
+        losses = self._recorder.warm_up(lambda: step(graph.images, graph.targets))
         try:
-            graph.replay = self._recorder.record(lambda: step(graph.images, graph.targets))
+            graph.replay = self._recorder.capture(lambda: step(graph.images, graph.targets))
         except RuntimeError as error:
             # What is raised at the end of a recording says no more than that something went wrong before.
             cause = error.__context__ or error
@@ -108,14 +108,14 @@ class _Graph:
         self.targets.sample_keys.copy_(targets.sample_keys)
 
 
-class CudaGraphRecorder:
+class CudaGraphBackend:
     """Records CUDA graphs, which share their memory: they never run at the same time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
-    def rehearse(self, step: Callable[[], Losses]) -> Losses:
+    def warm_up(self, step: Callable[[], Losses]) -> Losses:
         # On the stream of the recording: libraries keep what they work with for each.
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
@@ -126,7 +126,7 @@ class CudaGraphRecorder:
             value.record_stream(current)
         return losses
 
-    def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
+    def capture(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Other threads (checkpoints, the loader's pinned memory) may use the GPU meanwhile.
@@ -169,7 +169,7 @@ def cuda_step_graphs(processes: Processes, model: nn.Module) -> StepGraphs:
             "--cuda-graphs does not go with trained batch norm in several processes, which share its statistics in "
             "every forward pass: leave it away, or use --norm gn or pretrained weights"
         )
-    return StepGraphs(CudaGraphRecorder())
+    return StepGraphs(CudaGraphBackend())
 
 
 def _round_up_to_power_of_two(rows: int) -> int:

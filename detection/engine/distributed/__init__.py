@@ -1,1 +1,1 @@
-"""Processes of a run: rendezvous, collectives, heartbeat, synchronised batch norm."""
+"""Processes of a run: rendezvous, collectives, heartbeat, synchronized batch norm."""

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.engine.distributed.heartbeat import RollCall, join_roll_call
-from detection.engine.distributed.rendezvous import meet
+from detection.engine.distributed.heartbeat import Heartbeat, start_heartbeat
+from detection.engine.distributed.rendezvous import rendezvous
 
 CONTROL_TIMEOUT = timedelta(hours=3)
 """How long the others wait for what the main process does alone: as long as the longest evaluation may take."""
@@ -46,7 +46,7 @@ class Processes:
     device: torch.device
     control_group: Any = None
     """gloo group of all processes; None where there is one process."""
-    roll_call: RollCall | None = None
+    heartbeat: Heartbeat | None = None
     """Who is still there; None where there is one process."""
 
     @property
@@ -55,13 +55,13 @@ class Processes:
 
     def at(self, place: str) -> None:
         """Note what this process is doing ("in iteration 7"), for the message of the others should it be lost."""
-        if self.roll_call is not None:
-            self.roll_call.at(place)
+        if self.heartbeat is not None:
+            self.heartbeat.at(place)
 
     def waiting(self, what: str, limit: timedelta | None = None) -> AbstractContextManager[Any]:
         """Inside, this process waits for the others; in vain for too long (`limit`, or the run's timeout), and it ends
         with a message that names them."""
-        return self.roll_call.waiting(what, limit) if self.roll_call is not None else nullcontext()
+        return self.heartbeat.waiting(what, limit) if self.heartbeat is not None else nullcontext()
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -119,31 +119,31 @@ class Processes:
                 dist.all_reduce(values)
             values /= self.world_size
 
-    def largest_later(self, value: int) -> PendingMaximum:
+    def all_reduce_max_async(self, value: int) -> PendingMax:
         """Start finding the largest `value` over the processes; `.result()` waits for it.
 
         Between the two calls the process goes on: asked for one iteration later, the answer is already there.
         """
         box = torch.tensor([value], dtype=torch.int64)
         work = dist.all_reduce(box, dist.ReduceOp.MAX, self.control_group, True) if self.world_size > 1 else None
-        return PendingMaximum(box, work, self)
+        return PendingMax(box, work, self)
 
-    def share_buffers(self, module: nn.Module) -> None:
+    def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every process rank 0's buffers: batch-norm statistics, which each keeps for itself while it trains."""
         if self.world_size > 1:
             with self.waiting("the statistics of process 0"):
                 for buffer in module.buffers():
                     dist.broadcast(buffer, src=0)
 
-    def share_weights(self, module: nn.Module) -> None:
+    def broadcast_weights(self, module: nn.Module) -> None:
         """Give every process rank 0's parameters and buffers, as `wrap` does."""
         if self.world_size > 1:
             with self.waiting("the weights of process 0"):
                 for parameter in module.parameters():
                     dist.broadcast(parameter.detach(), src=0)
-        self.share_buffers(module)
+        self.broadcast_buffers(module)
 
-    def wrap(self, model: nn.Module, *, broadcast_buffers: bool) -> nn.Module:
+    def wrap_ddp(self, model: nn.Module, *, broadcast_buffers: bool) -> nn.Module:
         """The model with gradients averaged over the processes (the model itself where there is one)."""
         if self.world_size == 1:
             return model
@@ -161,7 +161,7 @@ class Processes:
 
 
 @dataclass
-class PendingMaximum:
+class PendingMax:
     """A maximum over the processes that is under way."""
 
     box: Tensor
@@ -209,14 +209,14 @@ def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> 
         torch.cuda.set_device(chosen)
     else:
         _share_cpu_cores(local_world_size)
-    group = roll_call = None
+    group = heartbeat = None
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        store, start = meet(timeout + _GRACE)
+        store, start = rendezvous(timeout + _GRACE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + _GRACE)
         group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT + _GRACE)
-        roll_call = join_roll_call(start, rank, world_size, timeout)
-    return Processes(rank, local_rank, world_size, local_world_size, chosen, group, roll_call)
+        heartbeat = start_heartbeat(start, rank, world_size, timeout)
+    return Processes(rank, local_rank, world_size, local_world_size, chosen, group, heartbeat)
 
 
 def stop_processes(*, failed: bool = False) -> None:

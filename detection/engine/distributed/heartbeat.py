@@ -39,7 +39,7 @@ def is_network_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in _MARKS)
 
 
-class RollCall:
+class Heartbeat:
     """This process's signs of life, and its view of the others'.
 
     `limit`: how long a wait for the others may take where `waiting` is not told otherwise.
@@ -162,9 +162,9 @@ class RollCall:
         return signs
 
 
-def join_roll_call(start: str, rank: int, world_size: int, limit: timedelta) -> RollCall:
+def start_heartbeat(start: str, rank: int, world_size: int, limit: timedelta) -> Heartbeat:
     """Begin the signs of life, over a connection of their own to the store that the run's processes met at."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
     # torchrun keeps its store over restarts: signs of an earlier start are not these.
-    return RollCall(dist.PrefixStore(f"roll_call/{start}", store), rank, world_size, limit)
+    return Heartbeat(dist.PrefixStore(f"heartbeat/{start}", store), rank, world_size, limit)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 _POLL_SECONDS = 0.02
 
 
-def meet(timeout: timedelta) -> tuple[dist.Store, str]:
+def rendezvous(timeout: timedelta) -> tuple[dist.Store, str]:
     """The store of this start of the run (torchrun's environment says where), and the start's name; collective.
 
     Raises:

@@ -40,7 +40,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         return (values * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(input.dtype)
 
 
-def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Replace every nn.BatchNorm2d inside `model` by one over all processes; names and values stay.
 
     Does nothing where there is one process.
@@ -53,12 +53,12 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
-                synchronised = CpuSyncBatchNorm2d(
+                synchronized = CpuSyncBatchNorm2d(
                     child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
                 )
-                synchronised.load_state_dict(child.state_dict())
-                synchronised.train(child.training)
-                setattr(module, name, synchronised)
+                synchronized.load_state_dict(child.state_dict())
+                synchronized.train(child.training)
+                setattr(module, name, synchronized)
 
 
 def trains_batch_norm(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data import Augmentation, ColourJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling, TrainLoader
+from data import Augmentation, ColorJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling, TrainLoader
 from detection.config.augmentation import AugmentationConfig
 
 
@@ -16,17 +16,17 @@ def augmentation_of(config: AugmentationConfig, max_size: int) -> Augmentation:
         scales = ScaleSampling(config.train_scales, config.train_scale_sampling)
     if config.lsj is not None:
         jitter = LargeScaleJitter(config.lsj, *config.lsj_range, config.lsj_min_visibility)
-    colour: PhotometricDistortion | ColourJitter | None = None
+    color: PhotometricDistortion | ColorJitter | None = None
     if config.photometric_distortion:
-        colour = PhotometricDistortion()
+        color = PhotometricDistortion()
     elif config.color_jitter is not None:
-        colour = ColourJitter(*config.color_jitter)
+        color = ColorJitter(*config.color_jitter)
     return Augmentation(
         scales=scales,
         jitter=jitter,
         flip_probability=config.flip_probability,
         vertical_flip_probability=config.vertical_flip_probability,
-        colour=colour,
+        color=color,
     )
 
 

@@ -1,4 +1,4 @@
-"""The pictures that a run could not use: counted, named once each, and too many of them end it."""
+"""The images that a run could not use: counted, named once each, and too many of them end it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Sequence
 
 from data import UnreadableImage
 from detection.engine.distributed.comm import Processes
-from detection.engine.metrics.logger import Recorder
+from detection.engine.metrics.logger import MetricLogger
 from detection.reporting import counted
 
 _MOST_NAMED = 30
 
 
 class TooManyBadImages(ValueError):
-    """More pictures cannot be used than --max-bad-images allows. Every process has it; the message names them."""
+    """More images cannot be used than --max-bad-images allows. Every process has it; the message names them."""
 
 
 class BadImages:
-    """Distinct unreadable pictures since the start of this program, the same on every process.
+    """Distinct unreadable images since the start of this program, the same on every process.
 
     They are not carried over to a resumed run: what was mended in between counts no more.
     """
 
-    def __init__(self, processes: Processes, recorder: Recorder, limit: int) -> None:
+    def __init__(self, processes: Processes, metric_logger: MetricLogger, limit: int) -> None:
         self._processes = processes
-        self._recorder = recorder
+        self._recorder = metric_logger
         self._limit = limit
         self._messages: dict[tuple[str, int], str] = {}
         """By split and image id."""
         self.num_replaced = 0
-        """Times that a picture was replaced in training."""
+        """Times that a image was replaced in training."""
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -42,7 +42,7 @@ class BadImages:
         """Take in what each process found; collective.
 
         Returns:
-            How many places in batches could not be filled with the picture planned, over all processes.
+            How many places in batches could not be filled with the image planned, over all processes.
 
         Raises:
             TooManyBadImages: on every process.
@@ -54,7 +54,7 @@ class BadImages:
                 continue
             self._messages[split, image_id] = message
             if self._processes.is_main:
-                what = "it gets no detections" if split != "train" else "a black picture stands in for it"
+                what = "it gets no detections" if split != "train" else "a black image stands in for it"
                 if replacement_id is not None:
                     what = f"image id {replacement_id} is trained on in its place"
                 self._recorder.warn(f"{split} image id {image_id} cannot be used: {message} Until then {what}.")

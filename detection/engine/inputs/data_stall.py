@@ -19,16 +19,16 @@ WARMUP_ITERATIONS = 20
 """Workers start, caches fill and kernels are chosen in these."""
 WINDOW_ITERATIONS = 50
 WINDOW_SECONDS = 30.0
-"""A window has both, so that neither one slow picture nor a run that is over in a minute brings a warning."""
+"""A window has both, so that neither one slow image nor a run that is over in a minute brings a warning."""
 MINUTES_BETWEEN_WARNINGS = 60.0
 
 _SPARE_PIXELS = 2.0
-"""Stored pictures that have so many times the pixels that the detector sees are worth making smaller."""
+"""Stored images that have so many times the pixels that the detector sees are worth making smaller."""
 _DISK_SHARE = 0.5
 """Of the time of loading: a process that computes for less of it waits for something else."""
 
 
-class DataWaitWatch:
+class DataStallWatch:
     """Follows "idle_share" in the records of a training, and speaks up where it is too much."""
 
     def __init__(self, images_per_iteration: int, advice: Callable[[], str]) -> None:
@@ -80,7 +80,7 @@ class DataAdvice:
     num_cores: int
     """For this process and its workers"""
     stored_megapixels: float
-    """Of an average picture"""
+    """Of an average image"""
     seen_megapixels: float
     """The same, as the detector sees it"""
     has_simplejpeg: bool
@@ -111,7 +111,7 @@ class DataAdvice:
         remedies = []
         waits_for_disk = times.cpu_seconds < _DISK_SHARE * times.seconds
         if waits_for_disk:
-            remedies.append("it mostly waits: put the pictures on a faster disk, or leave more cores free")
+            remedies.append("it mostly waits: put the images on a faster disk, or leave more cores free")
         if waits_for_disk or self.num_workers < self.num_cores:
             more = max(2 * self.num_workers, 4) if waits_for_disk else self.num_cores
             remedies.append(f"more workers (--workers {more})")
@@ -119,7 +119,7 @@ class DataAdvice:
             remedies.append("a faster decoder (pip install simplejpeg; the pixels are the same)")
         if self.stored_megapixels > _SPARE_PIXELS * self.seen_megapixels:
             remedies.append(
-                f"smaller copies of the pictures and their annotations: they have {self.stored_megapixels:.1f} "
+                f"smaller copies of the images and their annotations: they have {self.stored_megapixels:.1f} "
                 f"megapixels on average, of which the detector is shown {self.seen_megapixels:.1f}"
             )
         if not remedies:

@@ -1,4 +1,4 @@
-"""Pictures of a run: what the model is fed, and what it finds on the same validation images each time."""
+"""Images of a run: what the model is fed, and what it finds on the same validation images each time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from data import CocoDataset, ImageError, RawBatch, assemble
 from detection.evaluation import Detections
 from detection.reporting import draw_boxes, mosaic, side_by_side
 
-NUM_VALIDATION_PICTURES = 4
+NUM_VALIDATION_IMAGES = 4
 LONGEST_SIDE = 640
-"""Pixels to which pictures are scaled, so that names can be read on small images too."""
+"""Pixels to which images are scaled, so that names can be read on small images too."""
 LETTER_FRACTION = 1 / 20
-"""Height of letters as a part of a picture's mean side: TensorBoard shows pictures 300 pixels wide."""
-NUM_TRAINING_PICTURES = 8
+"""Height of letters as a part of a image's mean side: TensorBoard shows images 300 pixels wide."""
+NUM_TRAINING_IMAGES = 8
 SHOWN_FROM_SCORE = 0.5
 MOST_BOXES_SHOWN = 30
 
@@ -25,25 +25,25 @@ MOST_BOXES_SHOWN = 30
 def training_mosaic(batches: Iterable[RawBatch], class_names: tuple[str, ...]) -> np.ndarray:
     """Images as the model gets them (resized, flipped, ...), boxes drawn; uint8 RGB [H, W, 3].
 
-    Batches are taken until there are NUM_TRAINING_PICTURES images, or no more batches.
+    Batches are taken until there are NUM_TRAINING_IMAGES images, or no more batches.
     """
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for batch in batches:
-        pictures += _fed_pictures(batch, class_names)
-        if len(pictures) >= NUM_TRAINING_PICTURES:
+        images += _fed_images(batch, class_names)
+        if len(images) >= NUM_TRAINING_IMAGES:
             break
-    return mosaic(pictures[:NUM_TRAINING_PICTURES], columns=min(4, len(pictures)))
+    return mosaic(images[:NUM_TRAINING_IMAGES], columns=min(4, len(images)))
 
 
-def _fed_pictures(batch: RawBatch, class_names: tuple[str, ...]) -> list[np.ndarray]:
+def _fed_images(batch: RawBatch, class_names: tuple[str, ...]) -> list[np.ndarray]:
     fed = assemble(batch, "cpu")
-    pictures = []
+    images = []
     for index, (height, width) in enumerate(batch.resized_sizes):
-        picture = fed.pixels[index, :, :height, :width].permute(1, 2, 0).contiguous().numpy()
+        image = fed.pixels[index, :, :height, :width].permute(1, 2, 0).contiguous().numpy()
         valid = batch.valid[index].numpy()
-        pictures.append(
+        images.append(
             draw_boxes(
-                picture,
+                image,
                 batch.boxes_xyxy[index].numpy()[valid],
                 batch.labels[index].numpy()[valid],
                 class_names,
@@ -51,10 +51,10 @@ def _fed_pictures(batch: RawBatch, class_names: tuple[str, ...]) -> list[np.ndar
                 letter_fraction=LETTER_FRACTION,
             )
         )
-    return pictures
+    return images
 
 
-def validation_pictures(dataset: CocoDataset, detections: Detections) -> list[np.ndarray]:
+def validation_images(dataset: CocoDataset, detections: Detections) -> list[np.ndarray]:
     """Ground truth beside detections for a few images of the set, the same ones each time; uint8 RGB each.
 
     The images are spread evenly over the set, those with boxes first.
@@ -62,17 +62,17 @@ def validation_pictures(dataset: CocoDataset, detections: Detections) -> list[np
     candidates = np.flatnonzero(dataset.box_counts > 0)
     if len(candidates) == 0:
         candidates = np.arange(len(dataset))
-    places = np.linspace(0, len(candidates) - 1, min(NUM_VALIDATION_PICTURES, len(candidates)))
-    pictures = []
+    places = np.linspace(0, len(candidates) - 1, min(NUM_VALIDATION_IMAGES, len(candidates)))
+    images = []
     for place in places:
         # One that turned unreadable was reported when it was to be detected on.
         with contextlib.suppress(ImageError):
-            pictures.append(_compare(dataset, int(candidates[int(place)]), detections))
-    return pictures
+            images.append(_compare(dataset, int(candidates[int(place)]), detections))
+    return images
 
 
 def _compare(dataset: CocoDataset, index: int, detections: Detections) -> np.ndarray:
-    picture = dataset.picture(index)
+    image = dataset.image(index)
     true_boxes, true_labels = dataset.boxes(index)
     rows = np.flatnonzero((detections.image_ids == dataset.image_ids[index]) & (detections.scores >= SHOWN_FROM_SCORE))
     rows = rows[np.argsort(-detections.scores[rows], kind="stable")][:MOST_BOXES_SHOWN]
@@ -84,7 +84,7 @@ def _compare(dataset: CocoDataset, index: int, detections: Detections) -> np.nda
         draw_boxes, class_names=dataset.class_names, longest_side=LONGEST_SIDE, letter_fraction=LETTER_FRACTION
     )
     return side_by_side(
-        draw(picture, true_boxes, true_labels),
-        draw(picture, boxes, labels, scores=detections.scores[rows]),
+        draw(image, true_boxes, true_labels),
+        draw(image, boxes, labels, scores=detections.scores[rows]),
         letter_fraction=LETTER_FRACTION,
     )

@@ -25,7 +25,7 @@ from detection.reporting import (
 _MAX_FAILED_WRITES = 3
 
 
-class Recorder:
+class MetricLogger:
     """One process's records. On other processes than the main one it only passes errors on to the console."""
 
     def __init__(
@@ -112,9 +112,9 @@ class Recorder:
         self.say(validation_table(metrics, self._last_validation, self._best_validation))
         self._remember(record)
 
-    def pictures(self, iteration: int, pictures: Sequence[np.ndarray], tag: str) -> None:
-        """Show pictures, uint8 RGB [H, W, 3] each, in TensorBoard."""
-        self._on_board(lambda board: board.pictures(iteration, pictures, tag))
+    def images(self, iteration: int, images: Sequence[np.ndarray], tag: str) -> None:
+        """Show images, uint8 RGB [H, W, 3] each, in TensorBoard."""
+        self._on_board(lambda board: board.images(iteration, images, tag))
 
     def precision_recall(self, iteration: int, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Show curves, name -> (precision, recall), in TensorBoard."""
@@ -175,7 +175,7 @@ class Recorder:
             self.warn(f"TensorBoard's files cannot be written: {error}; the run goes on, and tries at each checkpoint")
 
     def _mend_board(self) -> None:
-        """Where TensorBoard's files could not be written: go on with them, if that can be done by now. Pictures and
+        """Where TensorBoard's files could not be written: go on with them, if that can be done by now. Images and
         precision-recall curves of that time stay out."""
         if self.board is None or not self._board_is_broken or self._unwritten:
             return

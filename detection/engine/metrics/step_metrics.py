@@ -29,8 +29,8 @@ class NonFiniteLoss(ValueError):
         self.records = list(records)
 
 
-class StepRecords:
-    """Holds the losses of recent iterations on the device until `read` fetches them all with one synchronisation."""
+class StepMetrics:
+    """Holds the losses of recent iterations on the device until `read` fetches them all with one synchronization."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class StepRecords:
         self.warnings: list[str] = []
         """Lines for the console, of the latest read."""
         self.unreadable: list[UnreadableImage] = []
-        """This process's pictures that could not be used, of the latest read."""
+        """This process's images that could not be used, of the latest read."""
         self.take_idle_seconds: Callable[[], float] = lambda: 0.0
         """How long this process's device has waited for data since the last call, see DevicePrefetcher."""
         self._skipped_in_a_row = 0
@@ -86,7 +86,7 @@ class StepRecords:
             losses: the four losses of this process, scalars on the device.
             grad_norm: scalar on the device.
             image_ids: images of this process in this iteration.
-            unreadable: pictures of this process that could not be used.
+            unreadable: images of this process that could not be used.
             facts: epoch, iteration, lr, data_seconds.
         """
         parts = [losses[name].detach().float() for name in LOSSES]
@@ -104,7 +104,7 @@ class StepRecords:
         "idle_share" is the part of the time since then in which a device had nothing to do for want of a batch: that
         of the process which waited longest, since the others wait for it when gradients are exchanged.
 
-        A record has "replaced_images" where pictures of its iteration could not be used, and with skips_nonfinite
+        A record has "replaced_images" where images of its iteration could not be used, and with skips_nonfinite
         "skipped_steps", the count so far.
 
         Raises:

@@ -1,1 +1,1 @@
-"""What applies gradients: optimiser, mixed precision, averaged weights, non-finite guard."""
+"""What applies gradients: optimizer, mixed precision, averaged weights, non-finite guard."""

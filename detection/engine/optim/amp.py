@@ -14,9 +14,9 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """Autocast, backward and optimiser step at the chosen precision.
+    """Autocast, backward and optimizer step at the chosen precision.
 
-    Weights, gradients and optimiser state stay float32. float16 alone needs a loss scale: it starts at 2**16, is
+    Weights, gradients and optimizer state stay float32. float16 alone needs a loss scale: it starts at 2**16, is
     halved (and the step skipped) when a gradient overflows, and doubled after 2,000 good steps, unless the schedule
     says otherwise; its state belongs into the checkpoint.
     """
@@ -49,10 +49,10 @@ class Precision:
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer, skip: Tensor | None = None) -> None:
-        """Optimiser step; skipped by the scaler where a float16 gradient overflowed.
+        """Optimizer step; skipped by the scaler where a float16 gradient overflowed.
 
         Args:
-            skip: 1.0 on the device for no step (weights and states stay as they are), 0.0 for one. Fused optimisers
+            skip: 1.0 on the device for no step (weights and states stay as they are), 0.0 for one. Fused optimizers
                 look at it there. With float16 it is not asked: a gradient that is not finite is the scaler's own case.
         """
         if skip is None or self.scaler.is_enabled():

@@ -22,7 +22,7 @@ class AveragedModel:
 
     @torch.no_grad()
     def update(self, model: nn.Module, iteration: int, skip: Tensor | None = None) -> None:
-        """Take in the weights of `model` after the optimiser step of `iteration`.
+        """Take in the weights of `model` after the optimizer step of `iteration`.
 
         Args:
             skip: a scalar on the device; where it is not 0, the average stays as it is.

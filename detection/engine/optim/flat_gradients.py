@@ -19,7 +19,7 @@ class FlatGradients:
         self._flat = torch.zeros(sum(rounded), device=parameters[0].device)
         start = 0
         for parameter, length in zip(parameters, rounded, strict=True):
-            # As the parameter lies in memory, which fused optimisers rely on.
+            # As the parameter lies in memory, which fused optimizers rely on.
             parameter.grad = torch.as_strided(self._flat, parameter.shape, parameter.stride(), start)
             start += length
 

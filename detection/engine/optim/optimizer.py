@@ -1,4 +1,4 @@
-"""The optimiser that a schedule asks for, its parameter groups, and the learning rate of each iteration."""
+"""The optimizer that a schedule asks for, its parameter groups, and the learning rate of each iteration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def build_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
-    """Optimiser over the trainable parameters of `model`.
+    """Optimizer over the trainable parameters of `model`.
 
     Parameters that share their multipliers share a group; a group carries "lr_mult" for
     `set_learning_rate`. Frozen parameters are in no group, so that neither momentum nor
@@ -41,7 +41,7 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
         **settings.kwargs,
     )
     if settings.type == "SGD" and settings.kwargs.get("momentum") and not settings.kwargs.get("dampening"):
-        # torch's fused step leaves the momentum as uninitialised memory where float16 overflows at the very first one.
+        # torch's fused step leaves the momentum as uninitialized memory where float16 overflows at the very first one.
         for parameter in trained_parameters(optimizer):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -55,12 +55,12 @@ def set_learning_rate(optimizer: Optimizer, schedule: Schedule, iteration: int, 
 
 
 def trained_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    """All parameters of the optimiser, in group order."""
+    """All parameters of the optimizer, in group order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """What the optimiser remembers: its type, and its tensors by the name of the parameter in `model`.
+    """What the optimizer remembers: its type, and its tensors by the name of the parameter in `model`.
 
     By name, so that parameter groups may be cut otherwise after a resume; what the groups say is the schedule's.
     """
@@ -70,7 +70,7 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any]) -> bool:
-    """Give the optimiser what `optimizer_state` returned; False where that is of another type of optimiser.
+    """Give the optimizer what `optimizer_state` returned; False where that is of another type of optimizer.
 
     Raises:
         ValueError: it is not of this model.
@@ -79,7 +79,7 @@ def load_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: dict[st
         return False
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if unknown := [name for name in stored["state"] if name not in trained]:
-        raise ValueError(f"the optimiser's state has {unknown[0]}, which the model does not train")
+        raise ValueError(f"the optimizer's state has {unknown[0]}, which the model does not train")
     for name, values in stored["state"].items():
         optimizer.state[trained[name]] = {key: _like(value, trained[name]) for key, value in values.items()}
     return True

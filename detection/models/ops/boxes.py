@@ -33,7 +33,7 @@ def pairwise_iou(boxes_a_xyxy: Tensor, boxes_b_xyxy: Tensor) -> Tensor:
 def encode_boxes(targets_xyxy: Tensor, references_xyxy: Tensor, stds: Sequence[float]) -> Tensor:
     """Deltas (dx, dy, dw, dh) [..., 4] that turn the references into the targets, divided by `stds`.
 
-    dx and dy are the centre's shift in reference widths and heights, dw and dh logarithms of the sides'
+    dx and dy are the center's shift in reference widths and heights, dw and dh logarithms of the sides'
     ratios (Girshick et al. 2014, appendix C). Empty boxes give infinities or NaN: mask them.
     """
     x, y, width, height = _centres_and_sides(references_xyxy)

@@ -46,7 +46,7 @@ METADATA_PACKAGES = {
     *("detectron2", "fvcore", "iopath", "omegaconf", "yacs", "addict", "yapf"),
     *("argparse", "datetime", "decimal", "pathlib", "uuid"),
 }
-# Built-in names that metadata uses; they become stand-ins too. (getattr is how a method is pickled.)
+# Components-in names that metadata uses; they become stand-ins too. (getattr is how a method is pickled.)
 INERT_NAMES = {
     *("builtins.getattr", "builtins.object", "builtins.slice", "builtins.range", "builtins.complex"),
     *("builtins.bytearray", "builtins.frozenset", "builtins.list", "builtins.dict", "builtins.tuple"),

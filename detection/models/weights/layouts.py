@@ -120,7 +120,7 @@ def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return cleaned
 
 
-def recognise(names: Iterable[str]) -> str | None:
+def recognize(names: Iterable[str]) -> str | None:
     """The layout of a state dict with these (cleaned) names, or None.
 
     One of "ours", "mmdet", "torchvision", "detectron2", "backbone".
@@ -257,7 +257,7 @@ def stem_from_bgr(weight: Tensor) -> Tensor:
     """Stem weights [64, 3, 7, 7] for BGR input that was not divided by a deviation, as weights for our RGB
     input.
 
-    Exact but for rounding: zero is the mean colour in both, so the padded border agrees too.
+    Exact but for rounding: zero is the mean color in both, so the padded border agrees too.
     """
     deviation = torch.tensor(PIXEL_STD_RGB, dtype=torch.float64, device=weight.device)
     return (weight.flip(1).double() * deviation[None, :, None, None]).to(weight.dtype)

@@ -57,7 +57,7 @@ def load_weights(
     spec: a file of ours, torchvision's, MMDetection's or Detectron2's, or the name of published weights:
     "imagenet" (IMAGENET1K_V1 of the model's backbone), "IMAGENET1K_V2", "COCO_V1",
     "ResNet50_Weights.IMAGENET1K_V2", ... A head for another number of classes keeps the model's own
-    initialisation, as do tensors of another shape. category_ids: those of the model's classes; torchvision's
+    initialization, as do tensors of another shape. category_ids: those of the model's classes; torchvision's
     head for COCO has a row for each of 90 ids, and gives COCO's 80 categories theirs (None: 80 classes are
     taken for COCO's). map_location: where the file's tensors are put on their way into the model. Raises
     WeightsError where nothing fits or the file cannot be read, WeightsUnavailable where published weights are
@@ -73,7 +73,7 @@ def load_weights(
     state = dict(stored.state)
     refused = _foreign_norms(state, own)
     if refused:
-        notes.append("the file's batch norms have no use for the model's group norms; those keep their initialisation")
+        notes.append("the file's batch norms have no use for the model's group norms; those keep their initialization")
     if stored.layout == "torchvision" and _wants_coco(state, own, category_ids):
         take_categories(state, COCO_CATEGORY_IDS)
         notes.append("of the 90 ids that the file's head has rows for, COCO's 80 categories take theirs")
@@ -147,7 +147,7 @@ def _foreign_heads(state: dict[str, Tensor], own: dict[str, Tensor], notes: list
         return set()
     notes.append(
         f"the file's head is for {len(state[weight]) - 1} classes, the model's for {len(own[weight]) - 1}: "
-        "classifier and regressor are re-initialised"
+        "classifier and regressor are re-initialized"
     )
     return {*CLASSIFIER, *REGRESSOR}
 

@@ -14,8 +14,8 @@ class WeightReport:
     """What `load_weights` did, by names of the model's state dict (`unexpected`: the file's own names).
 
     matched: filled from the file. missing: not in the file. unexpected: in the file, not in the model.
-    reshaped: (name, shape in the file, shape in the model); these kept the model's initialisation, as the
-    missing ones did. source: what was read. notes: what was converted, re-initialised or cannot be the same.
+    reshaped: (name, shape in the file, shape in the model); these kept the model's initialization, as the
+    missing ones did. source: what was read. notes: what was converted, re-initialized or cannot be the same.
     """
 
     matched: tuple[str, ...]
@@ -39,7 +39,7 @@ class WeightReport:
         if len(reshaped) > _NAMES_IN_FULL:
             lines[-1] += f" and {len(reshaped) - _NAMES_IN_FULL} more"
         if self.missing or self.reshaped:
-            lines.append("  missing and reshaped tensors keep the model's own initialisation")
+            lines.append("  missing and reshaped tensors keep the model's own initialization")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(line.rstrip() for line in lines)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detection.models.weights.files import WeightsError, read_weight_file
-from detection.models.weights.layouts import clean_names, recognise, stem_from_bgr, to_ours
+from detection.models.weights.layouts import clean_names, recognize, stem_from_bgr, to_ours
 from detection.models.weights.sources import ZERO_EPS_WEIGHTS, published_hash
 
 CHECKPOINT_FORMAT = "detection-checkpoint"
@@ -26,7 +26,7 @@ class StoredWeights:
     """What a weight file holds.
 
     state: our names to tensors. origin: our names to the file's names; what has no counterpart in our models
-    is in `state` under the file's name and not in `origin`. layout: see `weight_layouts.recognise`. norm_eps:
+    is in `state` under the file's name and not in `origin`. layout: see `weight_layouts.recognize`. norm_eps:
     the batch norm epsilon that the weights were made for, None where the file does not tell. stride_in_1x1:
     likewise. notes: for the user. payload: the whole file, tensors and metadata (inert stand-ins where it was
     not plain).
@@ -57,7 +57,7 @@ def read_weights(path: Path, map_location: str | torch.device = "cpu") -> Stored
         raise WeightsError(f"{path} holds a {type(payload).__name__}, not a dictionary of weights")
     found, notes = _find_state(path, payload)
     state = clean_names(found)
-    layout = recognise(state)
+    layout = recognize(state)
     if layout is None:
         raise WeightsError(
             f"the names in {path} are of no known layout ({', '.join(list(state)[:4])}, ...). Readable are our "

@@ -102,7 +102,7 @@ def assert_sound(annotations: CocoAnnotations) -> None:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pictures that VALID names."""
+    """The images that VALID names."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "sub").mkdir()
     Image.new("RGB", (64, 48)).save(folder / "a.jpg")

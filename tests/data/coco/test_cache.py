@@ -116,7 +116,7 @@ def test_a_torn_or_foreign_cache_file_is_made_anew(file, tmp_path, parses, damag
     assert len(parses) == 2
 
 
-def test_every_truncation_of_a_small_file_is_recognised(tmp_path):
+def test_every_truncation_of_a_small_file_is_recognized(tmp_path):
     path = tmp_path / "a.packed"
     write_packed(path, Packed({"a": np.arange(5), "b": np.zeros((0, 4), dtype=np.float32)}, {"n": 1}), ["key"])
     whole = path.read_bytes()

@@ -395,7 +395,7 @@ def test_corners_by_mistake_are_told_from_boxes_at_the_top_left(tmp_path):
 
     assert not judged(np.hstack([corners, sizes]))
     assert judged(np.hstack([corners, corners + sizes]))
-    assert not judged(np.hstack([corners * 0.02, sizes]))  # width > x and height > y, but inside the picture
+    assert not judged(np.hstack([corners * 0.02, sizes]))  # width > x and height > y, but inside the image
     assert not judged(np.hstack([corners, corners + sizes])[:5])  # too few to tell
 
 

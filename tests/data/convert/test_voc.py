@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.convert.conversion import ConversionError, LabelledBox, LabelledPicture, Remarks, derived_classes
+from data.convert.conversion import ConversionError, LabeledBox, LabeledImage, Remarks, derived_classes
 from data.convert.voc import VOC_TEXTS, VocSet, read_voc, voc_xml
 from data.convert.voc_folders import find_voc, read_class_file
 from data.convert.voc_xml import XmlError, parse_xml
@@ -30,14 +30,14 @@ def an_xml(*objects: str, filename: str = "a.png", size: tuple[int, int] = (64, 
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., tuple[VocSet, Remarks]]:
-    """read({"a.xml": text}, pictures=["a.png"], **options): what read_voc makes of such a folder."""
+    """read({"a.xml": text}, images=["a.png"], **options): what read_voc makes of such a folder."""
 
-    def run(files: dict[str, str | bytes], pictures: tuple[str, ...] = ("a.png",), **options: object):
+    def run(files: dict[str, str | bytes], images: tuple[str, ...] = ("a.png",), **options: object):
         for name, content in files.items():
             path = tmp_path / "Annotations" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        for name in pictures:
+        for name in images:
             path = tmp_path / "JPEGImages" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 48)).save(path)
@@ -49,7 +49,7 @@ def read(tmp_path: Path) -> Callable[..., tuple[VocSet, Remarks]]:
 
 
 def boxes(found: VocSet) -> list[list[float]]:
-    return [box.box_xywh for picture in found.pictures for box in picture.boxes]
+    return [box.box_xywh for image in found.images for box in image.boxes]
 
 
 def codes(remarks: Remarks) -> dict[str, int]:
@@ -80,7 +80,7 @@ def test_a_one_based_box_of_one_pixel_is_one_pixel(read):
 def test_difficult_objects_are_crowds_or_like_others_or_left_out(read, choice, kept):
     objects = an_object(1, 1, 20, 20), an_object(5, 5, 30, 30, difficult=1)
     found, remarks = read({"a.xml": an_xml(*objects)}, difficult=choice)
-    assert [box.crowd for box in found.pictures[0].boxes] == kept
+    assert [box.crowd for box in found.images[0].boxes] == kept
     assert codes(remarks) == {"difficult": 1}
 
 
@@ -114,14 +114,14 @@ def test_boxes_that_can_be_put_right_are_and_are_counted(read, element, code, ex
         (an_xml(an_object(1, "nan", 3, 4)), "faulty-object", "<ymin> is 'nan'"),
         (an_xml(an_object(1, 2, "1e99", 4)), "faulty-object", "<xmax> is '1e99'"),
         (an_xml(an_object(1, 2, 3, 4, name="cta")), "unknown-class", "'cta'; did you mean 'cat'?"),
-        (an_xml(size=(640, 480)), "size-differs", "says 640x480, the picture has 64x48"),
+        (an_xml(size=(640, 480)), "size-differs", "says 640x480, the image has 64x48"),
         (an_xml(size=(48, 64)), "size-differs", "sides exchanged"),
         (an_xml(filename="b.png").replace("annotation", "html"), "not-annotation", "<html>"),
     ],
 )
-def test_what_cannot_be_put_right_is_named_with_file_and_place_and_leaves_the_picture_out(read, content, code, said):
+def test_what_cannot_be_put_right_is_named_with_file_and_place_and_leaves_the_image_out(read, content, code, said):
     found, remarks = read({"a.xml": content}, classes=["cat"])
-    assert not found.pictures
+    assert not found.images
     finding = next(finding for finding in remarks.findings if finding.code == code)
     assert finding.severity == ("warning" if code == "not-annotation" else "error")
     assert "a.xml" in finding.places[0] and said in finding.places[0]
@@ -150,73 +150,71 @@ def test_deep_nesting_is_no_crash(tmp_path):
 def test_class_names_come_through_in_any_encoding_that_the_file_declares(read, encoding):
     text = f'<?xml version="1.0" encoding="{encoding}"?>' + an_xml(an_object(1, 2, 30, 40, name="Bär"))
     found, _ = read({"a.xml": text.encode(encoding)})
-    assert found.pictures[0].boxes[0].name == "Bär"
+    assert found.images[0].boxes[0].name == "Bär"
 
 
 @pytest.mark.parametrize(
-    ("filename", "pictures", "expected", "code"),
+    ("filename", "images", "expected", "code"),
     [
         ("a.png", ("a.png",), "a.png", None),
         ("C:\\somewhere\\a.png", ("a.png",), "a.png", None),
         ("a", ("a.png",), "a.png", None),
         ("", ("a.png",), "a.png", None),
-        ("old.jpg", ("a.png",), "a.png", "picture-renamed"),
+        ("old.jpg", ("a.png",), "a.png", "image-renamed"),
         ("b.png", ("b.png",), "b.png", None),
-        ("a.png", ("a.png", "a.bmp"), "a.png", "picture-without-xml"),
+        ("a.png", ("a.png", "a.bmp"), "a.png", "image-without-xml"),
         ("a.png", ("sub/a.png",), "sub/a.png", None),
-        ("a.png", ("a.png", "sub/a.png"), "a.png", "picture-without-xml"),
-        ("b.png", ("a.png", "b.png"), None, "ambiguous-picture"),
-        ("", ("a.png", "a.bmp"), None, "ambiguous-picture"),
-        ("a.png", (), None, "missing-picture"),
+        ("a.png", ("a.png", "sub/a.png"), "a.png", "image-without-xml"),
+        ("b.png", ("a.png", "b.png"), None, "ambiguous-image"),
+        ("", ("a.png", "a.bmp"), None, "ambiguous-image"),
+        ("a.png", (), None, "missing-image"),
     ],
 )
-def test_the_picture_is_the_one_of_the_filename_or_of_the_xmls_own_name(
-    read, tmp_path, filename, pictures, expected, code
-):
-    found, remarks = read({"a.xml": an_xml(an_object(1, 2, 30, 40), filename=filename)}, pictures)
-    paths = [picture.path.relative_to(tmp_path / "JPEGImages").as_posix() for picture in found.pictures]
+def test_the_image_is_the_one_of_the_filename_or_of_the_xmls_own_name(read, tmp_path, filename, images, expected, code):
+    found, remarks = read({"a.xml": an_xml(an_object(1, 2, 30, 40), filename=filename)}, images)
+    paths = [image.path.relative_to(tmp_path / "JPEGImages").as_posix() for image in found.images]
     assert paths == ([expected] if expected else [])
     assert (code in codes(remarks)) if code else not codes(remarks)
 
 
-def test_one_picture_in_two_files_is_an_error(read):
+def test_one_image_in_two_files_is_an_error(read):
     xml = an_xml(an_object(1, 2, 30, 40))
     found, remarks = read({"a.xml": xml, "sub/a.xml": xml})
-    assert len(found.pictures) == 1 and found.left_out == {"sub/a"}
-    assert codes(remarks)["picture-twice"] == 1
+    assert len(found.images) == 1 and found.left_out == {"sub/a"}
+    assert codes(remarks)["image-twice"] == 1
 
 
-def test_a_missing_size_is_taken_from_the_picture(read):
+def test_a_missing_size_is_taken_from_the_image(read):
     found, remarks = read({"a.xml": an_xml(an_object(1, 2, 30, 40), size=(0, 0))})
-    assert (found.pictures[0].width, found.pictures[0].height) == (64, 48)
+    assert (found.images[0].width, found.images[0].height) == (64, 48)
     assert codes(remarks) == {"no-size": 1}
 
 
-def test_a_file_that_is_no_picture_is_an_error(read, tmp_path):
+def test_a_file_that_is_no_image_is_an_error(read, tmp_path):
     (tmp_path / "JPEGImages").mkdir()
     (tmp_path / "JPEGImages" / "a.png").write_bytes(b"nothing")
     _, remarks = read({"a.xml": an_xml(an_object(1, 2, 30, 40))}, ())
-    assert codes(remarks)["unreadable-picture"] == 1
+    assert codes(remarks)["unreadable-image"] == 1
 
 
-def _turned_picture(path: Path, orientation: int) -> None:
+def _turned_image(path: Path, orientation: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (64, 48)).save(path, exif=exif)
 
 
-def test_boxes_drawn_on_a_picture_as_displayed_are_turned_to_the_stored_pixels(read, tmp_path):
-    _turned_picture(tmp_path / "JPEGImages" / "a.jpg", 6)
+def test_boxes_drawn_on_a_image_as_displayed_are_turned_to_the_stored_pixels(read, tmp_path):
+    _turned_image(tmp_path / "JPEGImages" / "a.jpg", 6)
     xml = an_xml(an_object(10, 20, 30, 60), filename="a.jpg", size=(48, 64))
     found, remarks = read({"a.xml": xml}, ())
-    assert (found.pictures[0].width, found.pictures[0].height) == (64, 48)
+    assert (found.images[0].width, found.images[0].height) == (64, 48)
     assert boxes(found) == [[20.0, 18.0, 40.0, 20.0]]
     assert codes(remarks) == {"exif-mapped": 1}
 
 
 def test_where_the_size_does_not_tell_which_way_up_boxes_are_taken_as_stored_with_a_warning(read, tmp_path):
-    _turned_picture(tmp_path / "JPEGImages" / "a.jpg", 3)
+    _turned_image(tmp_path / "JPEGImages" / "a.jpg", 3)
     xml = {"a.xml": an_xml(an_object(10, 20, 30, 40), filename="a.jpg")}
     found, remarks = read(xml, ())
     assert boxes(found) == [[10.0, 20.0, 20.0, 20.0]] and codes(remarks) == {"exif-turned": 1}
@@ -226,27 +224,27 @@ def test_where_the_size_does_not_tell_which_way_up_boxes_are_taken_as_stored_wit
 
 def test_what_is_written_is_read_again_digit_for_digit(read, tmp_path):
     corners = tuple(map(Decimal, ("0.1", "7.123456789", "33.33", "47.999")))
-    picture = LabelledPicture("a", tmp_path / "a.png", 64, 48, [LabelledBox("R&B <cell>", corners, True)])
+    image = LabeledImage("a", tmp_path / "a.png", 64, 48, [LabeledBox("R&B <cell>", corners, True)])
     for coordinates, database in (("one-based", b"VOC"), ("zero-based", b"Unknown")):
-        xml = voc_xml(picture, "a.png", coordinates=coordinates)
+        xml = voc_xml(image, "a.png", coordinates=coordinates)
         assert database in xml
         found, _ = read({"a.xml": xml})
-        assert found.pictures[0].boxes == picture.boxes
+        assert found.images[0].boxes == image.boxes
 
 
 def test_whole_pixels_never_lose_a_box():
     corners = tuple(map(Decimal, ("63.6", "0.2", "63.9", "0.4")))
-    picture = LabelledPicture("a", Path("a.png"), 64, 48, [LabelledBox("cat", corners)])
-    xml = voc_xml(picture, "a.png", whole_pixels=True).decode()
+    image = LabeledImage("a", Path("a.png"), 64, 48, [LabeledBox("cat", corners)])
+    xml = voc_xml(image, "a.png", whole_pixels=True).decode()
     assert [f"<{side}>{value}</{side}>" in xml for side, value in (("xmin", 64), ("xmax", 64), ("ymin", 1))] == [
         True
     ] * 3
 
 
 def test_a_name_that_xml_cannot_hold_is_an_error():
-    box = LabelledBox("a\x01", (Decimal(1), Decimal(1), Decimal(2), Decimal(2)))
+    box = LabeledBox("a\x01", (Decimal(1), Decimal(1), Decimal(2), Decimal(2)))
     with pytest.raises(ConversionError, match="Rename"):
-        voc_xml(LabelledPicture("a", Path("a.png"), 64, 48, [box]), "a.png")
+        voc_xml(LabeledImage("a", Path("a.png"), 64, 48, [box]), "a.png")
 
 
 def test_class_files_are_lists_or_cvats_label_map(tmp_path):
@@ -275,12 +273,12 @@ def test_names_that_may_be_slips_are_pointed_out(read):
     objects = [an_object(i % 60, 1, i % 60 + 2, 3 + i // 60, name="WBC") for i in range(100)]
     slips = [an_object(1, 10, 20, 20, name="WBCs"), an_object(1, 20, 20, 30, name="wbc")]
     found, remarks = read({"a.xml": an_xml(*objects, *slips, an_object(2, 9, 40, 40, name="tree"))})
-    assert derived_classes(found.pictures, remarks) == ["WBC", "WBCs", "tree", "wbc"]
+    assert derived_classes(found.images, remarks) == ["WBC", "WBCs", "tree", "wbc"]
     (finding,) = remarks.findings
     assert finding.code == "class-names-alike"
     assert finding.places == ("'WBC', 'wbc'", "'WBCs' (1 boxes), 'WBC' (100 boxes)")
 
 
-def test_a_picture_whose_xml_cannot_be_read_is_not_called_unlabelled(read):
+def test_a_image_whose_xml_cannot_be_read_is_not_called_unlabeled(read):
     _, remarks = read({"a.xml": "<annotation>"})
     assert codes(remarks) == {"malformed-xml": 1}

@@ -10,11 +10,11 @@ from PIL import Image, ImageOps
 
 from data.convert.conversion import (
     ConversionError,
-    LabelledBox,
-    LabelledPicture,
-    PictureFacts,
+    ImageFacts,
+    LabeledBox,
+    LabeledImage,
     Remarks,
-    picture_facts,
+    image_facts,
     to_displayed,
     to_stored,
 )
@@ -25,8 +25,8 @@ NAMES = ["cat", "dog"]
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Callable[..., tuple[list[LabelledPicture], Remarks]]:
-    """read("0 .5 .5 .1 .1"): what read_yolo makes of a picture of 64x48 with this label file (None: without)."""
+def read(tmp_path: Path) -> Callable[..., tuple[list[LabeledImage], Remarks]]:
+    """read("0 .5 .5 .1 .1"): what read_yolo makes of a image of 64x48 with this label file (None: without)."""
 
     def run(text: str | None, **options: object):
         path = tmp_path / "images" / "a.png"
@@ -46,13 +46,13 @@ def codes(remarks: Remarks) -> dict[str, int]:
 
 
 def test_a_line_is_class_centre_and_size_as_fractions(read):
-    pictures, remarks = read("1 0.5 0.5 0.25 0.5\n\n0 0.125 0.25 0.25 0.5\n")
-    assert [(box.name, box.box_xywh) for box in pictures[0].boxes] == [
+    images, remarks = read("1 0.5 0.5 0.25 0.5\n\n0 0.125 0.25 0.25 0.5\n")
+    assert [(box.name, box.box_xywh) for box in images[0].boxes] == [
         ("dog", [24.0, 12.0, 16.0, 24.0]),
         ("cat", [0.0, 0.0, 16.0, 24.0]),
     ]
     assert not codes(remarks)
-    assert pictures[0].key == "images/a"
+    assert images[0].key == "images/a"
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_a_line_is_class_centre_and_size_as_fractions(read):
     ],
 )
 def test_what_can_be_put_right_is_and_is_counted(read, text, code, num_boxes):
-    pictures, remarks = read(text)
-    assert len(pictures[0].boxes) == num_boxes
+    images, remarks = read(text)
+    assert len(images[0].boxes) == num_boxes
     assert codes(remarks)[code] == 1
     assert not remarks.num_errors
     if text:
@@ -98,16 +98,16 @@ def test_rounding_at_the_edge_is_not_worth_a_remark(read):
         ("0 320 240 20 20", "not-fractions", "'0 320 240 20 20'"),
     ],
 )
-def test_what_cannot_be_put_right_is_named_with_file_and_line_and_leaves_the_picture_out(read, line, code, said):
-    pictures, remarks = read("0 0.5 0.5 0.1 0.1\n" + line)
-    assert not pictures
+def test_what_cannot_be_put_right_is_named_with_file_and_line_and_leaves_the_image_out(read, line, code, said):
+    images, remarks = read("0 0.5 0.5 0.1 0.1\n" + line)
+    assert not images
     assert codes(remarks) == {code: 1}
     (finding,) = remarks.findings
     assert finding.severity == "error"
     assert "a.txt, line 2" in finding.places[0] and said in finding.places[0]
 
 
-def test_two_pictures_of_one_label_file_are_an_error(tmp_path):
+def test_two_images_of_one_label_file_are_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("0 0.5 0.5 0.1 0.1")
     paths = [tmp_path / "a.jpg", tmp_path / "a.png"]
     for path in paths:
@@ -117,7 +117,7 @@ def test_two_pictures_of_one_label_file_are_an_error(tmp_path):
     assert codes(remarks) == {"duplicate-stem": 1}
 
 
-def test_label_files_without_a_picture_are_errors_and_other_texts_are_not(tmp_path):
+def test_label_files_without_a_image_are_errors_and_other_texts_are_not(tmp_path):
     for name, text in (("b.txt", "0 0.5 0.5 0.1 0.1"), ("classes.txt", "cat\ndog"), ("c.txt", ""), ("a.txt", "")):
         (tmp_path / name).write_text(text)
     remarks = Remarks(YOLO_TEXTS)
@@ -126,7 +126,7 @@ def test_label_files_without_a_picture_are_errors_and_other_texts_are_not(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("picture", "labels"),
+    ("image", "labels"),
     [
         ("set/images/train/a.jpg", "set/labels/train/a.txt"),
         ("set/train/images/a.jpg", "set/train/labels/a.txt"),
@@ -135,12 +135,12 @@ def test_label_files_without_a_picture_are_errors_and_other_texts_are_not(tmp_pa
         ("set/images.jpg", "set/images.txt"),
     ],
 )
-def test_labels_lie_in_labels_instead_of_the_last_images(picture, labels):
-    assert label_path(Path(picture)) == Path(labels)
+def test_labels_lie_in_labels_instead_of_the_last_images(image, labels):
+    assert label_path(Path(image)) == Path(labels)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_are_turned_as_exif_turns_pictures(orientation, tmp_path):
+def test_boxes_are_turned_as_exif_turns_images(orientation, tmp_path):
     stored = np.zeros((48, 64, 3), dtype=np.uint8)
     stored[10:20, 5:35] = 255
     exif = Image.Exif()
@@ -149,8 +149,8 @@ def test_boxes_are_turned_as_exif_turns_pictures(orientation, tmp_path):
     Image.fromarray(stored).save(path.with_suffix(".jpg"), exif=exif, quality=95)
     with Image.open(path.with_suffix(".jpg")) as image:
         shown = np.asarray(ImageOps.exif_transpose(image).convert("L")) > 127
-    facts = picture_facts(path.with_suffix(".jpg"))
-    assert facts == PictureFacts(64, 48, orientation)
+    facts = image_facts(path.with_suffix(".jpg"))
+    assert facts == ImageFacts(64, 48, orientation)
     assert facts.displayed_size == shown.shape[::-1]
     rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
     displayed = tuple(map(Decimal, map(int, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))))
@@ -159,16 +159,16 @@ def test_boxes_are_turned_as_exif_turns_pictures(orientation, tmp_path):
     assert to_stored(displayed, facts) == corners
 
 
-def test_labels_of_a_turned_picture_refer_to_it_as_displayed(tmp_path):
+def test_labels_of_a_turned_image_refer_to_it_as_displayed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "a.jpg"
     Image.new("RGB", (64, 48)).save(path, exif=exif)
-    box = LabelledBox("dog", tuple(map(Decimal, (20, 18, 60, 38))))
-    picture = LabelledPicture("a", path, 64, 48, [box])
+    box = LabeledBox("dog", tuple(map(Decimal, (20, 18, 60, 38))))
+    image = LabeledImage("a", path, 64, 48, [box])
     for choice, line in (("auto", "1 0.41666667 0.625 0.41666667 0.625\n"), ("stored", "1 0.625 0.58333333 0.625")):
         remarks = Remarks(YOLO_TEXTS)
-        text = yolo_lines(picture, NAMES, picture_facts(path), choice, remarks)
+        text = yolo_lines(image, NAMES, image_facts(path), choice, remarks)
         assert text.startswith(line)
         path.with_suffix(".txt").write_text(text)
         assert read_yolo([path], NAMES, remarks, root=tmp_path, exif=choice)[0].boxes == [box]
@@ -178,16 +178,16 @@ def test_labels_of_a_turned_picture_refer_to_it_as_displayed(tmp_path):
 def test_boxes_in_hundredths_of_a_pixel_come_back_exactly(size, read, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     width, height = size
-    monkeypatch.setattr("data.convert.yolo.picture_facts", lambda path: PictureFacts(width, height, 1))
+    monkeypatch.setattr("data.convert.yolo.image_facts", lambda path: ImageFacts(width, height, 1))
     boxes = []
     for _ in range(300):
         xs, ys = sorted(rng.integers(0, 100 * width + 1, 2)), sorted(rng.integers(0, 100 * height + 1, 2))
         if xs[0] < xs[1] and ys[0] < ys[1]:
-            boxes.append(LabelledBox("cat", tuple(Decimal(int(v)) / 100 for v in (xs[0], ys[0], xs[1], ys[1]))))
-    picture = LabelledPicture("a", tmp_path / "a.png", width, height, boxes)
-    text = yolo_lines(picture, NAMES, PictureFacts(width, height, 1), "auto", Remarks(YOLO_TEXTS))
-    pictures, remarks = read(text)
-    assert pictures[0].boxes == boxes
+            boxes.append(LabeledBox("cat", tuple(Decimal(int(v)) / 100 for v in (xs[0], ys[0], xs[1], ys[1]))))
+    image = LabeledImage("a", tmp_path / "a.png", width, height, boxes)
+    text = yolo_lines(image, NAMES, ImageFacts(width, height, 1), "auto", Remarks(YOLO_TEXTS))
+    images, remarks = read(text)
+    assert images[0].boxes == boxes
     assert not codes(remarks)
 
 
@@ -278,7 +278,7 @@ def test_the_same_folder_for_train_and_val_counts_as_no_split(tmp_path):
     assert list(find_yolo(tmp_path).splits) == ["all"]
 
 
-def test_a_picture_in_both_splits_is_refused(tmp_path):
+def test_a_image_in_both_splits_is_refused(tmp_path):
     _touch(tmp_path, "x/a.png", "x/y/b.png")
     (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: x\nval: x/y\n")
     with pytest.raises(ConversionError, match="in train and in val.*--val-fraction"):
@@ -300,7 +300,7 @@ def test_darknets_settings_and_cvats_folders_are_understood(tmp_path):
     [
         (None, "--classes FILE"),
         ("names: [cat]\ntrain: nowhere\nval: x", "train is 'nowhere', and there is no such folder"),
-        ("names: [cat]", "no pictures there"),
+        ("names: [cat]", "no images there"),
     ],
 )
 def test_folders_without_what_is_wanted_say_what_to_give(tmp_path, yaml, said):

@@ -28,7 +28,7 @@ def loader(dataset: CocoDataset, **options: object) -> TrainLoader:
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
-def test_each_picture_is_resized_flipped_and_padded_with_zeros(dataset: CocoDataset, probability: float) -> None:
+def test_each_image_is_resized_flipped_and_padded_with_zeros(dataset: CocoDataset, probability: float) -> None:
     augmentation = Augmentation(flip_probability=probability)
     for raw in loader(dataset, augmentation=augmentation).batches(0, 2):
         batch = raw.to("cpu")
@@ -37,12 +37,12 @@ def test_each_picture_is_resized_flipped_and_padded_with_zeros(dataset: CocoData
         assert batch.pixels.shape == (3, 3, *raw.padded_size)
         assert batch.flips == [probability == 1.0] * 3
         for i, image_id in enumerate(batch.image_ids.tolist()):
-            native = dataset.picture(int(np.flatnonzero(dataset.image_ids == image_id)[0]))
+            native = dataset.image(int(np.flatnonzero(dataset.image_ids == image_id)[0]))
             assert native.shape[:2] == batch.native_sizes[i]
             height, width = batch.sizes[i].tolist()
             assert (height, width) == batch.resized_sizes[i]
-            picture = torch.from_numpy(native).permute(2, 0, 1)[None].float()
-            expected = F.interpolate(picture, size=(height, width), mode="bilinear")[0]
+            image = torch.from_numpy(native).permute(2, 0, 1)[None].float()
+            expected = F.interpolate(image, size=(height, width), mode="bilinear")[0]
             if probability == 1.0:
                 expected = expected.flip(2)
             inside = batch.pixels[i, :, :height, :width]
@@ -117,7 +117,7 @@ def same(a: DeviceBatch, b: DeviceBatch) -> bool:
 
 
 @pytest.mark.cuda
-def test_the_gpu_gets_the_batches_of_the_cpu_without_a_synchronisation(dataset: CocoDataset) -> None:
+def test_the_gpu_gets_the_batches_of_the_cpu_without_a_synchronization(dataset: CocoDataset) -> None:
     expected = [assemble(raw, "cpu") for raw in loader(dataset).batches(0, 6)]
     raws = [raw.pin_memory() for raw in loader(dataset).batches(0, 6)]
     torch.cuda.set_sync_debug_mode("error")

@@ -15,7 +15,7 @@ from data.loading.dataset import CocoDataset, DatasetError
 
 @pytest.fixture
 def write_set(tmp_path: Path) -> Callable[..., Path]:
-    """write_set(annotations, names): pictures of 64x48 named `names`, ids 1, 2, ...; returns the file."""
+    """write_set(annotations, names): images of 64x48 named `names`, ids 1, 2, ...; returns the file."""
 
     def write(annotations: list[dict], names: tuple[str, ...] = ("a.png",)) -> Path:
         for name in names:
@@ -72,18 +72,18 @@ def test_training_leaves_out_images_without_annotation_and_evaluation_keeps_them
     assert [len(evaluation.boxes(i)[0]) for i in range(3)] == [0, 1, 0]
 
 
-def test_pictures_in_subfolders_are_found(tmp_path: Path, write_set: Callable) -> None:
+def test_images_in_subfolders_are_found(tmp_path: Path, write_set: Callable) -> None:
     file = write_set([box([1, 2, 10, 20])], ("2014/a.png",))
     dataset = CocoDataset(tmp_path, read_coco(file), training=True)
-    assert dataset.picture(0).shape == (48, 64, 3)
+    assert dataset.image(0).shape == (48, 64, 3)
 
 
-def test_missing_pictures_are_counted_and_the_first_named(tmp_path: Path, write_set: Callable) -> None:
+def test_missing_images_are_counted_and_the_first_named(tmp_path: Path, write_set: Callable) -> None:
     names = tuple(f"{i}.png" for i in range(9))
     file = write_set([box([1, 2, 10, 20], image=i + 1) for i in range(9)], names)
     for name in names[1:]:
         (tmp_path / name).unlink()
-    with pytest.raises(DatasetError, match=r"8 of the 9 pictures.*1\.png, 2\.png.*5\.png, \.\.\."):
+    with pytest.raises(DatasetError, match=r"8 of the 9 images.*1\.png, 2\.png.*5\.png, \.\.\."):
         CocoDataset(tmp_path, read_coco(file), training=True)
 
 
@@ -105,13 +105,11 @@ def test_a_set_without_anything_to_train_on_is_refused(tmp_path: Path, write_set
     assert len(CocoDataset(tmp_path, annotations, training=False)) == 1
 
 
-def test_a_picture_of_another_size_than_annotated_is_refused_with_both_sizes(
-    tmp_path: Path, write_set: Callable
-) -> None:
+def test_a_image_of_another_size_than_annotated_is_refused_with_both_sizes(tmp_path: Path, write_set: Callable) -> None:
     dataset = CocoDataset(tmp_path, read_coco(write_set([box([1, 2, 10, 20])])), training=True)
     Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match=r"a\.png: is 640x480 pixels.*says 64x48 for image id 1"):
-        dataset.picture(0)
+        dataset.image(0)
     Image.new("RGB", (48, 64)).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match="EXIF.*exif_transpose"):
-        dataset.picture(0)
+        dataset.image(0)

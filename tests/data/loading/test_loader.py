@@ -99,9 +99,9 @@ def test_a_resume_continues_the_stream_and_loads_nothing_of_before(
     dataset = make_dataset(SIZES)
     whole = [facts(raw) for raw in train_loader(dataset).batches(0, 13)]
     loaded = []
-    picture = CocoDataset.picture
+    image = CocoDataset.image
     monkeypatch.setattr(
-        CocoDataset, "picture", lambda self, index, out: (loaded.append(index), picture(self, index, out))[1]
+        CocoDataset, "image", lambda self, index, out: (loaded.append(index), image(self, index, out))[1]
     )
     assert [facts(raw) for raw in train_loader(dataset).batches(first, 13)] == whole[first:]
     assert len(loaded) == 2 * (13 - first)
@@ -184,7 +184,7 @@ def test_loading_leaves_torchs_global_random_state_alone(make_dataset: MakeDatas
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_ends_the_stream_with_its_name_and_no_workers_traceback(
+def test_a_broken_image_ends_the_stream_with_its_name_and_no_workers_traceback(
     make_dataset: MakeDataset, tmp_path: Path, workers: int
 ) -> None:
     dataset = make_dataset(SIZES)

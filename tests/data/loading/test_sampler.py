@@ -51,7 +51,7 @@ def test_sample_keys_differ_by_seed_iteration_and_place() -> None:
     assert hash_key(0, 7, 3) == keys[7, 3]
 
 
-def test_hash_uniform_is_uniform_and_independent_of_its_neighbours() -> None:
+def test_hash_uniform_is_uniform_and_independent_of_its_neighbors() -> None:
     values = hash_uniform(5, np.arange(20000))
     assert values.min() >= 0 and values.max() < 1
     histogram = np.bincount((values * 10).astype(int), minlength=10)

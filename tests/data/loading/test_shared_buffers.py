@@ -119,7 +119,7 @@ def test_passes_that_are_given_up_leave_no_buffer_in_use(make_dataset: MakeDatas
 
 
 @needs_fork
-def test_a_picture_too_large_for_the_buffers_comes_in_another_way(
+def test_a_image_too_large_for_the_buffers_comes_in_another_way(
     make_dataset: MakeDataset, in_message: list[bool]
 ) -> None:
     dataset = make_dataset([(40, 40)] * 20 + [(400, 400)] * 2)
@@ -155,7 +155,7 @@ def test_pixels_need_no_file_in_shared_memory(
 
 
 @needs_fork
-def test_a_replaced_picture_of_another_size_is_delivered_whole(make_dataset: MakeDataset, tmp_path: Path) -> None:
+def test_a_replaced_image_of_another_size_is_delivered_whole(make_dataset: MakeDataset, tmp_path: Path) -> None:
     dataset = make_dataset([(64, 48), (60, 40), (80, 60), (72, 50), (64, 64), (90, 48)])
     (tmp_path / "002.jpg").write_bytes(b"")
     alone = train_loader(dataset, max_bad_images=3)
@@ -167,7 +167,7 @@ def test_a_replaced_picture_of_another_size_is_delivered_whole(make_dataset: Mak
 
 
 @needs_fork
-def test_pillows_pictures_go_into_the_buffers_too(make_dataset: MakeDataset, tmp_path: Path) -> None:
+def test_pillows_images_go_into_the_buffers_too(make_dataset: MakeDataset, tmp_path: Path) -> None:
     dataset = make_dataset([(64, 48)] * 4)
     with Image.open(tmp_path / "000.jpg") as image:
         image.convert("L").save(tmp_path / "001.jpg")

@@ -1,4 +1,4 @@
-"""Pictures that break in mid-run: replaced the same way on any number of processes and workers, and named."""
+"""Images that break in mid-run: replaced the same way on any number of processes and workers, and named."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def train_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
 
 def spoil(dataset: CocoDataset, *indices: int) -> None:
     for index in indices:
-        dataset.path(index).write_bytes(b"\xff\xd8 no picture any more")
+        dataset.path(index).write_bytes(b"\xff\xd8 no image any more")
 
 
 def summary(batch: RawBatch) -> list:
@@ -49,7 +49,7 @@ def test_a_replacement_fits_into_what_was_planned() -> None:
     assert fitted_size(1000, 1, (64, 85)) == (1, 85)
 
 
-def test_a_broken_picture_is_replaced_and_named(make_dataset: MakeDataset) -> None:
+def test_a_broken_image_is_replaced_and_named(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     whole = list(train_loader(dataset).batches(0, 8))
     spoil(dataset, 3)
@@ -64,7 +64,7 @@ def test_a_broken_picture_is_replaced_and_named(make_dataset: MakeDataset) -> No
         for fault in after.unreadable:
             assert fault.replacement_id == 106 and "003.jpg" in fault.message
             assert fault.place == before.places.tolist()[before.image_ids.tolist().index(103)]
-        # The replacement has its own boxes, inside the picture at its own scale.
+        # The replacement has its own boxes, inside the image at its own scale.
         after.to("cpu")
         for number, image_id in enumerate(after.image_ids.tolist()):
             height, width = after.sizes[number].tolist()
@@ -93,7 +93,7 @@ def test_processes_workers_and_a_resume_find_the_same_replacements(make_dataset:
         assert torch.equal(pixels, batch.to("cpu").pixels)
 
 
-def test_a_whole_folder_gone_gives_black_pictures_and_no_endless_search(make_dataset: MakeDataset) -> None:
+def test_a_whole_folder_gone_gives_black_images_and_no_endless_search(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     spoil(dataset, *range(8))
     batch = next(train_loader(dataset, max_bad_images=2, batch_size=1).batches(0, 1))
@@ -103,7 +103,7 @@ def test_a_whole_folder_gone_gives_black_pictures_and_no_endless_search(make_dat
     assert not batch.valid.any() and not batch.to("cpu").pixels.any()
 
 
-def test_a_picture_of_another_size_counts_as_unreadable(make_dataset: MakeDataset) -> None:
+def test_a_image_of_another_size_counts_as_unreadable(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     dataset.path(3).write_bytes(dataset.path(2).read_bytes())
     faults = [fault for batch in train_loader(dataset).batches(0, 4) for fault in batch.unreadable]
@@ -112,9 +112,7 @@ def test_a_picture_of_another_size_counts_as_unreadable(make_dataset: MakeDatase
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_evaluation_gives_a_black_picture_and_still_counts_the_image(
-    make_dataset: MakeDataset, workers: int
-) -> None:
+def test_an_evaluation_gives_a_black_image_and_still_counts_the_image(make_dataset: MakeDataset, workers: int) -> None:
     dataset = make_dataset(SIZES, training=False)
     spoil(dataset, 3, 4)
     settings = {"min_size": 64, "max_size": 112, "batch_size": 2, "workers": workers}

@@ -17,7 +17,7 @@ from data.loading.loader import TrainLoader
 NUM_IMAGES = 800
 NUM_EPOCHS = 8
 ALLOWED_GROWTH = 1e6
-"""Bytes an epoch, of 7.4 MB that its pictures take"""
+"""Bytes an epoch, of 7.4 MB that its images take"""
 
 
 def private_bytes(pid: int) -> int:

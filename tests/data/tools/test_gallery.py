@@ -17,14 +17,14 @@ from PIL import Image
 from data.coco.annotations import CocoAnnotations, read_coco
 from data.tools.gallery import GalleryError, choose, write_gallery
 
-COLOURS = ["red", "rgb(0, 128, 0)", "blue"]
+COLORS = ["red", "rgb(0, 128, 0)", "blue"]
 NASTY = "</script><script>document.title='stolen'</script> & \"q\""
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture
 def small_set(tmp_path: Path) -> CocoAnnotations:
-    """Five pictures in tmp_path: dog in 0 to 2, a cat in 1, a crowd in 2, none in 3; 4 is no picture."""
+    """Five images in tmp_path: dog in 0 to 2, a cat in 1, a crowd in 2, none in 3; 4 is no image."""
     images = [{"id": 10 + i, "width": 80, "height": 60, "file_name": f"p{i}.png"} for i in range(5)]
     boxes = [(0, 1, [5, 5, 40, 30], 0), (1, 1, [0, 0, 8, 8], 0), (1, 2, [50, 30, 40, 40], 0), (2, 1, [1, 1, 70, 50], 1)]
     annotations = [
@@ -45,10 +45,10 @@ def data_of(page: str) -> dict:
     return json.loads(text)
 
 
-def test_the_page_holds_pictures_boxes_and_figures(small_set, tmp_path):
+def test_the_page_holds_images_boxes_and_figures(small_set, tmp_path):
     file = tmp_path / "out" / "gallery.html"
-    summary = write_gallery(file, tmp_path, small_set, colours=COLOURS, longest_side=40)
-    assert (summary.num_shown, summary.num_pictures, summary.num_problems) == (5, 5, 1)
+    summary = write_gallery(file, tmp_path, small_set, colors=COLORS, longest_side=40)
+    assert (summary.num_shown, summary.num_images, summary.num_problems) == (5, 5, 1)
     assert summary.num_bytes == file.stat().st_size
     content = data_of(file.read_text())
     assert [image["name"] for image in content["images"]] == [f"p{i}.png" for i in range(5)]
@@ -60,7 +60,7 @@ def test_the_page_holds_pictures_boxes_and_figures(small_set, tmp_path):
     assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == (40, 30)
     dog, cat, unused = content["classes"]
     assert (dog["boxes"], dog["images"], dog["crowds"]) == (2, 3, 1)
-    assert (cat["name"], cat["colour"], unused["boxes"]) == (NASTY, "rgb(0, 128, 0)", 0)
+    assert (cat["name"], cat["color"], unused["boxes"]) == (NASTY, "rgb(0, 128, 0)", 0)
     edges = content["edges"]
     sizes = {edges[i]: n for i, n in enumerate(dog["sizes"]) if n}
     assert sizes == {8.0: 1, 32.0: 1}  # sides of 8 and 34.6 pixels
@@ -68,7 +68,7 @@ def test_the_page_holds_pictures_boxes_and_figures(small_set, tmp_path):
 
 
 def test_the_page_fetches_nothing_and_takes_no_name_for_markup(small_set, tmp_path):
-    write_gallery(tmp_path / "g.html", tmp_path, small_set, colours=COLOURS, title="{{data}} " + NASTY)
+    write_gallery(tmp_path / "g.html", tmp_path, small_set, colors=COLORS, title="{{data}} " + NASTY)
     page = (tmp_path / "g.html").read_text()
     assert "default-src 'none'" in page
     assert not re.search(r"(src|href)=[\"']?http", page)
@@ -76,10 +76,10 @@ def test_the_page_fetches_nothing_and_takes_no_name_for_markup(small_set, tmp_pa
     assert len(data_of(page)["images"]) == 5
 
 
-def test_a_picture_of_another_size_is_a_problem_that_the_card_tells(small_set, tmp_path):
+def test_a_image_of_another_size_is_a_problem_that_the_card_tells(small_set, tmp_path):
     Image.new("RGB", (60, 80)).save(tmp_path / "p0.png")
     (tmp_path / "p1.png").unlink()
-    write_gallery(tmp_path / "g.html", tmp_path, small_set, colours=COLOURS)
+    write_gallery(tmp_path / "g.html", tmp_path, small_set, colors=COLORS)
     first, second, *_ = data_of((tmp_path / "g.html").read_text())["images"]
     assert "60x80 pixels and annotated as 80x60" in first["problem"] and "src" in first
     assert "p1.png" in second["problem"] and "src" not in second
@@ -96,15 +96,15 @@ def test_a_limit_keeps_every_class_and_seeds_draw_others(small_set):
 
 def test_a_gallery_replaces_galleries_only(small_set, tmp_path):
     file = tmp_path / "g.html"
-    write_gallery(file, tmp_path, small_set, colours=COLOURS)
-    write_gallery(file, tmp_path, small_set, colours=COLOURS, count=2)
+    write_gallery(file, tmp_path, small_set, colors=COLORS)
+    write_gallery(file, tmp_path, small_set, colors=COLORS, count=2)
     assert len(data_of(file.read_text())["images"]) == 2
     file.write_text("<html>my thesis</html>")
     with pytest.raises(GalleryError, match="is not a gallery"):
-        write_gallery(file, tmp_path, small_set, colours=COLOURS)
+        write_gallery(file, tmp_path, small_set, colors=COLORS)
     assert file.read_text() == "<html>my thesis</html>"
     with pytest.raises(GalleryError):
-        write_gallery(tmp_path, tmp_path, small_set, colours=COLOURS)
+        write_gallery(tmp_path, tmp_path, small_set, colors=COLORS)
     assert not list(tmp_path.glob(".g.html*"))
 
 
@@ -118,9 +118,9 @@ def browse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def test_the_script_says_what_is_shown_and_what_is_wrong(small_set, tmp_path, browse, capsys):
     source = ("--images", tmp_path, "--annotations", tmp_path / "set.json", "--html", tmp_path / "g.html")
     browse(*source, "--count", 2)
-    assert "2 of 5 pictures (--count N shows more" in capsys.readouterr().out
+    assert "2 of 5 images (--count N shows more" in capsys.readouterr().out
     assert browse(*source) == 1
-    assert "1 pictures have a problem" in capsys.readouterr().err
+    assert "1 images have a problem" in capsys.readouterr().err
     (tmp_path / "g.html").write_text("mine")
     assert browse(*source) == 1
     assert "choose another name" in capsys.readouterr().err
@@ -128,7 +128,7 @@ def test_the_script_says_what_is_shown_and_what_is_wrong(small_set, tmp_path, br
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page in")
 def test_a_browser_draws_the_boxes_and_filters_by_class_and_text(small_set, tmp_path):
-    write_gallery(tmp_path / "g.html", tmp_path, small_set, colours=COLOURS)
+    write_gallery(tmp_path / "g.html", tmp_path, small_set, colors=COLORS)
     page = tmp_path / "page.html"
     steps = """<script>
     const seen = () => [document.querySelectorAll("article").length, document.querySelectorAll("rect.box").length,
@@ -141,7 +141,7 @@ def test_a_browser_draws_the_boxes_and_filters_by_class_and_text(small_set, tmp_
     out.order = (set("order", "most"), document.querySelector("article b").textContent);
     enlarge(0); out.large = at("large").open && at("large").querySelectorAll("rect.box").length;
     out.title = document.title;
-    out.colour = document.querySelector("rect.box").getAttribute("stroke");
+    out.color = document.querySelector("rect.box").getAttribute("stroke");
     document.body.replaceChildren(); document.body.textContent = "RESULT" + JSON.stringify(out) + "END";
     </script></body>"""
     page.write_text((tmp_path / "g.html").read_text().replace("</body>", steps))
@@ -151,19 +151,19 @@ def test_a_browser_draws_the_boxes_and_filters_by_class_and_text(small_set, tmp_
     found = re.search(r"RESULT(\{.*\})END", shown.stdout)
     assert found is not None, shown.stderr[-2000:]
     result = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert result["all"] == [5, 4, True, "5 of 5 pictures, 4 boxes"]
-    assert result["cat"] == [1, 1, True, "1 of 5 pictures, 1 boxes"]
+    assert result["all"] == [5, 4, True, "5 of 5 images, 4 boxes"]
+    assert result["cat"] == [1, 1, True, "1 of 5 images, 1 boxes"]
     assert result["dog"][:2] == [3, 3]
     assert result["none"] == result["cleared"] == result["every"] == result["all"]
     assert result["text"][:2] == [1, 2] and result["nothing"][0] == 0
     assert result["empty"][:2] == [2, 0] and result["outside"][0] == 1 and result["problem"][0] == 1
     assert result["order"] == "p1.png"
     assert result["large"] == 1
-    assert result["title"] != "stolen" and result["colour"]
+    assert result["title"] != "stolen" and result["color"]
 
 
-def test_pictures_keep_their_pixels_but_for_jpeg(small_set, tmp_path):
-    write_gallery(tmp_path / "g.html", tmp_path, small_set, colours=COLOURS)
+def test_images_keep_their_pixels_but_for_jpeg(small_set, tmp_path):
+    write_gallery(tmp_path / "g.html", tmp_path, small_set, colors=COLORS)
     source = data_of((tmp_path / "g.html").read_text())["images"][2]["src"]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))), dtype=int)
     assert pixels.shape == (60, 80, 3)

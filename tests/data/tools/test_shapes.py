@@ -25,7 +25,7 @@ def shapes(tmp_path_factory):
 
 
 def contents(folder):
-    """The bytes of the text files and the pixels of the pictures, by path."""
+    """The bytes of the text files and the pixels of the images, by path."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -70,7 +70,7 @@ def test_equal_settings_give_equal_bytes_and_pixels_and_another_seed_others(shap
     assert same == []
 
 
-def test_training_and_validation_pictures_differ(shapes):
+def test_training_and_validation_images_differ(shapes):
     digests = [hashlib.sha256(p.read_bytes()).digest() for p in shapes.rglob("*.png")]
     assert len(set(digests)) == 50
 
@@ -147,7 +147,7 @@ def test_processes_that_start_at_once_end_with_one_whole_set(tmp_path):
     assert len(contents(tmp_path / "shapes")) == 12 + 3 + 3
 
 
-def test_all_classes_sizes_and_kinds_of_pictures_occur(scenes):
+def test_all_classes_sizes_and_kinds_of_images_occur(scenes):
     objects = [item for scene in scenes for item in scene.objects if item.rle_counts is None]
     areas = np.array([item.area for item in objects])
     labels = np.array([item.label for item in objects])
@@ -159,7 +159,7 @@ def test_all_classes_sizes_and_kinds_of_pictures_occur(scenes):
     assert 0.03 < np.mean(crowds) < 0.15
 
 
-def test_about_a_seventh_of_the_pictures_is_portrait(shapes):
+def test_about_a_seventh_of_the_images_is_portrait(shapes):
     annotations = read_coco(coco_layout(shapes).train_annotations)
     assert 0.02 < np.mean(annotations.widths < annotations.heights) < 0.4
 
@@ -210,7 +210,7 @@ def test_a_lone_object_reaches_all_four_sides_of_its_box(scenes):
         ]
         smallest_steps.append(min(steps))
     assert len(smallest_steps) >= 10
-    assert np.mean(np.array(smallest_steps) > 30) > 0.8  # a few are nearly of the background's colour
+    assert np.mean(np.array(smallest_steps) > 30) > 0.8  # a few are nearly of the background's color
 
 
 def test_annotation_file_has_cocos_sections(shapes):

@@ -16,7 +16,7 @@ from data.loading.batch import RawBatch
 from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
 from data.transforms.augmentation import Augmentation, AugmentationError, LargeScaleJitter, ScaleSampling
-from data.transforms.color import ColourJitter, PhotometricDistortion
+from data.transforms.color import ColorJitter, PhotometricDistortion
 from data.transforms.geometry import crop_boxes, flip_boxes_vertically, resized_size
 
 MakeDataset = Callable[..., CocoDataset]
@@ -25,13 +25,11 @@ EVERYTHING = {
     "multi-scale": Augmentation(
         scales=ScaleSampling(((100, 40), (80, 56), (64, 64))),
         vertical_flip_probability=0.5,
-        colour=PhotometricDistortion(),
+        color=PhotometricDistortion(),
     ),
-    "range": Augmentation(
-        scales=ScaleSampling(((100, 40), (120, 80)), "range"), colour=ColourJitter(0.4, 0.4, 0.4, 0.1)
-    ),
+    "range": Augmentation(scales=ScaleSampling(((100, 40), (120, 80)), "range"), color=ColorJitter(0.4, 0.4, 0.4, 0.1)),
     "jitter": Augmentation(
-        jitter=LargeScaleJitter(72, min_visibility=0.3), vertical_flip_probability=0.3, colour=PhotometricDistortion()
+        jitter=LargeScaleJitter(72, min_visibility=0.3), vertical_flip_probability=0.3, color=PhotometricDistortion()
     ),
 }
 SIZES = [(64, 48), (50, 60), (90, 40), (48, 64), (70, 70), (33, 64), (64, 33), (40, 44), (44, 40), (60, 50), (41, 40)]
@@ -44,7 +42,7 @@ def train_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
 
 @pytest.fixture
 def rectangles(tmp_path: Path) -> CocoDataset:
-    """Black pictures, each with one white rectangle that its box frames exactly; PNG, so nothing is blurred."""
+    """Black images, each with one white rectangle that its box frames exactly; PNG, so nothing is blurred."""
     rng = np.random.default_rng(7)
     images, annotations = [], []
     for index in range(24):
@@ -57,7 +55,7 @@ def rectangles(tmp_path: Path) -> CocoDataset:
         images.append({"id": index, "width": width, "height": height, "file_name": f"{index}.png"})
         box = {"bbox": [left, top, w, h], "area": w * h, "iscrowd": 0, "category_id": 1}
         annotations.append({"id": index + 1, "image_id": index, **box})
-        # A crowd region over the whole picture: no crop may make a box of it.
+        # A crowd region over the whole image: no crop may make a box of it.
         crowd = {"bbox": [0, 0, width, height], "area": width * height, "iscrowd": 1, "category_id": 1}
         annotations.append({"id": 100 + index, "image_id": index, "segmentation": {"counts": [], "size": []}, **crowd})
     file = tmp_path / "annotations.json"
@@ -66,9 +64,9 @@ def rectangles(tmp_path: Path) -> CocoDataset:
     return CocoDataset(tmp_path, read_coco(file), training=True)
 
 
-def extent(picture: np.ndarray) -> list[int] | None:
+def extent(image: np.ndarray) -> list[int] | None:
     """x1, y1, x2, y2 of what is brighter than half; None where nothing is."""
-    bright = picture[0] >= 128
+    bright = image[0] >= 128
     if not bright.any():
         return None
     columns, rows = np.flatnonzero(bright.any(axis=0)), np.flatnonzero(bright.any(axis=1))
@@ -97,7 +95,7 @@ def test_a_rectangle_is_found_where_its_box_says_within_half_a_pixel(
             height, width = batch.sizes[i].tolist()
             found = extent(batch.pixels[i, :, :height, :width].numpy())
             if not batch.valid[i, 0]:
-                # Less than a pixel's centre may be left of it.
+                # Less than a pixel's center may be left of it.
                 counts["gone"] += 1
                 assert found is None
                 continue
@@ -118,7 +116,7 @@ def test_a_rectangle_is_found_where_its_box_says_within_half_a_pixel(
         assert counts["cut"] > 8 and counts["gone"] > 1
 
 
-def test_a_crop_is_a_window_of_the_one_resized_picture(make_dataset: MakeDataset) -> None:
+def test_a_crop_is_a_window_of_the_one_resized_image(make_dataset: MakeDataset) -> None:
     cv2 = pytest.importorskip("cv2")
     dataset = make_dataset(SIZES)
     cropped = 0
@@ -130,7 +128,7 @@ def test_a_crop_is_a_window_of_the_one_resized_picture(make_dataset: MakeDataset
             (scaled_height, scaled_width), (top, left) = raw.scaled_sizes[i], raw.offsets[i]
             height, width = raw.resized_sizes[i]
             assert top + height <= scaled_height and left + width <= scaled_width
-            expected = cv2.resize(dataset.picture(image_id - 100), (scaled_width, scaled_height))
+            expected = cv2.resize(dataset.image(image_id - 100), (scaled_width, scaled_height))
             expected = expected[top : top + height, left : left + width]
             expected = expected[:: -1 if raw.vertical_flips[i] else 1, :: -1 if raw.flips[i] else 1]
             ours = batch.pixels[i].permute(1, 2, 0).numpy()
@@ -160,7 +158,7 @@ def test_processes_and_micro_steps_see_the_pixels_and_boxes_that_one_process_see
 
 
 def facts(raw: RawBatch) -> list:
-    values = [raw.scaled_sizes, raw.offsets, raw.resized_sizes, raw.flips, raw.vertical_flips, raw.colours]
+    values = [raw.scaled_sizes, raw.offsets, raw.resized_sizes, raw.flips, raw.vertical_flips, raw.colors]
     return [*values, raw.padded_size, *(getattr(raw, name).tolist() for name in EXACT)]
 
 
@@ -178,8 +176,8 @@ def test_a_resume_inside_an_epoch_and_any_number_of_workers_change_nothing(
     finally:
         with_workers.close()
     loaded = []
-    picture = CocoDataset.picture
-    monkeypatch.setattr(CocoDataset, "picture", lambda self, *of: (loaded.append(of[0]), picture(self, *of))[1])
+    image = CocoDataset.image
+    monkeypatch.setattr(CocoDataset, "image", lambda self, *of: (loaded.append(of[0]), image(self, *of))[1])
     assert [facts(raw) for raw in train_loader(dataset, **options).batches(5, 8)] == whole[5:]
     assert len(loaded) == 3 * 4
 
@@ -205,7 +203,7 @@ def test_the_padded_size_is_that_of_the_global_batch(make_dataset: MakeDataset) 
     assert {plan.padded_size for plan in train_loader(dataset, augmentation=jitter).plans(0, 9)} == {(96, 96)}
 
 
-def test_a_picture_that_loses_all_its_boxes_stays_as_one_without_boxes(rectangles: CocoDataset) -> None:
+def test_a_image_that_loses_all_its_boxes_stays_as_one_without_boxes(rectangles: CocoDataset) -> None:
     jitter = Augmentation(jitter=LargeScaleJitter(40, 2.5, 4.0))
     without = 0
     for raw in train_loader(rectangles, augmentation=jitter).batches(0, 6):
@@ -216,7 +214,7 @@ def test_a_picture_that_loses_all_its_boxes_stays_as_one_without_boxes(rectangle
     assert without > 3
 
 
-def test_an_unreadable_picture_is_replaced_inside_what_the_crop_left_it(
+def test_an_unreadable_image_is_replaced_inside_what_the_crop_left_it(
     make_dataset: MakeDataset, tmp_path: Path
 ) -> None:
     dataset = make_dataset([(64, 48)] * 4)
@@ -242,7 +240,7 @@ def test_the_geometry_of_an_image_is_its_own_whatever_stands_beside_it(augmentat
         )
         columns = (result.scaled_sizes, result.offsets, result.sizes, result.flips, result.vertical_flips)
         rows = list(zip(*(column.tolist() for column in columns), strict=True))
-        return [*zip(rows, augmentation.colours(words, seed=seed, epoch=epoch), strict=True)]
+        return [*zip(rows, augmentation.colors(words, seed=seed, epoch=epoch), strict=True)]
 
     images = np.arange(40)
     whole = geometry(images)
@@ -291,7 +289,7 @@ def test_large_scale_jitter_draws_factors_and_windows_uniformly() -> None:
 
 
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000), word=st.integers(0, 2**40))
-def test_large_scale_jitter_fits_any_picture_into_its_square(width: int, height: int, word: int) -> None:
+def test_large_scale_jitter_fits_any_image_into_its_square(width: int, height: int, word: int) -> None:
     jitter = LargeScaleJitter(128)
     geometry = Augmentation(jitter=jitter).geometry(
         np.array([width]), np.array([height]), words=np.array([word]), seed=0, epoch=0, min_size=1, max_size=1

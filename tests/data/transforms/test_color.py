@@ -1,4 +1,4 @@
-"""Changes of colour: those of colorsys and torchvision, drawn from their ranges without a state."""
+"""Changes of color: those of colorsys and torchvision, drawn from their ranges without a state."""
 
 import colorsys
 import math
@@ -9,11 +9,11 @@ import torch
 from torchvision.transforms.v2 import functional as tv
 
 from data.transforms.color import (
-    ColourJitter,
+    ColorJitter,
     Distortion,
     Jitter,
     PhotometricDistortion,
-    change_colours,
+    change_colors,
     change_hue_and_saturation,
 )
 
@@ -21,47 +21,47 @@ WORDS = np.arange(4000)
 
 
 def noise(seed: int = 0, height: int = 12, width: int = 17) -> torch.Tensor:
-    """Noise with all corners of the cube and a grey, where a hue is hard to find."""
-    picture = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed))
+    """Noise with all corners of the cube and a gray, where a hue is hard to find."""
+    image = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed))
     corners = torch.cartesian_prod(*[torch.tensor([0, 255])] * 3).T
-    picture[:, 0, :8], picture[:, 0, 8] = corners, 77
-    return picture.to(torch.uint8)
+    image[:, 0, :8], image[:, 0, 8] = corners, 77
+    return image.to(torch.uint8)
 
 
 @pytest.mark.parametrize(
     ("saturation", "hue"), [(1.0, 0.0), (1.0, 0.05), (1.0, -0.05), (1.0, 0.5), (0.5, 0.0), (1.5, 0.0), (1.3, -0.03)]
 )
 def test_hue_and_saturation_are_those_of_hsv(saturation: float, hue: float) -> None:
-    picture = noise().float()
-    changed = change_hue_and_saturation(picture, saturation, hue)
-    for y in range(picture.shape[1]):
-        for x in range(picture.shape[2]):
-            h, s, v = colorsys.rgb_to_hsv(*picture[:, y, x].tolist())
+    image = noise().float()
+    changed = change_hue_and_saturation(image, saturation, hue)
+    for y in range(image.shape[1]):
+        for x in range(image.shape[2]):
+            h, s, v = colorsys.rgb_to_hsv(*image[:, y, x].tolist())
             expected = colorsys.hsv_to_rgb((h + hue) % 1.0, min(s * saturation, 1.0), v)
             assert changed[:, y, x].tolist() == pytest.approx(expected, abs=2e-3)
 
 
 def test_the_steps_of_a_distortion_follow_each_other_as_described() -> None:
-    picture = noise()
+    image = noise()
     change = Distortion(shift=-20, early_contrast=1.4, saturation=1.2, hue=0.04, channels=(2, 0, 1))
-    rgb = (picture.double() - 20).clamp(min=0) * 1.4
+    rgb = (image.double() - 20).clamp(min=0) * 1.4
     expected = torch.empty_like(rgb)
     for y in range(rgb.shape[1]):
         for x in range(rgb.shape[2]):
             h, s, v = colorsys.rgb_to_hsv(*rgb[:, y, x].tolist())
             expected[:, y, x] = torch.tensor(colorsys.hsv_to_rgb((h + 0.04) % 1.0, min(s * 1.2, 1.0), v))
     expected = expected[[2, 0, 1]].clamp(0, 255)
-    changed = change_colours(picture, change)
+    changed = change_colors(image, change)
     assert changed.dtype == torch.uint8
     assert (changed.double() - expected).abs().max() <= 0.51
 
 
 def test_contrast_comes_before_or_after_the_hue_and_nothing_is_cut_off_between() -> None:
-    picture = torch.full((3, 2, 2), 200, dtype=torch.uint8)
-    assert change_colours(picture, Distortion(shift=32, late_contrast=0.5)).unique().tolist() == [116]
-    assert change_colours(picture, Distortion(early_contrast=1.5, late_contrast=0.5)).unique().tolist() == [150]
-    assert change_colours(picture, Distortion(early_contrast=1.5)).unique().tolist() == [255]
-    assert torch.equal(change_colours(noise(), Distortion()), noise())
+    image = torch.full((3, 2, 2), 200, dtype=torch.uint8)
+    assert change_colors(image, Distortion(shift=32, late_contrast=0.5)).unique().tolist() == [116]
+    assert change_colors(image, Distortion(early_contrast=1.5, late_contrast=0.5)).unique().tolist() == [150]
+    assert change_colors(image, Distortion(early_contrast=1.5)).unique().tolist() == [255]
+    assert torch.equal(change_colors(noise(), Distortion()), noise())
 
 
 @pytest.mark.parametrize(
@@ -79,24 +79,24 @@ def test_contrast_comes_before_or_after_the_hue_and_nothing_is_cut_off_between()
 )
 def test_the_steps_of_a_jitter_are_torchvisions(step: str, value: float, reference) -> None:
     neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
-    picture = noise(1)
-    changed = change_colours(picture, Jitter(**(neutral | {step: value}), order=tuple(neutral)))
-    # torchvision rounds down twice, the grey and the result; we round once, to the nearest.
-    assert (changed.int() - reference(picture, value).int()).abs().max() <= 2
-    exact = reference(picture.float() / 255, value) * 255
+    image = noise(1)
+    changed = change_colors(image, Jitter(**(neutral | {step: value}), order=tuple(neutral)))
+    # torchvision rounds down twice, the gray and the result; we round once, to the nearest.
+    assert (changed.int() - reference(image, value).int()).abs().max() <= 2
+    exact = reference(image.float() / 255, value) * 255
     assert (changed.float() - exact).abs().max() <= 0.51
 
 
 def test_the_order_of_a_jitter_matters_and_is_followed() -> None:
-    picture = noise(2)
+    image = noise(2)
     values = {"brightness": 1.3, "contrast": 0.7, "saturation": 0.5, "hue": 0.2}
     orders = [("brightness", "contrast", "saturation", "hue"), ("hue", "saturation", "contrast", "brightness")]
     results = []
     for order in orders:
-        expected = picture.float() / 255
+        expected = image.float() / 255
         for step in order:
             expected = getattr(tv, f"adjust_{step}")(expected, values[step])
-        results.append(change_colours(picture, Jitter(**values, order=order)))
+        results.append(change_colors(image, Jitter(**values, order=order)))
         assert (results[-1].float() - expected * 255).abs().max() <= 0.6
     assert not torch.equal(*results)
 
@@ -124,7 +124,7 @@ def test_distortions_are_drawn_from_their_ranges_each_with_probability_one_half(
 
 
 def test_jitters_are_drawn_from_torchvisions_ranges() -> None:
-    drawn = ColourJitter(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1).sample(0, 0, WORDS)
+    drawn = ColorJitter(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1).sample(0, 0, WORDS)
     for name, low, high in (
         ("brightness", 0.6, 1.4),
         ("contrast", 0, 2.5),
@@ -140,20 +140,20 @@ def test_jitters_are_drawn_from_torchvisions_ranges() -> None:
     assert all(abs(orders.count(order) - 4000 / 24) < 60 for order in set(orders))
 
 
-@pytest.mark.parametrize("colour", [PhotometricDistortion(), ColourJitter(0.4, 0.4, 0.4, 0.1)], ids=str)
-def test_a_draw_is_a_function_of_seed_epoch_and_image(colour: PhotometricDistortion | ColourJitter) -> None:
-    whole = colour.sample(3, 5, WORDS[:50])
-    assert colour.sample(3, 5, WORDS[[17, 4]]) == (whole[17], whole[4])
+@pytest.mark.parametrize("color", [PhotometricDistortion(), ColorJitter(0.4, 0.4, 0.4, 0.1)], ids=str)
+def test_a_draw_is_a_function_of_seed_epoch_and_image(color: PhotometricDistortion | ColorJitter) -> None:
+    whole = color.sample(3, 5, WORDS[:50])
+    assert color.sample(3, 5, WORDS[[17, 4]]) == (whole[17], whole[4])
     assert len(set(whole)) > 45
-    for other in (colour.sample(4, 5, WORDS[:50]), colour.sample(3, 6, WORDS[:50])):
+    for other in (color.sample(4, 5, WORDS[:50]), color.sample(3, 6, WORDS[:50])):
         assert sum(one == two for one, two in zip(whole, other, strict=True)) < 5
 
 
 @pytest.mark.cuda
-def test_a_gpu_changes_colours_as_the_host_does() -> None:
+def test_a_gpu_changes_colors_as_the_host_does() -> None:
     for change in (
         Distortion(shift=12, early_contrast=1.3, saturation=0.7, hue=-0.04, channels=(1, 2, 0)),
         Jitter(1.2, 0.8, 1.3, 0.1, ("hue", "contrast", "brightness", "saturation")),
     ):
-        on_gpu = change_colours(noise(3, 200, 300).cuda(), change).cpu()
-        assert (on_gpu.int() - change_colours(noise(3, 200, 300), change).int()).abs().max() <= 1
+        on_gpu = change_colors(noise(3, 200, 300).cuda(), change).cpu()
+        assert (on_gpu.int() - change_colors(noise(3, 200, 300), change).int()).abs().max() <= 1

@@ -40,7 +40,7 @@ def test_sizes_factors_and_padding_equal_the_reference() -> None:
 
 
 @given(width=st.integers(1, 5000), height=st.integers(1, 5000))
-def test_resized_pictures_keep_within_the_limits_and_touch_one(width: int, height: int) -> None:
+def test_resized_images_keep_within_the_limits_and_touch_one(width: int, height: int) -> None:
     new_width, new_height = resized_size(width, height, min_size=800, max_size=1333)
     assert 1 <= min(new_width, new_height) <= 800
     assert max(new_width, new_height) <= 1333

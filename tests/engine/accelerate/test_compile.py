@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection.engine.trainer import EpochBasedTrainLoop
+from detection.engine.trainer import Trainer
 
 COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++"]
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile wants a C++ compiler")
@@ -37,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def recipe(finished: Path) -> list[str]:
-    """Folded frozen normalisation, as trainings on COCO have it, and an average of the weights."""
+    """Folded frozen normalization, as trainings on COCO have it, and an average of the weights."""
     return ["--weights", str(finished / "checkpoints" / "last.pt"), "--norm", "frozen_bn", "--ema", "0.5"]
 
 
@@ -69,7 +69,7 @@ def compiled(train, tmp_path_factory, cache) -> Path:
 @pytest.fixture(scope="module")
 def killed(start, recipe, cache, tmp_path_factory) -> Path:
     """The compiled training, ended in the middle of its second epoch; every iteration was saved."""
-    plain = EpochBasedTrainLoop.train_iteration
+    plain = Trainer.train_iteration
 
     def train_iteration(self, at, batches):
         if at == 5:
@@ -79,7 +79,7 @@ def killed(start, recipe, cache, tmp_path_factory) -> Path:
     torch._dynamo.reset()
     output = tmp_path_factory.mktemp("killed") / "run"
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(EpochBasedTrainLoop, "train_iteration", train_iteration)
+        context.setattr(Trainer, "train_iteration", train_iteration)
         with pytest.raises(Killed):
             start(output, *recipe, "--compile", "--limit-val-batches", "9", "--checkpoint-iterations", "1")
     return output

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from detection.config.errors import ConfigError
 from detection.engine import train
 from detection.engine.accelerate import cuda_graphs
-from detection.engine.accelerate.cuda_graphs import CudaGraphRecorder, StepGraphs, cuda_step_graphs
+from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, StepGraphs, cuda_step_graphs
 from detection.engine.distributed.comm import Processes
 from detection.engine.optim.flat_gradients import FlatGradients
 from detection.models import ImageBatch, TargetBatch, build_model
@@ -37,15 +37,15 @@ class Operators(TorchDispatchMode):
 
 
 class OperatorRecorder:
-    """As CudaGraphRecorder, on a CPU."""
+    """As CudaGraphBackend, on a CPU."""
 
     def __init__(self) -> None:
         self.replays = 0
 
-    def rehearse(self, step: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def warm_up(self, step: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         return step()
 
-    def record(self, step: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+    def capture(self, step: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
         written = [parameter.clone() for parameter in self.untouched()]
         with Operators() as operators:
             recorded = step()
@@ -69,7 +69,7 @@ class OperatorRecorder:
 
 
 class Refuser(OperatorRecorder):
-    def record(self, step: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+    def capture(self, step: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
@@ -130,13 +130,13 @@ def tiny() -> nn.Module:
 
 
 def test_replayed_passes_give_each_batch_its_own_losses_and_gradients(code_of_gpus, same_state):
-    # Other pictures, boxes, keys and numbers of boxes each time, in two sizes by turns.
+    # Other images, boxes, keys and numbers of boxes each time, in two sizes by turns.
     batches = [batch(seed, 1 + 5 * (seed % 3), 64 if seed % 2 else 96) for seed in range(10)]
-    recorder = OperatorRecorder()
-    graphs = StepGraphs(recorder)
+    backend = OperatorRecorder()
+    graphs = StepGraphs(backend)
     with_graphs, without = passes(tiny(), graphs, batches), passes(tiny(), None, batches)
     # Of each size one pass as it is written and one with the recording.
-    assert (graphs.num_recordings, recorder.replays) == (2, 6)
+    assert (graphs.num_captures, backend.replays) == (2, 6)
     same_state(with_graphs, without)
     assert len({float(losses["loss_cls"]) for losses, _ in with_graphs}) == 10
     assert graphs.problem is None
@@ -144,10 +144,10 @@ def test_replayed_passes_give_each_batch_its_own_losses_and_gradients(code_of_gp
 
 def test_more_boxes_than_before_are_a_size_of_their_own(code_of_gpus, same_state):
     batches = [batch(seed, 40 if seed % 2 else 3) for seed in range(6)]
-    recorder = OperatorRecorder()
-    graphs = StepGraphs(recorder)
+    backend = OperatorRecorder()
+    graphs = StepGraphs(backend)
     same_state(passes(tiny(), graphs, batches), passes(tiny(), None, batches))
-    assert (graphs.num_recordings, recorder.replays) == (2, 2)
+    assert (graphs.num_captures, backend.replays) == (2, 2)
 
 
 def test_passes_that_cannot_be_recorded_are_done_once_each_as_they_are_written(code_of_gpus, same_state):
@@ -155,7 +155,7 @@ def test_passes_that_cannot_be_recorded_are_done_once_each_as_they_are_written(c
     batches = [batch(seed, 3) for seed in range(4)]
     same_state(passes(tiny(), graphs, batches), passes(tiny(), None, batches))
     assert graphs.problem == "operation not permitted when stream is capturing"
-    assert graphs.num_recordings == 0
+    assert graphs.num_captures == 0
 
 
 def test_flat_gradients_lie_as_their_parameters_and_begin_at_multiples_of_four():
@@ -184,13 +184,13 @@ def on_gpu(*batches: tuple[ImageBatch, TargetBatch]) -> list[tuple[ImageBatch, T
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_replayed_passes_give_what_passes_give_as_they_are_written(compiled):
     batches = on_gpu(*(batch(seed, 1 + 5 * (seed % 3), 64 if seed % 2 else 96) for seed in range(10)))
-    graphs = StepGraphs(CudaGraphRecorder())
+    graphs = StepGraphs(CudaGraphBackend())
     recorded, plain = tiny().cuda(), tiny().cuda()
     if compiled:
         recorded.compile_dense_parts(dynamic=False)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         found, expected = passes(recorded, graphs, batches), passes(plain, None, batches)
-    assert graphs.problem is None and graphs.num_recordings == 2
+    assert graphs.problem is None and graphs.num_captures == 2
     for (losses, gradients), (plain_losses, plain_gradients) in zip(found, expected, strict=True):
         torch.testing.assert_close(losses, plain_losses, rtol=1e-3, atol=1e-4)
         assert (gradients - plain_gradients).norm() < 0.01 * plain_gradients.norm()
@@ -199,7 +199,7 @@ def test_on_a_gpu_replayed_passes_give_what_passes_give_as_they_are_written(comp
 @pytest.mark.cuda
 def test_on_a_gpu_a_pass_that_cannot_be_recorded_leaves_a_training_that_goes_on():
     batches = on_gpu(*(batch(seed, 3) for seed in range(6)))
-    model, graphs = tiny().cuda(), StepGraphs(CudaGraphRecorder())
+    model, graphs = tiny().cuda(), StepGraphs(CudaGraphBackend())
     model.register_forward_hook(lambda module, given, losses: losses["loss_cls"].item() and None)
     found = passes(model, graphs, batches)
     assert graphs.problem is not None and "captur" in graphs.problem
@@ -245,11 +245,11 @@ def test_a_training_with_graphs_ends_with_the_bits_of_one_without(
 ):
     words = ["--cuda-graphs", "--norm", "gn", "--limit-train-batches", "4", "--max-epochs", "3", *more]
     assert start(tmp_path / "with", *words) == 0
-    assert on_cpu[0].num_recordings >= 1 and on_cpu[0]._recorder.replays >= 10
+    assert on_cpu[0].num_captures >= 1 and on_cpu[0]._recorder.replays >= 10
     # The same loop and the same padding, with passes as they are written.
     monkeypatch.setattr(StepGraphs, "run", lambda self, step, images, targets: step(images, targets))
     assert start(tmp_path / "without", *words) == 0
-    assert on_cpu[1].num_recordings == 0
+    assert on_cpu[1].num_captures == 0
     assert records_of(tmp_path / "with") == records_of(tmp_path / "without")
     states = [load(tmp_path / name / "checkpoints" / "last.pt") for name in ("with", "without")]
     for key in ("model", "ema", "optimizer"):

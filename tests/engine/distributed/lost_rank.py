@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import train
-from detection.engine.trainer import EpochBasedTrainLoop
+from detection.engine.trainer import Trainer
 from detection.process_exit import leave
 from tests.engine.tiny_model import make_known
 
@@ -15,9 +15,9 @@ from tests.engine.tiny_model import make_known
 def main() -> int:
     rank, fate = int(sys.argv[1]), sys.argv[2]
     del sys.argv[1:3]
-    plain = EpochBasedTrainLoop.train_iteration
+    plain = Trainer.train_iteration
 
-    def train_iteration(self: EpochBasedTrainLoop, iteration: int, batches: Any) -> None:
+    def train_iteration(self: Trainer, iteration: int, batches: Any) -> None:
         if iteration == 2 and self.processes.rank == rank:
             self.processes.at("in iteration 2")
             if fate == "killed":
@@ -28,7 +28,7 @@ def main() -> int:
             raise MemoryError("no more memory")
         plain(self, iteration, batches)
 
-    EpochBasedTrainLoop.train_iteration = train_iteration  # type: ignore[method-assign]
+    Trainer.train_iteration = train_iteration  # type: ignore[method-assign]
     make_known()
     return train.main()
 

@@ -33,11 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, shapes_set: Path) -> Path:
     kept = content["images"][0]["id"]
     content["annotations"] = [record for record in content["annotations"] if record["image_id"] == kept]
     (folder / "one_image.json").write_text(json.dumps(content))
-    # Two pictures to train on and one to validate on cannot be read.
+    # Two images to train on and one to validate on cannot be read.
     shutil.copytree(shapes_set, folder / "broken_set")
     for name in ("train2017/000000000003", "train2017/000000000010", "val2017/000000000002"):
         (file,) = (folder / "broken_set").glob(f"{name}.*")
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"no image")
     return folder
 
 
@@ -97,14 +97,14 @@ def test_a_loss_that_is_not_finite_on_one_process_is_told_by_all_with_its_images
     assert "process 0" not in message
 
 
-def test_synchronised_batch_norm_equals_one_process_with_the_joint_batch(ranks):
+def test_synchronized_batch_norm_equals_one_process_with_the_joint_batch(ranks):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
     pixels = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(1)) * 3 + 50
     pixels.requires_grad_()
     outputs = network.train()(pixels)
     outputs.square().mul(torch.arange(1.0, 37.0).view(6, 6)[:4, :4]).sum().backward()
-    found = [rank["synchronised_norm"] for rank in ranks]
+    found = [rank["synchronized_norm"] for rank in ranks]
     close = {"rtol": 2e-4, "atol": 2e-4}
     torch.testing.assert_close(torch.cat([one["outputs"] for one in found]), outputs.detach(), **close)
     largest = float(pixels.grad.abs().max())
@@ -151,11 +151,11 @@ def test_every_training_ends_with_the_status_it_should_on_both(ranks):
 
 
 def test_two_processes_follow_the_losses_of_one_with_the_same_global_batch(ranks, folder, alone, records_of):
-    together = records_of(folder / "as_one", "train")
+    run_on_all_ranks = records_of(folder / "as_one", "train")
     for words in (["--batch-size", "4"], ["--batch-size", "2", "--accumulate", "2"]):
         one = records_of(alone(*words), "train")
-        assert len(one) == len(together) == 3
-        for ours, theirs in zip(together, one, strict=True):
+        assert len(one) == len(run_on_all_ranks) == 3
+        for ours, theirs in zip(run_on_all_ranks, one, strict=True):
             assert ours["lr"] == theirs["lr"]
             for name in ("loss", "loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "grad_norm"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (words, name)
@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_both(ranks, fold
     assert "process 1: loss = inf, loss_cls = inf; image ids [" in log and "process 0: " not in log
 
 
-def test_unreadable_pictures_are_replaced_reported_once_and_counted(ranks, folder, alone, records_of):
+def test_unreadable_images_are_replaced_reported_once_and_counted(ranks, folder, alone, records_of):
     assert [found["faults"]["replacing"] for found in ranks] == ["status 0", "status 0"]
     records = records_of(folder / "replacing", "train")
     assert sum(record.get("replaced_images", 0) for record in records) >= 2
@@ -261,7 +261,7 @@ def test_unreadable_pictures_are_replaced_reported_once_and_counted(ranks, folde
     assert [r.get("replaced_images") for r in records_of(one, "train")] == [r.get("replaced_images") for r in records]
 
 
-def test_too_many_unreadable_pictures_end_both_processes_with_one_message(ranks, folder):
+def test_too_many_unreadable_images_end_both_processes_with_one_message(ranks, folder):
     first, second = (found["faults"]["too many"] for found in ranks)
     assert first == second
     assert "2 images cannot be used, --max-bad-images is 1" in first

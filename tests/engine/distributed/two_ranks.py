@@ -22,11 +22,11 @@ from detection.engine import RunError, run
 from detection.engine import train as train_module
 from detection.engine.accelerate.cuda_graphs import Losses, StepGraphs
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
-from detection.engine.distributed.sync_batch_norm import synchronise_batch_norm
-from detection.engine.errors import main_first, together
+from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
+from detection.engine.errors import run_on_all_ranks, run_on_main_rank
 from detection.engine.evaluator import EvalLoader
-from detection.engine.metrics.step_metrics import LOSSES, NonFiniteLoss, StepRecords
-from detection.engine.trainer import EpochBasedTrainLoop
+from detection.engine.metrics.step_metrics import LOSSES, NonFiniteLoss, StepMetrics
+from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
 from detection.process_exit import leave
 from tests.engine.tiny_model import make_known
@@ -63,15 +63,15 @@ def agreed(processes: Processes) -> dict[str, Any]:
     shared = nn.BatchNorm2d(1)
     nn.init.constant_(shared.weight, 3.0 + processes.rank)
     shared.running_mean.fill_(7.0 + processes.rank)
-    processes.share_weights(shared)
+    processes.broadcast_weights(shared)
     return {
-        "together, one fails": message(lambda: together(processes, lambda: fails_on(1))),
-        "together, both fail": message(lambda: together(processes, fails_on_both)),
-        "together": message(lambda: together(processes, lambda: fails_on(9))),
-        "main first, main fails": message(lambda: main_first(processes, lambda: fails_on(0))),
-        "main first": message(lambda: main_first(processes, lambda: fails_on(1))),
+        "together, one fails": message(lambda: run_on_all_ranks(processes, lambda: fails_on(1))),
+        "together, both fail": message(lambda: run_on_all_ranks(processes, fails_on_both)),
+        "together": message(lambda: run_on_all_ranks(processes, lambda: fails_on(9))),
+        "main first, main fails": message(lambda: run_on_main_rank(processes, lambda: fails_on(0))),
+        "main first": message(lambda: run_on_main_rank(processes, lambda: fails_on(1))),
         "broadcast": processes.broadcast({"rank": processes.rank}),
-        "largest": processes.largest_later(processes.rank).result(),
+        "largest": processes.all_reduce_max_async(processes.rank).result(),
         "mean": processes.mean(torch.tensor([1.0 + processes.rank])).item(),
         "average": average.tolist(),
         "weights": [float(shared.weight.detach()), float(shared.running_mean)],
@@ -79,7 +79,7 @@ def agreed(processes: Processes) -> dict[str, Any]:
 
 
 def non_finite(processes: Processes) -> str:
-    records = StepRecords(processes, images_per_iteration=4, gradient_may_overflow=False)
+    records = StepMetrics(processes, images_per_iteration=4, gradient_may_overflow=False)
     for iteration in range(2):
         losses = {name: torch.tensor(1.0) for name in LOSSES}
         if (processes.rank, iteration) == (1, 1):
@@ -93,11 +93,11 @@ def non_finite(processes: Processes) -> str:
     return "nothing was found"
 
 
-def synchronised_norm(processes: Processes) -> dict[str, Any]:
+def synchronized_norm(processes: Processes) -> dict[str, Any]:
     """A small network with two norms over half of a batch, one more image on rank 1 than on rank 0."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
-    synchronise_batch_norm(network, processes.device)
+    synchronize_batch_norm(network, processes.device)
     pixels = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(1)) * 3 + 50
     mine = pixels[:2] if processes.rank == 0 else pixels[2:]
     mine.requires_grad_()
@@ -115,7 +115,7 @@ def shared_buffers(processes: Processes) -> list[float]:
     norm = nn.BatchNorm2d(1)
     norm.running_mean.fill_(5.0 + processes.rank)
     norm.num_batches_tracked.fill_(3 + processes.rank)
-    processes.share_buffers(norm)
+    processes.broadcast_buffers(norm)
     return [norm.running_mean.item(), norm.num_batches_tracked.item()]
 
 
@@ -123,7 +123,7 @@ def without_boxes(processes: Processes) -> dict[str, Any]:
     """A training step in which rank 1 has no box, then one in which nobody has."""
     torch.manual_seed(0)
     model = build_model("tiny", 3, norm="bn", frozen_stages=-1).train()
-    wrapped = processes.wrap(model, broadcast_buffers=True)
+    wrapped = processes.wrap_ddp(model, broadcast_buffers=True)
     images = ImageBatch(torch.full((1, 3, 64, 64), 90, dtype=torch.uint8), torch.tensor([[64, 64]]))
     boxes = torch.tensor([[[8.0, 8.0, 40.0, 44.0], [0.0, 0.0, 0.0, 0.0]]])
     found: dict[str, Any] = {}
@@ -172,9 +172,9 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
         train_module.cuda_step_graphs = lambda processes, model, graphs=graphs: graphs  # type: ignore[assignment, misc]
         found[name] = train(name, *words_of_graphs)
 
-    plain_iteration, plain_plan = EpochBasedTrainLoop.train_iteration, EvalLoader.batches
+    plain_iteration, plain_plan = Trainer.train_iteration, EvalLoader.batches
 
-    def signalled_iteration(self: EpochBasedTrainLoop, iteration: int, batches: Any) -> None:
+    def signalled_iteration(self: Trainer, iteration: int, batches: Any) -> None:
         plain_iteration(self, iteration, batches)
         if (rank, iteration) == (1, 0):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -184,9 +184,9 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
             os.kill(os.getpid(), signal.SIGUSR1)
         return plain_plan(self)
 
-    EpochBasedTrainLoop.train_iteration = signalled_iteration  # type: ignore[method-assign]
+    Trainer.train_iteration = signalled_iteration  # type: ignore[method-assign]
     found["stopped in training"] = train("stopped", "--ema", "0.5")
-    EpochBasedTrainLoop.train_iteration = plain_iteration  # type: ignore[method-assign]
+    Trainer.train_iteration = plain_iteration  # type: ignore[method-assign]
     EvalLoader.batches = signalled_batches  # type: ignore[method-assign]
     found["stopped in validation"] = train("stopped", "--ema", "0.5", "--resume")
     EvalLoader.batches = plain_plan  # type: ignore[method-assign]
@@ -206,7 +206,7 @@ def faults(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any]:
         except RunError as error:
             return str(error)
 
-    plain_losses, plain_iteration = FasterRCNN._losses, EpochBasedTrainLoop.train_iteration
+    plain_losses, plain_iteration = FasterRCNN._losses, Trainer.train_iteration
     calls: list[None] = []
 
     def losses(self: FasterRCNN, images: ImageBatch, targets: TargetBatch) -> dict[str, Any]:
@@ -217,14 +217,14 @@ def faults(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any]:
             values["loss_cls"] = values["loss_cls"] * 0 + math.inf
         return values
 
-    def watched(self: EpochBasedTrainLoop, iteration: int, batches: Any) -> None:
+    def watched(self: Trainer, iteration: int, batches: Any) -> None:
         plain_iteration(self, iteration, batches)
         state = self.detector.state_dict() | {f"ema {k}": v for k, v in self.ema.module.state_dict().items()}  # type: ignore[union-attr]
         found.setdefault("weights", []).append({name: value.clone() for name, value in state.items()})
 
-    FasterRCNN._losses, EpochBasedTrainLoop.train_iteration = losses, watched  # type: ignore[method-assign]
+    FasterRCNN._losses, Trainer.train_iteration = losses, watched  # type: ignore[method-assign]
     found["skipping"] = train("skipping", "--skip-nonfinite", "--norm", "bn", "--ema", "0.5")
-    FasterRCNN._losses, EpochBasedTrainLoop.train_iteration = plain_losses, plain_iteration  # type: ignore[method-assign]
+    FasterRCNN._losses, Trainer.train_iteration = plain_losses, plain_iteration  # type: ignore[method-assign]
 
     data = Path(words[words.index("--data-path") + 1])
     content = json.loads((data / "annotations" / "instances_train2017.json").read_text())
@@ -260,7 +260,7 @@ def main() -> None:
     make_known()
     processes = start_processes("cpu")
     found: dict[str, Any] = {}
-    for claim in (gathered, agreed, non_finite, synchronised_norm, shared_buffers, without_boxes):
+    for claim in (gathered, agreed, non_finite, synchronized_norm, shared_buffers, without_boxes):
         found[claim.__name__] = claim(processes)
     stop_processes()
     found["trainings"] = trainings(folder, ports, words)

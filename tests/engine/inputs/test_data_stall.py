@@ -9,7 +9,7 @@ import pytest
 
 from data import CocoDataset, LoadTimes
 from detection.engine.inputs import data_stall
-from detection.engine.inputs.data_stall import DataAdvice, DataWaitWatch
+from detection.engine.inputs.data_stall import DataAdvice, DataStallWatch
 
 ADVICE = DataAdvice(num_workers=2, num_cores=8, stored_megapixels=0.3, seen_megapixels=0.9, has_simplejpeg=True)
 BUSY = LoadTimes(num_images=10, seconds=0.1, cpu_seconds=0.09)
@@ -20,7 +20,7 @@ def records(number: int, share: float, seconds: float = 1.0) -> list[dict]:
 
 
 def test_a_tenth_is_tolerated_and_more_is_told_after_the_warm_up() -> None:
-    watch = DataWaitWatch(4, lambda: "Advice.")
+    watch = DataStallWatch(4, lambda: "Advice.")
     assert watch.note(records(data_stall.WARMUP_ITERATIONS, 1.0)) is None
     assert watch.note(records(data_stall.WINDOW_ITERATIONS, 0.1)) is None
     assert watch.note(records(data_stall.WINDOW_ITERATIONS - 1, 0.25)) is None
@@ -29,14 +29,14 @@ def test_a_tenth_is_tolerated_and_more_is_told_after_the_warm_up() -> None:
 
 
 def test_a_window_is_long_enough_to_mean_something() -> None:
-    watch = DataWaitWatch(4, lambda: "")
+    watch = DataStallWatch(4, lambda: "")
     watch.note(records(data_stall.WARMUP_ITERATIONS, 0.0))
     assert watch.note(records(data_stall.WINDOW_ITERATIONS, 0.5, seconds=0.01)) is None
     assert watch.note(records(3000, 0.5, seconds=0.01)) is not None
 
 
 def test_it_is_said_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = DataWaitWatch(4, lambda: "")
+    watch = DataStallWatch(4, lambda: "")
     now = [1000.0]
     monkeypatch.setattr(data_stall.time, "monotonic", lambda: now[0])
     watch.note(records(data_stall.WARMUP_ITERATIONS, 0.0))
@@ -70,13 +70,13 @@ def test_a_training_on_slow_data_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    picture = CocoDataset.picture
+    image = CocoDataset.image
 
     def slow(self: CocoDataset, *rest: object) -> object:
         time.sleep(0.2)
-        return picture(self, *rest)
+        return image(self, *rest)
 
-    monkeypatch.setattr(CocoDataset, "picture", slow)
+    monkeypatch.setattr(CocoDataset, "image", slow)
     monkeypatch.setattr(data_stall, "TOLERATED_SHARE", 0.01)
     monkeypatch.setattr(data_stall, "WARMUP_ITERATIONS", 2)
     monkeypatch.setattr(data_stall, "WINDOW_ITERATIONS", 3)
@@ -85,7 +85,7 @@ def test_a_training_on_slow_data_says_so(
     output = capsys.readouterr()
     told = [line for line in (output.out + output.err).splitlines() if "waited for data" in line]
     assert len(told) == 1
-    assert "it mostly waits: put the pictures on a faster disk" in told[0]
+    assert "it mostly waits: put the images on a faster disk" in told[0]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     shares = [record["idle_share"] for record in map(json.loads, lines) if record["kind"] == "train"]
     assert len(shares) == 5

@@ -31,12 +31,12 @@ def test_each_validation_has_precision_recall_curves(finished):
     assert any(tag.startswith("val/PR/class/") for tag in steps)
 
 
-def test_the_start_shows_eight_pictures_as_the_model_gets_them(start, tmp_path, monkeypatch):
+def test_the_start_shows_eight_images_as_the_model_gets_them(start, tmp_path, monkeypatch):
     shown = []
 
-    def count(pictures, **_):
-        shown.append(len(pictures))
-        return pictures[0]
+    def count(images, **_):
+        shown.append(len(images))
+        return images[0]
 
     monkeypatch.setattr("detection.engine.metrics.images.mosaic", count)
     assert start(tmp_path / "run", "--limit-train-batches", "5", "--max-epochs", "1") == 0

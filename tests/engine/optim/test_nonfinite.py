@@ -12,7 +12,7 @@ from detection.config.errors import ConfigError
 from detection.engine import RunError
 from detection.engine.metrics import step_metrics as step_records_module
 from detection.engine.optim.nonfinite import NonFiniteGuard
-from detection.engine.trainer import EpochBasedTrainLoop
+from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN
 
 
@@ -55,7 +55,7 @@ def without_clock(state: dict[str, Any]) -> dict[str, Any]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, Any]]:
     """The loop's state after each iteration, copied, by iterations done."""
     states: dict[int, dict[str, Any]] = {}
-    plain = EpochBasedTrainLoop.train_iteration
+    plain = Trainer.train_iteration
 
     def train_iteration(self, iteration, batches):
         plain(self, iteration, batches)
@@ -68,17 +68,17 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, Any]]:
         average = {name: value.clone() for name, value in self.ema.module.state_dict().items()} if self.ema else {}
         states[iteration + 1] = {"weights": weights, "memory": memory, "average": average}
 
-    monkeypatch.setattr(EpochBasedTrainLoop, "train_iteration", train_iteration)
+    monkeypatch.setattr(Trainer, "train_iteration", train_iteration)
     return states
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "activations"])
-@pytest.mark.parametrize("optimiser", ["SGD", "AdamW"])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_nothing_is_left_of_a_skipped_iteration(
-    what: str, optimiser: str, start, tmp_path, monkeypatch, watched, same_state, load, records_of, capsys
+    what: str, optimizer: str, start, tmp_path, monkeypatch, watched, same_state, load, records_of, capsys
 ) -> None:
     words = ["--ema", "0.5", "--norm", "bn", "--max-epochs", "1", "--skip-nonfinite"]
-    if optimiser == "AdamW":
+    if optimizer == "AdamW":
         words += ["--set", "optim_wrapper.optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05)"]
     spoil(monkeypatch, at_1=what)
     assert start(tmp_path / "run", *words) == 0
@@ -119,7 +119,7 @@ def test_an_overflow_of_float16_is_the_scalers_and_not_counted(start, tmp_path, 
     schedule = tmp_path / "half.py"
     # 2**8: nothing overflows by itself in a few iterations of a tiny network.
     schedule.write_text(
-        "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=1)\n"
+        "train_cfg = dict(type='Trainer', max_epochs=1, val_interval=1)\n"
         "param_scheduler = [dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500)]\n"
         "optim_wrapper = dict(type='AmpOptimWrapper', loss_scale=dict(init_scale=256.0),\n"
         "    optimizer=dict(type='SGD', lr=0.02, momentum=0.9))\n"

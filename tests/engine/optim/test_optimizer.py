@@ -1,4 +1,4 @@
-"""The optimiser of a schedule: its groups, its rates, its state by name."""
+"""The optimizer of a schedule: its groups, its rates, its state by name."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_state_goes_on_by_name_whatever_the_groups_and_the_memory_layout(kind: s
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-5, atol=1e-7)
 
 
-def test_state_of_another_optimiser_is_left_alone():
+def test_state_of_another_optimizer_is_left_alone():
     network = small_network()
     stored = optimizer_state(build_optimizer(network, load_schedule("1x")), network)
     other = build_optimizer(network, schedule_with(optimizer={"type": "AdamW", "lr": 1e-3}))

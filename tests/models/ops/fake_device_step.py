@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 
 from data import RawBatch, assemble
 from data.transforms.color import Distortion, Jitter
-from detection.engine.metrics.step_metrics import StepRecords
+from detection.engine.metrics.step_metrics import StepMetrics
 from detection.engine.optim.amp import Precision, gradient_norm
 from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.nonfinite import NonFiniteGuard
@@ -33,7 +33,7 @@ def raw_batch() -> RawBatch:
     return RawBatch(
         pixels=torch.zeros(sum(3 * height * width for height, width in sizes), dtype=torch.uint8),
         native_sizes=sizes, scaled_sizes=[(120, 180), (96, 96)], offsets=[(0, 0), (4, 6)],
-        resized_sizes=[(120, 180), (90, 90)], flips=[False, True], vertical_flips=[True, False], colours=None,
+        resized_sizes=[(120, 180), (90, 90)], flips=[False, True], vertical_flips=[True, False], colors=None,
         padded_size=(128, 192), sizes=torch.tensor([[120, 180], [90, 90]]), boxes_xyxy=torch.zeros(2, 3, 4),
         labels=torch.zeros(2, 3, dtype=torch.int64), valid=torch.ones(2, 3, dtype=torch.bool),
         image_ids=torch.tensor([1, 2]), places=torch.tensor([0, 1]), sample_keys=torch.tensor([3, 4]),
@@ -57,7 +57,7 @@ def train(name: str, batch: Any, device: torch.device, amp: str) -> dict[str, An
     before = {key: value.dtype for key, value in model.state_dict().items()}
     ema = AveragedModel.__new__(AveragedModel)
     ema.decay, ema.module = 0.5, model
-    records = StepRecords(
+    records = StepMetrics(
         mock.Mock(world_size=1), images_per_iteration=2, gradient_may_overflow=False, skips_nonfinite=True
     )
     guard.begin()
@@ -70,7 +70,7 @@ def train(name: str, batch: Any, device: torch.device, amp: str) -> dict[str, An
     parameters = trained_parameters(optimizer)
     grad_norm = gradient_norm(parameters, clip_to=35.0)
     skip = guard.finish(grad_norm)
-    # The optimiser's own step is one operator of PyTorch's, which fake tensors have no shapes for.
+    # The optimizer's own step is one operator of PyTorch's, which fake tensors have no shapes for.
     ema.update(model, 3, skip)
     records.add(losses, grad_norm, [1, 2], epoch=0, iteration=3, lr=0.1, data_seconds=0.0)
     return {
@@ -90,7 +90,7 @@ def main() -> None:
         found["assembled on"] = sorted({str(t.device) for t in (batch.pixels, batch.sizes, batch.labels)})
         distorted = Distortion(9.0, 1.2, 0.8, 0.03, 1.1, (2, 0, 1))
         jittered = Jitter(1.1, 0.9, 1.2, 0.02, ("hue", "contrast", "saturation", "brightness"))
-        batch = assemble(replace(raw, colours=(distorted, jittered)), device)
+        batch = assemble(replace(raw, colors=(distorted, jittered)), device)
         # Its operator has a fake of its own, which would hide what it does.
         with mock.patch.object(rpn_module, "suppress_within_levels", nms.suppress):
             try:

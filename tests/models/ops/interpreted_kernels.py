@@ -19,7 +19,8 @@ from detection.models.ops import matcher, nms, roi_align, selfcheck
 from detection.models.ops.feature_table import cell_table, take_rows
 from detection.models.ops.matcher import MaxIoUAssigner
 from detection.models.ops.roi_align import RoIAlign, roi_levels
-from detection.models.ops.triton import assignment, epilogue
+from detection.models.ops.triton import epilogue
+from detection.models.ops.triton import matcher as matcher_kernels
 from detection.models.ops.triton import nms as nms_kernels
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def broken_kernels_are_found() -> list[str]:
 
     with (
         mock.patch.object(nms_kernels, "keep_best", spoilt(nms_kernels.keep_best, other_bit)),
-        mock.patch.object(assignment, "best_matches", spoilt(assignment.best_matches, other_index)),
+        mock.patch.object(matcher_kernels, "best_matches", spoilt(matcher_kernels.best_matches, other_index)),
         mock.patch.object(
             roi_kernels, "pool_from_table", spoilt(roi_kernels.pool_from_table, lambda pooled: pooled * 1.01)
         ),

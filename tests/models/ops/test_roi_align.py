@@ -36,9 +36,9 @@ def pyramid():
     generator = torch.Generator().manual_seed(2)
     maps = [torch.randn(2, 3, 256 // s, 320 // s, generator=generator) for s in STRIDES]
     maps.append(torch.randn(2, 3, 4, 5, generator=generator))
-    centres = torch.rand(2, 60, 2, generator=generator) * torch.tensor([320.0, 256.0])
+    centers = torch.rand(2, 60, 2, generator=generator) * torch.tensor([320.0, 256.0])
     sides = torch.exp(torch.rand(2, 60, 2, generator=generator) * 6)
-    boxes = torch.cat((centres - sides / 2, centres + sides / 2), dim=2)
+    boxes = torch.cat((centers - sides / 2, centers + sides / 2), dim=2)
     boxes[..., 0::2].clamp_(0, 320)
     boxes[..., 1::2].clamp_(0, 256)
     boxes[0, 0] = 0.0  # as empty slots are

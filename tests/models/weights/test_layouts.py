@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from detection.models import build_model, export_state_dict
-from detection.models.weights.layouts import PIXEL_STD_RGB, clean_names, recognise, stem_from_bgr, to_layout, to_ours
+from detection.models.weights.layouts import PIXEL_STD_RGB, clean_names, recognize, stem_from_bgr, to_layout, to_ours
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "parity" / "state_dict.csv"
 SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16}
 
 
-def randomised(model):
+def randomized(model):
     generator = torch.Generator().manual_seed(0)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
@@ -40,7 +40,7 @@ def test_mmdetections_names_and_shapes_are_written():
 
 def test_torchvisions_names_shapes_and_order_are_written_and_load_strictly():
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5)
-    model = randomised(build_model("fasterrcnn_resnet50_fpn", 4))
+    model = randomized(build_model("fasterrcnn_resnet50_fpn", 4))
     exported = export_state_dict(model, "torchvision")
     assert {name: t.shape for name, t in exported.items()} == {name: t.shape for name, t in theirs.state_dict().items()}
     assert list(exported) == list(theirs.state_dict())
@@ -60,10 +60,10 @@ def test_torchvisions_names_shapes_and_order_are_written_and_load_strictly():
     ],
 )
 def test_the_way_there_and_back_changes_no_bit(name, layout, norm):
-    ours = randomised(build_model(name, 3, norm=norm, fpn_norm="gn" if norm == "gn" else None, **SMALL)).state_dict()
+    ours = randomized(build_model(name, 3, norm=norm, fpn_norm="gn" if norm == "gn" else None, **SMALL)).state_dict()
     exported = to_layout(ours, layout)
-    back, origin = to_ours(exported, recognise(exported))
-    assert recognise(exported) == layout
+    back, origin = to_ours(exported, recognize(exported))
+    assert recognize(exported) == layout
     assert origin.keys() == back.keys() and set(origin.values()) == exported.keys()
     without_counters = {key: tensor for key, tensor in back.items() if key in ours}
     assert equal(without_counters, ours)
@@ -73,7 +73,7 @@ def test_the_way_there_and_back_changes_no_bit(name, layout, norm):
 
 
 def test_counters_of_trained_batch_norms_are_kept_and_those_of_frozen_ones_made_up():
-    model = randomised(build_model("faster_rcnn_r18_fpn", 2, norm="bn", frozen_stages=1, **SMALL))
+    model = randomized(build_model("faster_rcnn_r18_fpn", 2, norm="bn", frozen_stages=1, **SMALL))
     exported = export_state_dict(model, "mmdet")
     assert exported["backbone.bn1.num_batches_tracked"] == 0
     assert exported["backbone.layer2.0.bn1.num_batches_tracked"] == 7
@@ -96,18 +96,18 @@ def test_torchvisions_background_is_its_first_class_and_our_last():
 
 
 def test_box_outputs_of_the_background_are_added_for_torchvision_and_dropped_for_mmdetection():
-    ours = randomised(build_model("faster_rcnn_r18_fpn", 3, **SMALL)).state_dict()
+    ours = randomized(build_model("faster_rcnn_r18_fpn", 3, **SMALL)).state_dict()
     exported = to_layout(ours, "torchvision")["roi_heads.box_predictor.bbox_pred.weight"]
     assert exported.shape == (16, 16) and not exported[:4].any()
     assert torch.equal(exported[4:], ours["roi_head.regressor.weight"])
 
-    ours = randomised(build_model("fasterrcnn_resnet18_fpn", 3, **SMALL)).state_dict()
+    ours = randomized(build_model("fasterrcnn_resnet18_fpn", 3, **SMALL)).state_dict()
     exported = to_layout(ours, "mmdet")["roi_head.bbox_head.fc_reg.weight"]
     assert torch.equal(exported, ours["roi_head.regressor.weight"][:12])
 
 
 def test_torchvisions_older_names_are_read():
-    model = randomised(build_model("fasterrcnn_resnet18_fpn", 3, **SMALL))
+    model = randomized(build_model("fasterrcnn_resnet18_fpn", 3, **SMALL))
     exported = export_state_dict(model, "torchvision")
     older = {
         re.sub(r"(inner_blocks\.\d|layer_blocks\.\d|rpn\.head\.conv)(\.0)+\.(weight|bias)$", r"\1.\3", name): tensor
@@ -146,16 +146,16 @@ def detectron2_name(name):
 
 
 def test_every_name_of_detectron2s_r50_fpn_is_read():
-    ours = randomised(build_model("faster_rcnn_r50_fpn", 3, **SMALL)).state_dict()
+    ours = randomized(build_model("faster_rcnn_r50_fpn", 3, **SMALL)).state_dict()
     theirs = {detectron2_name(name): tensor for name, tensor in ours.items()}
     assert "backbone.bottom_up.res4.5.conv3.norm.running_var" in theirs
     assert "backbone.bottom_up.stem.conv1.norm.bias" in theirs
-    assert recognise(theirs) == "detectron2"
+    assert recognize(theirs) == "detectron2"
     back, origin = to_ours(theirs, "detectron2")
     assert equal(back, ours) and origin == {name: detectron2_name(name) for name in ours}
 
     backbone = {k.removeprefix("backbone.bottom_up."): v for k, v in theirs.items() if ".bottom_up." in k}
-    assert recognise(backbone) == "detectron2"
+    assert recognize(backbone) == "detectron2"
     assert equal(to_ours(backbone, "detectron2")[0], {k: v for k, v in ours.items() if k.startswith("backbone.")})
 
 
@@ -185,8 +185,8 @@ def test_prefixes_of_ddp_and_compile_are_taken_off():
         (["encoder.blocks.0.weight"], None),
     ],
 )
-def test_layouts_are_recognised_by_their_names(names, layout):
-    assert recognise(names) == layout
+def test_layouts_are_recognized_by_their_names(names, layout):
+    assert recognize(names) == layout
 
 
 def test_an_unknown_layout_is_refused():

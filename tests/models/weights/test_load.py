@@ -124,7 +124,7 @@ def test_weights_of_other_precision_and_memory_format_keep_the_models(tmp_path):
     # The last one has a regressor of the same shape: 4 * (3 + 1) rows of torchvision's are 4 * 4 of MMDetection's.
     [(5, "faster_rcnn_r18_fpn"), (3, "fasterrcnn_resnet18_fpn")],
 )
-def test_a_head_for_another_number_of_classes_keeps_its_initialisation_and_the_report_says_so(
+def test_a_head_for_another_number_of_classes_keeps_its_initialization_and_the_report_says_so(
     file_classes, file_recipe, tmp_path
 ):
     source, model = trained(file_recipe, file_classes), small(num_classes=4)
@@ -135,8 +135,8 @@ def test_a_head_for_another_number_of_classes_keeps_its_initialisation_and_the_r
     assert {name for name, *_ in report.reshaped} == HEAD
     assert changed(before, model) == set(before) - HEAD
     assert ("roi_head.classifier.bias", (file_classes + 1,), (5,)) in report.reshaped
-    assert any(f"{file_classes} classes" in note and "re-initialised" in note for note in report.notes)
-    assert "re-initialised" in report.table()
+    assert any(f"{file_classes} classes" in note and "re-initialized" in note for note in report.notes)
+    assert "re-initialized" in report.table()
 
 
 @pytest.mark.parametrize(

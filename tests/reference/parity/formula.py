@@ -1,4 +1,4 @@
-"""Weights and pictures of the parity fixtures, rebuilt from their formula."""
+"""Weights and images of the parity fixtures, rebuilt from their formula."""
 
 import csv
 import json
@@ -94,7 +94,7 @@ def state_dict() -> dict[str, Tensor]:
     return entries
 
 
-def picture(height: int, width: int, seed: int) -> np.ndarray:
+def image(height: int, width: int, seed: int) -> np.ndarray:
     """uint8 [height, width, 3]: three octaves of block noise and pixel noise, in integer arithmetic."""
     generator = np.random.Generator(np.random.PCG64(seed))
     total = np.zeros((height, width, 3), np.int64)
@@ -106,9 +106,9 @@ def picture(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def images() -> list[Tensor]:
-    """The two pictures, uint8 [3, H, W]."""
+    """The two images, uint8 [3, H, W]."""
     return [
-        torch.from_numpy(picture(entry["h"], entry["w"], entry["img_seed"])).permute(2, 0, 1).contiguous()
+        torch.from_numpy(image(entry["h"], entry["w"], entry["img_seed"])).permute(2, 0, 1).contiguous()
         for entry in load_json("inputs.json")["images"]
     ]
 

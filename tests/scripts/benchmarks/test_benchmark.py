@@ -66,7 +66,7 @@ def test_train_measures_both_steps_and_takes_them_apart(measured, script, capsys
     waits = {name: sum(kinds["device_to_host"].values()) for name, kinds in record["waits"].items()}
     assert waits["ours-bf16-cl"] < waits["torchvision-fp32"]
     assert record["gflop_per_image"].keys() == {"torchvision", "ours"}
-    assert record["utilisation"].keys() == set(variants)
+    assert record["utilization"].keys() == set(variants)
     if Path("/proc/self/status").exists():
         assert record["peak_memory_gb"].keys() == {"ours-bf16-cl"}
         # Weights, gradients and momentum of a ResNet-18 detector are 0.3 GB alone.
@@ -112,7 +112,7 @@ def test_peak_memory_is_what_a_step_adds_and_not_what_its_first_run_took():
 
 def test_padding_counts_sizes_and_pixels_with_and_without_buckets(measured, script, tmp_path):
     sizes = [(640, 480), (640, 427), (500, 375), (480, 640), (600, 593)]
-    annotations = script("benchmarks.scenes").write_pictures(tmp_path / "own", sizes, seed=5)
+    annotations = script("benchmarks.scenes").write_images(tmp_path / "own", sizes, seed=5)
     record = measured("padding", "--annotations", annotations, "--pictures", 300, "--batch-sizes", 1, 4)
     for row in record["padding"]:
         natural, buckets = row["natural"], row["buckets"]
@@ -136,17 +136,17 @@ def test_data_measures_each_way_alone_and_through_a_worker(measured):
 
 
 def test_data_takes_a_set_of_ones_own(measured, script, tmp_path):
-    annotations = script("benchmarks.scenes").write_pictures(tmp_path / "own", [(64, 48), (48, 64)], seed=5)
+    annotations = script("benchmarks.scenes").write_images(tmp_path / "own", [(64, 48), (48, 64)], seed=5)
     source = ["--images", tmp_path / "own", "--annotations", annotations]
     record = measured("data", *TOY, *source, "--workers", 0)
     assert record["images"] == 2
 
 
 def test_the_peers_chains_give_the_batches_of_the_trainings_they_stand_for(script, tmp_path):
-    """What torchvision's model and MMDetection's preprocessor see is ours, normalised."""
+    """What torchvision's model and MMDetection's preprocessor see is ours, normalized."""
     pytest.importorskip("cv2")
     chains, data = script("benchmarks.baselines"), script("data")
-    file = script("benchmarks.scenes").write_pictures(tmp_path, [(64, 48)] * 2, seed=5)
+    file = script("benchmarks.scenes").write_images(tmp_path, [(64, 48)] * 2, seed=5)
     dataset = data.CocoDataset(tmp_path, data.read_coco(file), training=True)
     loader = data.TrainLoader(dataset, min_size=96, max_size=160, batch_size=2, seed=1)
     ours = data.assemble(next(loader.batches(0, 1)), "cpu")
@@ -335,7 +335,7 @@ class PretendedGpu:
         self.mode = mode
         self.calls.append(mode)
 
-    def synchronises(self):
+    def synchronizes(self):
         if self.mode == "warn":
             warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
@@ -346,7 +346,7 @@ class PretendedGpu:
 
 
 class PretendedStep:
-    """A step of two synchronisations, and one more where a block ends."""
+    """A step of two synchronizations, and one more where a block ends."""
 
     def __init__(self, script, name, gpu):
         self.variant = script("benchmarks.steps").Variant.parse(name)
@@ -357,9 +357,9 @@ class PretendedStep:
 
     def train(self, batches):
         for _ in batches:
-            self.gpu.synchronises()
-            self.gpu.synchronises()
-        self.gpu.synchronises()
+            self.gpu.synchronizes()
+            self.gpu.synchronizes()
+        self.gpu.synchronizes()
 
     def losses(self):
         return {"loss": 1.0}
@@ -380,7 +380,7 @@ def test_what_only_a_gpu_shows_is_in_the_record_and_the_table(script, monkeypatc
         file.write_text(json.dumps(TRACE))
 
     monkeypatch.setattr(benchmark, "write_trace", write_trace)
-    annotations = script("benchmarks.scenes").write_pictures(tmp_path / "set", [(64, 48)] * 2, seed=5)
+    annotations = script("benchmarks.scenes").write_images(tmp_path / "set", [(64, 48)] * 2, seed=5)
     data = script("data")
     dataset = data.CocoDataset(tmp_path / "set", data.read_coco(annotations), training=True)
     loader = data.TrainLoader(dataset, min_size=64, max_size=96, batch_size=1, seed=1)
@@ -404,8 +404,8 @@ def test_what_only_a_gpu_shows_is_in_the_record_and_the_table(script, monkeypatc
     assert "1 kernels, 1 launches, 1 copies, busy 0.0 ms; idle " in text
 
 
-def test_a_step_without_one_of_the_optimisations_has_the_same_losses(script):
-    optimisations = script("benchmarks.ablation").OPTIMISATIONS
+def test_a_step_without_one_of_the_optimizations_has_the_same_losses(script):
+    optimizations = script("benchmarks.ablation").OPTIMIZATIONS
     small = {"fpn_channels": 16, "roi_hidden_channels": 16, "roi_samples_per_image": 16, "rpn_proposals_train": 50}
     torch.manual_seed(0)
     model = build_model("faster_rcnn_r18_fpn", 3, **small).train().to(memory_format=torch.channels_last)
@@ -423,9 +423,9 @@ def test_a_step_without_one_of_the_optimisations_has_the_same_losses(script):
         return [*(loss.item() for loss in losses.values()), torch.nn.utils.get_total_norm(gradients).item()]
 
     full = losses_and_norm()
-    for name, optimisation in optimisations.items():
-        if optimisation.without is not None:
-            with optimisation.without(model):
+    for name, optimization in optimizations.items():
+        if optimization.without is not None:
+            with optimization.without(model):
                 assert losses_and_norm() == pytest.approx(full, rel=1e-3), name
     assert losses_and_norm() == pytest.approx(full, rel=1e-6)
 
@@ -434,7 +434,7 @@ def test_a_step_of_several_processes_is_wrapped_for_their_exchange(script, monke
     steps, wrapped = script("benchmarks.steps"), []
     monkeypatch.setattr(steps, "load_weights", lambda model, path: None)
     processes = Processes(0, 0, 2, 2, torch.device("cpu"))
-    monkeypatch.setattr(Processes, "wrap", lambda self, model, **_: wrapped.append((self, model)) or model)
+    monkeypatch.setattr(Processes, "wrap_ddp", lambda self, model, **_: wrapped.append((self, model)) or model)
     loader = SimpleNamespace(iterations_per_epoch=1, global_batch_size=4, seed=0, batch_size=2)
     work = SimpleNamespace(
         model="faster_rcnn_r18_fpn", num_classes=3, device=processes.device, weights="", loader=loader
@@ -451,14 +451,14 @@ def test_settings_of_the_gradient_exchange_reach_torch_and_one_of_them_is_the_en
             given.append((gradient_as_bucket_view, static_graph))
 
     monkeypatch.setattr(exchange, "DistributedDataParallel", Recorded)
-    monkeypatch.setattr(exchange, "OurStep", lambda variant, work, all_: all_.wrap(None, broadcast_buffers=False))
+    monkeypatch.setattr(exchange, "OurStep", lambda variant, work, all_: all_.wrap_ddp(None, broadcast_buffers=False))
     two = exchange.Processes(0, 0, 2, 2, torch.device("cpu"))
     for name in exchange.SETTINGS:
         assert isinstance(exchange._step(name, None, None, two), Recorded)
     assert given == [(True, False), (False, False), (True, True)]
 
 
-def test_generated_pictures_are_textured_and_their_boxes_lie_inside(script):
+def test_generated_images_are_textured_and_their_boxes_lie_inside(script):
     scenes = script("benchmarks.scenes")
     rng = np.random.default_rng(0)
     pixels = scenes.texture(rng, 64, 48)

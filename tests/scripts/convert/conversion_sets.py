@@ -12,7 +12,7 @@ CATEGORY_IDS = (3, 17, 40)
 
 
 def make_set(root: Path, num_train: int = 6, num_val: int = 3, *, crowds: bool = True) -> dict[str, list[Any]]:
-    """Pictures in root/train and root/val, boxes in hundredths of a pixel; options that name them."""
+    """Images in root/train and root/val, boxes in hundredths of a pixel; options that name them."""
     rng = np.random.default_rng(0)
     options = []
     for split, count in (("train", num_train), ("val", num_val)):
@@ -48,7 +48,7 @@ def content_of(file: Path) -> tuple[list[str], dict[str, tuple[int, int, list[tu
     """Class names by id, and for each file name its size and boxes: what has to survive a conversion."""
     content = json.loads(file.read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}
-    pictures = {i["id"]: (i["file_name"], (i["width"], i["height"], [])) for i in content["images"]}
+    images = {i["id"]: (i["file_name"], (i["width"], i["height"], [])) for i in content["images"]}
     for a in content["annotations"]:
-        pictures[a["image_id"]][1][2].append((names[a["category_id"]], a["iscrowd"], a["bbox"]))
-    return [names[number] for number in sorted(names)], dict(pictures.values())
+        images[a["image_id"]][1][2].append((names[a["category_id"]], a["iscrowd"], a["bbox"]))
+    return [names[number] for number in sorted(names)], dict(images.values())

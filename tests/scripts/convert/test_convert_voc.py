@@ -24,7 +24,7 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 def loose_set(root: Path, count: int = 20) -> Path:
-    """XML files beside their pictures, as LabelImg leaves them."""
+    """XML files beside their images, as LabelImg leaves them."""
     root.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         Image.new("RGB", (40, 30), (number, 0, 0)).save(root / f"p{number:02d}.jpg")
@@ -79,7 +79,7 @@ def test_the_split_depends_on_seed_and_names_alone(convert, tmp_path):
     assert [len(part) for part in splits["third"]] == [14, 6]
     assert set(splits["one"][1]) < set(splits["third"][1])
     assert splits["other"] != splits["one"]
-    # A picture that is gone moves no other but at the cut.
+    # A image that is gone moves no other but at the cut.
     gone = splits["one"][0][0]
     (tmp_path / "a" / gone).unlink()
     (tmp_path / "a" / gone).with_suffix(".xml").unlink()
@@ -96,7 +96,7 @@ def test_lists_decide_where_they_are_given_or_lie_in_imagesets(convert, tmp_path
     assert convert("to-coco", source, tmp_path / "out") == 0
     assert names_in(tmp_path / "out" / "annotations" / "instances_train.json") == ["p00.jpg", "p01.jpg", "p02.jpg"]
     assert names_in(tmp_path / "out" / "annotations" / "instances_val.json") == ["p03.jpg"]
-    assert "1 pictures are in none of them and were left out, the first p04" in capsys.readouterr().out
+    assert "1 images are in none of them and were left out, the first p04" in capsys.readouterr().out
     (tmp_path / "mine.txt").write_text("p04\n")
     lists = ("--train-list", sets / "train.txt", "--val-list", tmp_path / "mine.txt")
     assert convert("to-coco", source, tmp_path / "out2", *lists) == 0
@@ -167,7 +167,7 @@ def test_nothing_is_overwritten_and_with_overwrite_it_is_moved_aside(convert, tm
     (aside,) = tmp_path.glob("voc.before_*")
     assert (aside / "mine.txt").read_text() == "precious"
     assert convert("from-coco", tmp_path / "set", *sets, "--overwrite") == 1
-    assert "holds the pictures" in capsys.readouterr().err
+    assert "holds the images" in capsys.readouterr().err
     assert (tmp_path / "set" / "train.json").is_file()
 
 
@@ -196,7 +196,7 @@ def test_the_result_is_the_same_file_each_time(convert, tmp_path):
     assert results[0] == results[1]
 
 
-def test_pictures_that_would_share_an_xml_file_are_refused(convert, tmp_path, capsys):
+def test_images_that_would_share_an_xml_file_are_refused(convert, tmp_path, capsys):
     sets = make_set(tmp_path / "set")
     (tmp_path / "set" / "val" / "val_0.png").rename(tmp_path / "set" / "val" / "train_0.png")
     file = tmp_path / "set" / "val.json"

@@ -21,7 +21,7 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 def plain_set(root: Path, count: int = 10) -> Path:
-    """Pictures and label files in images and labels, names in classes.txt."""
+    """Images and label files in images and labels, names in classes.txt."""
     for folder in ("images", "labels"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "classes.txt").write_text("dog\ncat\n")
@@ -87,7 +87,7 @@ def test_errors_stop_the_conversion_unless_they_are_to_be_skipped(convert, tmp_p
     source = plain_set(tmp_path / "a")
     (source / "labels" / "p1.txt").write_text("7 0.5 0.5 0.1 0.1")
     (source / "labels" / "p99.txt").write_text("0 0.5 0.5 0.1 0.1")
-    (source / "images" / "p2.jpg").write_bytes(b"no picture")
+    (source / "images" / "p2.jpg").write_bytes(b"no image")
     assert convert("to-coco", source, tmp_path / "out") == 1
     said = capsys.readouterr()
     assert all(word in said.out for word in ("p1.txt, line 1", "p99.txt", "p2.jpg"))
@@ -100,7 +100,7 @@ def test_a_folder_without_any_label_file_is_refused(convert, tmp_path, capsys):
     for file in (source / "labels").iterdir():
         file.unlink()
     assert convert("to-coco", source, tmp_path / "out") == 1
-    assert "none of the 10 pictures has a label file" in capsys.readouterr().err
+    assert "none of the 10 images has a label file" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_unless_asked_for(convert, tmp_path, capsys):

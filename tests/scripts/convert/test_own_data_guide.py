@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.coco.annotations import read_coco
-from data.convert.conversion import LabelledBox, LabelledPicture
+from data.convert.conversion import LabeledBox, LabeledImage
 from data.convert.voc import VOC_TEXTS, voc_xml
 from data.convert.yolo import YOLO_TEXTS
 from data.convert.yolo_config import yaml_text
@@ -49,11 +49,11 @@ def label_files(root: Path) -> None:
         boxes, lines = [], []
         for (x, y, w, h), label in zip(annotations.boxes_xywh[rows], annotations.labels[rows], strict=True):
             corners = tuple(Decimal(str(round(float(value), 1))) for value in (x, y, x + w, y + h))
-            boxes.append(LabelledBox(CLASS_NAMES[label], corners))
+            boxes.append(LabeledBox(CLASS_NAMES[label], corners))
             fractions = np.array([x + w / 2, y + h / 2, w, h]) / [width, height, width, height]
             lines.append(" ".join([str(label), *(f"{value:.6f}" for value in fractions)]))
-        picture = LabelledPicture("", root / name, width, height, boxes)
-        (root / "my_voc" / "Annotations" / name).with_suffix(".xml").write_bytes(voc_xml(picture, name))
+        image = LabeledImage("", root / name, width, height, boxes)
+        (root / "my_voc" / "Annotations" / name).with_suffix(".xml").write_bytes(voc_xml(image, name))
         (root / "my_yolo" / "labels" / name).with_suffix(".txt").write_text("\n".join(lines))
     (root / "my_yolo" / "data.yaml").write_text(yaml_text(list(CLASS_NAMES), {"train": "images"}))
 

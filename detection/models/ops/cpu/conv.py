@@ -51,10 +51,10 @@ def convolution(
 
 
 def convolution_with_sparse_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.conv2d(x, weight, bias, padding="same"), `weight` 1x1 or 3x3, where few cells of the output are learnt from.
+    """F.conv2d(x, weight, bias, padding="same"), `weight` 1x1 or 3x3, where few cells of the output are learned from.
 
     The 3x3 convolution of the feature pyramid's finest map takes a tenth of a step's products, and its gradient is zero
-    but in the sampled RoIs. Cells that have no gradient, or no neighbour with one, are left out of the backward pass.
+    but in the sampled RoIs. Cells that have no gradient, or no neighbor with one, are left out of the backward pass.
     """
     padding = [weight.shape[-1] // 2] * 2
     if not (torch.is_grad_enabled() and weight.requires_grad and _applies(x)):
@@ -195,14 +195,14 @@ class _SparseGradientConvolution(torch.autograd.Function):
         num_images, _, height, width = gradient.shape
         gradient_rows = _as_rows(gradient)
         # Not "> 0": a gradient that is not a number must go on.
-        learnt = gradient_rows.abs().sum(dim=1) != 0
-        maps = learnt.view(num_images, 1, height, width).float()
+        learned = gradient_rows.abs().sum(dim=1) != 0
+        maps = learned.view(num_images, 1, height, width).float()
         reached = F.max_pool2d(maps, kernel_size=side, stride=1, padding=side // 2).view(-1).nonzero()[:, 0]
         if len(reached) > _LARGEST_SHARE * len(gradient_rows):
             padding = [side // 2, side // 2]
             return _dense_backward(gradient, x, weight, [1, 1], padding, 1, ctx.needs_input_grad)
         x_gradient = weight_gradient = bias_gradient = None
-        cells = learnt.nonzero()[:, 0]
+        cells = learned.nonzero()[:, 0]
         if of_weight:
             x_rows = _as_rows(x)
             sums = torch.promote_types(weight.dtype, torch.float32)
@@ -232,8 +232,8 @@ def _windows(rows: Tensor, cells: Tensor, height: int, width: int, side: int) ->
     x = cells[:, None] % width + right
     y = (cells[:, None] // width) % height + down
     outside = ((x < 0) | (x >= width) | (y < 0) | (y >= height)).view(-1)
-    neighbours = (cells[:, None] + down * width + right).view(-1)
-    windows = rows.index_select(0, neighbours.clamp_(0, len(rows) - 1))
+    neighbors = (cells[:, None] + down * width + right).view(-1)
+    windows = rows.index_select(0, neighbors.clamp_(0, len(rows) - 1))
     # Few: those of the cells at the border.
     windows.index_fill_(0, outside.nonzero()[:, 0], 0)
     return windows.view(len(cells), side * side * rows.shape[1])

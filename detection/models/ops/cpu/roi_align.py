@@ -1,7 +1,7 @@
 """RoIAlign as the product of a sparse matrix with the feature maps, for the CPU.
 
 A bin's value is a weighted sum of feature cells. With the channels last in memory, each cell is one contiguous row of
-a table of all maps, and the whole operation is torch's embedding_bag, which is vectorised over channels and runs in
+a table of all maps, and the whole operation is torch's embedding_bag, which is vectorized over channels and runs in
 parallel over bins. The backward pass is the product with the transposed matrix, the same operation again, so it is
 deterministic. torchvision's operator walks single channels and takes some thirty times longer.
 

@@ -44,7 +44,7 @@ def roi_extent(low, high, scale, size, ALIGNED: tl.constexpr, RATIO: tl.constexp
 
 
 @triton.jit
-def neighbours(start, bin_length, samples, bins, sample, map_length):
+def neighbors(start, bin_length, samples, bins, sample, map_length):
     """Along one axis, of a sample in each of the bins: the cells before and after it, their weights, and whether it is
     on the map."""
     place = start + bins * bin_length + tl.div_rn((sample + 0.5) * bin_length, samples.to(tl.float32))
@@ -93,9 +93,9 @@ def pool(
     else:
         values = tl.zeros([BINS, CHANNELS], dtype=tl.float32)
     for row in range(0, rows):
-        top, bottom, top_weight, bottom_weight, is_row = neighbours(y, bin_height, rows, place // SIZE, row, height)
+        top, bottom, top_weight, bottom_weight, is_row = neighbors(y, bin_height, rows, place // SIZE, row, height)
         for column in range(0, columns):
-            left, right, left_weight, right_weight, is_column = neighbours(
+            left, right, left_weight, right_weight, is_column = neighbors(
                 x, bin_width, columns, place % SIZE, column, width
             )
             on_map = inside & (is_row & is_column)[:, None]

@@ -11,7 +11,7 @@ from PIL import Image
 from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
 
-SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def browse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return importlib.import_module("browse_dataset").main
 
 
-def test_the_pictures_are_those_of_the_training_batches_with_boxes_drawn(
+def test_the_images_are_those_of_the_training_batches_with_boxes_drawn(
     make_dataset: Callable[..., CocoDataset], tmp_path: Path, browse: Callable[..., int]
 ) -> None:
     dataset = make_dataset([(64, 48), (48, 64), (60, 60), (64, 48), (64, 40)])
@@ -35,10 +35,10 @@ def test_the_pictures_are_those_of_the_training_batches_with_boxes_drawn(
     fed = [(batch, place) for batch in batches for place in range(2)]
     for file, (batch, place) in zip(files, fed, strict=False):
         assert f"id{int(batch.image_ids[place])}." in file.name
-        picture = np.asarray(Image.open(file))
+        image = np.asarray(Image.open(file))
         pixels = batch.pixels[place].permute(1, 2, 0).numpy()
-        assert picture.shape == pixels.shape
-        unchanged = (picture == pixels).all(axis=2).mean()
+        assert image.shape == pixels.shape
+        unchanged = (image == pixels).all(axis=2).mean()
         assert 0.2 < unchanged < 1
 
 

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data import Augmentation, ColourJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling
+from data import Augmentation, ColorJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling
 from detection.config.augmentation import AugmentationConfig
 from detection.config.cli import parse_arguments
 from detection.config.errors import ConfigError
 from detection.engine.inputs.augmentation import augmentation_of
-from detection.engine.trainer import EpochBasedTrainLoop
+from detection.engine.trainer import Trainer
 
 EVERYTHING = [
     *("--lsj", "80", "--lsj-range", "0.3", "2.0", "--lsj-min-visibility", "0.2", "--vertical-flip-probability", "0.5"),
@@ -48,8 +48,8 @@ def asked_for(words: str) -> Augmentation:
             "--lsj 640 --lsj-range 0.5 1.5 --lsj-min-visibility 0.25 --vertical-flip-probability 0.5",
             Augmentation(jitter=LargeScaleJitter(640, 0.5, 1.5, 0.25), vertical_flip_probability=0.5),
         ),
-        ("--photometric-distortion", Augmentation(colour=PhotometricDistortion())),
-        ("--color-jitter 0.4 0.3 0.2 0.1", Augmentation(colour=ColourJitter(0.4, 0.3, 0.2, 0.1))),
+        ("--photometric-distortion", Augmentation(color=PhotometricDistortion())),
+        ("--color-jitter 0.4 0.3 0.2 0.1", Augmentation(color=ColorJitter(0.4, 0.3, 0.2, 0.1))),
     ],
 )
 def test_options_become_the_augmentation_they_name(words: str, expected: Augmentation) -> None:
@@ -70,7 +70,7 @@ def test_options_become_the_augmentation_they_name(words: str, expected: Augment
         ("--lsj-min-visibility 0.5", "--lsj-min-visibility has no effect without --lsj"),
         ("--lsj --lsj-range 2 0.1", "not above the second"),
         ("--lsj --lsj-range 0 1", "must be above 0"),
-        ("--photometric-distortion --color-jitter 0.4 0.4 0.4 0.1", "both change the colours"),
+        ("--photometric-distortion --color-jitter 0.4 0.4 0.4 0.1", "both change the colors"),
         ("--color-jitter 0.4 0.4 0.4 0.6", "the hue, in turns, is from 0 to 0.5"),
         ("--color-jitter -1 0.4 0.4 0.1", "0 or above"),
         ("--repeat-threshold 0", "repeats nothing"),
@@ -121,7 +121,7 @@ def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says
     assert "flip probability: horizontal 0.5, vertical 0.5" in shown
     assert "photometric distortion" in shown and "repeat factors for classes in less than 0.9" in shown
 
-    plain = EpochBasedTrainLoop.train_iteration
+    plain = Trainer.train_iteration
 
     def train_iteration(self, at, batches):
         if at == 4:
@@ -129,7 +129,7 @@ def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says
         plain(self, at, batches)
 
     with monkeypatch.context() as context:
-        context.setattr(EpochBasedTrainLoop, "train_iteration", train_iteration)
+        context.setattr(Trainer, "train_iteration", train_iteration)
         with pytest.raises(Killed):
             start(tmp_path / "run", *arguments)
     capsys.readouterr()
@@ -152,7 +152,7 @@ def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says
     assert records_of(tmp_path / "whole") == records_of(tmp_path / "run")
 
 
-def test_the_pictures_at_the_start_are_the_augmented_ones(start, tmp_path) -> None:
+def test_the_images_at_the_start_are_the_augmented_ones(start, tmp_path) -> None:
     mosaics = {}
     for name, options in (("plain", []), ("dark", ["--color-jitter", "0", "0", "1", "0"]), ("lsj", ["--lsj", "64"])):
         assert start(tmp_path / name, "--max-epochs", "1", "--limit-train-batches", "1", *options) == 0

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 GOLDEN_RATIO_FRACTION = 0.6180339887498949  # hues at multiples of it stay far apart, however many there are
-LINE_FRACTION = 1 / 250  # line width and letter height, as parts of the picture's mean side
+LINE_FRACTION = 1 / 250  # line width and letter height, as parts of the image's mean side
 LETTER_FRACTION = 1 / 40
 MIN_LETTER_HEIGHT = 10
 BACKGROUND = (255, 255, 255)
@@ -17,8 +17,8 @@ DARK, LIGHT = (0, 0, 0), (255, 255, 255)
 _Rectangle = tuple[int, int, int, int]
 
 
-def class_colour(label: int) -> tuple[int, int, int]:
-    """The RGB colour of a class, 0..255: always the same for a label, and unlike its neighbours'."""
+def class_color(label: int) -> tuple[int, int, int]:
+    """The RGB color of a class, 0..255: always the same for a label, and unlike its neighbors'."""
     hue = (0.02 + label * GOLDEN_RATIO_FRACTION) % 1.0
     saturation = (0.95, 0.65, 0.80)[label // 8 % 3]
     value = (1.0, 0.85)[label // 24 % 2]
@@ -36,28 +36,28 @@ def draw_boxes(
     longest_side: int | None = None,
     letter_fraction: float = LETTER_FRACTION,
 ) -> np.ndarray:
-    """A copy of the picture with boxes and class names (and scores in percent) on it.
+    """A copy of the image with boxes and class names (and scores in percent) on it.
 
     image: uint8 RGB [H, W, 3]. boxes_xyxy: float [N, 4] in its pixels. labels: int [N] in
-    0..len(class_names)-1. scores: float [N] in 0..1. longest_side: the picture is scaled to it first, so
-    that lines and letters stay sharp. letter_fraction: height of letters as a part of the picture's mean side.
-    Returns uint8 RGB [H', W', 3]. Every name lies inside the picture, on a ground of its class's colour.
+    0..len(class_names)-1. scores: float [N] in 0..1. longest_side: the image is scaled to it first, so
+    that lines and letters stay sharp. letter_fraction: height of letters as a part of the image's mean side.
+    Returns uint8 RGB [H', W', 3]. Every name lies inside the image, on a ground of its class's color.
     """
     boxes_xyxy = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-    picture = Image.fromarray(image)
+    pixels = Image.fromarray(image)
     if longest_side is not None:
-        ratio = longest_side / max(picture.size)
-        size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
-        boxes_xyxy = boxes_xyxy * np.array([size[0] / picture.width, size[1] / picture.height] * 2)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(picture)
-    mean_side = (picture.width + picture.height) / 2
+        ratio = longest_side / max(pixels.size)
+        size = (max(1, round(pixels.width * ratio)), max(1, round(pixels.height * ratio)))
+        boxes_xyxy = boxes_xyxy * np.array([size[0] / pixels.width, size[1] / pixels.height] * 2)
+        pixels = pixels.resize(size, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(pixels)
+    mean_side = (pixels.width + pixels.height) / 2
     line_width = max(1, round(mean_side * LINE_FRACTION))
     font = ImageFont.load_default(max(MIN_LETTER_HEIGHT, round(mean_side * letter_fraction)))
 
     areas = np.prod(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], axis=1)
     for number in np.argsort(-areas, kind="stable"):  # small boxes on top of large ones
-        _draw_frame(draw, boxes_xyxy[number], class_colour(int(labels[number])), line_width)
+        _draw_frame(draw, boxes_xyxy[number], class_color(int(labels[number])), line_width)
     certainty = np.zeros(len(boxes_xyxy)) if scores is None else np.asarray(scores)
     rectangles = [(int(x0), int(y0), int(x1), int(y1)) for x0, y0, x1, y1 in boxes_xyxy.round()]
     taken: list[_Rectangle] = []
@@ -66,12 +66,12 @@ def draw_boxes(
         text = class_names[int(labels[number])]
         if scores is not None:
             text += f" {100 * float(scores[number]):.0f}"
-        place = _name_place(int(number), _name_size(font, text), picture.size, rectangles, taken)
+        place = _name_place(int(number), _name_size(font, text), pixels.size, rectangles, taken)
         taken.append(place)
         places[int(number)] = (place, text)
     for number, (place, text) in reversed(places.items()):
-        _draw_name(draw, place, text, class_colour(int(labels[number])), font)
-    return np.asarray(picture)
+        _draw_name(draw, place, text, class_color(int(labels[number])), font)
+    return np.asarray(pixels)
 
 
 def side_by_side(
@@ -81,24 +81,24 @@ def side_by_side(
     *,
     letter_fraction: float = LETTER_FRACTION,
 ) -> np.ndarray:
-    """Two pictures (uint8 RGB [H, W, 3], best of one size) in a row with a title over each; uint8 RGB.
+    """Two images (uint8 RGB [H, W, 3], best of one size) in a row with a title over each; uint8 RGB.
 
-    letter_fraction: height of the titles as a part of the pictures' mean side.
+    letter_fraction: height of the titles as a part of the images' mean side.
     """
     return _grid([left, right], 2, list(titles), letter_fraction)
 
 
 def mosaic(images: Sequence[np.ndarray], *, columns: int | None = None, cell: int = 480) -> np.ndarray:
-    """Pictures (uint8 RGB [H, W, 3], any sizes) in a grid, each scaled to fit a square of `cell` pixels;
+    """Images (uint8 RGB [H, W, 3], any sizes) in a grid, each scaled to fit a square of `cell` pixels;
     uint8 RGB."""
     if columns is None:
         columns = max(1, round(len(images) ** 0.5))
     fitted = []
     for image in images:
-        picture = Image.fromarray(image)
-        ratio = cell / max(picture.size)
-        size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
-        fitted.append(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)))
+        pixels = Image.fromarray(image)
+        ratio = cell / max(pixels.size)
+        size = (max(1, round(pixels.width * ratio)), max(1, round(pixels.height * ratio)))
+        fitted.append(np.asarray(pixels.resize(size, Image.Resampling.LANCZOS)))
     return _grid(fitted, columns)
 
 
@@ -109,12 +109,12 @@ def save_png(path: str | Path, image: np.ndarray) -> None:
     Image.fromarray(image).save(path, format="PNG")
 
 
-def _draw_frame(draw: ImageDraw.ImageDraw, box_xyxy: np.ndarray, colour: tuple[int, int, int], width: int) -> None:
+def _draw_frame(draw: ImageDraw.ImageDraw, box_xyxy: np.ndarray, color: tuple[int, int, int], width: int) -> None:
     x0, y0, x1, y1 = (float(value) for value in box_xyxy)
     x1, y1 = max(x0, x1 - 1), max(y0, y1 - 1)  # the box ends where its last pixel ends
     # A dark rim keeps a bright frame visible on a bright ground.
     draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=DARK, width=width + 2)
-    draw.rectangle((x0, y0, x1, y1), outline=colour, width=width)
+    draw.rectangle((x0, y0, x1, y1), outline=color, width=width)
 
 
 def _name_size(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -> tuple[int, int]:
@@ -126,7 +126,7 @@ def _name_size(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) ->
 def _name_place(
     number: int,
     size: tuple[int, int],
-    picture: tuple[int, int],
+    pixels: tuple[int, int],
     boxes: Sequence[_Rectangle],
     taken: Sequence[_Rectangle],
 ) -> _Rectangle:
@@ -152,8 +152,8 @@ def _name_place(
 
     places = []
     for x, y in candidates:
-        x = max(0, min(x, picture[0] - width))
-        y = max(0, min(y, picture[1] - height))
+        x = max(0, min(x, pixels[0] - width))
+        y = max(0, min(y, pixels[1] - height))
         places.append((x, y, x + width, y + height))
     return min(places, key=cost)
 
@@ -168,14 +168,14 @@ def _draw_name(
     draw: ImageDraw.ImageDraw,
     place: _Rectangle,
     text: str,
-    colour: tuple[int, int, int],
+    color: tuple[int, int, int],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
+    draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
     left, _, _, _ = font.getbbox(text)
     _, top, _, _ = font.getbbox("Ag")
     # Weights of ITU-R BT.601 luma: dark letters on a bright ground, bright ones on a dark ground.
-    is_bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 128
+    is_bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 128
     draw.text((place[0] + 2 - left, place[1] + 2 - top), text, fill=DARK if is_bright else LIGHT, font=font)
 
 
@@ -185,9 +185,9 @@ def _grid(
     titles: Sequence[str] | None = None,
     letter_fraction: float = LETTER_FRACTION,
 ) -> np.ndarray:
-    """Pictures row by row; a column is as wide as its widest, a row as high as its highest."""
+    """Images row by row; a column is as wide as its widest, a row as high as its highest."""
     if not images:
-        raise ValueError("a grid of pictures needs at least one picture")
+        raise ValueError("a grid of images needs at least one image")
     gap = 8
     mean_side = sum(image.shape[0] + image.shape[1] for image in images) / (2 * len(images))
     font = ImageFont.load_default(max(MIN_LETTER_HEIGHT, round(mean_side * letter_fraction)))
