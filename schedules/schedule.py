@@ -130,7 +130,7 @@ class Schedule:
         return _plain(
             {
                 "train_cfg": {
-                    "type": "Trainer",
+                    "type": "EpochBasedTrainLoop",
                     "max_epochs": self.max_epochs,
                     "val_begin": self.val_begin,
                     "val_interval": self.val_interval,

@@ -3,7 +3,7 @@
 # Read as data, never executed: literals, dict(...) and lists only.
 # ruff: noqa: C408
 
-train_cfg = dict(type="Trainer", max_epochs=12, val_interval=1)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=12, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 

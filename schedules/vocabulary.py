@@ -72,7 +72,7 @@ IGNORED_KEYS = {
 
 _OLD_KEYS = ("optimizer", "optimizer_config", "lr_config", "runner", "total_epochs", "evaluation", "fp16")
 
-_LOOP = "Trainer"
+_LOOP = "EpochBasedTrainLoop"
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {  # torch's own
     "SGD": {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False},
     "Adam": {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False},

@@ -1,4 +1,4 @@
-"""Compares runs: a table, a image of loss, learning rate and mAP, and the settings that differ.
+"""Compares runs: a table, an image of loss, learning rate and mAP, and the settings that differ.
 
 python scripts/compare_runs.py runs/a runs/b [runs/c ...] --png comparison.png
 """
@@ -20,7 +20,7 @@ from detection.reporting import (
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Compares the output directories of two or more runs: a table of their figures "
-        "(those of the validation with the highest mAP), the settings that differ, and a image."
+        "(those of the validation with the highest mAP), the settings that differ, and an image."
     )
     parser.add_argument("runs", nargs="+", metavar="DIR", help="output directory of a run (its --output-dir)")
     parser.add_argument("--png", metavar="FILE", help="image of loss, learning rate and mAP (needs matplotlib)")

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("settings of the detector (default: as in the weights)")
     group.add_argument("--score-threshold", metavar="X", type=fraction, help="lowest score of a detection, 0..1")
     group.add_argument("--nms-iou", metavar="X", type=fraction, help="overlap from which the weaker of a class goes")
-    group.add_argument("--max-detections", metavar="N", type=positive_int, help="most detections of a image")
+    group.add_argument("--max-detections", metavar="N", type=positive_int, help="most detections of an image")
     group.add_argument("--min-size", metavar="N", type=positive_int, help="shorter side at the network's scale, pixels")
     group.add_argument("--max-size", metavar="N", type=positive_int, help="limit of the longer side, pixels")
     group = parser.add_argument_group("the rest")

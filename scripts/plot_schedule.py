@@ -1,4 +1,4 @@
-"""The learning rate of a schedule at every iteration, as a table (CSV) and as a image (PNG)."""
+"""The learning rate of a schedule at every iteration, as a table (CSV) and as an image (PNG)."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
     python scripts/predict.py --weights detector.pt --tta --min-score 0.5 --save-crops crops holiday/
 
 Photos are turned upright by their EXIF orientation first; boxes, images and crops are those of the turned photo.
-With --annotations pixels are taken as they are stored, as in training and evaluation. A image that cannot be read is
+With --annotations pixels are taken as they are stored, as in training and evaluation. An image that cannot be read is
 reported and passed over, and the exit status is then 1. What exists is not overwritten without --overwrite. Images
 below 640 pixels are drawn enlarged.
 """
@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"0..1, default {DEFAULT_MIN_SCORE}; 0 where only --json is written, as metrics want all boxes",
     )
     group.add_argument("--classes", metavar="NAME,...", help="only these classes (default: all)")
-    group.add_argument("--max-boxes", metavar="N", type=positive_int, help="the best N of a image (default: all)")
-    group = parser.add_argument_group("how to look at a image")
+    group.add_argument("--max-boxes", metavar="N", type=positive_int, help="the best N of an image (default: all)")
+    group = parser.add_argument_group("how to look at an image")
     group.add_argument(
         "--exif",
         choices=["auto", "apply", "ignore"],

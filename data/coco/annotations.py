@@ -103,7 +103,7 @@ class CocoAnnotations:
         Annotations are left out when they have `ignore` set, when their box does not overlap the image,
         when the area is not positive or a side is below 1 pixel, or when their category is not a class. Crowd
         regions stay, marked. Images are left out when no annotation *of the file* has one of the classes
-        (with filter_empty), or when their shorter side is below min_size pixels: a image whose only
+        (with filter_empty), or when their shorter side is below min_size pixels: an image whose only
         annotation was left out is trained on without a box. Without images to filter: filter_empty=False,
         min_size=0.
         """
@@ -248,7 +248,7 @@ def _read_file(path: Path) -> CocoAnnotations:
 
 
 def _require_decodable(images: Records, widths: np.ndarray, heights: np.ndarray) -> None:
-    # Memory is set aside by these sizes before a image is opened.
+    # Memory is set aside by these sizes before an image is opened.
     remedy = 'Correct "width" and "height", or store a smaller copy of the image.'
     problem = f"and with the height more than the {MAX_IMAGE_PIXELS:,} pixels that an image may have"
     images.fail_where(widths * heights > MAX_IMAGE_PIXELS, "width", problem, remedy)

@@ -1,4 +1,4 @@
-"""Faults of a COCO-format set that show without opening a image; fast enough for the start of every run."""
+"""Faults of a COCO-format set that show without opening an image; fast enough for the start of every run."""
 
 import os
 from collections import defaultdict

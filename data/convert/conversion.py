@@ -59,7 +59,7 @@ class LabeledBox:
 
 @dataclass
 class LabeledImage:
-    """A image file with its boxes, which refer to the pixels as stored."""
+    """An image file with its boxes, which refer to the pixels as stored."""
 
     key: str
     """What split lists call it: the path of its label file (or its own) below the source, without suffix."""
@@ -140,7 +140,7 @@ SHARED_TEXTS: dict[str, tuple[Severity, str]] = {
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the head of a image file says."""
+    """What the head of an image file says."""
 
     width: int
     height: int
@@ -155,7 +155,7 @@ class ImageFacts:
 
 
 def image_facts(path: Path) -> ImageFacts:
-    """Reads the head of a image file only. Raises ImageError where it is none."""
+    """Reads the head of an image file only. Raises ImageError where it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -182,7 +182,7 @@ def to_displayed(corners: Corners, facts: ImageFacts) -> Corners:
 
 
 def _turned(corners: Corners, orientation: int, width: int, height: int) -> Corners:
-    """The box undone by `orientation` (EXIF 2.32, section 4.6.4), onto a image of width x height."""
+    """The box undone by `orientation` (EXIF 2.32, section 4.6.4), onto an image of width x height."""
     x1, y1, x2, y2 = corners
     if orientation in SWAPS_SIDES:
         x1, y1, x2, y2 = y1, x1, y2, x2

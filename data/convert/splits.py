@@ -16,7 +16,7 @@ IMAGE_FOLDERS = {"images", "JPEGImages"}
 def split_by_seed(images: Sequence[LabeledImage], val_fraction: float, seed: int) -> dict[str, list[LabeledImage]]:
     """A share of the images to validate on, at least one, chosen by seed and name.
 
-    A image's turn depends on nothing but the seed and its key, so neither the order of the files nor new images
+    An image's turn depends on nothing but the seed and its key, so neither the order of the files nor new images
     shuffle the others; only those at the cut may change sides when the number of images changes.
 
     Raises ConversionError where there are fewer than two images.

@@ -54,7 +54,7 @@ VOC_TEXTS: dict[str, tuple[Severity, str]] = {
         "error",
         "an XML file fits several images. Make <filename> the image's name, and names unique",
     ),
-    "image-twice": ("error", "a image is described by two XML files. Delete one, or join the two"),
+    "image-twice": ("error", "an image is described by two XML files. Delete one, or join the two"),
     "size-differs": (
         "error",
         "images have another size than their XML says, so the boxes are misplaced. Use the images that were "
@@ -95,7 +95,7 @@ def read_voc(
 
     classes: names that are allowed; None allows all. difficult: "ignore" makes such objects crowds, "keep" makes them
     like the others, "drop" leaves them out. exif: which way up the boxes were drawn; "auto" tells by the size in the
-    XML where that can tell. remarks: made of VOC_TEXTS; a image with an error is left out.
+    XML where that can tell. remarks: made of VOC_TEXTS; an image with an error is left out.
 
     Raises ConversionError where there is no XML file at all.
     """

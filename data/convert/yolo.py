@@ -2,7 +2,7 @@
 
 Center and size are fractions of the image's width and height, edges counted from 0. The label file of
 .../images/NAME.jpg is .../labels/NAME.txt (the last folder of that name in the path), or NAME.txt beside the image.
-A image without a label file, or with an empty one, is background. The programs that train on such files turn
+An image without a label file, or with an empty one, is background. The programs that train on such files turn
 images as their EXIF data say, so that is what the fractions are taken to refer to, and boxes are turned back to the
 pixels as stored, which all the rest of this project means.
 
@@ -44,7 +44,7 @@ from data.images.files import IMAGE_SUFFIXES
 DIGITS = 8
 HUNDREDTH = Decimal("0.01")
 MAX_EXACT_SIDE = 300_000  # pixels; the error of a corner, 0.75e-8 of the side, stays below half a hundredth
-MAX_FRACTION = 2  # anything beyond is no fraction of a image but pixels
+MAX_FRACTION = 2  # anything beyond is no fraction of an image but pixels
 
 YOLO_TEXTS: dict[str, tuple[Severity, str]] = {
     "missing-image": ("error", "label files have no image. Add it, or delete the label file"),
@@ -126,7 +126,7 @@ def read_yolo(
 ) -> list[LabeledImage]:
     """The images with the boxes of their label files, keys relative to `root`.
 
-    exif: "auto" is "displayed" (see the head of this file). remarks: made of YOLO_TEXTS; a image with an error is
+    exif: "auto" is "displayed" (see the head of this file). remarks: made of YOLO_TEXTS; an image with an error is
     left out.
     """
     result = []
@@ -154,7 +154,7 @@ def check_orphans(images: Sequence[Path], remarks: Remarks) -> None:
 
 
 def label_path(image: Path) -> Path:
-    """Where the label file of a image goes: in "labels" instead of the last "images" of its path, or beside it."""
+    """Where the label file of an image goes: in "labels" instead of the last "images" of its path, or beside it."""
     parts = list(image.parts)
     for place in range(len(parts) - 2, -1, -1):
         if parts[place] == "images":
@@ -164,13 +164,13 @@ def label_path(image: Path) -> Path:
 
 
 def find_label_file(image: Path) -> Path:
-    """The label file of a image, whether it exists or not."""
+    """The label file of an image, whether it exists or not."""
     usual, beside = label_path(image), image.with_suffix(".txt")
     return beside if beside.is_file() and not usual.is_file() else usual
 
 
 def yolo_lines(image: LabeledImage, class_names: Sequence[str], facts: ImageFacts, exif: Exif, remarks: Remarks) -> str:
-    """The label file of a image. Crowds are left out with a remark, as the format has no place for them."""
+    """The label file of an image. Crowds are left out with a remark, as the format has no place for them."""
     displayed = exif != "stored"
     width, height = facts.displayed_size if displayed else (facts.width, facts.height)
     lines = []

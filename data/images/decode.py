@@ -14,11 +14,11 @@ except ImportError:  # an optional extra: the same pixels in less time
 
 
 class ImageError(ValueError):
-    """A image that cannot be read or is not the one that was annotated; the message names the file."""
+    """An image that cannot be read or is not the one that was annotated; the message names the file."""
 
 
 def read_image(path: str | Path, out: np.ndarray | None = None) -> np.ndarray:
-    """Pixels of a image file as stored: uint8 [height, width, 3], RGB.
+    """Pixels of an image file as stored: uint8 [height, width, 3], RGB.
 
     - Orientation tags (EXIF) are ignored: COCO's sizes and boxes refer to the stored pixels.
     - Gray and black-and-white images get three equal channels, palettes and CMYK (also the inverted kind
@@ -28,7 +28,7 @@ def read_image(path: str | Path, out: np.ndarray | None = None) -> np.ndarray:
     - 16 bits per channel are cut to the upper 8.
     - Of several images in one file (GIF, TIFF, MPO) the first is taken.
 
-    out: contiguous uint8 [height * width * 3] that the pixels are to be put into; the result is then a view of it. A
+    out: contiguous uint8 [height * width * 3] that the pixels are to be put into; the result is then a view of it. An
     image of another number of pixels is returned in memory of its own.
 
     Raises ImageError for files that are missing, broken, truncated, far too large or of another kind

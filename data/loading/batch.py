@@ -179,7 +179,7 @@ def pad_boxes(
     boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], valid: Sequence[np.ndarray], num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Boxes float32 [n, 4], labels int64 [n], valid bool [n] of each of B images, as one tensor each with
-    num_rows rows a image (the tensors of RawBatch)."""
+    num_rows rows an image (the tensors of RawBatch)."""
     padded_boxes = np.zeros((len(boxes), num_rows, 4), dtype=np.float32)
     padded_labels = np.zeros((len(boxes), num_rows), dtype=np.int64)
     padded_valid = np.zeros((len(boxes), num_rows), dtype=bool)

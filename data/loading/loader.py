@@ -39,7 +39,7 @@ class TrainLoader:
     classes that are in a smaller part of the images come several times an epoch, see repeat_factors.py.
 
     few_shapes: padded sizes are of shape_buckets.py, for code that is compiled for each size. pin: hand over
-    page-locked memory (for GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: a image that
+    page-locked memory (for GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: an image that
     cannot be used is replaced (see unreadable.py) and named in the batch's `unreadable`; after more than so many
     in a row a black image without boxes stands in, and the caller is to end the run. None: it ends the stream.
     """
@@ -88,7 +88,7 @@ class TrainLoader:
         `accumulate` for each; epochs follow each other without a pause. No image of an earlier iteration is
         loaded. One iterator at a time: the workers are shared.
 
-        Raises ImageError for a image that cannot be used, where max_bad_images is None.
+        Raises ImageError for an image that cannot be used, where max_bad_images is None.
         """
         return self._stream.run(self.plans(first_iteration, last_iteration))
 
@@ -155,7 +155,7 @@ class EvalLoader:
     Images of like shape are batched together and batch i goes to process i mod world_size, so processes may
     have different numbers of images, or none; what a batch holds does not depend on the number of processes.
     A batch is padded for its own images. limit_batches: only the first limit_batches * batch_size *
-    world_size images of the file are evaluated. max_bad_images: with a number, a image that cannot be used is named
+    world_size images of the file are evaluated. max_bad_images: with a number, an image that cannot be used is named
     in the batch's `unreadable` and given as a black one without boxes; the caller counts them. None: it ends the
     stream.
     """
@@ -202,7 +202,7 @@ class EvalLoader:
         """This process's batches. `iteration` is a batch's number among those of all processes; flips, epoch
         and sample_keys are zero; boxes (without crowd regions) are those of the annotations, to be shown.
 
-        Raises ImageError for a image that cannot be used, where max_bad_images is None.
+        Raises ImageError for an image that cannot be used, where max_bad_images is None.
         """
         return self._stream.run(map(self._plan, self._numbers, self._batches))
 

@@ -51,7 +51,7 @@ class BatchPlan:
 
 
 OnUnreadable = Literal["fail", "replace", "blank"]
-"""What becomes of a image that cannot be used: the stream ends; the next of its group takes its place; or a black
+"""What becomes of an image that cannot be used: the stream ends; the next of its group takes its place; or a black
 image without boxes does, so that it is still counted among the images."""
 
 _BLANK = np.zeros((1, 1, 3), dtype=np.uint8)

@@ -14,7 +14,7 @@ from data.loading.shared_buffers import SharedBuffers
 
 @dataclass(frozen=True)
 class LoadFailure:
-    """A worker's report of a image that cannot be used. Travels as a value: an exception would reach the
+    """A worker's report of an image that cannot be used. Travels as a value: an exception would reach the
     user wrapped in the worker's traceback."""
 
     message: str

@@ -1,4 +1,4 @@
-"""What stands in for a image that cannot be read: a pure function of the set and the image's place."""
+"""What stands in for an image that cannot be read: a pure function of the set and the image's place."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class UnreadableImage:
-    """A image that could not be used in a batch."""
+    """An image that could not be used in a batch."""
 
     image_id: int
     """Of the annotation file."""

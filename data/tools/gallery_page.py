@@ -97,7 +97,7 @@ function drawing(name, attributes = {}, text) {
   return made;
 }
 
-// A image with its boxes, as large as fits; its overlay is made again when the filters change.
+// An image with its boxes, as large as fits; its overlay is made again when the filters change.
 function frame(image, width, height) {
   const scale = Math.min(width / image.w, height / image.h);
   const made = element("div", {class: "frame"});

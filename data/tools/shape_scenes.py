@@ -1,6 +1,6 @@
 """Draws one image of the procedural set, with its boxes.
 
-A image is a function of its key alone, the same on every machine: random bits come straight from PCG64
+An image is a function of its key alone, the same on every machine: random bits come straight from PCG64
 (numpy keeps that stream fixed, unlike the methods built on it), pixels from elementwise arithmetic (sums of
 floats would depend on the order a machine adds in), and sines are rounded before use.
 """

@@ -29,7 +29,7 @@ def resized_sizes(
 
     The shorter side becomes min_size unless the longer would exceed max_size; small images are enlarged.
     f = min(max_size / longer, min_size / shorter) in float64, each side becomes int(side * f + 0.5).
-    A image thousands of times longer than wide keeps one pixel of width.
+    An image thousands of times longer than wide keeps one pixel of width.
     """
     longer, shorter = np.maximum(widths, heights), np.minimum(widths, heights)
     factors = np.minimum(max_size / longer, min_size / shorter)
@@ -125,7 +125,7 @@ def resize_pixels(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
     Equal to OpenCV's INTER_LINEAR (MMDetection's) but for rounding: no pixel differs by more than 1 gray
     level. OpenCV rounds its weights to 1/2048, torch's kernel for bytes (CPU) to 16 bits and rounds between
-    the two directions, the float path (CUDA) rounds once at the end. On the CPU a image with channels last
+    the two directions, the float path (CUDA) rounds once at the end. On the CPU an image with channels last
     in memory takes a third of the time.
     """
     if image.device.type == "cpu":

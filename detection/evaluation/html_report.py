@@ -259,7 +259,7 @@ def _worst_images(
     parts = [
         f"<p>{keys}</p>",
         '<p class="quiet">Names stand at errors only; every box tells what it is when the mouse is on it. A click makes'
-        " a image large.</p>",
+        " an image large.</p>",
         '<div class="row">',
     ]
     for image in images:

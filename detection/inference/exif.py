@@ -13,7 +13,7 @@ _KINDS = ("JPEG", "MPO", "PNG", "WEBP")  # Pillow turns TIFF by itself while rea
 
 
 def orientation_of(file: Path) -> int:
-    """The EXIF orientation of a image file, 1 to 8; 1 (as stored) where it has none that can be read."""
+    """The EXIF orientation of an image file, 1 to 8; 1 (as stored) where it has none that can be read."""
     try:
         with Image.open(file) as image:
             # A PNG whose data come behind the pixels would have to be decoded for them; none is from a camera.

@@ -20,7 +20,7 @@ FUSION_IOU = 0.55  # Solovyev et al. 2021, section 3.1
 
 @dataclass(frozen=True)
 class View:
-    """A way to look at a image. scale: factor on the network's input sizes. flip: mirrored left to right."""
+    """A way to look at an image. scale: factor on the network's input sizes. flip: mirrored left to right."""
 
     scale: float = 1.0
     flip: bool = False

@@ -23,7 +23,7 @@ ImageInput: TypeAlias = "np.ndarray | Image.Image | str | Path"
 
 
 class DetectorError(ValueError):
-    """A image that a detector cannot take, or a device that it cannot work on."""
+    """An image that a detector cannot take, or a device that it cannot work on."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Detector:
 
         Each is {"boxes_xyxy": float32 [N, 4] in pixels of the image as it is stored, "scores": float32 [N],
         "labels": int64 [N], "names": list of N class names}, tensors on the CPU. Any EXIF orientation is
-        ignored, as in training: turn photos with PIL.ImageOps.exif_transpose first. Raises DetectorError for a
+        ignored, as in training: turn photos with PIL.ImageOps.exif_transpose first. Raises DetectorError for an
         image that cannot be read or has another form than `Image` says.
         """
         if batch_size < 1:
@@ -132,13 +132,13 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
 
 
 def network_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Height and width of a image at the network's scale, by MMDetection's keep-ratio rule."""
+    """Height and width of an image at the network's scale, by MMDetection's keep-ratio rule."""
     scale = min(max_size / max(height, width), min_size / min(height, width))
     return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
-    """A image, uint8 [3, H, W], at the network's scale: uint8 [3, h, w].
+    """An image, uint8 [3, H, W], at the network's scale: uint8 [3, h, w].
 
     Plain bilinear interpolation, without antialiasing, rounded to whole gray levels.
     """
@@ -151,7 +151,7 @@ def resize(image: Tensor, min_size: int, max_size: int) -> Tensor:
 
 
 def load_pixels(source: ImageInput) -> Tensor:
-    """Pixels of a image in any of its forms: uint8 [3, H, W], RGB, as stored. Raises DetectorError."""
+    """Pixels of an image in any of its forms: uint8 [3, H, W], RGB, as stored. Raises DetectorError."""
     if isinstance(source, (str, Path)):
         try:
             with Image.open(source) as image:
@@ -161,7 +161,7 @@ def load_pixels(source: ImageInput) -> Tensor:
     if isinstance(source, Image.Image):
         return _from_pil(source)
     if not isinstance(source, np.ndarray):
-        raise DetectorError(f"a image is an array, a PIL image or a path, not a {type(source).__name__}")
+        raise DetectorError(f"an image is an array, a PIL image or a path, not a {type(source).__name__}")
     if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or source.size == 0:
         raise DetectorError(
             f"an array of {source.dtype} with the shape {list(source.shape)} is no image; "

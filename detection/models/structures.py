@@ -47,7 +47,7 @@ def batch_images(images: Sequence[Tensor], device: torch.device) -> ImageBatch:
         raise ModelError("the list of images is empty")
     for index, image in enumerate(images):
         if image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
-            raise ModelError(f"image {index} has the shape {list(image.shape)}; a image is [3, height, width]")
+            raise ModelError(f"image {index} has the shape {list(image.shape)}; an image is [3, height, width]")
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
     dtype = torch.uint8 if all(image.dtype == torch.uint8 for image in images) else torch.float32

@@ -89,7 +89,7 @@ def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise RunsError("a image needs matplotlib: pip install matplotlib, or leave --png out") from error
+        raise RunsError("an image needs matplotlib: pip install matplotlib, or leave --png out") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -108,7 +108,7 @@ class TensorBoardLog:
         self._write(_scalars(points), int(record["iteration"]))
 
     def images(self, iteration: int, images: Sequence[np.ndarray], tag: str = IMAGES_TAG) -> None:
-        """Shows uint8 RGB [H, W, 3] arrays as <tag>/0, <tag>/1, ...; a image that the log already has is
+        """Shows uint8 RGB [H, W, 3] arrays as <tag>/0, <tag>/1, ...; an image that the log already has is
         skipped."""
         for number, pixels in enumerate(images):
             name = f"{tag}/{number}"

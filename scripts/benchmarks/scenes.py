@@ -24,7 +24,7 @@ COCO_SIZES = (
 )
 NUM_CLASSES = 80
 MAX_BOXES = 93
-# Log-normal with a median of 4 and a mean of 7 boxes a image, as COCO's counts.
+# Log-normal with a median of 4 and a mean of 7 boxes an image, as COCO's counts.
 _LOG_COUNT_MEAN, _LOG_COUNT_STD = 1.4, 1.0
 # COCO's boxes: side from 2 % of the image's shorter one to nearly all of it, small ones more often.
 _MIN_BOX_SHARE = 0.02

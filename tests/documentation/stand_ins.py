@@ -51,7 +51,7 @@ SUBSTITUTIONS = (
     (r"(?<=[ =])/(shared|datasets)/", r"\1/", "no folder outside the scratch tree"),
     (r"\bFUZZ_EXAMPLES=\d+", "FUZZ_EXAMPLES=5", "seconds in place of hours"),
     (r"--val-images DIR --val-annotations FILE", "--val-images DIR_VAL --val-annotations FILE_VAL", "two splits"),
-    (r"\bIMAGE\.\.\.", "photo.jpg", "a image"),
+    (r"\bIMAGE\.\.\.", "photo.jpg", "an image"),
 )
 
 SMALL_MODEL = (

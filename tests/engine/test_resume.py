@@ -181,7 +181,7 @@ def test_another_optimizer_begins_with_a_fresh_state_and_says_so(start, finished
     shutil.copytree(finished, tmp_path / "run")
     schedule = tmp_path / "adamw.py"
     schedule.write_text(
-        "train_cfg = dict(type='Trainer', max_epochs=3)\n"
+        "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=3)\n"
         "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.01),\n"
         "    paramwise_cfg=dict(norm_decay_mult=0))\n"
     )

@@ -122,7 +122,7 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(start, tmp_path, r
 def test_an_adamw_schedule_of_a_file_trains(start, tmp_path, load, records_of):
     file = tmp_path / "mine.py"
     file.write_text(
-        "train_cfg = dict(type='Trainer', max_epochs=1, val_interval=1)\n"
+        "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=1)\n"
         "param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=1, T_max=1, eta_min=1e-6,\n"
         "                        convert_to_iter_based=True)]\n"
         "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),\n"
@@ -141,7 +141,7 @@ def test_an_adamw_schedule_of_a_file_trains(start, tmp_path, load, records_of):
 def test_a_learning_rate_that_cannot_be_computed_ends_the_run_before_it_begins(start, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "train_cfg = dict(type='Trainer', max_epochs=1)\n"
+        "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)\n"
         "param_scheduler = [dict(type='LinearLR', start_factor=0.5, by_epoch=False, begin=0, end=50),\n"
         "    dict(type='CosineAnnealingLR', by_epoch=True, begin=0.2, end=0.3, T_max=1, convert_to_iter_based=True)]\n"
         "optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))\n"

@@ -1,4 +1,4 @@
-"""Views of a image: boxes mapped back, and fused as weighted box fusion says."""
+"""Views of an image: boxes mapped back, and fused as weighted box fusion says."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_one_view_is_left_as_it_is_and_nothing_stays_nothing():
 
 
 class BrightestColumn:
-    """Finds the brightest column of a image; keeps the sizes it was asked for."""
+    """Finds the brightest column of an image; keeps the sizes it was asked for."""
 
     asked: list = []
 

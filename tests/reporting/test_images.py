@@ -34,7 +34,7 @@ def test_without_boxes_the_image_is_the_image():
     [(0, 0, 20, 15), (140, 0, 160, 15), (0, 100, 10, 120), (150, 110, 160, 120), (0, 0, 160, 120), (-9, -9, 300, 300)],
 )
 def test_the_whole_name_lies_inside_the_image(box):
-    """The ground of the name shows as a filled area of the size that it has in the open middle of a image."""
+    """The ground of the name shows as a filled area of the size that it has in the open middle of an image."""
 
     def filled_area(image, box):
         drawn = draw_boxes(image, np.array([box], dtype=float), np.array([1]), NAMES)

@@ -13,7 +13,7 @@ from schedules import Schedule, ScheduleError, load_schedule
 
 MMDETECTION_STYLE = """
 # training schedule for 1x
-train_cfg = dict(type='Trainer', max_epochs=12, val_interval=1)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -82,7 +82,7 @@ def test_everything_the_vocabulary_knows_is_read(read):
     schedule = read(
         '''
 """A docstring."""
-train_cfg = {"type": "Trainer", "max_epochs": 30, "val_begin": 5, "val_interval": 10,
+train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": 30, "val_begin": 5, "val_interval": 10,
              "dynamic_intervals": [(20, 1)]}
 param_scheduler = (
     dict(type="ConstantLR", factor=0.1, by_epoch=False, begin=0, end=100, verbose=True, last_step=-1),
@@ -178,7 +178,7 @@ REFUSED = {
     "zero gamma": ("gamma=0.1", "gamma=0", 17, r"gamma: must be a finite number > 0"),
     "end before begin": ("end=12", "end=0", 11, r"param_scheduler\.1: ends at 0, which is not after its begin"),
     "zero start": ("start_factor=0.001", "start_factor=0", 10, r"start_factor: must be a finite number > 0 and <= 1"),
-    "iteration loop": ("'Trainer'", "'IterBasedTrainLoop'", 3, r"type: .*training by epoch"),
+    "iteration loop": ("'EpochBasedTrainLoop'", "'IterBasedTrainLoop'", 3, r"type: .*training by epoch"),
     "last_step": ("gamma=0.1", "gamma=0.1, last_step=3", 17, r"last_step: must be -1"),
     "converting by iteration": (
         "by_epoch=False",

@@ -29,7 +29,7 @@ class BadImages:
         self._messages: dict[tuple[str, int], str] = {}
         """By split and image id."""
         self.num_replaced = 0
-        """Times that a image was replaced in training."""
+        """Times that an image was replaced in training."""
 
     def __len__(self) -> int:
         return len(self._messages)

@@ -16,7 +16,7 @@ NUM_VALIDATION_IMAGES = 4
 LONGEST_SIDE = 640
 """Pixels to which images are scaled, so that names can be read on small images too."""
 LETTER_FRACTION = 1 / 20
-"""Height of letters as a part of a image's mean side: TensorBoard shows images 300 pixels wide."""
+"""Height of letters as a part of an image's mean side: TensorBoard shows images 300 pixels wide."""
 NUM_TRAINING_IMAGES = 8
 SHOWN_FROM_SCORE = 0.5
 MOST_BOXES_SHOWN = 30

@@ -26,7 +26,7 @@ NAMES = ["cat", "dog"]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., tuple[list[LabeledImage], Remarks]]:
-    """read("0 .5 .5 .1 .1"): what read_yolo makes of a image of 64x48 with this label file (None: without)."""
+    """read("0 .5 .5 .1 .1"): what read_yolo makes of an image of 64x48 with this label file (None: without)."""
 
     def run(text: str | None, **options: object):
         path = tmp_path / "images" / "a.png"

@@ -119,7 +119,7 @@ def test_an_overflow_of_float16_is_the_scalers_and_not_counted(start, tmp_path, 
     schedule = tmp_path / "half.py"
     # 2**8: nothing overflows by itself in a few iterations of a tiny network.
     schedule.write_text(
-        "train_cfg = dict(type='Trainer', max_epochs=1, val_interval=1)\n"
+        "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=1)\n"
         "param_scheduler = [dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500)]\n"
         "optim_wrapper = dict(type='AmpOptimWrapper', loss_scale=dict(init_scale=256.0),\n"
         "    optimizer=dict(type='SGD', lr=0.02, momentum=0.9))\n"

@@ -79,7 +79,7 @@ def test_the_split_depends_on_seed_and_names_alone(convert, tmp_path):
     assert [len(part) for part in splits["third"]] == [14, 6]
     assert set(splits["one"][1]) < set(splits["third"][1])
     assert splits["other"] != splits["one"]
-    # A image that is gone moves no other but at the cut.
+    # An image that is gone moves no other but at the cut.
     gone = splits["one"][0][0]
     (tmp_path / "a" / gone).unlink()
     (tmp_path / "a" / gone).with_suffix(".xml").unlink()
