@@ -28,6 +28,8 @@ _HOMES = {
     "load_weights": "detection.models",
 }
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CocoEvaluator",
     "Detector",
