@@ -4,6 +4,7 @@ from data.coco.annotations import NO_CLASS, AnnotationError, CocoAnnotations, re
 from data.coco.checks import check_annotations, check_pair, check_split
 from data.coco.findings import Finding
 from data.coco.layout import CocoLayout, MissingDataset, coco_layout, standard_layout
+from data.errors import DataError
 from data.images.decode import ImageError, read_image
 from data.loading.batch import DeviceBatch, RawBatch, assemble
 from data.loading.dataset import CocoDataset, DatasetError
@@ -26,6 +27,7 @@ __all__ = [
     "CocoDataset",
     "CocoLayout",
     "ColorJitter",
+    "DataError",
     "DatasetError",
     "DeviceBatch",
     "DevicePrefetcher",

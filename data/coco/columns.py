@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from data.errors import DataError
+
 MAX_IMAGE_PIXELS = 178_956_970  # what Pillow is willing to decode (Image.MAX_IMAGE_PIXELS twice)
 MAX_IMAGE_SIDE = 1_000_000  # pixels; far beyond what an image file can hold, far below what overflows
 MAX_COORDINATE = 1e9  # pixels; float32 and float64 sums of such values stay finite
@@ -23,7 +25,7 @@ MAX_AREA = 1e18  # square pixels
 _MISSING = object()
 
 
-class AnnotationError(ValueError):
+class AnnotationError(DataError):
     """An annotation file that cannot be used. One message: file, record, what is wrong, and the remedy."""
 
 

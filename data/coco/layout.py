@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.errors import DataError
 
-class MissingDataset(ValueError):
+
+class MissingDataset(DataError):
     """Files of the data set are not where they are expected. The message shows the layout and the ways
     out."""
 

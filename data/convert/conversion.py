@@ -19,6 +19,7 @@ from PIL import Image
 
 from data.coco.annotations import NO_CLASS, CocoAnnotations
 from data.coco.findings import MAX_PLACES, Finding, Severity
+from data.errors import DataError
 from data.images.decode import ImageError
 
 EXIF_ORIENTATION = 0x0112
@@ -37,7 +38,7 @@ Corners = tuple[Decimal, Decimal, Decimal, Decimal]
 """x1, y1, x2, y2 of a box: edges in pixels, the image's left upper corner being (0, 0)."""
 
 
-class ConversionError(ValueError):
+class ConversionError(DataError):
     """A conversion that cannot be done; the message says why, where, and how to mend it."""
 
 

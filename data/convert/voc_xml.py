@@ -7,8 +7,10 @@ from typing import Any, NoReturn
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
+from data.errors import DataError
 
-class XmlError(ValueError):
+
+class XmlError(DataError):
     """A file that is no XML, or XML that is refused; the message names file and line."""
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.errors import DataError
+
 try:
     import simplejpeg
 except ImportError:  # an optional extra: the same pixels in less time
     simplejpeg = None
 
 
-class ImageError(ValueError):
+class ImageError(DataError):
     """An image that cannot be read or is not the one that was annotated; the message names the file."""
 
 

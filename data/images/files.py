@@ -8,10 +8,12 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data.errors import DataError
+
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-class ImageFilesError(ValueError):
+class ImageFilesError(DataError):
     """A name under which there is no image."""
 
 

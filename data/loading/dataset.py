@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.errors import DataError
 from data.images.decode import ImageError, read_image
 
 
-class DatasetError(ValueError):
+class DatasetError(DataError):
     """A set that cannot be used; the message says why, where, and how to mend it."""
 
 

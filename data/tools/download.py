@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from data.errors import DataError
+
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30.0
 FIRST_ATTEMPTS = 4  # before anything has arrived: a server that is not there will not come
@@ -34,7 +36,7 @@ ProgressOf = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """progress(description, total bytes): a context whose value is called with the bytes done so far."""
 
 
-class DownloadError(ValueError):
+class DownloadError(DataError):
     """A file that cannot be fetched, verified or unpacked; the message says why and what to do."""
 
 

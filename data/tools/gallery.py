@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.errors import DataError
 from data.images.decode import ImageError, read_image
 from data.tools.gallery_page import PAGE
 
@@ -28,7 +29,7 @@ BIN_EDGES = tuple(2.0 ** (power / 2) for power in range(0, 23))  # sides of 1 to
 CHUNK = 64  # images handed to the threads at a time, so that memory stays small and progress shows
 
 
-class GalleryError(ValueError):
+class GalleryError(DataError):
     """A gallery that cannot be written; the message says why and what to do."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from data.coco.layout import standard_layout
+from data.errors import DataError
 from data.tools.shape_scenes import CLASS_NAMES, Dice, draw_scene
 
 GENERATOR_VERSION = 1  # goes up whenever equal settings would give another image or box
@@ -28,7 +29,7 @@ MIN_SIDE, MAX_SIDE = 64, 4096
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13)
 
 
-class ShapesError(ValueError):
+class ShapesError(DataError):
     """The set cannot be made with these settings or in this place."""
 
 

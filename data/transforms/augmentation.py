@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.errors import DataError
 from data.transforms.color import ColorChange, ColorJitter, PhotometricDistortion
 from data.transforms.geometry import flip_decisions, padded_size, resized_sizes, vertical_flip_decisions
 from data.transforms.hash_rng import CROP_STREAM, SCALE_STREAM, hash_uniform
 
 
-class AugmentationError(ValueError):
+class AugmentationError(DataError):
     """Settings of an augmentation that are wrong or contradict each other."""
 
 

@@ -2,7 +2,8 @@
 
 from detection.evaluation.backends import BACKENDS, resolve_backend
 from detection.evaluation.coco_metrics import METRIC_NAMES, CocoEvaluator, evaluate, evaluate_results
-from detection.evaluation.ground_truth import EvaluationError, GroundTruth, read_ground_truth
+from detection.evaluation.errors import EvaluationError
+from detection.evaluation.ground_truth import GroundTruth, read_ground_truth
 from detection.evaluation.results import Detections, ResultsError, read_results, write_results
 
 __all__ = [

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detection.evaluation.ground_truth import EvaluationError, GroundTruth
+from detection.evaluation.errors import EvaluationError
+from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections
 
 BACKENDS = ("auto", "pycocotools", "hotcoco", "both")

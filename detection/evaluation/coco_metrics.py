@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from detection.evaluation.backends import Accumulated, accumulate, resolve_backend
-from detection.evaluation.ground_truth import EvaluationError, GroundTruth, read_ground_truth
+from detection.evaluation.errors import EvaluationError
+from detection.evaluation.ground_truth import GroundTruth, read_ground_truth
 from detection.evaluation.precision_recall import Curve, precision_recall_curves
 from detection.evaluation.results import Detections, read_results
 

@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-
-class EvaluationError(ValueError):
-    """Annotations or detections that cannot be evaluated; the message says what, where, and how to mend"
-    " it."""
+from detection.evaluation.errors import EvaluationError
 
 
 @dataclass(frozen=True)

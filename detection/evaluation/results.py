@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from detection.evaluation.errors import EvaluationError
+
 RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
 ROWS_PER_WRITE = 4096
 
 
-class ResultsError(ValueError):
+class ResultsError(EvaluationError):
     """A results file, or detections in memory, that cannot be used; the message says where and how to"
     " mend it."""
 
