@@ -1,6 +1,6 @@
 """Loops, optimizer, precision, processes and checkpoints: everything that happens around a training step."""
 
-from detection.engine.errors import USER_ERRORS, RunError
+from detection.engine.distributed.agreement import USER_ERRORS, RunError
 from detection.engine.run import run
 from detection.engine.signals import STOPPED_EXIT_CODE
 

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from detection.errors import DetectionError
+
 FORMAT = "detection-checkpoint"
 VERSION = 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -30,7 +32,7 @@ REQUIRED = (
 _WORDS_OF_MEMORY = ("not enough memory", "allocate memory", "unable to mmap")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(DetectionError):
     """A checkpoint that cannot be read or written. The message names the file and the remedy."""
 
 

@@ -14,8 +14,8 @@ from data import EvalLoader
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.compile import compile_for_evaluation
 from detection.engine.build import Components
+from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes
-from detection.engine.errors import RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.evaluator import EvaluationInputs, TestLoop, ValLoop
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
 from detection.engine.inputs.datasets import SplitFiles

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from data import DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
+from detection.engine.distributed.agreement import run_on_main_rank
 from detection.engine.distributed.comm import Processes
-from detection.engine.errors import run_on_main_rank
 from detection.engine.inputs.bad_images import BadImages
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision

@@ -8,8 +8,8 @@ from typing import Any
 from data import CocoDataset, TrainLoader
 from detection.config.run_config import RunConfig
 from detection.engine.build import Components
+from detection.engine.distributed.agreement import RunError
 from detection.engine.distributed.comm import Processes
-from detection.engine.errors import RunError
 from schedules import Schedule
 
 

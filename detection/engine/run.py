@@ -12,9 +12,9 @@ from detection.config.run_config import RunConfig
 from detection.engine.accelerate.allocator import keep_freed_memory
 from detection.engine.build import build, prepare
 from detection.engine.checkpoint import load_checkpoint
+from detection.engine.distributed.agreement import USER_ERRORS, RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.distributed.heartbeat import LostProcess, is_network_error
-from detection.engine.errors import USER_ERRORS, RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.evaluate import evaluate
 from detection.engine.run_dir import RunDir
 from detection.engine.signals import StopRequest
@@ -29,7 +29,7 @@ def run(config: RunConfig) -> int:
         The exit status: 0, or STOPPED_EXIT_CODE where a signal ended the run (which saved itself first).
 
     Raises:
-        RunError and the errors in detection.engine.errors.USER_ERRORS: the user's to mend.
+        RunError and the errors in detection.engine.distributed.agreement.USER_ERRORS: the user's to mend.
     """
     processes = start_processes(config.device, timedelta(minutes=config.collective_timeout))
     output = RunDir(config.output_dir)

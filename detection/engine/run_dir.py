@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from detection.errors import DetectionError
 
-class RunDirError(ValueError):
+
+class RunDirError(DetectionError):
     """The output directory belongs to another run, or cannot be written."""
 
 

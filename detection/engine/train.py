@@ -15,9 +15,9 @@ from detection.engine.accelerate.cuda_graphs import cuda_step_graphs
 from detection.engine.build import Components
 from detection.engine.checkpoint import Best, CheckpointError, CheckpointStore, LoadedCheckpoint, continue_from
 from detection.engine.closing_summary import closing_summary
+from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.sync_batch_norm import trains_batch_norm
-from detection.engine.errors import RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.evaluate import validation
 from detection.engine.fingerprint import assert_same_on_all_ranks, fingerprint
 from detection.engine.inputs.augmentation import augmentation_of

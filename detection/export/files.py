@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detection.errors import DetectionError
 from detection.export.graph import OUTPUT_NAMES, DetectorGraph, Suppression, suppress_groups
 from detection.models import Detector
 from detection.models.weights.stored import stripped_file
@@ -32,7 +33,7 @@ Runner: TypeAlias = Callable[[np.ndarray], list[dict[str, Tensor]]]
 """uint8 RGB [B, H, W, 3] -> for each image {"boxes_xyxy", "scores", "labels"}, as the model in PyTorch gives them."""
 
 
-class ExportError(ValueError):
+class ExportError(DetectionError):
     """An export that cannot be made or opened."""
 
 

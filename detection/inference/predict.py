@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import CocoAnnotations, ImageError, read_image
+from detection.errors import DetectionError
 from detection.inference.exif import AS_STORED, orientation_of, upright
 from detection.inference.tta import View, predict_views
 from detection.models import Detector
@@ -22,7 +23,7 @@ from detection.models import Detector
 READERS = 4  # threads that decode images ahead of the model
 
 
-class PredictionError(ValueError):
+class PredictionError(DetectionError):
     """A wish that the detector or the annotation file cannot meet."""
 
 

@@ -14,8 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from detection.errors import DetectionError
 
-class ModelError(ValueError):
+
+class ModelError(DetectionError):
     """A model, a setting of it, or an input to it that cannot work."""
 
 

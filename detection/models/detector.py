@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from detection.errors import DetectionError
 from detection.models.config import ModelError
 from detection.models.faster_rcnn import FasterRCNN, model_from_config
 from detection.models.weights.files import WeightsError
@@ -22,7 +23,7 @@ ImageInput: TypeAlias = "np.ndarray | Image.Image | str | Path"
 """RGB as uint8 [H, W, 3], a PIL image of any mode, or a path to an image file."""
 
 
-class DetectorError(ValueError):
+class DetectorError(DetectionError):
     """An image that a detector cannot take, or a device that it cannot work on."""
 
 

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detection.errors import DetectionError
+
 NONFINITE_KEY = "nonfinite"
 
 
-class MetricsError(ValueError):
+class MetricsError(DetectionError):
     """A metrics file that cannot be read; the message names the file and the line."""
 
 

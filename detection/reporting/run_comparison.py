@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from detection.errors import DetectionError
 from detection.reporting.metrics_log import read_metrics
 from detection.reporting.tables import FIGURES, UNDEFINED, aligned, figure
 
@@ -16,7 +17,7 @@ SMOOTHING_FRACTION = 0.02  # a loss curve is averaged over this part of it
 _ABSENT = object()
 
 
-class RunsError(ValueError):
+class RunsError(DetectionError):
     """Output directories that cannot be compared; the message says which and why."""
 
 

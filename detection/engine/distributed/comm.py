@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detection.engine.distributed.heartbeat import Heartbeat, start_heartbeat
 from detection.engine.distributed.rendezvous import rendezvous
+from detection.errors import DetectionError
 
 CONTROL_TIMEOUT = timedelta(hours=3)
 """How long the others wait for what the main process does alone: as long as the longest evaluation may take."""
@@ -31,7 +32,7 @@ _GRACE = timedelta(minutes=1)
 """The backends' own timeouts come after the roll call's, which says who is missing."""
 
 
-class DeviceError(ValueError):
+class DeviceError(DetectionError):
     """The device asked for is not there."""
 
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from detection.errors import DetectionError
+
 BEAT_SECONDS = 1.0
 _PATIENCE_BEATS = 3
 """So many beats without a new sign, and a process counts as gone."""
@@ -28,7 +30,7 @@ _MARKS = ("gloo", "nccl", "connection closed", "connection reset", "connection w
 _NETWORK_ERRORS = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 
 
-class LostProcess(ValueError):
+class LostProcess(DetectionError):
     """Another process of the run is gone or stuck. The message names it, and what was waited for."""
 
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from data import UnreadableImage
 from detection.engine.distributed.comm import Processes
 from detection.engine.metrics.logger import MetricLogger
+from detection.errors import DetectionError
 from detection.reporting import counted
 
 _MOST_NAMED = 30
 
 
-class TooManyBadImages(ValueError):
+class TooManyBadImages(DetectionError):
     """More images cannot be used than --max-bad-images allows. Every process has it; the message names them."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data import UnreadableImage
 from detection.engine.distributed.comm import Processes
+from detection.errors import DetectionError
 
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")
 _FIGURES = ("loss", *LOSSES, "grad_norm")
@@ -21,7 +22,7 @@ MOST_SKIPPED_IN_A_ROW = 100
 begins at 2**16 finds one that fits in a quarter of them."""
 
 
-class NonFiniteLoss(ValueError):
+class NonFiniteLoss(DetectionError):
     """A loss or the gradient became NaN or infinite. The message says where; `records` lead up to it."""
 
     def __init__(self, message: str, records: Sequence[dict[str, Any]] = ()) -> None:

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 import torch._utils
 
+from detection.errors import DetectionError
 
-class WeightsError(ValueError):
+
+class WeightsError(DetectionError):
     """A weight file or name that cannot be used; the message says why and what to do."""
 
 

@@ -21,9 +21,9 @@ from detection.config.errors import ConfigError
 from detection.engine import RunError, run
 from detection.engine import train as train_module
 from detection.engine.accelerate.cuda_graphs import Losses, StepGraphs
+from detection.engine.distributed.agreement import run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
-from detection.engine.errors import run_on_all_ranks, run_on_main_rank
 from detection.engine.evaluator import EvalLoader
 from detection.engine.metrics.step_metrics import LOSSES, NonFiniteLoss, StepMetrics
 from detection.engine.trainer import Trainer

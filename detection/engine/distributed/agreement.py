@@ -1,53 +1,27 @@
-"""The errors that are the user's to mend: shown as one message, without a traceback."""
+"""What one process finds out becomes known to all of them, before it has consequences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
-from data import AnnotationError, DatasetError, ImageError, MissingDataset, ShapesError
-from detection.config.errors import ConfigError
-from detection.engine.checkpoint import CheckpointError
-from detection.engine.distributed.comm import DeviceError, Processes
-from detection.engine.distributed.heartbeat import LostProcess
-from detection.engine.inputs.bad_images import TooManyBadImages
-from detection.engine.metrics.step_metrics import NonFiniteLoss
-from detection.engine.run_dir import RunDirError
-from detection.evaluation import EvaluationError, ResultsError
-from detection.models import ModelError, WeightsError
-from detection.reporting import MetricsError
+from data import DataError
+from detection.engine.distributed.comm import Processes
+from detection.errors import DetectionError
 from schedules import ScheduleError
 
-USER_ERRORS = (
-    AnnotationError,
-    CheckpointError,
-    ConfigError,
-    DatasetError,
-    DeviceError,
-    EvaluationError,
-    ImageError,
-    LostProcess,
-    MetricsError,
-    MissingDataset,
-    ModelError,
-    NonFiniteLoss,
-    RunDirError,
-    ResultsError,
-    ScheduleError,
-    ShapesError,
-    TooManyBadImages,
-    WeightsError,
-)
+USER_ERRORS = (DataError, DetectionError, ScheduleError)
+"""The errors that are the user's to mend: shown as one message, without a traceback."""
 
 T = TypeVar("T")
 
 
-class RunError(ValueError):
+class RunError(DetectionError):
     """An error that every process of the run knows of; the main one shows it."""
 
 
 def run_on_all_ranks(processes: Processes, action: Callable[[], T]) -> T:
-    """Do `action` on every process; where it fails on any of them, every process ends with the same RunError.
+    """Do `action` on every process; where it fails on any of them, every process raises the same RunError.
 
     `action` must not talk to other processes: one that failed would leave them waiting.
     """
