@@ -3,8 +3,7 @@
 import os
 import sys
 
-from detection.config.cli import parse_arguments
-from detection.config.errors import ConfigError
+from detection.config import ConfigError, parse_arguments
 from detection.process_exit import leave
 
 

@@ -1,1 +1,7 @@
-"""Run configuration and the command line that makes one."""
+"""What a run is asked to do: its settings, each stated once, and the command line that gives them."""
+
+from detection.config.cli import parse_arguments
+from detection.config.errors import ConfigError
+from detection.config.run_config import RunConfig
+
+__all__ = ["ConfigError", "RunConfig", "parse_arguments"]

@@ -6,12 +6,12 @@ import fcntl
 import json
 import os
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
 
 from detection.errors import DetectionError
+from detection.reporting import check_writable
 
 
 class RunDirError(DetectionError):
@@ -176,13 +176,6 @@ def _launcher() -> str | None:
     except OSError:
         return None
     return f"process {os.getppid()} on {platform.node()}, begun {start} after the start {boot}"
-
-
-def check_writable(folder: Path) -> None:
-    """Raises OSError where nothing can be written into a folder, or it cannot be made; leaves nothing behind."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    with tempfile.TemporaryFile(dir=there):
-        pass
 
 
 def write_json(path: Path, value: Any) -> None:

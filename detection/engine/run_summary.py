@@ -1,4 +1,4 @@
-"""What a run says of itself before it begins: the start screen, and config.json."""
+"""What a run says of itself: the start screen, config.json, and where everything is when it ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from data import CocoDataset, TrainLoader
 from detection.config.run_config import RunConfig
 from detection.engine.distributed.comm import Processes
 from detection.engine.inputs.augmentation import describe_augmentation
+from detection.engine.inputs.bad_images import BadImages
+from detection.engine.inputs.datasets import SplitFiles
+from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import multiplies_bfloat16
 from detection.engine.run_dir import RunDir
 from detection.engine.trainer import Progress
@@ -126,6 +130,51 @@ def configuration_text(record: dict[str, Any]) -> str:
     lines += [f"| {name} | {_table_cell(record[name])} |" for name in ("device", "host", "git_commit")]
     lines += [f"| {name} | {version} |" for name, version in record["versions"].items()]
     return "\n".join(lines)
+
+
+def closing_summary(
+    output: RunDir,
+    metric_logger: MetricLogger,
+    progress: Progress,
+    bad_images: BadImages,
+    validated: SplitFiles | None,
+    can_be_analyzed: bool,
+) -> str:
+    """The table of the run's validations, where everything is, and commands to go on with, ready to paste."""
+    best, remarks = "", []
+    if progress.skipped_steps:
+        remarks.append(f"{progress.skipped_steps} of {progress.iteration} iterations were not finite and made no step")
+    if bad_images:
+        remarks.append(bad_images.summary())
+    if progress.best_map is not None:
+        best = f"   best.pt has mAP {progress.best_map:.3f} (epoch {progress.best_epoch})"
+    weights = output.checkpoints / "best.pt"
+    if not weights.is_file():
+        weights = output.checkpoints / "last.pt"
+    results, images = output.detections("val"), "IMAGE_OR_FOLDER"
+    found, analysis = [], []
+    if validated is not None and progress.best_map is not None:
+        images = quote(str(validated.images))
+        found.append(f"detections   {results} (of the last validation)")
+        if can_be_analyzed:
+            analysis.append(
+                f"why so       python3 scripts/analyze_results.py --annotations {quote(str(validated.annotations))} "
+                f"--results {quote(str(results))} --images {images}"
+            )
+    return "\n".join(
+        [
+            "",
+            metric_logger.summary(progress.best_epoch),
+            "",
+            *remarks,
+            f"checkpoints  {output.checkpoints}{best}",
+            *found,
+            f"figures      {output.metrics}, {output.log}",
+            f"curves       tensorboard --logdir {quote(str(output.path))}",
+            *analysis,
+            f"try it       python3 scripts/predict.py --weights {quote(str(weights))} {images}",
+        ]
+    )
 
 
 def _table_cell(value: Any) -> str:

@@ -14,7 +14,6 @@ from detection.engine.accelerate.compile import compile_for_training, uncompiled
 from detection.engine.accelerate.cuda_graphs import cuda_step_graphs
 from detection.engine.build import Components
 from detection.engine.checkpoint import Best, CheckpointError, CheckpointStore, LoadedCheckpoint, continue_from
-from detection.engine.closing_summary import closing_summary
 from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.sync_batch_norm import trains_batch_norm
@@ -30,7 +29,7 @@ from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.optimizer import build_optimizer, parameter_facts
 from detection.engine.resume import check_resumable, progress_of, restore, settings_without_effect
 from detection.engine.run_dir import RunDir, RunDirError, write_json
-from detection.engine.run_summary import config_record, configuration_text, describe_run
+from detection.engine.run_summary import closing_summary, config_record, configuration_text, describe_run
 from detection.engine.signals import STOPPED_EXIT_CODE, StopRequest
 from detection.engine.trainer import Progress, SavePlan, Stopped, Trainer
 from detection.reporting import Console, MetricsLog, TensorBoardLog

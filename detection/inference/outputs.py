@@ -13,12 +13,11 @@ from pathlib import Path
 from PIL import Image
 
 from data.images.files import ProtectedFiles, distinct_names
-from detection.engine.run_dir import check_writable
 from detection.evaluation import Detections, write_results
 from detection.inference.draw import LEGIBLE_SIDE
 from detection.inference.predict import ImageDetections, PredictionError
 from detection.models import Detector
-from detection.reporting import draw_boxes
+from detection.reporting import check_writable, draw_boxes
 
 JPEG_QUALITY = 92
 WRITERS = 4  # threads that draw and compress behind the model

@@ -1,7 +1,8 @@
 """What a run leaves behind for people: TensorBoard, metrics.jsonl, the console and train.log, images."""
 
-from detection.reporting.console import Console, Progress
+from detection.reporting.console import Console, ProgressBar
 from detection.reporting.counts import counted
+from detection.reporting.disk import check_writable
 from detection.reporting.durations import duration, remaining
 from detection.reporting.forecast import Forecast
 from detection.reporting.images import class_color, draw_boxes, mosaic, save_png, side_by_side
@@ -24,10 +25,11 @@ __all__ = [
     "Forecast",
     "MetricsError",
     "MetricsLog",
-    "Progress",
+    "ProgressBar",
     "Run",
     "RunsError",
     "TensorBoardLog",
+    "check_writable",
     "class_color",
     "comparison_table",
     "configuration_differences",

@@ -95,10 +95,10 @@ class Console:
         """One or more lines for the log file alone."""
         self._log(text)
 
-    def progress(self, total: int, *, initial: int = 0, description: str = "", unit: str = "it") -> "Progress":
+    def progress(self, total: int, *, initial: int = 0, description: str = "", unit: str = "it") -> "ProgressBar":
         """A bar over `total` steps of which `initial` are done; silent on other processes than the main
         one."""
-        return Progress(self, total, initial, description, unit)
+        return ProgressBar(self, total, initial, description, unit)
 
     def _raise_voice(self, word: str, text: str, color: str) -> None:
         text = f"{word}: {text}" if self.is_main else f"[rank {self.rank}] {word}: {text}"
@@ -133,7 +133,7 @@ class Console:
             self._log_is_whole = True
 
 
-class Progress:
+class ProgressBar:
     """Progress over a known number of steps, made by Console.progress; a context manager.
 
     On a terminal a tqdm bar; elsewhere a line each PLAIN_PERCENT percent or PLAIN_SECONDS seconds, and one
@@ -200,7 +200,7 @@ class Progress:
         if self._console.is_main and self.done != self._last_done:
             self._put_line()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(

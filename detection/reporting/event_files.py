@@ -16,6 +16,8 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
+from detection.reporting.disk import sync_folder
+
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _MARK = "tfevents."  # TensorBoard takes every file with this in its name; temporary files must not have it
@@ -92,11 +94,7 @@ def cut_event_files(directory: Path, *, first_iteration: int, val_from: int) -> 
             temporary.replace(path)
     _put_before_now(event_files(directory))
     if directory.is_dir():
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(directory)
     return history
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.errors import DetectionError
+from detection.reporting.disk import sync_folder
 
 NONFINITE_KEY = "nonfinite"
 
@@ -226,8 +227,4 @@ def _replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_folder(path.parent)

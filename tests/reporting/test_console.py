@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.reporting import Console, Progress, duration, remaining
+from detection.reporting import Console, ProgressBar, duration, remaining
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +52,7 @@ def make_console(tmp_path, terminal=False, **settings):
 
 def run_progress(console, total, seconds_a_step, **settings):
     clock = Clock()
-    progress = Progress(console, total, clock=clock, **settings)
+    progress = ProgressBar(console, total, clock=clock, **settings)
     for _ in range(progress.initial, total):
         clock.now += seconds_a_step
         progress.update(loss=1.25, lr=0.02)

@@ -14,7 +14,7 @@ from detection.reporting import (
     Console,
     Forecast,
     MetricsLog,
-    Progress,
+    ProgressBar,
     TensorBoardLog,
     duration,
     read_metrics,
@@ -46,7 +46,7 @@ class MetricLogger:
         self.console = console
         self.log = log
         self.board = board
-        self._bar: Progress | None = None
+        self._bar: ProgressBar | None = None
         self._forecast: Forecast | None = None
         self._failed_writes = 0
         self._unwritten: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ class MetricLogger:
                 self._bar = self._forecast = None
 
     @contextmanager
-    def evaluation_bar(self, verb: str, total: int) -> Iterator[Progress]:
+    def evaluation_bar(self, verb: str, total: int) -> Iterator[ProgressBar]:
         """A bar over the batches of an evaluation."""
         with self.console.progress(total, description=verb, unit="batch") as bar:
             yield bar

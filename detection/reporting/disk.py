@@ -1,0 +1,21 @@
+"""Files that survive: written whole or not at all, and on the disk before anything relies on them."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where nothing can be written into a folder, or it cannot be made; leaves nothing behind."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    with tempfile.TemporaryFile(dir=there):
+        pass
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names of a folder's files on the disk (fsync): new, renamed and removed ones."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
