@@ -243,7 +243,7 @@ def _read_file(path: Path) -> CocoAnnotations:
         annotation_ids=annotation_ids[order],
         category_ids=category_ids,
         class_names=names,
-        findings=_reading_findings(path, annotation_ids, area_absent, without_rle),
+        findings=_reading_findings(path, annotation_ids, area_absent, annotations.absent("iscrowd"), without_rle),
     )
 
 
@@ -366,16 +366,24 @@ def _unpack(source: str, packed: Packed) -> CocoAnnotations:
 
 
 def _reading_findings(
-    path: Path, annotation_ids: np.ndarray, area_absent: np.ndarray, without_rle: np.ndarray
+    path: Path, annotation_ids: np.ndarray, no_area: np.ndarray, no_iscrowd: np.ndarray, no_rle: np.ndarray
 ) -> tuple[Finding, ...]:
     """Remarks on what the packed arrays no longer show."""
-    findings = []
-    for faulty, code, text in (
-        (area_absent, "no-area", 'annotations have no "area", for which the area of the box stands in'),
-        (without_rle, "crowd-without-rle", "crowd annotations have no run-length mask, for which the box stands in"),
-    ):
-        if faulty.any():
-            findings.append(_left_out("warning", code, f"{path}: {text}", annotation_ids, faulty))
+    remarks: tuple[tuple[np.ndarray, Severity, str, str], ...] = (
+        (no_area, "warning", "no-area", 'annotations have no "area", for which the area of the box stands in'),
+        (no_iscrowd, "info", "no-iscrowd", 'annotations have no "iscrowd" and are taken for single objects'),
+        (
+            no_rle,
+            "warning",
+            "crowd-without-rle",
+            "crowd annotations have no run-length mask, for which the box stands in",
+        ),
+    )
+    findings = [
+        _left_out(severity, code, f"{path}: {text}", annotation_ids, faulty)
+        for faulty, severity, code, text in remarks
+        if faulty.any()
+    ]
     if (annotation_ids == 0).any():
         text = f"{path}: annotation id 0, which plain pycocotools takes for unmatched, counts like any other here"
         findings.append(Finding("info", "annotation-id-0", text))

@@ -186,6 +186,10 @@ class Records:
         self.fail_where(~(np.abs(areas) <= MAX_AREA), key, "not finite or beyond any image", remedy)
         return areas, absent
 
+    def absent(self, key: str) -> np.ndarray:
+        """bool [n]: whether the record leaves `key` out, or has null there."""
+        return np.array([record.get(key) is None for record in self._records], dtype=bool)
+
     def contains(self, key: str, kind: type) -> np.ndarray:
         """bool [n]: whether the record holds a value of this type under `key`."""
         return np.array([type(record.get(key)) is kind for record in self._records], dtype=bool)

@@ -34,12 +34,11 @@ class Finding:
         return f"{self.severity}: {self.text}{times}{where} [{self.code}]"
 
 
-def examples(values: Iterable[Any], total: int | None = None) -> str:
+def examples(values: Iterable[Any], total: int | None = None, *, shown: int = NUM_EXAMPLES) -> str:
     """The first few of `values` as text: "3, 7, 12 and 40 more"; total counts those that `values` leaves out."""
     values = list(values)
-    shown = values[:NUM_EXAMPLES]
-    rest = (len(values) if total is None else total) - len(shown)
-    return ", ".join(map(str, shown)) + (f" and {rest:,} more" if rest > 0 else "")
+    rest = (len(values) if total is None else total) - len(values[:shown])
+    return ", ".join(map(str, values[:shown])) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def by_severity(findings: Sequence[Finding]) -> list[Finding]:

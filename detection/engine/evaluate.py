@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from data import EvalLoader
+from data import CocoAnnotations, EvalLoader
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.compile import compile_for_evaluation
 from detection.engine.build import Components
@@ -18,7 +18,6 @@ from detection.engine.distributed.agreement import RunError, run_on_all_ranks, r
 from detection.engine.distributed.comm import Processes
 from detection.engine.evaluator import EvaluationInputs, TestLoop, ValLoop
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
-from detection.engine.inputs.datasets import SplitFiles
 from detection.engine.metrics.images import validation_images
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
@@ -47,7 +46,9 @@ def validation(
     inputs = _evaluation_inputs(
         config, processes, output, stop, metric_logger, components, precision, workers, bad_images
     )
-    evaluator = run_on_all_ranks(processes, partial(_evaluator, config, processes, components.evaluation_files))
+    evaluator = run_on_all_ranks(
+        processes, partial(_evaluator, config, processes, components.evaluation_set.annotations)
+    )
     loop = ValLoop(inputs, evaluator)
     dataset = components.evaluation_set
 
@@ -87,7 +88,9 @@ def evaluate(
     inputs = _evaluation_inputs(
         config, processes, output, stop, metric_logger, components, precision, workers, bad_images
     )
-    evaluator = run_on_all_ranks(processes, partial(_evaluator, config, processes, components.evaluation_files))
+    evaluator = run_on_all_ranks(
+        processes, partial(_evaluator, config, processes, components.evaluation_set.annotations)
+    )
     with contextlib.closing(inputs.loader):
         try:
             if config.mode == "val":
@@ -160,5 +163,5 @@ def _evaluation_inputs(
     )
 
 
-def _evaluator(config: RunConfig, processes: Processes, files: SplitFiles) -> CocoEvaluator | None:
-    return CocoEvaluator(files.annotations, backend=config.output.eval_backend) if processes.is_main else None
+def _evaluator(config: RunConfig, processes: Processes, annotations: CocoAnnotations) -> CocoEvaluator | None:
+    return CocoEvaluator(annotations, backend=config.output.eval_backend) if processes.is_main else None

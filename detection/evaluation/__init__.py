@@ -3,7 +3,7 @@
 from detection.evaluation.backends import BACKENDS, resolve_backend
 from detection.evaluation.coco_metrics import METRIC_NAMES, CocoEvaluator, evaluate, evaluate_results
 from detection.evaluation.errors import EvaluationError
-from detection.evaluation.ground_truth import GroundTruth, read_ground_truth
+from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections, ResultsError, read_results, write_results
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "ResultsError",
     "evaluate",
     "evaluate_results",
-    "read_ground_truth",
     "read_results",
     "resolve_backend",
     "write_results",

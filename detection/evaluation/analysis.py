@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detection.evaluation.backends import Accumulated, accumulate
-from detection.evaluation.coco_metrics import CocoEvaluator, per_class_ap
+from detection.evaluation.backends import Accumulated
+from detection.evaluation.coco_metrics import IOU_50, IOU_75, CocoEvaluator, per_class_ap
 from detection.evaluation.error_types import ERRORS, Outcome, Outcomes, sort_outcomes
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections, read_results
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # COCOeval's recThrs
-IOU_50, IOU_75 = 0, 5  # places among COCOeval's IoU thresholds 0.50:0.05:0.95
 SIZES = ("s", "m", "l")
 CURVES = ("iou_50", "iou_75", "iou_50_95")
 DIGITS = 5
@@ -54,22 +53,24 @@ def analyze_results(
             [{"box_xywh", "kind": "correct", "missed" or an error, "name", "score", "truth"}]}}
 
     Raises:
-        EvaluationError, ResultsError: as CocoEvaluator.evaluate and read_results.
+        AnnotationError, EvaluationError, ResultsError: as CocoEvaluator and read_results.
     """
     evaluator = CocoEvaluator(annotation_file, backend=backend)
     detections = read_results(results_file)
     metrics = evaluator.evaluate(detections)
-    truth = evaluator.truth
+    truth, accumulated = evaluator.truth, evaluator.accumulated
+    assert accumulated is not None
     detections = detections.take(np.isin(detections.category_ids, truth.category_ids))
-    accumulated = accumulate(evaluator.backend, truth, detections)
     outcomes = sort_outcomes(truth, detections)
-    operating = [best_f1(*_ranked(truth, detections, outcomes, k)) for k in range(len(truth.category_ids))]
-    thresholds = _thresholds(operating, score_threshold)
-    labels = np.searchsorted(truth.category_ids, detections.category_ids)
-    shown = (detections.scores >= thresholds[labels]) & (outcomes.kinds != Outcome.IGNORED)
+    num_boxes = _count(truth, ~truth.crowd)
+    correct, scores, bounds = _ranked(detections, outcomes.kinds, outcomes.labels, len(num_boxes))
+    classes = [slice(*bounds[k : k + 2]) for k in range(len(num_boxes))]
+    operating = [best_f1(scores[rows], correct[rows], int(num_boxes[k])) for k, rows in enumerate(classes)]
+    shown = detections.scores >= _thresholds(operating, score_threshold)[outcomes.labels]
+    shown &= outcomes.kinds != Outcome.IGNORED
     return {
         "metrics": metrics,
-        "classes": _class_rows(truth, detections, accumulated, outcomes, operating),
+        "classes": _class_rows(truth, num_boxes, accumulated, outcomes, operating),
         "precision_recall": _curves(truth, accumulated),
         "errors": error_split(truth, detections, outcomes),
         "confusion_matrix": {
@@ -81,11 +82,11 @@ def analyze_results(
 
 
 def _thresholds(operating: list[dict[str, float] | None], given: float | None) -> npt.NDArray[np.float64]:
-    own = [np.nan if point is None else point["threshold"] for point in operating]
+    """Each class's score threshold, float64 [K]: the given one, or its own, or the median of those that have one."""
+    own = np.array([np.nan if point is None else point["threshold"] for point in operating])
     if given is not None:
         return np.full(len(own), given)
-    known = np.array(own)[~np.isnan(own)]
-    return np.where(np.isnan(own), np.median(known) if len(known) else 0.0, own)
+    return np.where(np.isnan(own), 0.0 if np.isnan(own).all() else np.nanmedian(own), own)
 
 
 def average_precision(scores: npt.NDArray[np.floating[Any]], correct: npt.NDArray[np.bool_], num_boxes: int) -> float:
@@ -134,29 +135,23 @@ def error_split(truth: GroundTruth, detections: Detections, outcomes: Outcomes) 
     removes the others; both, duplicate and background errors are removed; missed boxes are no longer asked
     for. A gain below 0, which interpolation can give, counts as 0.
     """
-    counted = ~truth.crowd
-    num_boxes = _count(truth, counted)
-    base = _mean_ap(truth, detections, detections.category_ids, outcomes.kinds, num_boxes)
+    num_boxes = _count(truth, ~truth.crowd)
+    base = _mean_ap(detections, outcomes.labels, outcomes.kinds, num_boxes)
     counts: dict[str, int] = {}
     gains: dict[str, float] = {}
     surest_answers = _surest_answers(detections, outcomes)
     for error in ERRORS:
-        rows = np.flatnonzero(outcomes.kinds == error)
-        counts[error.name.lower()] = len(rows)
-        kinds, categories = outcomes.kinds.copy(), detections.category_ids.copy()
-        kinds[rows] = Outcome.IGNORED
-        mended = surest_answers[outcomes.kinds[surest_answers] == error]
+        is_error = outcomes.kinds == error
+        mended = surest_answers[is_error[surest_answers]]
+        kinds, labels = np.where(is_error, Outcome.IGNORED, outcomes.kinds), outcomes.labels.copy()
         kinds[mended] = Outcome.CORRECT
-        categories[mended] = truth.box_category_ids[outcomes.targets[mended]]
-        gains[error.name.lower()] = _mean_ap(truth, detections, categories, kinds, num_boxes) - base
+        labels[mended] = truth.box_labels[outcomes.targets[mended]]
+        counts[error.name.lower()] = int(is_error.sum())
+        gains[error.name.lower()] = _mean_ap(detections, labels, kinds, num_boxes) - base
     counts["missed"] = int(outcomes.missed.sum())
     asked = num_boxes - _count(truth, outcomes.missed)
-    gains["missed"] = _mean_ap(truth, detections, detections.category_ids, outcomes.kinds, asked, num_boxes) - base
-    return {
-        "AP_50": base,
-        "counts": counts,
-        "AP_50_gain": {kind: max(0.0, gain) for kind, gain in gains.items()},
-    }
+    gains["missed"] = _mean_ap(detections, outcomes.labels, outcomes.kinds, asked, num_boxes) - base
+    return {"AP_50": base, "counts": counts, "AP_50_gain": {kind: max(0.0, gain) for kind, gain in gains.items()}}
 
 
 def confusion_matrix(
@@ -170,8 +165,7 @@ def confusion_matrix(
     found as background, that is missed. Detections on crowds are in no cell.
     """
     num_classes = len(truth.category_ids)
-    labels = np.searchsorted(truth.category_ids, detections.category_ids)
-    box_labels = np.searchsorted(truth.category_ids, truth.box_category_ids)
+    labels = outcomes.labels
     matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
     free = ~truth.crowd
     correct = np.flatnonzero(shown & (outcomes.kinds == Outcome.CORRECT))
@@ -182,7 +176,7 @@ def confusion_matrix(
         box = outcomes.targets[row]
         if outcomes.kinds[row] == Outcome.CLASS and free[box]:
             free[box] = False
-            matrix[box_labels[box], labels[row]] += 1
+            matrix[truth.box_labels[box], labels[row]] += 1
         else:
             matrix[num_classes, labels[row]] += 1
     matrix[:num_classes, num_classes] = _count(truth, free)
@@ -198,63 +192,49 @@ def _surest_answers(detections: Detections, outcomes: Outcomes) -> npt.NDArray[n
 
 
 def _count(truth: GroundTruth, which: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    labels = np.searchsorted(truth.category_ids, truth.box_category_ids[which])
-    return np.bincount(labels, minlength=len(truth.category_ids))
+    return np.bincount(truth.box_labels[which], minlength=len(truth.category_ids))
+
+
+def _ranked(
+    detections: Detections, kinds: npt.NDArray[Any], labels: npt.NDArray[np.int64], num_classes: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.floating[Any]], list[int]]:
+    """Which detections are correct, and their scores: class by class, surest first, ties by image id, then as they
+    come (COCOeval's order), the ignored ones left out. And where each class begins, with the end."""
+    rows = np.flatnonzero(kinds != Outcome.IGNORED)
+    rows = rows[np.lexsort((detections.image_ids[rows], -detections.scores[rows], labels[rows]))]
+    bounds = np.searchsorted(labels[rows], np.arange(num_classes + 1)).tolist()
+    return kinds[rows] == Outcome.CORRECT, detections.scores[rows], bounds
 
 
 def _mean_ap(
-    truth: GroundTruth,
     detections: Detections,
-    category_ids: npt.NDArray[np.int64],
-    kinds: npt.NDArray[np.int8],
+    labels: npt.NDArray[np.int64],
+    kinds: npt.NDArray[Any],
     num_boxes: npt.NDArray[np.int64],
     averaged_over: npt.NDArray[np.int64] | None = None,
 ) -> float:
     """Mean AP over the classes that have boxes; one whose boxes were all taken out has AP 0."""
-    ranking = _ranking(detections, kinds)
-    labels = np.searchsorted(truth.category_ids, category_ids[ranking])
-    correct, scores = kinds[ranking] == Outcome.CORRECT, detections.scores[ranking]
-    by_class = np.argsort(labels, kind="stable")
-    bounds = np.searchsorted(labels[by_class], np.arange(len(num_boxes) + 1))
+    correct, scores, bounds = _ranked(detections, kinds, labels, len(num_boxes))
     values = []
     for k in np.flatnonzero(num_boxes if averaged_over is None else averaged_over).tolist():
-        rows = by_class[bounds[k] : bounds[k + 1]]
-        boxes = int(num_boxes[k])
+        rows, boxes = slice(*bounds[k : k + 2]), int(num_boxes[k])
         values.append(average_precision(scores[rows], correct[rows], boxes) if boxes else 0.0)
     return float(np.mean(values)) if values else -1.0
 
 
-def _ranking(detections: Detections, kinds: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
-    """Rows that count, surest first; ties by image id, then as they come: COCOeval's order."""
-    rows = np.flatnonzero(kinds != Outcome.IGNORED)
-    return rows[np.lexsort((detections.image_ids[rows], -detections.scores[rows]))]
-
-
-def _ranked(
-    truth: GroundTruth, detections: Detections, outcomes: Outcomes, k: int
-) -> tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.bool_], int]:
-    category = truth.category_ids[k]
-    ranking = _ranking(
-        detections,
-        np.where(detections.category_ids == category, outcomes.kinds, Outcome.IGNORED).astype(np.int8),
-    )
-    num_boxes = int(((truth.box_category_ids == category) & ~truth.crowd).sum())
-    return detections.scores[ranking], outcomes.kinds[ranking] == Outcome.CORRECT, num_boxes
-
-
 def _class_rows(
     truth: GroundTruth,
-    detections: Detections,
+    num_boxes: npt.NDArray[np.int64],
     accumulated: Accumulated,
     outcomes: Outcomes,
     operating: list[dict[str, float] | None],
 ) -> list[dict[str, Any]]:
     precision, recall = accumulated.precision, accumulated.recall
     ap = per_class_ap(accumulated)
-    num_boxes, num_missed = _count(truth, ~truth.crowd), _count(truth, outcomes.missed)
+    num_missed = _count(truth, outcomes.missed)
     rows = []
     for k, (name, category) in enumerate(zip(truth.class_names, truth.category_ids.tolist(), strict=True)):
-        kinds = outcomes.kinds[detections.category_ids == category]
+        kinds = outcomes.kinds[outcomes.labels == k]
         point = operating[k] or dict.fromkeys(("f1", "threshold", "precision", "recall"))
         rows.append(
             {
@@ -308,7 +288,7 @@ def _worst_images(
     found[outcomes.targets[correct]] = True
     lost = ~found & ~truth.crowd
     size = len(truth.image_ids)
-    places, box_places = (np.searchsorted(truth.image_ids, ids) for ids in (detections.image_ids, truth.box_image_ids))
+    places, box_places = outcomes.images, truth.box_images
     num_correct = np.bincount(places[correct], minlength=size)
     num_wrong = np.bincount(places[shown & ~correct], minlength=size)
     num_lost = np.bincount(box_places[lost], minlength=size)
@@ -338,26 +318,21 @@ def _boxes_of_image(
     shown: npt.NDArray[np.bool_],
     lost: npt.NDArray[np.bool_],
 ) -> list[dict[str, Any]]:
-    names = dict(zip(truth.category_ids.tolist(), truth.class_names, strict=True))
-    boxes: list[dict[str, Any]] = [
-        {
-            "box_xywh": truth.boxes_xywh[row].round(2).tolist(),
-            "kind": "missed",
-            "name": names[int(truth.box_category_ids[row])],
-            "score": None,
-            "truth": names[int(truth.box_category_ids[row])],
-        }
-        for row in np.flatnonzero(lost).tolist()
-    ]
+    names = truth.class_names
+    boxes: list[dict[str, Any]] = []
+    for row in np.flatnonzero(lost).tolist():
+        name = names[truth.box_labels[row]]
+        box = truth.boxes_xywh[row].round(2).tolist()
+        boxes.append({"box_xywh": box, "kind": "missed", "name": name, "score": None, "truth": name})
     for row in np.flatnonzero(shown).tolist():
         target = int(outcomes.targets[row])
         boxes.append(
             {
                 "box_xywh": detections.boxes_xywh[row].round(2).tolist(),
                 "kind": Outcome(int(outcomes.kinds[row])).name.lower(),
-                "name": names[int(detections.category_ids[row])],
+                "name": names[outcomes.labels[row]],
                 "score": round(float(detections.scores[row]), 4),
-                "truth": names[int(truth.box_category_ids[target])] if target >= 0 else None,
+                "truth": names[truth.box_labels[target]] if target >= 0 else None,
             }
         )
     return boxes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,19 +71,19 @@ def accumulate(backend: str, truth: GroundTruth, detections: Detections) -> Accu
         EvaluationError: "both" was asked for and the two differ by more than 1e-9.
     """
     if not len(truth.image_ids):  # an empty list of images means all of them to COCOeval
-        return _nothing_evaluated(len(truth.category_ids))
+        shape = (10, 101, len(truth.category_ids), 4, 3)
+        return Accumulated(np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0), np.full(12, -1.0))
     if backend == "pycocotools":
         return accumulate_with_pycocotools(truth, detections)
     if backend == "hotcoco":
         return accumulate_with_hotcoco(truth, detections)
     assert backend == "both", backend
-    judge = accumulate_with_pycocotools(truth, detections)
-    other = accumulate_with_hotcoco(truth, detections)
+    judge, other = accumulate_with_pycocotools(truth, detections), accumulate_with_hotcoco(truth, detections)
     for field in ("stats", "precision", "recall"):
         expected, found = getattr(judge, field), getattr(other, field)
-        difference = float(np.abs(expected - found).max(initial=0.0))
-        if difference > TOLERANCE:
-            where = tuple(int(i) for i in np.unravel_index(np.abs(expected - found).argmax(), expected.shape))
+        difference = np.abs(expected - found)
+        if difference.max(initial=0.0) > TOLERANCE:
+            where = tuple(int(i) for i in np.unravel_index(difference.argmax(), expected.shape))
             raise EvaluationError(
                 f"hotcoco and pycocotools disagree on {truth.source}: {field}{list(where)} is"
                 f" {found[where]!r} and {expected[where]!r}. Trust pycocotools (backend 'pycocotools'), and"
@@ -96,52 +97,30 @@ def accumulate_with_pycocotools(truth: GroundTruth, detections: Detections) -> A
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    dataset: dict[str, Any] = {
-        "images": [{"id": i} for i in truth.image_ids.tolist()],
-        "categories": [{"id": i} for i in truth.category_ids.tolist()],
+    dataset = {
+        "images": [{"id": place} for place in range(len(truth.image_ids))],
+        "categories": [{"id": label} for label in range(len(truth.category_ids))],
     }
-    boxes = zip(
-        truth.box_image_ids.tolist(),
-        truth.box_category_ids.tolist(),
-        truth.boxes_xywh.tolist(),
-        truth.areas.tolist(),
-        truth.crowd.tolist(),
-        strict=True,
-    )
-    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    truths = [
-        dict(zip(keys, (number, image, category, box, area, int(crowd)), strict=True))
-        for number, (image, category, box, area, crowd) in enumerate(boxes, start=1)
-    ]
+
+    def side(key: str, *columns: npt.NDArray[Any]) -> COCO:
+        keys = ("id", "image_id", "category_id", "bbox", "area", key)
+        rows = zip(itertools.count(1), *(column.tolist() for column in columns), strict=False)
+        coco = COCO()
+        coco.dataset = {**dataset, "annotations": [dict(zip(keys, row, strict=True)) for row in rows]}
+        coco.createIndex()
+        return coco
+
     boxes_xywh = detections.boxes_xywh.astype(np.float64)
-    rows = zip(
-        detections.image_ids.tolist(),
-        detections.category_ids.tolist(),
-        boxes_xywh.tolist(),
-        (boxes_xywh[:, 2] * boxes_xywh[:, 3]).tolist(),
-        detections.scores.astype(np.float64).tolist(),
-        strict=True,
-    )
-    results = [
-        {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": area, "score": score}
-        for number, (image, category, box, area, score) in enumerate(rows, start=1)
-    ]
+    areas, scores = boxes_xywh[:, 2] * boxes_xywh[:, 3], detections.scores.astype(np.float64)
     with contextlib.redirect_stdout(io.StringIO()):
-        sides = []
-        for annotations in (truths, results):
-            side = COCO()
-            side.dataset = {**dataset, "annotations": annotations}
-            side.createIndex()
-            sides.append(side)
-        evaluation = COCOeval(*sides, iouType="bbox")
+        annotated = side("iscrowd", truth.box_images, truth.box_labels, truth.boxes_xywh, truth.areas, truth.crowd)
+        found = side("score", *truth.places_of(detections), boxes_xywh, areas, scores)
+        evaluation = COCOeval(annotated, found, iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return Accumulated(
-        evaluation.eval["precision"],
-        evaluation.eval["recall"],
-        np.asarray(evaluation.stats, dtype=np.float64),
-    )
+    stats = np.asarray(evaluation.stats, dtype=np.float64)
+    return Accumulated(evaluation.eval["precision"], evaluation.eval["recall"], stats)
 
 
 def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections) -> Accumulated:
@@ -150,38 +129,23 @@ def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections) -> Accum
 
     # hotcoco takes detections as one float array: places in the ascending order stand for ids, which may be
     # too large for a float to hold. The order, which decides ties between images, stays.
-    images = [{"id": i} for i in range(1, len(truth.image_ids) + 1)]
-    categories = [{"id": i, "name": name} for i, name in enumerate(truth.class_names, start=1)]
     annotated = hotcoco.COCO.from_arrays(
-        images,
-        categories,
-        np.searchsorted(truth.image_ids, truth.box_image_ids) + 1,
-        np.searchsorted(truth.category_ids, truth.box_category_ids) + 1,
+        [{"id": number} for number in range(1, len(truth.image_ids) + 1)],
+        [{"id": number, "name": name} for number, name in enumerate(truth.class_names, start=1)],
+        truth.box_images + 1,
+        truth.box_labels + 1,
         truth.boxes_xywh,
         ids=np.arange(1, truth.num_boxes + 1),
         area=truth.areas,
         iscrowd=truth.crowd,
     )
-    rows = np.empty((len(detections), 7), dtype=np.float64)
-    rows[:, 0] = np.searchsorted(truth.image_ids, detections.image_ids) + 1
-    rows[:, 1:5] = detections.boxes_xywh
-    rows[:, 5] = detections.scores
-    rows[:, 6] = np.searchsorted(truth.category_ids, detections.category_ids) + 1
+    images, labels = truth.places_of(detections)
+    rows = np.column_stack([images + 1, detections.boxes_xywh, detections.scores, labels + 1]).astype(np.float64)
     evaluation = hotcoco.COCOeval(annotated, annotated.load_res(rows), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summary_lines()  # computes stats as summarize() does, and prints nothing
     arrays: dict[str, Any] = evaluation.eval or {}
     return Accumulated(
-        np.asarray(arrays["precision"], dtype=np.float64),
-        np.asarray(arrays["recall"], dtype=np.float64),
-        np.asarray(evaluation.stats, dtype=np.float64),
-    )
-
-
-def _nothing_evaluated(num_categories: int) -> Accumulated:
-    return Accumulated(
-        precision=np.full((10, 101, num_categories, 4, 3), -1.0),
-        recall=np.full((10, num_categories, 4, 3), -1.0),
-        stats=np.full(12, -1.0),
+        *(np.asarray(values, dtype=np.float64) for values in (arrays["precision"], arrays["recall"], evaluation.stats))
     )

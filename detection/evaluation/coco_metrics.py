@@ -9,26 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.coco.annotations import CocoAnnotations, read_coco
+from data.coco.findings import examples
 from detection.evaluation.backends import Accumulated, accumulate, resolve_backend
 from detection.evaluation.errors import EvaluationError
-from detection.evaluation.ground_truth import GroundTruth, read_ground_truth
-from detection.evaluation.precision_recall import Curve, precision_recall_curves
+from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections, read_results
+
+Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 # COCOeval's twelve figures, in its order.
 METRIC_NAMES = (
-    "mAP",
-    "mAP_50",
-    "mAP_75",
-    "mAP_s",
-    "mAP_m",
-    "mAP_l",
-    "AR_1",
-    "AR_10",
-    "AR_100",
-    "AR_s",
-    "AR_m",
-    "AR_l",
+    *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
+    *("AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l"),
 )
 # COCOeval's size classes by area in square pixels; both ends belong to the class.
 SIZE_CLASSES = (
@@ -36,37 +29,63 @@ SIZE_CLASSES = (
     ("m", "medium (32 x 32 to 96 x 96 pixels)", 32.0**2, 96.0**2),
     ("l", "large (96 x 96 pixels and more)", 96.0**2, 1e10),
 )
+IOU_50, IOU_75 = 0, 5
+"""Places among COCOeval's IoU thresholds 0.50:0.05:0.95"""
 MAX_NAMES_IN_NOTE = 10
 
 
 class CocoEvaluator:
-    """Evaluates any number of times against one annotation file, which is read once.
+    """Evaluates any number of times against one set of annotations.
 
     Attributes:
-        truth: the file's boxes as arrays.
+        truth: its boxes as arrays.
         backend: the backend in use, "auto" resolved.
-        curves: precision over recall of the last evaluation, see precision_recall_curves; empty before the first.
+        accumulated: precision and recall of the last evaluation; None before the first.
     """
 
-    def __init__(self, annotation_file: str | os.PathLike[str], *, backend: str = "auto") -> None:
-        """Reads the file.
-
+    def __init__(self, annotations: str | os.PathLike[str] | CocoAnnotations, *, backend: str = "auto") -> None:
+        """
         Args:
-            annotation_file: COCO annotations; custom files may lack `area` and `iscrowd`.
+            annotations: a COCO annotation file, or what data.read_coco has read of one; custom files may lack
+                `area` and `iscrowd`.
             backend: "auto" (hotcoco where installed, else pycocotools), "pycocotools", "hotcoco", or "both",
                 which runs the two and raises if they differ.
 
         Raises:
-            EvaluationError: the file cannot be used, or the backend is unknown or not installed.
+            AnnotationError: the file cannot be used; see data.read_coco.
+            EvaluationError: the backend is unknown or not installed.
         """
         self.backend = resolve_backend(backend)
-        self.truth = read_ground_truth(annotation_file)
-        self.curves: dict[str, Curve] = {}
+        if not isinstance(annotations, CocoAnnotations):
+            annotations = read_coco(os.fspath(annotations))
+        self.truth = GroundTruth.of(annotations)
+        self.accumulated: Accumulated | None = None
 
     @property
     def has_boxes(self) -> bool:
         """Whether the file holds any box; without, there is nothing to evaluate against."""
         return self.truth.num_boxes > 0
+
+    @property
+    def curves(self) -> dict[str, Curve]:
+        """Name -> (precision, recall) of the last evaluation, float64 [101] each, the recall falling from 1 to 0.
+
+        "all/IoU 0.50" and "all/IoU 0.75" are means over the classes that have boxes, "class/<name>" is one class at
+        IoU 0.50; all sizes, 100 detections an image. Precision is COCO's: at each recall the highest that is reached
+        at this recall or beyond, 0 where no detection reaches it. A class without boxes has no curve; before the
+        first evaluation there is none.
+        """
+        if self.accumulated is None:
+            return {}
+        precision = self.accumulated.precision[:, ::-1, :, 0, 2]
+        recall = np.linspace(1, 0, precision.shape[1])
+        counted = np.flatnonzero(precision[0, 0] > -1)
+        if not len(counted):
+            return {}
+        means = {"all/IoU 0.50": IOU_50, "all/IoU 0.75": IOU_75}
+        curves = {name: (precision[place][:, counted].mean(axis=1), recall) for name, place in means.items()}
+        names = self.truth.class_names
+        return curves | {f"class/{names[k]}": (precision[IOU_50][:, k], recall) for k in counted.tolist()}
 
     def evaluate(self, detections: Detections, image_ids: Iterable[int] | None = None) -> dict[str, Any]:
         """COCO's metrics of `detections` over exactly the images `image_ids`.
@@ -94,35 +113,38 @@ class CocoEvaluator:
             )
         truth = self.truth.restricted_to(self._checked_image_ids(image_ids))
         detections.check_finite()
-        _check_images(truth, detections)
+        outside = ~np.isin(detections.image_ids, truth.image_ids)
+        if outside.any():
+            ids = np.unique(detections.image_ids[outside])
+            raise EvaluationError(
+                f"{int(outside.sum())} detections are on {len(ids)} images that are not among the"
+                f" {len(truth.image_ids)} evaluated images of {truth.source} (ids {_listed(ids)}):"
+                " results and annotations belong to different image sets"
+            )
         notes = list(truth.notes)
         known = np.isin(detections.category_ids, truth.category_ids)
         if not known.all():
-            unknown = np.unique(detections.category_ids[~known]).tolist()
             notes.append(
                 f"{int((~known).sum())} detections have category ids that the annotation file lacks"
-                f" ({_listed(unknown)}): they count for nothing"
+                f" ({_listed(np.unique(detections.category_ids[~known]))}): they count for nothing"
             )
             detections = detections.take(known)
-        accumulated = accumulate(self.backend, truth, detections)
-        metrics: dict[str, Any] = dict(zip(METRIC_NAMES, accumulated.stats.tolist(), strict=True))
-        metrics["per_class"] = dict(zip(truth.class_names, per_class_ap(accumulated), strict=True))
+        self.accumulated = accumulate(self.backend, truth, detections)
+        metrics: dict[str, Any] = dict(zip(METRIC_NAMES, self.accumulated.stats.tolist(), strict=True))
+        metrics["per_class"] = dict(zip(truth.class_names, per_class_ap(self.accumulated), strict=True))
         metrics["notes"] = notes + _explanations(truth, detections)
-        self.curves = precision_recall_curves(accumulated, truth.class_names)
         return metrics
 
     def _checked_image_ids(self, image_ids: Iterable[int] | None) -> npt.NDArray[np.int64]:
         if image_ids is None:
             return self.truth.image_ids
-        given = np.array(list(image_ids), dtype=np.int64)
-        unique, counts = np.unique(given, return_counts=True)
-        if len(unique) != len(given):
+        unique, counts = np.unique(np.array(list(image_ids), dtype=np.int64), return_counts=True)
+        repeated, unknown = unique[counts > 1], unique[~np.isin(unique, self.truth.image_ids)]
+        if len(repeated):
             raise EvaluationError(
-                f"{int((counts > 1).sum())} images were evaluated more than once"
-                f" (ids {_listed(unique[counts > 1])}): each image must come exactly once,"
-                " or its detections count double"
+                f"{len(repeated)} images were evaluated more than once (ids {_listed(repeated)}):"
+                " each image must come exactly once, or its detections count double"
             )
-        unknown = unique[~np.isin(unique, self.truth.image_ids)]
         if len(unknown):
             raise EvaluationError(
                 f"{len(unknown)} evaluated images are not in {self.truth.source} (ids {_listed(unknown)});"
@@ -132,14 +154,14 @@ class CocoEvaluator:
 
 
 def evaluate(
-    annotation_file: str | os.PathLike[str],
+    annotations: str | os.PathLike[str] | CocoAnnotations,
     detections: Detections,
     *,
     image_ids: Iterable[int] | None = None,
     backend: str = "auto",
 ) -> dict[str, Any]:
     """One evaluation of detections in memory; see CocoEvaluator for arguments, result and errors."""
-    return CocoEvaluator(annotation_file, backend=backend).evaluate(detections, image_ids)
+    return CocoEvaluator(annotations, backend=backend).evaluate(detections, image_ids)
 
 
 def evaluate_results(
@@ -150,48 +172,30 @@ def evaluate_results(
     See CocoEvaluator for result and errors; ResultsError names the entry of the results file that cannot be
     read.
     """
-    evaluator = CocoEvaluator(annotation_file, backend=backend)
-    return evaluator.evaluate(read_results(results_file))
+    return CocoEvaluator(annotation_file, backend=backend).evaluate(read_results(results_file))
 
 
 def per_class_ap(accumulated: Accumulated) -> list[float]:
     """AP of each category: mean precision over IoUs and recall points, all sizes, 100 detections; or -1."""
     precision = accumulated.precision[:, :, :, 0, 2]
     counted = precision[0, 0] > -1  # a category has boxes that count, or none at any threshold
-    means = precision.mean(axis=(0, 1))
-    return np.where(counted, means, -1.0).tolist()
-
-
-def _check_images(truth: GroundTruth, detections: Detections) -> None:
-    outside = ~np.isin(detections.image_ids, truth.image_ids)
-    if outside.any():
-        ids = np.unique(detections.image_ids[outside])
-        raise EvaluationError(
-            f"{int(outside.sum())} detections are on {len(ids)} images that are not among the"
-            f" {len(truth.image_ids)} evaluated images of {truth.source} (ids {_listed(ids)}):"
-            " results and annotations belong to different image sets"
-        )
+    return np.where(counted, precision.mean(axis=(0, 1)), -1.0).tolist()
 
 
 def _explanations(truth: GroundTruth, detections: Detections) -> list[str]:
     """Why figures are -1, or 0 all over."""
     notes = []
     counted = ~truth.crowd
-    num_images = len(truth.image_ids)
     if not counted.any():
         what = "only crowd boxes" if len(counted) else "no boxes"
-        return [f"no figure is defined (-1 in files): the {num_images} evaluated images hold {what}"]
+        return [f"no figure is defined (-1 in files): the {len(truth.image_ids)} evaluated images hold {what}"]
     if not len(detections):
         notes.append("no detections at all: every figure is 0 where there are boxes to find")
     for suffix, words, low, high in SIZE_CLASSES:
         if not (counted & (truth.areas >= low) & (truth.areas <= high)).any():
             notes.append(f"mAP_{suffix} is not defined (-1 in files): the evaluated images hold no {words} object")
-    with_boxes = set(truth.box_category_ids[counted].tolist())
-    absent = [
-        name
-        for name, number in zip(truth.class_names, truth.category_ids.tolist(), strict=True)
-        if number not in with_boxes
-    ]
+    with_boxes = set(truth.box_labels[counted].tolist())
+    absent = [name for label, name in enumerate(truth.class_names) if label not in with_boxes]
     if len(absent) == 1:
         notes.append(
             f"AP of class '{absent[0]}' is not defined (-1 in files): the evaluated images hold none, crowds aside"
@@ -205,6 +209,4 @@ def _explanations(truth: GroundTruth, detections: Detections) -> list[str]:
 
 
 def _listed(values: Iterable[Any]) -> str:
-    texts = [str(v) for v in values]
-    shown = ", ".join(texts[:MAX_NAMES_IN_NOTE])
-    return shown if len(texts) <= MAX_NAMES_IN_NOTE else f"{shown} and {len(texts) - MAX_NAMES_IN_NOTE} more"
+    return examples(values, shown=MAX_NAMES_IN_NOTE)

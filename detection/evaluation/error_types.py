@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +33,7 @@ class Outcome(IntEnum):
     IGNORED = 6  # on a crowd box, or beyond the 100 surest of its image and class: counts neither way
 
 
-ERRORS = (
-    Outcome.CLASS,
-    Outcome.LOCALISATION,
-    Outcome.BOTH,
-    Outcome.DUPLICATE,
-    Outcome.BACKGROUND,
-)
+ERRORS = (Outcome.CLASS, Outcome.LOCALISATION, Outcome.BOTH, Outcome.DUPLICATE, Outcome.BACKGROUND)
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ class Outcomes:
     """Rows are those of the detections and of the ground truth that were compared.
 
     Attributes:
+        images, labels: int64 [n], the place of each detection's image and category in the ground truth.
         kinds: int8 [n], an Outcome each.
         targets: int64 [n], the row of the box that the detection matched, or is a wrong answer to (its best
             overlap of the sort that names the error); -1 for background and ignored.
@@ -53,6 +49,8 @@ class Outcomes:
         missed: bool [M], boxes (crowds aside) that no detection is even a class or localisation error of.
     """
 
+    images: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
     kinds: npt.NDArray[np.int8]
     targets: npt.NDArray[np.int64]
     matched: npt.NDArray[np.bool_]
@@ -67,58 +65,48 @@ def sort_outcomes(truth: GroundTruth, detections: Detections, *, high: float = 0
         detections: only on images and of categories of `truth`.
         high: IoU from which a detection matches. low: IoU up to which it is background.
     """
+    images, labels = truth.places_of(detections)
     kinds = np.full(len(detections), Outcome.IGNORED, np.int8)
     targets = np.full(len(detections), NONE, np.int64)
     matched = np.zeros(truth.num_boxes, bool)
-    order = _surest_first_by_image(detections)
-    box_order = np.argsort(truth.box_image_ids, kind="stable")
-    row_bounds = _bounds(detections.image_ids[order], truth.image_ids)
-    box_bounds = _bounds(truth.box_image_ids[box_order], truth.image_ids)
+    order = _surest_first_by_image(images, labels, detections.scores)
+    box_order = np.argsort(truth.box_images, kind="stable")
+    places = np.arange(len(truth.image_ids) + 1)
+    row_bounds = np.searchsorted(images[order], places)
+    box_bounds = np.searchsorted(truth.box_images[box_order], places)
     boxes_xywh = detections.boxes_xywh.astype(np.float64)
-    for i in range(len(truth.image_ids)):
+    for i in np.unique(images).tolist():
         rows = order[row_bounds[i] : row_bounds[i + 1]]
-        if not len(rows):
-            continue
         in_image = box_order[box_bounds[i] : box_bounds[i + 1]]
         boxes, crowds = in_image[~truth.crowd[in_image]], in_image[truth.crowd[in_image]]
-        classes = detections.category_ids[rows]
         overlaps = _overlaps(boxes_xywh[rows], truth.boxes_xywh[boxes], crowd=False)
-        same_class = classes[:, None] == truth.box_category_ids[boxes]
+        same_class = labels[rows, None] == truth.box_labels[boxes]
         found = _match(np.where(same_class, overlaps, 0.0), high)
         kind, target = _name_errors(overlaps, same_class, high, low)
         kind = np.where(found >= 0, Outcome.CORRECT, kind)
         target = np.where(found >= 0, found, target)
-        if len(crowds):
-            covered = _overlaps(boxes_xywh[rows], truth.boxes_xywh[crowds], crowd=True) >= high
-            covered &= classes[:, None] == truth.box_category_ids[crowds]
-            on_crowd = covered.any(axis=1) & (found < 0)
-            kind = np.where(on_crowd, Outcome.IGNORED, kind)
-            target = np.where(on_crowd, NONE, target)
-        kinds[rows] = kind
-        has_target = target >= 0
+        covered = _overlaps(boxes_xywh[rows], truth.boxes_xywh[crowds], crowd=True) >= high
+        covered &= labels[rows, None] == truth.box_labels[crowds]
+        on_crowd = covered.any(axis=1) & (found < 0)
+        kinds[rows] = np.where(on_crowd, Outcome.IGNORED, kind)
+        has_target = (target >= 0) & ~on_crowd
         targets[rows[has_target]] = boxes[target[has_target]]
         matched[boxes[found[found >= 0]]] = True
     answered = np.zeros(truth.num_boxes, bool)
     answered[targets[(kinds == Outcome.CLASS) | (kinds == Outcome.LOCALISATION)]] = True
-    return Outcomes(kinds, targets, matched, missed=~(matched | answered | truth.crowd))
+    return Outcomes(images, labels, kinds, targets, matched, missed=~(matched | answered | truth.crowd))
 
 
-def _surest_first_by_image(detections: Detections) -> npt.NDArray[np.int64]:
+def _surest_first_by_image(
+    images: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], scores: npt.NDArray[np.floating[Any]]
+) -> npt.NDArray[np.int64]:
     """Rows ordered by image and falling score, ties as they come, the 100 surest of each image and class."""
-    by_class = np.lexsort((-detections.scores, detections.category_ids, detections.image_ids))
-    images, categories = detections.image_ids[by_class], detections.category_ids[by_class]
-    starts = np.flatnonzero(np.diff(images, prepend=NONE) | np.diff(categories, prepend=NONE))
-    if len(by_class):
-        starts = np.union1d([0], starts)
-    lengths = np.diff(starts, append=len(by_class))
-    ranks = np.arange(len(by_class)) - np.repeat(starts, lengths)
+    by_class = np.lexsort((-scores, labels, images))
+    groups = np.stack([images[by_class], labels[by_class]])
+    starts = np.flatnonzero(np.diff(groups, prepend=NONE).any(axis=0))
+    ranks = np.arange(len(by_class)) - np.repeat(starts, np.diff(starts, append=len(by_class)))
     kept = np.sort(by_class[ranks < MAX_DETECTIONS])
-    return kept[np.lexsort((-detections.scores[kept], detections.image_ids[kept]))]
-
-
-def _bounds(sorted_ids: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where each of the ascending `ids` begins in `sorted_ids`, and the end."""
-    return np.append(np.searchsorted(sorted_ids, ids), len(sorted_ids))
+    return kept[np.lexsort((-scores[kept], images[kept]))]
 
 
 def _overlaps(

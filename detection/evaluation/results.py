@@ -20,8 +20,7 @@ ROWS_PER_WRITE = 4096
 
 
 class ResultsError(EvaluationError):
-    """A results file, or detections in memory, that cannot be used; the message says where and how to"
-    " mend it."""
+    """A results file, or detections in memory, that cannot be used; the message says where and the remedy."""
 
 
 @dataclass(frozen=True)

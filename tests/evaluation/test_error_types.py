@@ -156,6 +156,6 @@ def test_rows_of_the_confusion_matrix_add_up_to_the_boxes_and_columns_to_the_det
     outcomes = sort_outcomes(truth, detections)
     matrix = confusion_matrix(truth, detections, outcomes, np.ones(len(detections), bool))
     for k, category in enumerate(truth.category_ids):
-        assert matrix[k].sum() == (truth.box_category_ids == category).sum()
+        assert matrix[k].sum() == (truth.box_labels == k).sum()
         assert matrix[:, k].sum() == (detections.category_ids == category).sum()
     assert matrix.sum() > 10
