@@ -35,8 +35,8 @@ from data import (
 )
 from data.tools.gallery import GalleryError, write_gallery
 from detection.config.arg_types import positive_int
-from detection.config.augmentation import add_augmentation_options, augmentation_config
-from detection.config.errors import ConfigError
+from detection.config.augmentation import AugmentationConfig, add_augmentation_options, check_effect
+from detection.config.settings import ConfigError, filled
 from detection.engine.inputs.augmentation import augmentation_of
 from detection.reporting.images import class_color, draw_boxes, mosaic, save_png
 
@@ -138,7 +138,8 @@ def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
     """Writes the images; returns how many."""
     scale = {"min_size": arguments.min_size, "max_size": arguments.max_size}
     if arguments.split == "train":
-        config = augmentation_config(arguments)
+        config = filled(AugmentationConfig, vars(arguments))
+        check_effect(config, vars(arguments), arguments.max_size)
         loader = TrainLoader(
             dataset,
             **scale,

@@ -5,37 +5,33 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T", int, float)
 
 
-def positive_int(text: str) -> int:
-    return int(_number(text, int, lambda value: value >= 1, "a whole number of at least 1"))
+@dataclass(frozen=True)
+class Number(Generic[T]):
+    """An argparse type. expected: the numbers it takes, in words. metavar: how --help writes one."""
+
+    kind: type[T]
+    fits: Callable[[T], bool]
+    expected: str
+    metavar: str
+
+    def __call__(self, text: str) -> T:
+        try:
+            if self.fits(value := self.kind(text)):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text} is not {self.expected}")
 
 
-def not_negative_int(text: str) -> int:
-    return int(_number(text, int, lambda value: value >= 0, "a whole number of at least 0"))
-
-
-def seed(text: str) -> int:
-    return int(_number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1"))
-
-
-def positive_float(text: str) -> float:
-    return _number(text, float, lambda value: value > 0 and math.isfinite(value), "a finite number above 0")
-
-
-def fraction(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value <= 1, "from 0 to 1")
-
-
-def inner_fraction(text: str) -> float:
-    return _number(text, float, lambda value: 0 < value < 1, "between 0 and 1")
-
-
-def _number(text: str, kind: Callable[[str], float], fits: Callable[[float], bool], expected: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not fits(value):
-        raise argparse.ArgumentTypeError(f"{text} is not {expected}")
-    return value
+positive_int = Number(int, lambda value: value >= 1, "a whole number of at least 1", "N")
+not_negative_int = Number(int, lambda value: value >= 0, "a whole number of at least 0", "N")
+seed = Number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1", "N")
+positive_float = Number(float, lambda value: 0 < value < math.inf, "a finite number above 0", "X")
+fraction = Number(float, lambda value: 0 <= value <= 1, "from 0 to 1", "P")
+inner_fraction = Number(float, lambda value: 0 < value < 1, "between 0 and 1", "P")

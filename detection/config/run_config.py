@@ -1,108 +1,177 @@
-"""The run's configuration: frozen dataclasses, which the command line fills."""
+"""Every setting of a run: frozen dataclasses, which the command line fills and config.json holds."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from detection.config.arg_types import inner_fraction, not_negative_int, positive_float, positive_int, seed
 from detection.config.augmentation import AugmentationConfig
-from detection.config.errors import ConfigError
+from detection.config.settings import ConfigError, Option, plain, setting
 
-MODEL_DEFAULT = "faster_rcnn_r50_fpn"
 FREEZE_CHOICES = {"none": -1, "stem": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage4": 4, "backbone": 4}
 """What --freeze takes, and the number of frozen stages that it means."""
+
+
+def _frozen_stages(text: str) -> int:
+    if text not in FREEZE_CHOICES:
+        near = difflib.get_close_matches(text, FREEZE_CHOICES, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(FREEZE_CHOICES)}{meant}")
+    return FREEZE_CHOICES[text]
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where images and annotations are, and the scale the network sees them at."""
 
-    dataset: str = "coco"
-    """coco: a COCO-format set on disk; shapes: the procedural set, made on first use."""
-    data_path: Path | None = None
-    """Folder of the standard layout. None: datasets/coco, or datasets/shapes."""
-    train_images: Path | None = None
-    train_annotations: Path | None = None
-    val_images: Path | None = None
-    val_annotations: Path | None = None
-    test_images: Path | None = None
-    test_annotations: Path | None = None
-    min_size: int = 800
-    """Pixels of the shorter side after the keep-ratio resize, unless max_size binds first."""
-    max_size: int = 1333
-    workers: int | None = None
-    """Loader processes a training process. None: 4 beside a GPU, 1 on a CPU."""
-    limit_train_batches: int | None = None
-    """Iterations an epoch at most (the schedule's epoch is shortened to it)."""
-    limit_val_batches: int | None = None
-    """Batches a process in validation and test at most."""
-    max_bad_images: int = 10
-    """Distinct images that may turn out unreadable in mid-run; one more ends the run."""
+    dataset: str = setting("coco", "shapes is made on first use", choices=("coco", "shapes"))
+    data_path: Path | None = setting(
+        None, "standard COCO layout", shown="datasets/coco, or datasets/shapes", type=Path, metavar="DIR"
+    )
+    train_images: Path | None = setting(None, "image folder of the train set", type=Path, metavar="DIR")
+    train_annotations: Path | None = setting(None, "COCO JSON of the train set", type=Path, metavar="FILE")
+    val_images: Path | None = setting(None, "image folder of the val set", type=Path, metavar="DIR")
+    val_annotations: Path | None = setting(None, "COCO JSON of the val set", type=Path, metavar="FILE")
+    test_images: Path | None = setting(None, "image folder of the test set", type=Path, metavar="DIR")
+    test_annotations: Path | None = setting(None, "COCO JSON of the test set", type=Path, metavar="FILE")
+    min_size: int = setting(800, "shorter side", unit="pixels", type=positive_int)
+    max_size: int = setting(1333, "longer side at most", unit="pixels", type=positive_int)
+    workers: int | None = setting(None, "loader processes a process", shown="GPU 4, CPU 1", type=not_negative_int)
+    limit_train_batches: int | None = setting(None, "iterations an epoch at most", type=positive_int)
+    limit_val_batches: int | None = setting(None, "evaluation batches a process at most", type=positive_int)
+    max_bad_images: int = setting(
+        10,
+        "images that may turn out unreadable in mid-run: each is reported and replaced by the next of its shape; "
+        "one more ends the run",
+        type=not_negative_int,
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the standard layout: data_path, or datasets/<dataset>."""
+        return self.data_path or Path("datasets") / self.dataset
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which detector, from which weights, and what of it is trained."""
 
-    model: str = MODEL_DEFAULT
-    weights: str = "imagenet"
-    """none, imagenet, a torchvision weights name, or a file."""
-    norm: str = "auto"
-    """auto, frozen_bn, bn or gn. auto: frozen_bn from pretrained weights, bn from none."""
-    frozen_stages: int | None = None
-    """-1 nothing, 0 the stem, 1 the stem and the first stage, ... None: 1 from pretrained weights, -1 from none."""
-    sync_bn: bool = False
-    settings: tuple[tuple[str, Any], ...] = ()
-    """Fields of the model's configuration and their values, of --model-set."""
+    model: str = setting("faster_rcnn_r50_fpn", "the detector", metavar="NAME")
+    weights: str = setting(
+        "imagenet",
+        "none, imagenet, a torchvision weights name, or a file of ours, torchvision's, MMDetection's",
+        metavar="SPEC",
+    )
+    norm: str = setting(
+        "auto", "auto: frozen_bn from pretrained weights, bn from none", choices=("auto", "frozen_bn", "bn", "gn")
+    )
+    frozen_stages: int | None = setting(
+        None,
+        Option(
+            f"{'|'.join(FREEZE_CHOICES)}: the backbone up to this part keeps its weights; backbone is stage4",
+            flag="--freeze",
+            shown="stage1 from pretrained weights, none from --weights none",
+            dest="frozen_stages",
+            type=_frozen_stages,
+            metavar="PART",
+        ),
+        Option(
+            "the same as MMDetection's number: -1 none, 0 stem, 1 stem and stage 1, ... 4",
+            dest="frozen_stages",
+            type=int,
+            choices=range(-1, 5),
+            metavar="N",
+        ),
+    )
+    sync_bn: bool = setting(False, "trained batch norm over all processes")
+    settings: tuple[tuple[str, Any], ...] = setting(
+        (),
+        "any field of the model's configuration in detection/models/config.py, e.g. score_threshold=0.01 (repeatable)",
+        flag="--model-set",
+        dest="settings",
+        action="append",
+        metavar="KEY=VALUE",
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How the schedule is followed on this machine."""
 
-    schedule: str = "1x"
-    overrides: tuple[str, ...] = ()
-    """KEY=VALUE of --set, in order; --lr, --max-epochs, --val-interval and the like are appended."""
-    batch_size: int = 2
-    """Images a process and micro-step."""
-    auto_scale_lr: bool = False
-    accumulate: int | None = None
-    """Micro-steps an iteration. None: the schedule's accumulative_counts."""
-    global_batch_size: int | None = None
-    """Images an iteration, whatever the number of processes; batch_size is then the most that a process takes at once.
-    See RunConfig.for_processes."""
-    clip_grad: float | None = None
-    """Largest gradient norm. None: the schedule's clip_grad."""
-    skip_nonfinite: bool = False
-    """An iteration whose loss or gradient is not finite makes no step, instead of ending the run."""
-    amp: str | None = None
-    """off, bf16 or fp16. None: the schedule's optim_wrapper."""
-    ema: float | None = None
-    """Decay of the averaged weights an iteration. None: no averaging."""
-    compile: bool = False
-    cuda_graphs: bool = False
-    """Forward and backward passes are recorded and replayed, for a few padded sizes."""
-    channels_last: bool = True
-    seed: int = 0
-    deterministic: bool = False
+    schedule: str = setting("1x", "1x, 2x, 20e, or a schedule file", group="schedule", metavar="NAME|FILE")
+    overrides: tuple[str, ...] = setting(
+        (),
+        Option("override the schedule's epochs", flag="--max-epochs", type=positive_int),
+        Option("validate each N epochs", flag="--val-interval", type=positive_int),
+        Option("override the schedule's learning rate", flag="--lr", type=positive_float),
+        Option(
+            "override any field of the schedule, e.g. optim_wrapper.optimizer.weight_decay=0 (repeatable)",
+            flag="--set",
+            action="append",
+            metavar="KEY=VALUE",
+        ),
+        group="schedule",
+    )
+    """KEY=VALUE each: those of --set in order, then the others."""
+    batch_size: int = setting(2, "images a process", type=positive_int)
+    auto_scale_lr: bool = setting(False, "learning rate x (global batch / the schedule's base batch)", group="schedule")
+    accumulate: int | None = setting(None, "micro-steps an iteration", shown="the schedule's, 1", type=positive_int)
+    global_batch_size: int | None = setting(
+        None,
+        "images an iteration over all processes: batch and micro-steps a process follow from it, also where a resumed "
+        "run has another number of processes; --batch-size is then the most a process takes at once",
+        type=positive_int,
+    )
+    clip_grad: float | None = setting(None, "largest gradient norm", shown="the schedule's, none", type=positive_float)
+    skip_nonfinite: bool = setting(
+        False,
+        "an iteration whose loss or gradient is NaN or infinite makes no step and is counted, instead of ending the "
+        "run",
+    )
+    amp: str | None = setting(None, "mixed precision", shown="the schedule's, off", choices=("off", "bf16", "fp16"))
+    ema: float | None = setting(
+        None,
+        "average the weights; validation uses the average",
+        type=inner_fraction,
+        nargs="?",
+        const=0.9998,
+        metavar="DECAY",
+    )
+    compile: bool = setting(False, "torch.compile the dense parts, for a few padded sizes")
+    cuda_graphs: bool = setting(
+        False, "record and replay the passes on a GPU, for a few padded sizes: for few images a GPU"
+    )
+    channels_last: bool = setting(True, "memory layout of the images")
+    seed: int = setting(0, "of all that is drawn at random", type=seed)
+    deterministic: bool = setting(False, "bit-equal repeats on a GPU too, slower")
 
 
 @dataclass(frozen=True)
 class OutputConfig:
     """What is written where, and when."""
 
-    output_dir: Path | None = None
-    resume: str | None = None
-    """None, "auto", or a checkpoint file."""
-    overwrite: bool = False
-    keep_checkpoints: int = 3
-    checkpoint_minutes: float | None = None
-    checkpoint_iterations: int | None = None
-    log_interval: int | None = None
-    """Iterations between two readings of the losses. None: 20 on a GPU, 1 on a CPU."""
-    eval_backend: str = "auto"
+    output_dir: Path | None = setting(
+        None, "where the run's files go", shown="runs/<model>_<schedule>", type=Path, metavar="DIR"
+    )
+    resume: str | None = setting(
+        None,
+        "auto: the newest intact checkpoint of the output directory, a fresh start where there is none",
+        shown="",
+        nargs="?",
+        const="auto",
+        metavar="auto|FILE",
+    )
+    overwrite: bool = setting(False, "start anew; what the output directory holds is moved aside first")
+    keep_checkpoints: int = setting(3, "epoch files kept", type=positive_int)
+    checkpoint_minutes: float | None = setting(None, "also save each N minutes", type=positive_float, metavar="N")
+    checkpoint_iterations: int | None = setting(None, "also save each N iterations", type=positive_int)
+    log_interval: int | None = setting(None, "iterations between readings", shown="GPU 20, CPU 1", type=positive_int)
+    eval_backend: str = setting("auto", "COCO metrics", choices=("auto", "pycocotools", "hotcoco", "both"))
 
 
 @dataclass(frozen=True)
@@ -113,12 +182,22 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-    device: str = "auto"
-    mode: str = "train"
+    device: str = setting("auto", "where to compute", group="train", choices=("auto", "cpu", "cuda"))
+    mode: str = setting(
+        "train",
+        Option("run the validation loop once", flag="--val-only", action="store_true"),
+        Option("run the test loop once", flag="--test-only", action="store_true"),
+    )
     """train, val or test."""
-    dry_run: bool = False
-    collective_timeout: float = 15.0
-    """Minutes that a process waits for the others before the run ends with an error."""
+    dry_run: bool = setting(False, "check everything, print the plan, write nothing", group="mode")
+    collective_timeout: float = setting(
+        15.0,
+        "how long a process waits for the others before the run ends and says who is missing",
+        unit="minutes",
+        group="train",
+        type=positive_float,
+        metavar="MIN",
+    )
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     def for_processes(self, world_size: int) -> RunConfig:
@@ -145,15 +224,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for config.json and checkpoints."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return [plain(item) for item in value]
-            return str(value) if isinstance(value, Path) else value
-
-        return plain(dataclasses.asdict(self))
+        return plain(self)
 
     @property
     def output_dir(self) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from data import CocoAnnotations, CocoDataset
-from detection.config.errors import ConfigError
+from detection.config import ConfigError
 from detection.config.run_config import RunConfig
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
 from detection.engine.distributed.comm import Processes

@@ -1,13 +1,26 @@
 """The command line: what it says, what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from detection.config.cli import parse_arguments
-from detection.config.errors import ConfigError
-from detection.config.run_config import RunConfig
+from detection.config import ConfigError, RunConfig, parse_arguments
+from detection.config.options_page import PAGE, options_page
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_of_options_is_the_one_that_the_settings_make():
+    written = PAGE.read_text() == options_page()
+    assert written, "docs/options.md is not up to date: python3 -m detection.config.options_page"
+
+
+def test_help_does_not_wait_for_torch():
+    program = "import sys, train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def test_without_options_the_configuration_is_that_of_the_defaults():

@@ -127,6 +127,9 @@ IN_PLACE = {
         "elsewhere", "bash scripts/quickstart.sh --short", "ten minutes, and it installs PyTorch", ".ci/run"
     ),
     "bash scripts/test.sh": Way("elsewhere", "bash scripts/test.sh", "the suite itself", ".ci/run"),
+    "python3 -m detection.config.options_page": Way(
+        "elsewhere", "options_page()", "it writes the page", "tests/config/test_run_config.py"
+    ),
     "bash scripts/two_node_test.sh": Way(
         "run", "bash scripts/two_node_test.sh --localhost", "network namespaces need root and ip"
     ),

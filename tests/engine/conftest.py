@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data import make_shapes
-from detection.config.cli import parse_arguments
+from detection.config import parse_arguments
 from detection.engine import run
 from tests.engine.tiny_model import make_known
 

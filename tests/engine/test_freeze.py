@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from detection.config.cli import parse_arguments
+from detection.config import parse_arguments
 from detection.config.run_config import FREEZE_CHOICES
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.config.cli import parse_arguments
+from detection.config import parse_arguments
 from schedules import load_schedule
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from detection.config.errors import ConfigError
+from detection.config import ConfigError
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.sync_batch_norm import trains_batch_norm
 from detection.models import ImageBatch, TargetBatch, describe_kernels, uses_triton

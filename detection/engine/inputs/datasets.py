@@ -21,9 +21,6 @@ from data import (
 )
 from detection.config.run_config import DataConfig
 
-SHAPES_FOLDER = Path("datasets/shapes")
-COCO_FOLDER = Path("datasets/coco")
-
 
 @dataclass(frozen=True)
 class SplitFiles:
@@ -59,7 +56,7 @@ def prepare_files(config: DataConfig, *, mode: str) -> list[str]:
         AnnotationError, DatasetError: faults that would break or bias training; every one is listed.
     """
     if config.dataset == "shapes":
-        make_shapes(config.data_path or SHAPES_FOLDER)
+        make_shapes(config.folder)
     files = dataset_files(config, mode=mode)
     findings: list[Finding] = []
     splits = {}
@@ -93,7 +90,7 @@ def dataset_files(config: DataConfig, *, mode: str) -> DatasetFiles:
         return DatasetFiles(None, None, test)
     # A train set given by hand without a val set means: train without validation.
     if (mode == "train" and train is None) or (mode == "val" and val is None):
-        layout = coco_layout(config.data_path or (SHAPES_FOLDER if config.dataset == "shapes" else COCO_FOLDER))
+        layout = coco_layout(config.folder)
         train = train or SplitFiles(layout.train_images, layout.train_annotations)
         val = val or SplitFiles(layout.val_images, layout.val_annotations)
     return DatasetFiles(train if mode == "train" else None, val, test)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detection.config.errors import ConfigError
+from detection.config import ConfigError
 from detection.engine import train
 from detection.engine.accelerate import cuda_graphs
 from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, StepGraphs, cuda_step_graphs

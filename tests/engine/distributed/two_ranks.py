@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 import train
-from detection.config.cli import parse_arguments
-from detection.config.errors import ConfigError
+from detection.config import ConfigError, parse_arguments
 from detection.engine import RunError, run
 from detection.engine import train as train_module
 from detection.engine.accelerate.cuda_graphs import Losses, StepGraphs

@@ -10,9 +10,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data import Augmentation, ColorJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling
+from detection.config import ConfigError, parse_arguments
 from detection.config.augmentation import AugmentationConfig
-from detection.config.cli import parse_arguments
-from detection.config.errors import ConfigError
 from detection.engine.inputs.augmentation import augmentation_of
 from detection.engine.trainer import Trainer
 

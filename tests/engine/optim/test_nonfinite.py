@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from detection.config.errors import ConfigError
+from detection.config import ConfigError
 from detection.engine import RunError
 from detection.engine.metrics import step_metrics as step_records_module
 from detection.engine.optim.nonfinite import NonFiniteGuard

@@ -1,0 +1,45 @@
+"""docs/options.md: every option of train.py. python3 -m detection.config.options_page writes it from the settings."""
+
+from __future__ import annotations
+
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+from detection.config.cli import GROUPS
+from detection.config.run_config import RunConfig
+from detection.config.settings import Option, settings_of
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
+OPENING = """# Options of train.py
+
+Every option, its default, and the key under which `config.json` and checkpoints hold it. `python3 train.py --help`
+says the same. This page is made from the settings in `detection/config` and not written by hand;
+`python3 -m detection.config.options_page` rewrites it."""
+
+
+def options_page() -> str:
+    """The page as Markdown: a table for each group of options."""
+    lines = [OPENING]
+    for name, title in GROUPS.items():
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", "| option | what | default | key |", "|---|---|---|---|"]
+        for group, key, field in settings_of(RunConfig):
+            if group == name:
+                lines += [_row(key, field, option) for option in field.metadata["options"]]
+    return "\n".join(lines) + "\n"
+
+
+def _row(key: str, field: Field[Any], option: Option) -> str:
+    written = option.flag_for(field)
+    if field.default is True:
+        written += ", --no-" + written.removeprefix("--")
+    metavar = option.words.get("metavar") or getattr(option.words.get("type"), "metavar", None)
+    value = metavar or "|".join(option.words.get("choices", ()))
+    value = value if isinstance(value, str) else " ".join(value)
+    value = {"?": f"[{value}]", "+": f"{value} ..."}.get(option.words.get("nargs", ""), value)
+    cells = [f"`{written} {value}`".replace(" `", "`"), option.meaning(), option.default(field), f"`{key}`"]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "\\<") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(options_page())
