@@ -3,13 +3,9 @@ only.
 """
 
 from schedules.errors import ScheduleError
-from schedules.paramwise import (
-    ParameterFacts,
-    ParamwiseSettings,
-    parameter_multipliers,
-    unmatched_custom_keys,
-)
-from schedules.reader import load_schedule
+from schedules.overrides import with_overrides
+from schedules.paramwise import ParameterFacts, ParamwiseSettings, parameter_multipliers, unmatched_custom_keys
+from schedules.reader import load_schedule, schedule_from_dict
 from schedules.schedule import ClipGrad, OptimizerSettings, Schedule
 from schedules.schedulers import (
     ConstantLR,
@@ -39,5 +35,7 @@ __all__ = [
     "StepLR",
     "load_schedule",
     "parameter_multipliers",
+    "schedule_from_dict",
     "unmatched_custom_keys",
+    "with_overrides",
 ]

@@ -1,11 +1,62 @@
-"""The one error that a wrong schedule raises."""
+"""The one error that a wrong schedule raises, and the place in the schedule that it names."""
+
+from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 class ScheduleError(ValueError):
     """A schedule cannot be used; the message says what is wrong, where, and how to mend it."""
+
+
+class UnknownKey(ScheduleError):
+    """A key that the vocabulary does not have, at `path`."""
+
+    def __init__(self, message: str, path: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+@dataclass(frozen=True)
+class Place:
+    """A key of a schedule, so that a message can name file, line and key.
+
+    source: the file, or "override". path: the keys and list places that lead there. lines: the line of each
+    path, filled by schedules.literals; None for a source without lines.
+    """
+
+    source: str
+    path: tuple[str, ...] = ()
+    lines: dict[tuple[str, ...], int] | None = None
+
+    def at(self, key: str | int) -> Place:
+        return replace(self, path=(*self.path, str(key)))
+
+    def error(self, message: str, line: int | None = None) -> ScheduleError:
+        return ScheduleError(self._message(message, line))
+
+    def unfit(self, needed: str, value: Any) -> ScheduleError:
+        return self.error(f"{needed}, not {shown(value)}")
+
+    def unknown(self, known: Iterable[str]) -> UnknownKey:
+        return UnknownKey(self._message(f"unknown key{nearest(self.path[-1], known)}"), self.path)
+
+    def _message(self, message: str, line: int | None = None) -> str:
+        for length in range(len(self.path), 0, -1):  # the nearest key around it whose line is known
+            line = line or (self.lines or {}).get(self.path[:length])
+        where = self.source + (f", line {line}" if line and self.lines is not None else "")
+        return ": ".join([where, *([".".join(self.path)] if self.path else []), message])
+
+
+def shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # whole numbers too long to print
+        text = "so long a number"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def nearest(word: object, known: Iterable[str]) -> str:

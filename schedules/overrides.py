@@ -1,17 +1,16 @@
-"""Schedule.with_overrides: single values of a schedule replaced by their dotted keys in the schedule file."""
+"""Single values of a schedule replaced by their dotted keys in the schedule file."""
 
 from __future__ import annotations
 
-import copy
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from schedules.errors import ScheduleError
-from schedules.literals import Origin, dotted, read_value
-from schedules.schedule import Schedule
-from schedules.vocabulary import SCHEDULE_KEYS, optimizer_keys, schedule_from_values, settings_without_effect
+from schedules.errors import Place, ScheduleError, UnknownKey
+from schedules.literals import read_value
+from schedules.reader import OPTIMIZERS, SCHEDULE_KEYS, schedule_from_values
+from schedules.schedule import Schedule, idle_schedulers
 
 SHORT_KEYS = {
     "lr": "optim_wrapper.optimizer.lr",
@@ -29,65 +28,50 @@ def with_overrides(schedule: Schedule, overrides: Mapping[str, str]) -> tuple[Sc
     along; milestones and T_max stay, and a line warns of what never acts then. Raises ScheduleError for an
     unknown key, naming the nearest known one, and for a value that does not fit.
     """
-    origin = Origin("override", has_lines=False)
     values = schedule.to_dict()
     lines: list[str] = []
-    overridden: set[str] = set()
+    given_as: dict[str, str] = {}
     for given, text in overrides.items():
         key = SHORT_KEYS.get(given, given)
-        if key in overridden:
+        if key in given_as:
             raise ScheduleError(f"override: {key} is given twice, once as {given}; keep one")
-        overridden.add(key)
-        path = tuple(key.split("."))
-        value = read_value(text, origin, path)
-        old = _replace(values, path, value, given)
-        lines.append(
-            f"{key}: {_shown(old)} -> {_shown(value)}" if value != old else f"{key}: {_shown(value)}, as it was"
-        )
-        if key == "optim_wrapper.optimizer.type":
-            lines += _drop_foreign_settings(values["optim_wrapper"]["optimizer"], value)
+        given_as[key] = given
+        value = read_value(text, Place("override", tuple(key.split("."))))
+        old = _replace(values, key, value, given)
+        lines.append(f"{key}: {_written(old)}" + (f" -> {_written(value)}" if value != old else ", as it was"))
+        if key == "optim_wrapper.optimizer.type" and value in OPTIMIZERS:
+            optimizer = values["optim_wrapper"]["optimizer"]
+            foreign = [name for name in optimizer if name != "type" and name not in OPTIMIZERS[value]]
+            lines += _drop(optimizer, "optim_wrapper.optimizer", foreign, f", {value} has none")
         if key == "optim_wrapper.type" and value == "OptimWrapper":
             lines += _drop(values["optim_wrapper"], "optim_wrapper", ("dtype", "loss_scale"))
-    lines += _follow_max_epochs(schedule.max_epochs, values, overridden)
-    changed = schedule_from_values(values, schedule.name, schedule.source, origin)
-    before = settings_without_effect(schedule)
-    lines += [line for line in settings_without_effect(changed) if line not in before]
+    lines += _follow_max_epochs(schedule.max_epochs, values, given_as.keys())
+    try:
+        changed = schedule_from_values(values, schedule.name, schedule.source, Place("override"))
+    except UnknownKey as error:
+        if (key := ".".join(error.path)) in given_as:
+            raise _unknown(values, given_as[key], key) from None
+        raise
+    before = idle_schedulers(schedule)
+    lines += [line for line in idle_schedulers(changed) if line not in before]
     return replace(changed, notes=schedule.notes), lines
 
 
-def _replace(values: dict[str, Any], path: tuple[str, ...], value: Any, given: str) -> Any:
-    """Puts `value` at `path` and returns what was there; a None on the way becomes a dict."""
-    if path[0] not in SCHEDULE_KEYS:
-        raise _unknown(values, given)
-    holder: Any = values
-    for place, part in enumerate(path[:-1]):
-        below = _at(holder, part)
-        if below is None and isinstance(holder, dict) and part in holder:
-            below = holder[part] = {}
-        if not isinstance(below, (dict, list)):
-            raise _unknown(values, given, path[: place + 1])
-        holder = below
-    last = path[-1]
-    if isinstance(holder, list):
-        if _at(holder, last) is None:
-            raise _unknown(values, given)
+def _replace(values: dict[str, Any], key: str, value: Any, given: str) -> Any:
+    """Puts `value` at `key` and returns what was there; a None on the way becomes a dict."""
+    *holders, last = key.split(".")
+    holder: Any = values if (holders or [last])[0] in SCHEDULE_KEYS else None
+    for part in holders:
+        if isinstance(holder, dict) and part in holder and holder[part] is None:
+            holder[part] = {}
+        holder = _at(holder, part)
+    if isinstance(holder, dict):
+        old, holder[last] = holder.get(last), value
+    elif isinstance(holder, list) and _at(holder, last) is not None:
         old, holder[int(last)] = holder[int(last)], value
-        return old
-    old = holder.get(last)
-    known_before = last in holder
-    holder[last] = value
-    if not known_before:
-        _refuse_unless_known(values, path, given)
+    else:
+        raise _unknown(values, given)
     return old
-
-
-def _refuse_unless_known(values: dict[str, Any], path: tuple[str, ...], given: str) -> None:
-    """A key that the resolved file does not show may still be one (fused, ...): the vocabulary decides."""
-    try:
-        schedule_from_values(copy.deepcopy(values), "override", "", Origin("override"))
-    except ScheduleError as error:
-        if f"{dotted(path)}: unknown key" in str(error):
-            raise _unknown(values, given, path) from None
 
 
 def _at(holder: Any, part: str) -> Any:
@@ -98,8 +82,8 @@ def _at(holder: Any, part: str) -> Any:
     return None
 
 
-def _unknown(values: dict[str, Any], given: str, path: tuple[str, ...] = ()) -> ScheduleError:
-    known = [*SHORT_KEYS, *(key for key in _keys(values, "") if key != dotted(path))]
+def _unknown(values: dict[str, Any], given: str, wrong: str = "") -> ScheduleError:
+    known = [*SHORT_KEYS, *(key for key in _keys(values, "") if key != wrong)]
     leaf = given.rsplit(".", 1)[-1]
     close = [key for key in known if key.rsplit(".", 1)[-1] == leaf and key != given]
     close = close or difflib.get_close_matches(given, known, n=1, cutoff=0.6)
@@ -114,17 +98,11 @@ def _keys(value: Any, prefix: str) -> Iterator[str]:
         yield from _keys(item, f"{prefix}{key}.")
 
 
-def _drop_foreign_settings(optimizer: dict[str, Any], kind: Any) -> list[str]:
-    known = optimizer_keys(str(kind))
-    foreign = [key for key in optimizer if known and key not in known]
-    return _drop(optimizer, "optim_wrapper.optimizer", foreign, f", {kind} has none")
+def _drop(holder: dict[str, Any], prefix: str, keys: Iterable[str], why: str = "") -> list[str]:
+    return [f"{prefix}.{key}: {_written(holder.pop(key))} -> removed{why}" for key in keys if key in holder]
 
 
-def _drop(holder: dict[str, Any], prefix: str, keys: Any, why: str = "") -> list[str]:
-    return [f"{prefix}.{key}: {_shown(holder.pop(key))} -> removed{why}" for key in keys if key in holder]
-
-
-def _follow_max_epochs(old: int, values: dict[str, Any], overridden: set[str]) -> list[str]:
+def _follow_max_epochs(old: int, values: dict[str, Any], overridden: Iterable[str]) -> list[str]:
     new = values["train_cfg"].get("max_epochs") if isinstance(values["train_cfg"], dict) else None
     schedulers = values["param_scheduler"]
     if type(new) is not int or new == old or not isinstance(schedulers, list):
@@ -132,8 +110,8 @@ def _follow_max_epochs(old: int, values: dict[str, Any], overridden: set[str]) -
     lines = []
     for place, scheduler in enumerate(schedulers):
         key = f"param_scheduler.{place}"
-        whole_replaced = {key, f"{key}.end", "param_scheduler"} & overridden
-        if not isinstance(scheduler, dict) or whole_replaced or not scheduler.get("by_epoch", True):
+        replaced = {key, f"{key}.end", "param_scheduler"} & set(overridden)
+        if not isinstance(scheduler, dict) or replaced or not scheduler.get("by_epoch", True):
             continue
         if scheduler.get("T_max") == old:
             lines.append(f"warning: {key}.T_max stays {old}: the cosine was made for {old} epochs")
@@ -143,7 +121,7 @@ def _follow_max_epochs(old: int, values: dict[str, Any], overridden: set[str]) -
     return lines
 
 
-def _shown(value: Any) -> str:
+def _written(value: Any) -> str:
     if isinstance(value, dict):
-        return f"dict({', '.join(f'{key}={_shown(item)}' for key, item in value.items())})"
+        return f"dict({', '.join(f'{key}={_written(item)}' for key, item in value.items())})"
     return repr(value)

@@ -25,10 +25,6 @@ class ParamwiseSettings:
     bypass_duplicate: bool = False
     custom_keys: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-    @property
-    def is_default(self) -> bool:
-        return self == ParamwiseSettings(bypass_duplicate=self.bypass_duplicate)
-
 
 @dataclass(frozen=True)
 class ParameterFacts:

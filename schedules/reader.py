@@ -1,16 +1,59 @@
-"""A schedule's name or file -> Schedule. The file is data: parsed, never executed."""
+"""MMDetection's schedule vocabulary: a name, a file or plain values in, a checked Schedule out. A file is data:
+parsed, never executed.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from typing import Any
 
-from schedules.errors import ScheduleError
-from schedules.literals import MAX_BYTES, Origin, read_assignments
-from schedules.schedule import Schedule
-from schedules.vocabulary import IGNORED_KEYS, is_ignored, schedule_from_values
+from schedules.checks import (
+    NO_END,
+    Keys,
+    choice,
+    dictionary,
+    flag,
+    number,
+    optional,
+    read_dict,
+    read_typed,
+    rising_pairs,
+    whole,
+)
+from schedules.errors import Place, ScheduleError
+from schedules.literals import MAX_BYTES, read_assignments
+from schedules.paramwise import ParamwiseSettings
+from schedules.schedule import AMP_NAMES, ClipGrad, OptimizerSettings, Schedule, idle_schedulers
+from schedules.schedulers import KINDS, Scheduler
 
 NAMES = ("1x", "2x", "20e")
+
+SCHEDULE_KEYS = ("train_cfg", "val_cfg", "test_cfg", "param_scheduler", "optim_wrapper", "auto_scale_lr")
+
+# Keys of whole MMDetection 3.x configurations that say nothing about the schedule, and what says it here.
+IGNORED_KEYS = {
+    key: instead
+    for keys, instead in (
+        ("default_scope default_hooks custom_hooks custom_imports env_cfg vis_backends", "this product has its own"),
+        ("visualizer log_processor log_level launcher experiment_name", "this product has its own"),
+        (
+            "dataset_type data_root backend_args train_dataloader val_dataloader test_dataloader "
+            "train_pipeline test_pipeline val_evaluator test_evaluator",
+            "the data set is named on the command line (--dataset, --data-path, --train-images, ...)",
+        ),
+        ("tta_model tta_pipeline img_scales", "there is no test-time augmentation"),
+        ("model data_preprocessor", "use --model"),
+        ("load_from", "use --weights"),
+        ("resume", "use --resume"),
+        ("randomness", "use --seed and --deterministic"),
+        ("work_dir", "use --output-dir"),
+    )
+    for key in keys.split()
+}
+_OLD_KEYS = ("optimizer", "optimizer_config", "lr_config", "runner", "total_epochs", "evaluation", "fp16")
 
 
 def load_schedule(name_or_path: str | os.PathLike[str]) -> Schedule:
@@ -21,44 +64,270 @@ def load_schedule(name_or_path: str | os.PathLike[str]) -> Schedule:
     for a file that cannot be read.
     """
     given = os.fspath(name_or_path)
-    if given in NAMES:
-        path = Path(__file__).with_name(f"schedule_{given}.py")
-        return read_schedule(path, name=given)
-    path = Path(given)
-    return read_schedule(path, name=path.stem)
-
-
-def read_schedule(path: Path, name: str) -> Schedule:
-    """The schedule in the file `path`; see load_schedule."""
-    origin = Origin(str(path))
-    try:
-        text = _text(path, origin)
-        values = read_assignments(text, origin, skip=is_ignored)
-    except RecursionError:
-        raise origin.error("nested too deeply to be a schedule") from None
-    notes = tuple(
+    path = Path(__file__).with_name(f"schedule_{given}.py") if given in NAMES else Path(given)
+    place = Place(str(path), lines={})
+    values = read_assignments(_text(path, place), place, skip=IGNORED_KEYS.__contains__)
+    notes = [
         f"{path}, line {line}: {key[0]} is ignored: {IGNORED_KEYS[key[0]]}"
-        for key, line in origin.lines.items()
-        if len(key) == 1 and is_ignored(key[0])
-    )
-    return schedule_from_values(values, name, str(path), origin, notes)
+        for key, line in (place.lines or {}).items()
+        if len(key) == 1 and key[0] in IGNORED_KEYS
+    ]
+    schedule = schedule_from_values(values, given if given in NAMES else path.stem, str(path), place)
+    return replace(schedule, notes=(*notes, *schedule.notes))
 
 
-def _text(path: Path, origin: Origin) -> str:
+def _text(path: Path, place: Place) -> str:
     try:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
-            raise origin.error(f"{what}; give {', '.join(NAMES)}, or a schedule file")
+            raise place.error(f"{what}; give {', '.join(NAMES)}, or a schedule file")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path itself
-        if isinstance(error, ScheduleError):
-            raise
-        raise origin.error(f"cannot be read: {error}") from None
+    except OSError as error:
+        raise place.error(f"cannot be read: {error}") from None
     if len(content) > MAX_BYTES:
-        raise origin.error(f"is larger than {MAX_BYTES} bytes, so it is no schedule")
+        raise place.error(f"is larger than {MAX_BYTES} bytes, so it is no schedule")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise origin.error("is not UTF-8 text; save it as UTF-8", line=line) from None
+        raise place.error("is not UTF-8 text; save it as UTF-8", line) from None
+
+
+def schedule_from_dict(values: Mapping[str, Any], name: str = "schedule", source: str = "") -> Schedule:
+    """The schedule of a dict in the file's vocabulary, such as Schedule.to_dict gives. Raises ScheduleError."""
+    return schedule_from_values(values, name, source, Place(source or name))
+
+
+def schedule_from_values(values: Mapping[str, Any], name: str, source: str, place: Place) -> Schedule:
+    """The Schedule that `values` (a schedule file's keys) describe; raises ScheduleError."""
+    for key in values:
+        if key == "_base_":
+            message = "a schedule is one flat file and inherits from no other; copy what the base files say into it"
+            raise place.at(key).error(message)
+        if key in _OLD_KEYS:
+            message = "is a key of MMDetection 2.x; write the schedule with 3.x's"
+            raise place.at(key).error(f"{message} train_cfg, param_scheduler and optim_wrapper")
+        if key not in SCHEDULE_KEYS:
+            raise place.at(key).unknown(SCHEDULE_KEYS)
+    for key in ("train_cfg", "optim_wrapper"):
+        if key not in values:
+            raise place.error(f"has no {key}; add it")
+    hint = " (training by epoch is the only kind here)"
+    loop = read_typed(values["train_cfg"], place.at("train_cfg"), _TRAIN_LOOPS, "EpochBasedTrainLoop", hint)
+    for key, kind in (("val_cfg", "ValLoop"), ("test_cfg", "TestLoop")):
+        read_typed(values.get(key, {}), place.at(key), {kind: _TEST_LOOP}, kind)
+    scale = read_dict(
+        values.get("auto_scale_lr", {}),
+        place.at("auto_scale_lr"),
+        {"enable": (flag, False), "base_batch_size": (whole(1), None)},
+    )
+    if scale["enable"] and scale["base_batch_size"] is None:
+        message = "enable=True needs base_batch_size, the global batch that lr belongs to"
+        raise place.at("auto_scale_lr").error(message)
+    schedule = Schedule(
+        name=name,
+        source=source,
+        max_epochs=loop["max_epochs"],
+        val_begin=loop["val_begin"],
+        val_interval=loop["val_interval"],
+        dynamic_intervals=loop["dynamic_intervals"] or (),
+        **_optim_wrapper(values["optim_wrapper"], place.at("optim_wrapper")),
+        param_schedulers=_schedulers(values.get("param_scheduler"), place.at("param_scheduler"), loop["max_epochs"]),
+        auto_scale_lr_enabled=scale["enable"],
+        base_batch_size=scale["base_batch_size"] or 16,
+    )
+    return replace(schedule, notes=tuple(idle_schedulers(schedule)))
+
+
+_TRAIN_LOOPS: dict[str, Keys] = {
+    "EpochBasedTrainLoop": {
+        "max_epochs": whole(1),
+        "by_epoch": (choice(True), True),
+        "val_begin": (whole(0), 1),
+        "val_interval": (whole(1), 1),
+        "dynamic_intervals": (optional(rising_pairs), None),
+    }
+}
+_TEST_LOOP: Keys = {"fp16": (choice(False, hint=" (--amp sets the precision)"), False)}
+
+
+def _schedulers(values: Any, place: Place, max_epochs: int) -> tuple[Scheduler, ...]:
+    if isinstance(values, dict):  # MMEngine takes a single one without the list
+        values = [values]
+    if not isinstance(values, (list, tuple, type(None))):
+        raise place.unfit("must be a list of dict(type=...)", values)
+    return tuple(_scheduler(one, place.at(i), max_epochs) for i, one in enumerate(values or ()))
+
+
+def _scheduler(value: Any, place: Place, max_epochs: int) -> Scheduler:
+    convert = dictionary(value, place).get("convert_to_iter_based") is True
+    count = _epochs if convert else whole(0)
+    shared: Keys = {
+        "by_epoch": (flag, True),
+        "convert_to_iter_based": (flag, False),
+        "begin": (count, 0),
+        "end": (optional(count), None),
+        "last_step": (choice(-1, hint=" (a resume needs no state here)"), -1),
+        "verbose": (flag, False),
+    }
+    found = read_typed(value, place, {kind: {**shared, **own} for kind, own in _SCHEDULER_KEYS.items()})
+    if convert and not found["by_epoch"]:
+        raise place.at("convert_to_iter_based").error("only by_epoch=True can be converted")
+    begin, end = found["begin"], found["end"]
+    if end is None and found["by_epoch"]:
+        end = found["end"] = max_epochs
+    if end is not None and end <= begin:
+        raise place.error(f"ends at {end}, which is not after its begin {begin}; give a larger end or a smaller begin")
+    if found.get("eta_min") is not None and found.get("eta_min_ratio") is not None:
+        raise place.error("has both eta_min and eta_min_ratio; keep one")
+    kind = KINDS[found["type"]]
+    return kind(**{field.name: found[field.name] for field in fields(kind)})
+
+
+def _epochs(value: Any, place: Place) -> int | float:
+    return (number(at_least=0, at_most=NO_END) if type(value) is float else whole(0))(value, place)
+
+
+_SCHEDULER_KEYS: dict[str, Keys] = {
+    name: {
+        field.name: field.metadata["check"] if field.default is MISSING else (field.metadata["check"], field.default)
+        for field in fields(kind)
+        if field.metadata
+    }
+    for name, kind in KINDS.items()
+}
+
+
+def _optim_wrapper(value: Any, place: Place) -> dict[str, Any]:
+    """The fields of Schedule that optim_wrapper sets."""
+    found = read_typed(value, place, _OPTIM_WRAPPERS, "OptimWrapper")
+    settings = {key: found[key] for key in ("optimizer", "clip_grad", "accumulative_counts")}
+    settings["paramwise"] = found["paramwise_cfg"] or ParamwiseSettings()
+    rules = value.get("paramwise_cfg") or {}
+    decaying = [key for key, rule in rules.items() if key.endswith("_decay_mult") and rule is not None]
+    decaying += ["custom_keys" for rule in rules.get("custom_keys", {}).values() if "decay_mult" in rule]
+    if decaying and "weight_decay" not in value["optimizer"]:
+        message = "multiplies the weight decay, but optimizer has no weight_decay; add it"
+        raise place.at("paramwise_cfg").at(decaying[0]).error(message)
+    if found["type"] == "AmpOptimWrapper":
+        dtype = found["dtype"] or "float16"
+        settings |= {"amp": AMP_NAMES[dtype], "loss_scale": found["loss_scale"]}
+        if dtype == "bfloat16" and found["loss_scale"] != "dynamic":
+            raise place.at("loss_scale").error("bfloat16 needs no loss scaling and none is done; leave it out")
+    return settings
+
+
+def _optimizer(value: Any, place: Place) -> OptimizerSettings:
+    found = read_typed(value, place, OPTIMIZERS)
+    kind, lr = found.pop("type"), found.pop("lr")
+    kwargs = {key: setting for key, setting in found.items() if setting is not None}
+    if kwargs.get("foreach") and kwargs.get("fused"):
+        raise place.at("fused").error("foreach and fused exclude each other; keep one")
+    if kwargs.get("nesterov") and (kwargs["momentum"] == 0 or kwargs["dampening"] != 0):
+        raise place.at("nesterov").error("needs a momentum above 0 and no dampening")
+    return OptimizerSettings(kind, lr, kwargs)
+
+
+def _betas(value: Any, place: Place) -> tuple[float, float]:
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        first, second = (number(at_least=0)(item, place) for item in value)
+        if first < 1 and second < 1:
+            return first, second
+    raise place.unfit("must be two numbers >= 0 and < 1", value)
+
+
+_RATIO = number(at_least=0)
+_IMPLEMENTATION: Keys = {"foreach": (optional(flag), None), "fused": (optional(flag), None)}
+_ADAM: Keys = {
+    "lr": number(above=0),
+    "betas": (_betas, (0.9, 0.999)),
+    "eps": (_RATIO, 1e-8),
+    "weight_decay": (_RATIO, 0.0),
+    "amsgrad": (flag, False),
+    **_IMPLEMENTATION,
+}
+OPTIMIZERS: dict[str, Keys] = {  # the defaults are torch's own
+    "SGD": {
+        "lr": number(above=0),
+        "momentum": (_RATIO, 0.0),
+        "dampening": (number(), 0.0),
+        "weight_decay": (_RATIO, 0.0),
+        "nesterov": (flag, False),
+        **_IMPLEMENTATION,
+    },
+    "Adam": _ADAM,
+    "AdamW": {**_ADAM, "weight_decay": (_RATIO, 1e-2)},
+}
+
+
+def _clip_grad(value: Any, place: Place) -> ClipGrad:
+    keys: Keys = {
+        "error_if_nonfinite": (choice(False), False),
+        "max_norm": number(above=0),
+        "norm_type": (_norm_type, 2.0),
+    }
+    found = read_typed(value, place, {"norm": keys}, "norm", " (clipping by value is not done here)")
+    return ClipGrad(found["max_norm"], found["norm_type"])
+
+
+def _norm_type(value: Any, place: Place) -> float:
+    return float("inf") if value in ("inf", float("inf")) else number(above=0)(value, place)
+
+
+def _loss_scale(value: Any, place: Place) -> str | float | dict[str, Any]:
+    if isinstance(value, dict):
+        keys: Keys = {
+            "init_scale": number(above=0),
+            "growth_factor": number(above=1),
+            "backoff_factor": number(above=0, at_most=1),
+            "growth_interval": whole(1),
+            "enabled": flag,
+        }
+        absent = {key: (check, None) for key, check in keys.items()}
+        return {key: setting for key, setting in read_dict(value, place, absent).items() if key in value}
+    if value == "dynamic":
+        return "dynamic"
+    try:
+        return number(above=0)(value, place)
+    except ScheduleError:
+        raise place.unfit("must be 'dynamic', a finite number > 0, or dict(init_scale=...)", value) from None
+
+
+def _paramwise(value: Any, place: Place) -> ParamwiseSettings:
+    found = read_dict(value, place, _PARAMWISE_KEYS)
+    return ParamwiseSettings(**{field.name: found[field.name] for field in fields(ParamwiseSettings)})
+
+
+def _custom_keys(value: Any, place: Place) -> dict[str, tuple[float | None, float | None]]:
+    keys: Keys = {"lr_mult": (_RATIO, 1.0), "decay_mult": (_RATIO, 1.0)}
+    return {key: tuple(read_dict(one, place.at(key), keys).values()) for key, one in dictionary(value, place).items()}
+
+
+_OPTIONAL_RATIO = (optional(_RATIO), None)
+_PARAMWISE_KEYS: Keys = {
+    "norm_decay_mult": _OPTIONAL_RATIO,
+    "bias_decay_mult": _OPTIONAL_RATIO,
+    "dwconv_decay_mult": _OPTIONAL_RATIO,
+    "flat_decay_mult": _OPTIONAL_RATIO,
+    "bias_lr_mult": _OPTIONAL_RATIO,
+    "bypass_duplicate": (flag, False),
+    "dcn_offset_lr_mult": (optional(choice(1, 1.0, hint=" (no model here has deformable convolutions)")), None),
+    "custom_keys": (_custom_keys, {}),
+}
+_WRAPPER_KEYS: Keys = {
+    "constructor": (optional(choice("DefaultOptimWrapperConstructor")), None),
+    "optimizer": _optimizer,
+    "clip_grad": (optional(_clip_grad), None),
+    "accumulative_counts": (whole(1), 1),
+    "paramwise_cfg": (optional(_paramwise), None),
+}
+_OPTIM_WRAPPERS: dict[str, Keys] = {
+    "OptimWrapper": _WRAPPER_KEYS,
+    "AmpOptimWrapper": {
+        **_WRAPPER_KEYS,
+        "dtype": (optional(choice(*AMP_NAMES)), None),
+        "loss_scale": (_loss_scale, "dynamic"),
+        "use_fsdp": (choice(False), False),
+    },
+}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from schedules.errors import ScheduleError
-from schedules.learning_rate import LearningRateCurve
 from schedules.paramwise import ParamwiseSettings
-from schedules.schedulers import CosineAnnealingLR, LinearLR, MultiStepLR, Scheduler
+from schedules.schedulers import CosineAnnealingLR, LinearLR, MultiStepLR, Scheduler, learning_rate_curve
 
-FLOAT16, BFLOAT16 = "float16", "bfloat16"
-AMP_NAMES = {FLOAT16: "fp16", BFLOAT16: "bf16"}
+AMP_NAMES = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,6 @@ class Schedule:
     auto_scale_lr_enabled: bool = False
     base_batch_size: int = 16
     notes: tuple[str, ...] = field(default=(), compare=False)
-    _curves: dict[tuple[int, float], LearningRateCurve] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def learning_rate(self, iteration: int, iterations_per_epoch: int, lr_mult: float = 1.0) -> float:
         """The learning rate that optimizer step `iteration` (0-based, over the whole run) uses.
@@ -73,22 +68,12 @@ class Schedule:
         schedulers, as in MMEngine: floors such as eta_min stay what they are. Raises ScheduleError for an
         iteration below 0 or an epoch without iterations.
         """
-        curve = self._curves.get((iterations_per_epoch, lr_mult))
-        if curve is None or iteration >= curve.horizon:
-            curve = self._curve(iteration, iterations_per_epoch, lr_mult)
-        if iteration < 0:
-            raise ScheduleError(f"iteration must be 0 or more, not {iteration}")
-        return curve(iteration)
-
-    def _curve(self, iteration: int, iterations_per_epoch: int, lr_mult: float) -> LearningRateCurve:
         if iterations_per_epoch < 1:
             raise ScheduleError(f"an epoch must have at least one iteration, not {iterations_per_epoch}")
-        beyond = 2 * iteration if iteration >= self.max_epochs * iterations_per_epoch else 0
-        curve = LearningRateCurve(
-            self.param_schedulers, self.optimizer.lr * lr_mult, self.max_epochs, iterations_per_epoch, beyond
-        )
-        self._curves[iterations_per_epoch, lr_mult] = curve  # what is kept is a function of what is frozen
-        return curve
+        if iteration < 0:
+            raise ScheduleError(f"iteration must be 0 or more, not {iteration}")
+        base_lr = self.optimizer.lr * lr_mult
+        return learning_rate_curve(self.param_schedulers, base_lr, self.max_epochs, iterations_per_epoch)(iteration)
 
     def validates_after(self, finished_epochs: int) -> bool:
         """Whether a validation follows the epoch after which `finished_epochs` (1-based) are done."""
@@ -110,74 +95,59 @@ class Schedule:
         lr = self.optimizer.lr * (global_batch_size / self.base_batch_size)
         return replace(self, optimizer=replace(self.optimizer, lr=lr))
 
-    def with_overrides(self, overrides: Mapping[str, str]) -> tuple[Schedule, list[str]]:
-        """A copy with other values, and lines that say what changed; see schedules/overrides.py."""
-        from schedules.overrides import with_overrides  # the parser of values sits above this file
-
-        return with_overrides(self, overrides)
-
     def to_dict(self) -> dict[str, Any]:
         """The resolved schedule file as a dict fit for JSON; equal dicts mean equal schedules and the other
-        way round.
+        way round. schedule_from_dict() reads it.
         """
-        amp = {"dtype": _key_of(AMP_NAMES, self.amp), "loss_scale": self.loss_scale} if self.amp else {}
-        paramwise = {f.name: getattr(self.paramwise, f.name) for f in fields(self.paramwise)}
-        paramwise["custom_keys"] = {
+        custom_keys = {
             key: {"lr_mult": lr_mult, "decay_mult": decay_mult}
             for key, (lr_mult, decay_mult) in self.paramwise.custom_keys.items()
         }
-        clip = None if self.clip_grad is None else _clip_dict(self.clip_grad)
+        optim_wrapper: dict[str, Any] = {
+            "type": "AmpOptimWrapper" if self.amp else "OptimWrapper",
+            "optimizer": {"type": self.optimizer.type, "lr": self.optimizer.lr} | self.optimizer.kwargs,
+            "clip_grad": asdict(self.clip_grad) if self.clip_grad else None,
+            "accumulative_counts": self.accumulative_counts,
+            "paramwise_cfg": asdict(self.paramwise) | {"custom_keys": custom_keys},
+        }
+        if self.clip_grad and self.clip_grad.norm_type == float("inf"):
+            optim_wrapper["clip_grad"]["norm_type"] = "inf"  # as torch and MMEngine take it; JSON has no infinity
+        if self.amp:
+            optim_wrapper["dtype"] = next(key for key, name in AMP_NAMES.items() if name == self.amp)
+            optim_wrapper["loss_scale"] = self.loss_scale
+        validation = {key: getattr(self, key) for key in ("val_begin", "val_interval", "dynamic_intervals")}
         return _plain(
             {
-                "train_cfg": {
-                    "type": "EpochBasedTrainLoop",
-                    "max_epochs": self.max_epochs,
-                    "val_begin": self.val_begin,
-                    "val_interval": self.val_interval,
-                    "dynamic_intervals": self.dynamic_intervals,
-                },
+                "train_cfg": {"type": "EpochBasedTrainLoop", "max_epochs": self.max_epochs, **validation},
                 "val_cfg": {"type": "ValLoop"},
                 "test_cfg": {"type": "TestLoop"},
-                "param_scheduler": [
-                    {"type": s.kind} | {f.name: getattr(s, f.name) for f in fields(s)} for s in self.param_schedulers
-                ],
-                "optim_wrapper": {
-                    "type": "AmpOptimWrapper" if self.amp else "OptimWrapper",
-                    "optimizer": {"type": self.optimizer.type, "lr": self.optimizer.lr} | self.optimizer.kwargs,
-                    "clip_grad": clip,
-                    "accumulative_counts": self.accumulative_counts,
-                    "paramwise_cfg": paramwise,
-                    **amp,
-                },
-                "auto_scale_lr": {
-                    "enable": self.auto_scale_lr_enabled,
-                    "base_batch_size": self.base_batch_size,
-                },
+                "param_scheduler": [{"type": s.kind, **asdict(s)} for s in self.param_schedulers],
+                "optim_wrapper": optim_wrapper,
+                "auto_scale_lr": {"enable": self.auto_scale_lr_enabled, "base_batch_size": self.base_batch_size},
             }
         )
 
-    @staticmethod
-    def from_dict(values: Mapping[str, Any], name: str = "schedule", source: str = "") -> Schedule:
-        """The schedule of a dict in the file's vocabulary, such as to_dict gives. Raises ScheduleError."""
-        from schedules.vocabulary import schedule_from_values  # the vocabulary sits above this file
-
-        return schedule_from_values(values, name, source)
-
     def describe(self) -> list[str]:
         """A few lines for people: length, optimizer, learning rate, validation."""
-        settings = ", ".join(f"{key} {_short(value)}" for key, value in self.optimizer.kwargs.items() if value)
+        settings = "".join(
+            f", {key} {value:g}" if isinstance(value, float) else f", {key} {value}"
+            for key, value in self.optimizer.kwargs.items()
+            if value
+        )
         lines = [
             f"{self.name}: {self.max_epochs} epoch{'s' if self.max_epochs != 1 else ''}",
-            f"{self.optimizer.type}, lr {self.optimizer.lr:g}" + (f", {settings}" if settings else ""),
+            f"{self.optimizer.type}, lr {self.optimizer.lr:g}{settings}",
         ]
-        lines += [_describe_scheduler(scheduler) for scheduler in self.param_schedulers] or ["constant learning rate"]
+        lines += (
+            map(_describe_scheduler, self.param_schedulers) if self.param_schedulers else ["constant learning rate"]
+        )
         if self.clip_grad is not None:
             lines.append(f"gradients clipped to norm {self.clip_grad.max_norm:g}")
         if self.accumulative_counts > 1:
             lines.append(f"{self.accumulative_counts} micro-batches per iteration")
         if self.amp:
             lines.append(f"mixed precision {self.amp}")
-        if not self.paramwise.is_default:
+        if self.paramwise != ParamwiseSettings(bypass_duplicate=self.paramwise.bypass_duplicate):
             lines.append("learning rate or weight decay differs by parameter (paramwise_cfg)")
         often = "every epoch" if self.val_interval == 1 else f"every {self.val_interval} epochs"
         begin = f" from epoch {self.val_begin} on" if self.val_begin > 1 else ""
@@ -189,40 +159,40 @@ class Schedule:
 def _describe_scheduler(scheduler: Scheduler) -> str:
     unit = "epoch" if scheduler.by_epoch else "iteration"
     span = f"{unit} {scheduler.begin} to {'the end' if scheduler.end is None else scheduler.end}"
-    by_iteration = ", moving every iteration" if scheduler.convert_to_iter_based else ""
+    span += ", moving every iteration" if scheduler.convert_to_iter_based else ""
     if isinstance(scheduler, LinearLR):
-        return f"linear x{scheduler.start_factor:g} to x{scheduler.end_factor:g}, {span}{by_iteration}"
+        return f"linear x{scheduler.start_factor:g} to x{scheduler.end_factor:g}, {span}"
     if isinstance(scheduler, MultiStepLR):
         after = "" if scheduler.begin == 0 else f" (counted from {unit} {scheduler.begin})"
         return f"x{scheduler.gamma:g} after {unit} {', '.join(map(str, scheduler.milestones))}{after}"
     if isinstance(scheduler, CosineAnnealingLR):
         ratio = scheduler.eta_min_ratio
         floor = f"{ratio:g} of the lr" if ratio is not None else f"{scheduler.eta_min or 0:g}"
-        return f"cosine down to {floor}, {span}{by_iteration}"
-    own = [f.name for f in fields(scheduler) if f.name not in Scheduler.__dataclass_fields__]
-    settings = " ".join(f"{name} {getattr(scheduler, name):g}" for name in own)
-    return f"{scheduler.kind} {settings}, {span}{by_iteration}"
+        return f"cosine down to {floor}, {span}"
+    own = [f.name for f in fields(scheduler) if f.metadata]
+    return " ".join([scheduler.kind, *(f"{name} {getattr(scheduler, name):g}" for name in own)]) + f", {span}"
 
 
-def _clip_dict(clip: ClipGrad) -> dict[str, Any]:
-    # JSON has no infinity; "inf" is what torch and MMEngine take for it.
-    return {
-        "max_norm": clip.max_norm,
-        "norm_type": "inf" if clip.norm_type == float("inf") else clip.norm_type,
-    }
-
-
-def _key_of(names: Mapping[str, str], wanted: str | None) -> str:
-    return next(key for key, name in names.items() if name == wanted)
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def idle_schedulers(schedule: Schedule) -> list[str]:
+    """Lines on schedulers that never act, or not fully, because the run ends before."""
+    lines = []
+    for place, scheduler in enumerate(schedule.param_schedulers):
+        key = f"param_scheduler.{place}"
+        if not scheduler.by_epoch:
+            continue
+        if scheduler.begin >= schedule.max_epochs:
+            lines.append(
+                f"warning: {key} ({scheduler.kind}) begins at epoch {scheduler.begin} and never acts in "
+                f"{schedule.max_epochs} epochs"
+            )
+        elif isinstance(scheduler, MultiStepLR):
+            end = min(schedule.max_epochs, scheduler.end or schedule.max_epochs)
+            if idle := [str(m) for m in scheduler.milestones if scheduler.begin + m >= end]:
+                lines.append(f"warning: {key}.milestones: {', '.join(idle)} never act, the end is epoch {end}")
+    return lines
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
