@@ -13,9 +13,7 @@ from schedules.errors import Place, nearest
 NO_END = 1_000_000_000  # MMEngine's "never ends"; also the largest whole number a schedule may hold
 
 Check = Callable[[Any, Place], Any]
-Keys = Mapping[
-    str, Check | tuple[Check, Any]
-]  # (check, default); a check alone: the key must be there
+Keys = Mapping[str, Check | tuple[Check, Any]]  # (check, default); a check alone: the key must be there
 
 
 def read_dict(value: Any, place: Place, keys: Keys) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def with_overrides(schedule: Schedule, overrides: Mapping[str, str]) -> tuple[Sc
         value = read_value(text, Place("override", tuple(key.split("."))))
         old = _replace(values, key, value, given)
         lines.append(f"{key}: {_written(old)}" + (f" -> {_written(value)}" if value != old else ", as it was"))
-        if key == "optim_wrapper.optimizer.type" and value in OPTIMIZERS:
+        if key == "optim_wrapper.optimizer.type" and str(value) in OPTIMIZERS:
             optimizer = values["optim_wrapper"]["optimizer"]
             foreign = [name for name in optimizer if name != "type" and name not in OPTIMIZERS[value]]
             lines += _drop(optimizer, "optim_wrapper.optimizer", foreign, f", {value} has none")

@@ -278,14 +278,13 @@ def _norm_type(value: Any, place: Place) -> float:
 def _loss_scale(value: Any, place: Place) -> str | float | dict[str, Any]:
     if isinstance(value, dict):
         keys: Keys = {
-            "init_scale": number(above=0),
-            "growth_factor": number(above=1),
-            "backoff_factor": number(above=0, at_most=1),
-            "growth_interval": whole(1),
-            "enabled": flag,
+            "init_scale": (number(above=0), None),
+            "growth_factor": (number(above=1), None),
+            "backoff_factor": (number(above=0, at_most=1), None),
+            "growth_interval": (whole(1), None),
+            "enabled": (flag, None),
         }
-        absent = {key: (check, None) for key, check in keys.items()}
-        return {key: setting for key, setting in read_dict(value, place, absent).items() if key in value}
+        return {key: setting for key, setting in read_dict(value, place, keys).items() if setting is not None}
     if value == "dynamic":
         return "dynamic"
     try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from schedules.errors import ScheduleError
 from schedules.paramwise import ParamwiseSettings
-from schedules.schedulers import CosineAnnealingLR, LinearLR, MultiStepLR, Scheduler, learning_rate_curve
+from schedules.schedulers import CosineAnnealingLR, LearningRateCurve, LinearLR, MultiStepLR, Scheduler
 
 AMP_NAMES = {"float16": "fp16", "bfloat16": "bf16"}
+
+_curve = lru_cache(maxsize=256)(LearningRateCurve)  # made once for each learning rate of a run
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Schedule:
         if iteration < 0:
             raise ScheduleError(f"iteration must be 0 or more, not {iteration}")
         base_lr = self.optimizer.lr * lr_mult
-        return learning_rate_curve(self.param_schedulers, base_lr, self.max_epochs, iterations_per_epoch)(iteration)
+        return _curve(self.param_schedulers, base_lr, self.max_epochs, iterations_per_epoch)(iteration)
 
     def validates_after(self, finished_epochs: int) -> bool:
         """Whether a validation follows the epoch after which `finished_epochs` (1-based) are done."""
@@ -138,9 +141,7 @@ class Schedule:
             f"{self.name}: {self.max_epochs} epoch{'s' if self.max_epochs != 1 else ''}",
             f"{self.optimizer.type}, lr {self.optimizer.lr:g}{settings}",
         ]
-        lines += (
-            map(_describe_scheduler, self.param_schedulers) if self.param_schedulers else ["constant learning rate"]
-        )
+        lines += [_describe_scheduler(scheduler) for scheduler in self.param_schedulers] or ["constant learning rate"]
         if self.clip_grad is not None:
             lines.append(f"gradients clipped to norm {self.clip_grad.max_norm:g}")
         if self.accumulative_counts > 1:

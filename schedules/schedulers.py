@@ -12,19 +12,13 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from schedules.checks import NO_END, Check, increasing, number, optional, whole
+from schedules.checks import NO_END, increasing, number, optional, whole
 from schedules.errors import ScheduleError
 
 S = TypeVar("S", bound="Scheduler")
-
-
-def _fits(check: Check) -> dict[str, Check]:
-    """Metadata of a field that the schedule file may set: what its value must be."""
-    return {"check": check}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +26,8 @@ class Scheduler:
     """What all kinds share. `begin` and `end` count epochs, or iterations where by_epoch is False.
 
     end None (only by iteration): the end of the run. Fractions of an epoch are possible with
-    convert_to_iter_based, which turns a scheduler by epoch into one that moves at every iteration.
+    convert_to_iter_based, which turns a scheduler by epoch into one that moves at every iteration. A field's
+    metadata has the check of its value, and "counts" where it counts epochs or iterations as well.
     In the methods, `lr` is the current learning rate, `base_lr` the optimizer's own before any scheduler.
     """
 
@@ -61,12 +56,8 @@ class Scheduler:
             end=end if end == NO_END else int(end * length),
             by_epoch=False,
             convert_to_iter_based=False,
-            **self._own_counts(length),
+            **{f.name: _times(getattr(self, f.name), length) for f in fields(self) if "counts" in f.metadata},
         )
-
-    def _own_counts(self, length: int) -> dict[str, Any]:
-        """Fields of this kind that count epochs, in iterations."""
-        return {}
 
     @property
     def span(self) -> int:
@@ -104,8 +95,8 @@ class LinearLR(Scheduler):
     """The factor goes from start_factor at step 0 to end_factor at the last step, end - begin - 1."""
 
     # MMEngine divides by the factor before, so that only the end of the ramp may be 0.
-    start_factor: float = field(default=1 / 3, metadata=_fits(number(above=0, at_most=1)))
-    end_factor: float = field(default=1.0, metadata=_fits(number(at_least=0, at_most=1)))
+    start_factor: float = field(default=1 / 3, metadata={"check": number(above=0, at_most=1)})
+    end_factor: float = field(default=1.0, metadata={"check": number(at_least=0, at_most=1)})
 
     def multiple(self, step: int) -> float:
         if step == 0:
@@ -119,7 +110,7 @@ class ConstantLR(Scheduler):
     is 0).
     """
 
-    factor: float = field(default=1 / 3, metadata=_fits(number(above=0, at_most=1)))
+    factor: float = field(default=1 / 3, metadata={"check": number(above=0, at_most=1)})
 
     def multiple(self, step: int) -> float:
         return 1.0 if 0 < step == self.span - 1 else self.factor
@@ -129,11 +120,8 @@ class ConstantLR(Scheduler):
 class MultiStepLR(Scheduler):
     """Multiplies by gamma at each milestone; milestones count from `begin`."""
 
-    milestones: tuple[int, ...] = field(metadata=_fits(increasing))
-    gamma: float = field(default=0.1, metadata=_fits(number(above=0)))
-
-    def _own_counts(self, length: int) -> dict[str, Any]:
-        return {"milestones": tuple(milestone * length for milestone in self.milestones)}
+    milestones: tuple[int, ...] = field(metadata={"check": increasing, "counts": True})
+    gamma: float = field(default=0.1, metadata={"check": number(above=0)})
 
     def multiple(self, step: int) -> float:
         passed = 0
@@ -146,11 +134,8 @@ class MultiStepLR(Scheduler):
 class StepLR(Scheduler):
     """Multiplies by gamma every step_size steps."""
 
-    step_size: int = field(metadata=_fits(whole(1)))
-    gamma: float = field(default=0.1, metadata=_fits(number(above=0)))
-
-    def _own_counts(self, length: int) -> dict[str, Any]:
-        return {"step_size": self.step_size * length}
+    step_size: int = field(metadata={"check": whole(1), "counts": True})
+    gamma: float = field(default=0.1, metadata={"check": number(above=0)})
 
     def multiple(self, step: int) -> float:
         return _power(self.gamma, step // self.step_size)
@@ -160,7 +145,7 @@ class StepLR(Scheduler):
 class ExponentialLR(Scheduler):
     """Multiplies by gamma at every step but step 0."""
 
-    gamma: float = field(metadata=_fits(number(above=0)))
+    gamma: float = field(metadata={"check": number(above=0)})
 
     def multiple(self, step: int) -> float:
         return _power(self.gamma, step)
@@ -176,12 +161,9 @@ class CosineAnnealingLR(Scheduler):
     the curve is no longer a multiple of the learning rate it found.
     """
 
-    T_max: int | None = field(default=None, metadata=_fits(optional(whole(1))))
-    eta_min: float | None = field(default=None, metadata=_fits(optional(number(at_least=0))))
-    eta_min_ratio: float | None = field(default=None, metadata=_fits(optional(number(at_least=0))))
-
-    def _own_counts(self, length: int) -> dict[str, Any]:
-        return {"T_max": None if self.T_max is None else self.T_max * length}
+    T_max: int | None = field(default=None, metadata={"check": optional(whole(1)), "counts": True})
+    eta_min: float | None = field(default=None, metadata={"check": optional(number(at_least=0))})
+    eta_min_ratio: float | None = field(default=None, metadata={"check": optional(number(at_least=0))})
 
     @property
     def half_period(self) -> int:
@@ -218,8 +200,8 @@ class CosineAnnealingLR(Scheduler):
 class PolyLR(Scheduler):
     """(1 - step / last step) ** power of the way above the floor eta_min (a learning rate)."""
 
-    power: float = field(default=1.0, metadata=_fits(number(above=0)))
-    eta_min: float = field(default=0.0, metadata=_fits(number(at_least=0)))
+    power: float = field(default=1.0, metadata={"check": number(above=0)})
+    eta_min: float = field(default=0.0, metadata={"check": number(at_least=0)})
 
     def floor(self, base_lr: float) -> float:
         return self.eta_min
@@ -227,6 +209,11 @@ class PolyLR(Scheduler):
     def multiple(self, step: int) -> float:
         last = self.span - 1
         return ((last - step) / last) ** self.power if step else 1.0
+
+
+def _times(counts: Any, length: int) -> Any:
+    """Epochs, or a tuple of them, in iterations."""
+    return tuple(count * length for count in counts) if isinstance(counts, tuple) else counts and counts * length
 
 
 def _power(factor: float, exponent: int) -> float:
@@ -309,11 +296,3 @@ class LearningRateCurve:
                     lr = scheduler.step_once(lr, self.base_lr, step)
             values.append(lr)
         return values
-
-
-@lru_cache(maxsize=256)
-def learning_rate_curve(
-    schedulers: tuple[Scheduler, ...], base_lr: float, max_epochs: int, iterations_per_epoch: int
-) -> LearningRateCurve:
-    """The curve of these arguments, made once."""
-    return LearningRateCurve(schedulers, base_lr, max_epochs, iterations_per_epoch)

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import checkout  # noqa: F401
-from schedules import LinearLR, MultiStepLR, Schedule, ScheduleError, load_schedule
+from schedules import LinearLR, MultiStepLR, Schedule, ScheduleError, load_schedule, with_overrides
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     length = arguments.iterations_per_epoch
     try:
-        schedule, lines = load_schedule(arguments.schedule).with_overrides(dict(arguments.set))
+        schedule, lines = with_overrides(load_schedule(arguments.schedule), dict(arguments.set))
         if arguments.batch_size_total is not None:
             schedule = schedule.scaled(arguments.batch_size_total)
         rates = [schedule.learning_rate(i, length) for i in range(schedule.max_epochs * length)]

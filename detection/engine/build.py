@@ -36,7 +36,7 @@ from detection.models import (
     model_from_config,
     prefetch_weights,
 )
-from schedules import Schedule, load_schedule
+from schedules import Schedule, load_schedule, with_overrides
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ def prepare(config: RunConfig, output: RunDir) -> Preflight:
 def _load_schedule(config: RunConfig) -> tuple[Schedule, list[str]]:
     schedule = load_schedule(config.train.schedule)
     pairs = dict(text.split("=", 1) for text in config.train.overrides)
-    schedule, lines = schedule.with_overrides({key.strip(): value.strip() for key, value in pairs.items()})
+    schedule, lines = with_overrides(schedule, {key.strip(): value.strip() for key, value in pairs.items()})
     if config.train.accumulate not in (None, schedule.accumulative_counts):
         lines.append(f"optim_wrapper.accumulative_counts: {schedule.accumulative_counts} -> {config.train.accumulate}")
         schedule = replace(schedule, accumulative_counts=config.train.accumulate)
     if config.train.clip_grad is not None:
-        schedule, clip_lines = schedule.with_overrides(
-            {"optim_wrapper.clip_grad": f"dict(max_norm={config.train.clip_grad!r}, norm_type=2)"}
+        schedule, clip_lines = with_overrides(
+            schedule, {"optim_wrapper.clip_grad": f"dict(max_norm={config.train.clip_grad!r}, norm_type=2)"}
         )
         lines += clip_lines
     if config.train.amp is not None and config.train.amp != (schedule.amp or "off"):

@@ -15,7 +15,7 @@ from data import TrainLoader
 from detection.engine import RunError
 from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN
-from schedules import ScheduleError, load_schedule
+from schedules import ScheduleError, load_schedule, with_overrides
 
 TRAIN_TAGS = (
     *("train/lr", "train/loss", "train/loss_rpn_cls", "train/loss_rpn_bbox", "train/loss_cls", "train/loss_bbox"),
@@ -44,7 +44,7 @@ def test_a_run_leaves_the_files_it_promises(finished):
 
 
 def test_each_iteration_is_logged_once_with_the_learning_rate_of_the_schedule(finished, records_of):
-    schedule, _ = load_schedule("1x").with_overrides({"max_epochs": "2"})
+    schedule, _ = with_overrides(load_schedule("1x"), {"max_epochs": "2"})
     records = records_of(finished, "train")
     assert [record["iteration"] for record in records] == list(range(6))
     assert [record["epoch"] for record in records] == [0, 0, 0, 1, 1, 1]

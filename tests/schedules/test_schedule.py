@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from schedules import Schedule, ScheduleError, load_schedule
+from schedules import ScheduleError, load_schedule, schedule_from_dict, with_overrides
 
 
 def overridden(overrides, name="1x"):
-    return load_schedule(name).with_overrides(overrides)
+    return with_overrides(load_schedule(name), overrides)
 
 
 def test_overrides_change_the_value_and_are_reported():
@@ -35,7 +35,7 @@ def test_overrides_change_the_value_and_are_reported():
 def test_the_original_stays_as_it_was():
     schedule = load_schedule("1x")
     before = schedule.to_dict()
-    changed, _ = schedule.with_overrides({"param_scheduler.0.end": "100"})
+    changed, _ = with_overrides(schedule, {"param_scheduler.0.end": "100"})
     assert schedule.to_dict() == before
     assert changed != schedule
 
@@ -65,7 +65,7 @@ def test_an_end_given_by_hand_does_not_follow_max_epochs():
 
 def test_a_scheduler_that_would_begin_after_the_shortened_run_is_reported():
     base, _ = overridden({"param_scheduler.1": "dict(type='CosineAnnealingLR', begin=6, T_max=12, end=12)"})
-    schedule, lines = base.with_overrides({"max_epochs": "5"})
+    schedule, lines = with_overrides(base, {"max_epochs": "5"})
     assert schedule.param_schedulers[1].end == 12
     assert any("begins at epoch 6 and never acts" in line for line in lines)
     assert any("T_max stays 12" in line for line in lines)
@@ -99,7 +99,7 @@ def test_another_optimizer_drops_what_it_does_not_know_and_says_so():
 def test_mixed_precision_can_be_switched_on_and_off():
     on, _ = overridden({"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.dtype": "bfloat16"})
     assert on.amp == "bf16"
-    off, _ = on.with_overrides({"optim_wrapper.type": "'OptimWrapper'"})
+    off, _ = with_overrides(on, {"optim_wrapper.type": "'OptimWrapper'"})
     assert off == load_schedule("1x")
 
 
@@ -140,7 +140,7 @@ def test_one_setting_cannot_be_overridden_twice():
 def test_a_schedule_survives_its_dict_and_json(name):
     schedule = load_schedule(name)
     text = json.dumps(schedule.to_dict(), allow_nan=False)
-    assert Schedule.from_dict(json.loads(text)) == schedule
+    assert schedule_from_dict(json.loads(text)) == schedule
     assert json.loads(text) == schedule.to_dict()
 
 
@@ -157,16 +157,16 @@ def test_a_schedule_with_every_setting_survives_its_dict():
             "auto_scale_lr.enable": "True",
         }
     )
-    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict(), allow_nan=False))) == schedule
+    assert schedule_from_dict(json.loads(json.dumps(schedule.to_dict(), allow_nan=False))) == schedule
 
 
 def test_dicts_are_equal_where_schedules_are_and_only_there():
     schedule = load_schedule("1x")
-    same = Schedule.from_dict(schedule.to_dict(), name="another", source="elsewhere")
+    same = schedule_from_dict(schedule.to_dict(), name="another", source="elsewhere")
     assert same == schedule
     assert same.to_dict() == schedule.to_dict()
     for overrides in ({"lr": "0.03"}, {"param_scheduler.0.end": "501"}, {"auto_scale_lr.base_batch_size": "8"}):
-        changed, _ = schedule.with_overrides(overrides)
+        changed, _ = with_overrides(schedule, overrides)
         assert changed != schedule
         assert changed.to_dict() != schedule.to_dict()
 

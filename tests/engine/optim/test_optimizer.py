@@ -14,13 +14,13 @@ from detection.engine.optim.optimizer import (
     trained_parameters,
 )
 from detection.models import build_model
-from schedules import Schedule, load_schedule, unmatched_custom_keys
+from schedules import Schedule, load_schedule, schedule_from_dict, unmatched_custom_keys
 
 
 def schedule_with(**optim_wrapper) -> Schedule:
     values = load_schedule("1x").to_dict()
     values["optim_wrapper"] |= optim_wrapper
-    return Schedule.from_dict(values)
+    return schedule_from_dict(values)
 
 
 def group_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict:
