@@ -10,10 +10,9 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from zlib import crc32
 
-from tests.documentation.documented_commands import ROOT, ShellCommand, program_of
+from tests.documentation.documented_commands import ROOT, Command
 
 # Pages whose every command another test runs: page -> (test, a text that this test must hold).
 OTHER_TESTS = {"docs/own_data.md": ("tests/scripts/convert/test_own_data_guide.py", '"own_data.md"')}
@@ -23,15 +22,18 @@ OTHER_TESTS = {"docs/own_data.md": ("tests/scripts/convert/test_own_data_guide.p
 class Way:
     """How a command is run.
 
-    kind: "run"; "serve" (started, asked for its page, stopped); "twice" (on two machines of this computer at once);
-    "extras" (not run: the extras it names must exist); "elsewhere" (not run: `file` must hold `text`).
-    text: what the shell gets. reason: why that is not what the page says, for any kind but "run".
+    text: what the shell gets. reason: why that is not what the page says. done_by: it is not run here, because this
+    file is run elsewhere and holds `text`.
     """
 
-    kind: str
     text: str
     reason: str = ""
-    file: str = ""
+    done_by: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the file that is said to run it holds what it is said to hold."""
+        return self.text in (ROOT / self.done_by).read_text()
 
 
 class NoWay(LookupError):
@@ -92,12 +94,16 @@ def _reproduce(words: list[str]) -> str:
     return ("" if "--" in words else "-- ") + f"{SHORT_TRAINING} {SMALL_MODEL} --max-epochs 1"
 
 
+# Programs that run as the page has them.
+UNCHANGED = {
+    *("pytest", "source", "scripts/analyze_results.py", "scripts/browse_dataset.py", "scripts/check_dataset.py"),
+    *("scripts/compare_runs.py", "scripts/convert_weights.py", "scripts/export.py", "scripts/plot_schedule.py"),
+    "scripts/two_node_test.sh",
+}
 # Program -> what is added behind its arguments, where the later of two options counts: small sizes and short runs.
-# A program that is not here has no way to be run.
 ADDED: dict[str, str | Callable[[list[str]], str]] = {
     "train.py": _train,
     "docs/slurm/train_1x.sbatch": f"{SHORT_TRAINING} {SMALL_MODEL} --max-epochs 1",
-    "scripts/analyze_results.py": "",
     "scripts/benchmark.py data": "--pictures 4 --repeats 1",
     "scripts/benchmark.py eval": "--images 20 --detections 5 --repeats 1",
     "scripts/benchmark.py memory": "--listed 32 --epochs 1 --repeats 1",
@@ -105,97 +111,93 @@ ADDED: dict[str, str | Callable[[list[str]], str]] = {
     "scripts/benchmark.py startup": "--repeats 1 --annotation-images 50",
     "scripts/benchmark.py traffic": "--model faster_rcnn_r18_fpn --batch-size 1 --height 64 --width 96",
     "scripts/benchmark.py train": _benchmark_train,
-    "scripts/browse_dataset.py": "",
-    "scripts/check_dataset.py": "",
     "scripts/check_gpu_training.py": "--short --work-dir check_gpu_training_{port}",
     "scripts/check_gpu.py": "--device cpu --short --parts tests",
-    "scripts/compare_runs.py": "",
-    "scripts/convert_weights.py": "",
-    "scripts/download_coco.py": "--base-url http://127.0.0.1:{coco_port}",  # the archives are small ones, see tree.py
-    "scripts/export.py": "",
-    "scripts/plot_schedule.py": "",
     "scripts/predict.py": "--device cpu --limit 2",
     "scripts/reproduce_coco.sh": _reproduce,
-    "scripts/two_node_test.sh": "",
-    "pytest": "",
-    "source": "",
 }
 
-# Command -> what is done in its place. CI is .ci/run.
+# Commands that are not run here, and what is done in their place. CI is .ci/run.
 IN_PLACE = {
     "bash scripts/quickstart.sh": Way(
-        "elsewhere", "bash scripts/quickstart.sh --short", "ten minutes, and it installs PyTorch", ".ci/run"
+        "bash scripts/quickstart.sh --short", "ten minutes, and it installs PyTorch", done_by=".ci/run"
     ),
-    "bash scripts/test.sh": Way("elsewhere", "bash scripts/test.sh", "the suite itself", ".ci/run"),
+    "bash scripts/test.sh": Way("bash scripts/test.sh", "the suite itself", done_by=".ci/run"),
+    'OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow"': Way(
+        "bash scripts/test.sh", "a part of the suite", done_by=".ci/run"
+    ),
+    "python3 scripts/download_coco.py --data-path datasets/coco": Way(
+        '"--data-path"', "20 GB; from a server of small archives there", done_by="tests/scripts/test_download_coco.py"
+    ),
     "python3 -m detection.config.options_page": Way(
-        "elsewhere", "options_page()", "it writes the page", "tests/config/test_run_config.py"
+        "options_page()", "it writes the page", done_by="tests/config/test_run_config.py"
     ),
     "bash scripts/two_node_test.sh": Way(
-        "run", "bash scripts/two_node_test.sh --localhost", "network namespaces need root and ip"
+        "bash scripts/two_node_test.sh --localhost", "network namespaces need root and ip"
     ),
-}
-for _more in ("", " --device cuda --processes 8", " --jobs 4"):
-    IN_PLACE[f"python scripts/fault_test.py --kills 100{_more} --report report.md --json report.json"] = Way(
-        "elsewhere", "scripts/fault_test.py --kills 6", "an hour, and minutes there", ".ci/run"
+} | {
+    f"python scripts/fault_test.py --kills 100{more} --report report.md --json report.json": Way(
+        "scripts/fault_test.py --kills 6", "an hour, and minutes there", done_by=".ci/run"
     )
+    for more in ("", " --device cuda --processes 8", " --jobs 4")
+}
+
+# Asks TensorBoard on the port of its first argument for the names of the runs, for a minute, until it answers.
+ASK_TENSORBOARD = """
+import sys, time, urllib.request
+for _ in range(300):
+    time.sleep(0.2)
+    try:
+        if urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/data/runs", timeout=10).read().startswith(b'["'):
+            sys.exit()
+    except OSError:
+        pass
+sys.exit("TensorBoard showed no run")
+"""
 
 
-def program_key(command: ShellCommand) -> str:
+def program_key(command: Command) -> str:
     """The name under which ADDED knows what the command starts; "" where it starts nothing that could be there."""
     words = command.words
     if words[0] in ("source", "sbatch"):
         return words[0] if words[0] == "source" else words[1]
     if "pytest" in words:
         return "pytest"
-    try:
-        found = program_of(command)
-    except ValueError:
-        return ""
-    name = "scripts/benchmark.py"
-    return f"{name} {found.arguments[0]}" if found.program == name else found.program
+    is_benchmark = command.program == "scripts/benchmark.py"
+    return f"{command.program} {command.arguments[0]}" if is_benchmark else command.program
 
 
-def way_of(command: ShellCommand) -> Way:
+def way_of(command: Command) -> Way:
     """How the command is run.
 
-    Raises NoWay where nothing here says so.
+    Raises NoWay where nothing here says so, or where it installs an extra that setup.cfg does not have.
     """
     if command.text in IN_PLACE:
         return IN_PLACE[command.text]
     page = command.place.partition(":")[0]
     if page in OTHER_TESTS:
         file, text = OTHER_TESTS[page]
-        return Way("elsewhere", text, "a test of its own runs the whole page", file)
-    first = command.words[0]
-    if first == "tensorboard":
-        return Way(
-            "serve", f"{command.text} --host 127.0.0.1 --port {{port}}", "a server, which ends when it is told to"
-        )
-    if first == "pip":
-        return Way("extras", command.text, "installs packages; the extras it names must be those of setup.cfg")
+        return Way(text, "a test of its own runs the whole page", done_by=file)
+    if command.words[0] == "tensorboard":
+        text = f"{command.text} --host 127.0.0.1 --port {{port}} & python -c {shlex.quote(ASK_TENSORBOARD)} {{port}}"
+        return Way(text, "a server, which is asked for its runs and then stopped")
+    if command.words[0] == "pip":
+        extras = (ROOT / "setup.cfg").read_text().partition("extras_require]")[2]
+        for name in ",".join(re.findall(r"\[([\w,-]+)\]", command.text)).split(","):
+            if name and f"\n{name} =\n" not in extras:
+                raise NoWay(f"{command}\n  setup.cfg has no extra {name}")
+        return Way("extras_require]", "installs packages; the extras it names must be there", done_by="setup.cfg")
     key = program_key(command)
-    if key not in ADDED:
+    if key not in ADDED.keys() | UNCHANGED:
         raise NoWay(
             f"{command}\n  no way to run it here is given: tests/documentation/stand_ins.py says how every other is run"
         )
     text = command.text
     for pattern, replacement, _ in SUBSTITUTIONS:
         text = re.sub(pattern, replacement, text)
-    added = ADDED[key]
+    added = ADDED.get(key, "")
     if not command.is_refused:
         text = f"{text} {added(shlex.split(text)) if callable(added) else added}".strip()
     if "--nnodes=2" in command.words:
-        return Way("twice", text, "both machines are this one")
-    return Way("run", text)
-
-
-def missing_extras(command: ShellCommand) -> set[str]:
-    """Extras that a pip command names and setup.cfg does not have."""
-    named = {name for extras in re.findall(r"\[([\w,-]+)\]", command.text) for name in extras.split(",")}
-    known = set(re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text().partition("extras_require]")[2], re.M))
-    return named - known
-
-
-def is_done_elsewhere(way: Way) -> bool:
-    """Whether the file that is said to run it holds what it is said to hold."""
-    return way.text in Path(ROOT / way.file).read_text()
+        return Way(f"{text} & {text}; second=$?; wait $! && exit $second", "both machines are this one")
+    return Way(text)

@@ -10,27 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
+import detection
 from detection.export.graph import OUTPUT_NAMES
 from detection.models import build_model
 from detection.models.weights.stored import stripped_file
+from tests.documentation.documented_commands import ROOT, blocks_of
 
-DOCS = Path(__file__).parents[2] / "docs"
 CLASS_NAMES = ["square", "disc", "star"]
-
-
-def blocks(page):
-    found = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert found, f"{page} has no Python block"
-    return found
 
 
 def run(page):
     """What the page's blocks leave behind by name; an error names the page and the block's line in it."""
-    text = (DOCS / page).read_text()
     namespace = {"__name__": "__main__"}
-    for block in blocks(page):
-        first_line = text[: text.index(block)].count("\n")
-        exec(compile("\n" * first_line + block, str(DOCS / page), "exec"), namespace)
+    blocks = [block for block in blocks_of(ROOT / "docs" / page) if block[1] == "python"]
+    assert blocks, f"{page} has no Python block"
+    for first_line, _, lines in blocks:
+        exec(compile("\n" * (first_line - 1) + "\n".join(lines), str(ROOT / "docs" / page), "exec"), namespace)
     return namespace
 
 
@@ -40,7 +35,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photo.jpg")
-    torch.manual_seed(0)
     # Fewer proposals than by default; the layers are those of the model that the page builds.
     model = build_model("faster_rcnn_r18_fpn", num_classes=3, rpn_nms_pre_test=100, rpn_proposals_test=50)
     content = stripped_file(
@@ -99,9 +93,7 @@ def test_the_page_on_export_runs(folder):
 
 
 def test_stable_names_are_at_the_top():
-    import detection
-
-    page = (DOCS / "python_api.md").read_text()
+    page = (ROOT / "docs" / "python_api.md").read_text()
     section = page[page.index("## Stable names") :]
     stated = re.findall(r"`(\w+)`", section[: section.index("`schedules`")])
     assert sorted(stated[1:]) == sorted(detection.__all__) and stated[0] == "detection"

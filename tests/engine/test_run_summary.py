@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.documentation.documented_commands import accepted, commands_of
+from tests.documentation.documented_commands import check_options, commands_of
 
 
 def test_the_end_of_a_run_names_its_files_and_commands_that_exist(start, shapes_set, tmp_path, capsys):
@@ -19,7 +19,7 @@ def test_the_end_of_a_run_names_its_files_and_commands_that_exist(start, shapes_
     page.write_text(f"    {said['why so']}\n    {said['try it']}\n")
     analysis, prediction = commands_of(page)
     for command in (analysis, prediction):
-        accepted(command)
+        check_options(command)
         named = [Path(word) for word in command.arguments if not word.startswith("--")]
         assert named and all(path.exists() for path in named), command
     assert str(shapes_set / "val2017") in analysis.arguments
