@@ -12,6 +12,7 @@ import pytest
 import detection
 from tests.documentation import run_commands, stand_ins
 from tests.documentation.documented_commands import PAGES, ROOT, Command, check_options, commands_of, parser_of
+from tests.test_walls import ALLOWED
 
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
 # Those that start something of this repository, without those that a page shows as mistakes.
@@ -89,6 +90,15 @@ def test_every_page_is_reached_from_the_index_and_from_the_readme():
         if page.name != "README.md":
             assert f"({page.name})" in index, page.name
             assert f"(docs/{page.name})" in readme, page.name
+
+
+def test_the_walls_on_the_architecture_page_are_those_that_a_test_checks():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(
+        r"^\| (`.*`) \| (`.*`|nothing) \|$", page[page.index("## The walls") : page.index("## Five walks")], re.M
+    )
+    stated = [[re.findall(r"`([\w.]+?)(?:\.py)?`", cell) for cell in row] for row in rows]
+    assert {name: set(known) for names, known in stated for name in names} == ALLOWED
 
 
 def test_the_changelog_has_the_version():
