@@ -1,4 +1,9 @@
-"""A data set as one HTML page that needs nothing beside it: images are inside, boxes are drawn by the browser."""
+"""A data set as one HTML page that needs nothing beside it: images are inside, boxes are drawn by the browser.
+
+The page is made of gallery.html, gallery.css and gallery.js. The script builds everything from the data with
+textContent and attributes, so no name is ever taken for markup; the policy in the head keeps the page from fetching
+anything.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,11 @@ import io
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.resources import files
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,6 @@ from PIL import Image
 from data.coco.annotations import NO_CLASS, CocoAnnotations
 from data.errors import DataError
 from data.images.decode import ImageError, read_image
-from data.tools.gallery_page import PAGE
 
 GENERATOR = "detection harness: gallery of a data set"
 BIN_EDGES = tuple(2.0 ** (power / 2) for power in range(0, 23))  # sides of 1 to 2,048 pixels, two bins an octave
@@ -52,31 +57,26 @@ def write_gallery(
     count: int = 200,
     seed: int = 0,
     longest_side: int = 480,
-    quality: int = 80,
     title: str = "",
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> GallerySummary:
     """Writes a page with `count` images at most, and with the figures of all.
 
     colors: CSS colors by label. seed: which images, where not all are shown (see `choose`). longest_side: of the
-    thumbnails, in pixels; smaller images stay as they are. quality: JPEG's. Images that cannot be read have a card
-    that says why.
+    thumbnails, in pixels; smaller images stay as they are. Images that cannot be read have a card that says why.
 
     Raises GalleryError where `file` exists and is not a gallery, which a new one would replace.
     """
-    _require_own(file)
+    if file.exists() and not (file.is_file() and GENERATOR.encode() in file.read_bytes()[:2000]):
+        raise GalleryError(f"{file} exists and is not a gallery: choose another name for it")
     indices = choose(annotations, count, seed)
     cards: list[dict[str, Any]] = []
-
-    def card(index: int) -> dict[str, Any]:
-        return _card(images_dir, annotations, index, longest_side, quality)
-
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for start in range(0, len(indices), CHUNK):
-            for done in pool.map(card, indices[start : start + CHUNK]):
-                cards.append(done)
-                if progress is not None:
-                    progress(1)
+            chunk = indices[start : start + CHUNK]
+            for card in pool.map(_card, repeat(images_dir), repeat(annotations), chunk, repeat(longest_side)):
+                cards.append(card)
+                progress(1)
     content = {
         "classes": _class_figures(annotations, colors),
         "edges": [round(edge, 2) for edge in BIN_EDGES],
@@ -84,24 +84,24 @@ def write_gallery(
         "numImages": len(annotations),
         "numEmpty": int((np.diff(annotations.offsets) == 0).sum()),
     }
+    parts = files("data.tools")
     values = {
         "generator": html.escape(GENERATOR),
         "title": html.escape(title or str(annotations.source)),
+        "style": parts.joinpath("gallery.css").read_text(encoding="utf-8"),
+        "script": parts.joinpath("gallery.js").read_text(encoding="utf-8"),
         # Nothing in a data set's names may end the script element or begin another.
         "data": json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    text = re.sub(r"\{\{(\w+)\}\}", lambda place: values[place[1]], PAGE)
-    encoded = text.encode()
+    page = parts.joinpath("gallery.html").read_text(encoding="utf-8")
+    encoded = re.sub(r"\{\{(\w+)\}\}", lambda place: values[place[1]], page).encode()
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, staged = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    staged = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(encoded)
-        Path(staged).chmod(0o666 & ~_umask())
-        Path(staged).replace(file)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
+        staged.write_bytes(encoded)
+        staged.replace(file)
+    finally:
+        staged.unlink(missing_ok=True)
     return GallerySummary(len(cards), len(annotations), sum("problem" in card for card in cards), len(encoded))
 
 
@@ -111,25 +111,17 @@ def choose(annotations: CocoAnnotations, count: int, seed: int) -> list[int]:
     if count >= len(names):
         return list(range(len(names)))
     turns = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"{seed}\0{names[i]}".encode()).digest())
-    chosen: dict[int, None] = {}
-    wanted = set(np.unique(annotations.labels[annotations.labels != NO_CLASS]).tolist())
+    wanted = set(annotations.labels.tolist()) - {NO_CLASS}
+    with_new_class = []
     for index in turns:
-        if not wanted or len(chosen) == count:
-            break
         here = set(annotations.labels[annotations.rows(index)].tolist())
         if here & wanted:
-            chosen[index] = None
+            with_new_class.append(index)
             wanted -= here
-    for index in turns:
-        if len(chosen) == count:
-            break
-        chosen[index] = None
-    return sorted(chosen)
+    return sorted(list(dict.fromkeys(with_new_class + turns))[:count])
 
 
-def _card(
-    images_dir: Path, annotations: CocoAnnotations, index: int, longest_side: int, quality: int
-) -> dict[str, Any]:
+def _card(images_dir: Path, annotations: CocoAnnotations, index: int, longest_side: int) -> dict[str, Any]:
     width, height = int(annotations.widths[index]), int(annotations.heights[index])
     rows = annotations.rows(index)
     boxes = [
@@ -157,7 +149,7 @@ def _card(
     image = Image.fromarray(pixels)
     image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    image.save(stream, format="JPEG", quality=quality)
+    image.save(stream, format="JPEG", quality=80)
     card["src"] = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
     return card
 
@@ -165,35 +157,17 @@ def _card(
 def _class_figures(annotations: CocoAnnotations, colors: Sequence[str]) -> list[dict[str, Any]]:
     """Name, color, number of boxes, of images and of crowds of each class, and its boxes by size."""
     target = ~(annotations.crowd | annotations.ignore)
-    sides = np.sqrt(np.clip(annotations.boxes_xywh[:, 2], 0, None) * np.clip(annotations.boxes_xywh[:, 3], 0, None))
+    sides = np.sqrt(np.clip(annotations.boxes_xywh[:, 2:], 0, None).prod(axis=1))
     bins = np.clip(np.searchsorted(BIN_EDGES, sides, side="right") - 1, 0, len(BIN_EDGES) - 1)
-    figures = []
-    for label, name in enumerate(annotations.class_names):
-        mine = annotations.labels == label
-        figures.append(
-            {
-                "name": name,
-                "color": colors[label],
-                "boxes": int((mine & target).sum()),
-                "images": len(np.unique(annotations.image_indices[mine])),
-                "crowds": int((mine & ~target).sum()),
-                "sizes": np.bincount(bins[mine & target], minlength=len(BIN_EDGES)).tolist(),
-            }
-        )
-    return figures
-
-
-def _require_own(file: Path) -> None:
-    if not file.exists():
-        return
-    if file.is_file():
-        with file.open("rb") as stream:
-            if GENERATOR.encode() in stream.read(2000):
-                return
-    raise GalleryError(f"{file} exists and is not a gallery: choose another name for it")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    of_class = [annotations.labels == label for label in range(len(annotations.class_names))]
+    return [
+        {
+            "name": name,
+            "color": color,
+            "boxes": int((mine & target).sum()),
+            "images": len(np.unique(annotations.image_indices[mine])),
+            "crowds": int((mine & ~target).sum()),
+            "sizes": np.bincount(bins[mine & target], minlength=len(BIN_EDGES)).tolist(),
+        }
+        for name, color, mine in zip(annotations.class_names, colors, of_class, strict=True)
+    ]

@@ -1,83 +1,3 @@
-"""The page of a gallery: markup, style and script, with places for title and data.
-
-The script builds everything from the data with textContent and attributes, so no name is ever taken for markup; the
-policy in the head keeps the page from fetching anything.
-"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="generator" content="{{generator}}">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}}</title>
-<style>
-:root { color-scheme: light; }
-body { font: 14px/1.4 system-ui, sans-serif; margin: 0; color: #222; background: #f5f5f5; }
-header { background: #fff; padding: 1em 1.5em .5em; border-bottom: 1px solid #ddd; }
-h1 { font-size: 1.25em; margin: 0 0 .3em; overflow-wrap: anywhere; }
-.quiet { color: #666; }
-.figures { display: flex; flex-wrap: wrap; gap: 2em; margin: .8em 0; align-items: flex-start; }
-.classes { max-height: 15em; overflow: auto; flex: 1 1 24em; max-width: 46em; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .15em .6em; white-space: nowrap; }
-th { position: sticky; top: 0; background: #fff; font-weight: 600; color: #666; }
-td:first-child, th:first-child { text-align: left; }
-tbody tr { cursor: pointer; } tbody tr:hover { background: #eef3fb; } tr.chosen { background: #dbe7fb; }
-i.color { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border-radius: 2px; }
-td.share { width: 40%; } td.share span { display: block; height: .8em; border-radius: 2px; }
-figure { margin: 0; } figcaption { color: #666; font-size: .9em; } figure text { font-size: 11px; fill: #666; }
-nav { position: sticky; top: 0; z-index: 2; background: #fff; padding: .6em 1.5em; border-bottom: 1px solid #ddd;
-  display: flex; flex-wrap: wrap; gap: .5em 1em; align-items: center; }
-nav input[type=search] { width: 17em; } nav input, nav select { font: inherit; padding: .2em .4em; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 12px; padding: 14px 1.5em; }
-article { background: #fff; border: 1px solid #ddd; border-radius: 4px; overflow: hidden; }
-article[hidden] { display: none; }
-.image { position: relative; cursor: zoom-in; background: #333; display: flex; justify-content: center; height: 210px;
-  align-items: center; }
-.frame { position: relative; max-width: 100%; max-height: 100%; }
-.frame img { position: absolute; inset: 0; width: 100%; height: 100%; display: block; }
-.frame svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: hidden; }
-rect.box { fill: transparent; stroke-width: 2; vector-effect: non-scaling-stroke; }
-rect.box.crowd { stroke-dasharray: 5 4; }
-rect.box:hover { fill: rgb(255 255 255 / .25); stroke-width: 4; }
-.frame text { paint-order: stroke; stroke: #000; fill: #fff; stroke-linejoin: round; pointer-events: none; }
-.text { padding: .4em .6em; overflow-wrap: anywhere; } .problem { color: #b00020; }
-dialog { padding: 0; border: 0; border-radius: 6px; max-width: 96vw; max-height: 96vh; background: #222; color: #eee; }
-dialog::backdrop { background: rgb(0 0 0 / .75); }
-dialog .text { max-width: 92vw; } dialog button { float: right; font: inherit; margin-left: .4em; }
-.nothing { padding: 3em; text-align: center; grid-column: 1 / -1; }
-</style></head>
-<body>
-<noscript><p>This page is drawn by JavaScript, which is switched off.</p></noscript>
-<header>
-<h1>{{title}}</h1>
-<div id="summary"></div>
-<div class="figures">
-<div class="classes"><table><thead><tr><th>class</th><th>boxes</th><th>images</th><th id="crowdhead">crowd</th><th></th>
-</tr></thead><tbody id="classes"></tbody></table></div>
-<figure><svg id="sizes" width="440" height="190" role="img" aria-label="boxes by size"></svg>
-<figcaption id="sizescaption"></figcaption></figure>
-</div>
-</header>
-<nav>
-<input type="search" id="search" placeholder="file name, image id or class" aria-label="search">
-<select id="class" aria-label="class"></select>
-<select id="only" aria-label="which images">
-<option value="all">all images</option><option value="empty">without a box</option>
-<option value="crowd">with a crowd</option><option value="outside">with a box that sticks out</option>
-<option value="tiny">with a side below 8 pixels</option><option value="problem">with a problem</option></select>
-<select id="order" aria-label="order">
-<option value="file">in the file's order</option><option value="most">most boxes first</option>
-<option value="fewest">fewest boxes first</option><option value="small">smallest box first</option></select>
-<label><input type="checkbox" id="boxes" checked> boxes</label>
-<label><input type="checkbox" id="names"> names</label>
-<span class="quiet" id="shown" aria-live="polite"></span>
-</nav>
-<main id="cards"></main>
-<dialog id="large"></dialog>
-<script type="application/json" id="data">{{data}}</script>
-<script>
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = id => document.getElementById(id);
@@ -144,7 +64,7 @@ const cards = data.images.map((image, place) => {
   const card = element("article", {}, thumbnail, caption(image));
   thumbnail.onclick = () => enlarge(place);
   const words = [image.name, image.id, ...new Set(image.boxes.map(box => data.classes[box[4]].name))];
-  return {image, card, thumbnail, text: words.join("\\n").toLowerCase(),
+  return {image, card, thumbnail, text: words.join("\n").toLowerCase(),
     smallest: Math.min(Infinity, ...image.boxes.map(box => box[2] * box[3]))};
 });
 const orders = {file: () => 0, most: (a, b) => b.image.boxes.length - a.image.boxes.length,
@@ -155,7 +75,7 @@ const tests = {all: () => true, empty: image => !image.boxes.length, crowd: imag
 let visible = [];
 
 function show() {
-  const words = at("search").value.toLowerCase().split(/\\s+/).filter(Boolean), chosen = at("class").value;
+  const words = at("search").value.toLowerCase().split(/\s+/).filter(Boolean), chosen = at("class").value;
   const fits = ({image, text}) => words.every(word => text.includes(word)) && tests[at("only").value](image)
     && (chosen === "" || image.boxes.some(box => box[4] === Number(chosen)));
   const sorted = [...cards].sort(orders[at("order").value]);
@@ -238,6 +158,3 @@ data.classes.forEach((kind, label) => {
 });
 for (const id of ["search", "class", "only", "order", "boxes", "names"]) at(id).oninput = show;
 show();
-</script>
-</body></html>
-"""
