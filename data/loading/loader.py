@@ -5,12 +5,13 @@ annotations alone), workers read and decode, and the training device does the re
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from data.loading.batch import RawBatch
+from data.loading.batch import BatchPlan, RawBatch
 from data.loading.dataset import CocoDataset
-from data.loading.read_batch import BatchPlan, OnUnreadable
+from data.loading.read_batch import OnUnreadable
 from data.loading.repeat_factors import epoch_length, repeat_factors
 from data.loading.sampler import evaluation_batches, iterations_per_epoch, plan_epoch, repeat_numbers
 from data.loading.shape_buckets import bucket_of, shape_buckets
@@ -22,7 +23,7 @@ from data.transforms.hash_rng import hash_key, image_words
 BOX_ROWS_MULTIPLE = 16
 """Rows for boxes are a multiple of this, so that only a few shapes occur (COCO has at most 93 boxes)."""
 
-_FLIPS_ONLY = Augmentation()
+_FLIPS_ONLY, _UNCHANGED = Augmentation(), Augmentation(flip_probability=0.0)
 
 
 class TrainLoader:
@@ -117,7 +118,7 @@ class TrainLoader:
 
     def _plans_of(self, iteration: int, epoch: int, images: np.ndarray, repeats: np.ndarray) -> Iterator[BatchPlan]:
         words = image_words(images, repeats)
-        geometry = self._augmentation.geometry(
+        whole = self._augmentation.geometry(
             self.dataset.widths[images],
             self.dataset.heights[images],
             words=words,
@@ -126,26 +127,20 @@ class TrainLoader:
             min_size=self.min_size,
             max_size=self.max_size,
         )
+        whole = replace(whole, padded_size=bucket_of(whole.padded_size, self._buckets))
         num_box_rows = _box_rows(self.dataset.box_counts[images])
         for micro_step in range(self._accumulate):
             start = (micro_step * self._world_size + self._rank) * self._batch_size
             places = np.arange(start, start + self._batch_size)
-            indices = images[places]
             yield BatchPlan(
+                **vars(whole.of_images(places)),
                 iteration=iteration,
                 epoch=epoch,
-                indices=indices,
+                indices=images[places],
                 places=places,
                 sample_keys=hash_key(self._seed, iteration, places),
-                sizes=geometry.sizes[places],
-                scaled_sizes=geometry.scaled_sizes[places],
-                offsets=geometry.offsets[places],
-                flips=geometry.flips[places],
-                vertical_flips=geometry.vertical_flips[places],
-                padded_size=bucket_of(geometry.padded_size, self._buckets),
                 num_box_rows=num_box_rows,
                 colors=self._augmentation.colors(words[places], seed=self._seed, epoch=epoch),
-                min_visibility=self._augmentation.min_visibility,
             )
 
 
@@ -181,10 +176,11 @@ class EvalLoader:
             num_images = min(num_images, limit_batches * batch_size * world_size)
         self.image_ids = dataset.image_ids[:num_images]
         """int64: the images evaluated by all processes together"""
-        self._sizes = resized_sizes(
+        self._min_size, self._max_size = min_size, max_size
+        sizes = resized_sizes(
             dataset.widths[:num_images], dataset.heights[:num_images], min_size=min_size, max_size=max_size
         )
-        every_batch = evaluation_batches(padded_size(self._sizes[:, None]), batch_size)
+        every_batch = evaluation_batches(padded_size(sizes[:, None]), batch_size)
         self._numbers = range(rank, len(every_batch), world_size)
         self._batches = [every_batch[number] for number in self._numbers]
         self._stream = WorkerPool(dataset, batch_size, workers, pin, "fail" if max_bad_images is None else "blank")
@@ -211,20 +207,24 @@ class EvalLoader:
         self._stream.close()
 
     def _plan(self, number: int, indices: np.ndarray) -> BatchPlan:
-        height, width = padded_size(self._sizes[indices]).tolist()
+        dataset, none = self.dataset, np.zeros(len(indices), dtype=np.int64)
+        geometry = _UNCHANGED.geometry(
+            dataset.widths[indices],
+            dataset.heights[indices],
+            words=none,
+            seed=0,
+            epoch=0,
+            min_size=self._min_size,
+            max_size=self._max_size,
+        )
         return BatchPlan(
+            **vars(geometry),
             iteration=number,
             epoch=0,
             indices=indices,
             places=np.arange(len(indices)),
-            sample_keys=np.zeros(len(indices), dtype=np.int64),
-            sizes=self._sizes[indices],
-            scaled_sizes=self._sizes[indices],
-            offsets=np.zeros((len(indices), 2), dtype=np.int64),
-            flips=np.zeros(len(indices), dtype=bool),
-            vertical_flips=np.zeros(len(indices), dtype=bool),
-            padded_size=(height, width),
-            num_box_rows=_box_rows(self.dataset.box_counts[indices]),
+            sample_keys=none,
+            num_box_rows=_box_rows(dataset.box_counts[indices]),
         )
 
 

@@ -8,14 +8,13 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from data.images.decode import ImageError
-from data.loading.batch import RawBatch
+from data.loading.batch import BatchPlan, RawBatch
 from data.loading.dataset import CocoDataset
-from data.loading.read_batch import BatchPlan, BatchReader, OnUnreadable
+from data.loading.read_batch import BatchReader, Job, OnUnreadable
 from data.loading.shared_buffers import SharedBuffers
-from data.loading.transport import LoadFailure, MainSide, Reply, Request, WorkerSide
 
 PLANS_AHEAD_PER_WORKER = 2
 """One that a worker is at, and one that waits, decoded, for its turn."""
@@ -31,18 +30,22 @@ LARGEST_BUFFER = 4.0
 images shall not make every buffer huge, and take a slower way instead."""
 
 
-class _Plans(Sampler[BatchPlan | Request]):
-    """The plans that the DataLoader is to work off next; set before each pass."""
+class _Jobs(Sampler[Job]):
+    """What the DataLoader is to work off next; set before each pass."""
 
     def __init__(self) -> None:
-        self.upcoming: Iterator[BatchPlan | Request] = iter(())
+        self.upcoming: Iterator[Job] = iter(())
 
-    def __iter__(self) -> Iterator[BatchPlan | Request]:
+    def __iter__(self) -> Iterator[Job]:
         return self.upcoming
 
 
 class WorkerPool:
-    """One DataLoader, and so one set of worker processes, for as many passes as are wanted."""
+    """One DataLoader, and so one set of worker processes, for as many passes as are wanted.
+
+    Pixels come through buffers that the workers share with this process, the rest as a message; pixels that find no
+    buffer free, or do not fit into one, are in the message too.
+    """
 
     def __init__(
         self,
@@ -53,21 +56,17 @@ class WorkerPool:
         on_unreadable: OnUnreadable,
         max_faults: int = 0,
     ) -> None:
-        self._plans = _Plans()
+        self._jobs = _Jobs()
         self._pin = pin
-        reader = BatchReader(dataset, on_unreadable, max_faults)
-        self._hand_over: MainSide | None = None
-        worker_side: Dataset = reader
+        self._buffers: SharedBuffers | None = None
         if workers > 0 and _worker_context() == "fork":
-            buffers = SharedBuffers(
-                workers * PLANS_AHEAD_PER_WORKER + BATCHES_IN_USE, _buffer_size(dataset, batch_size)
-            )
-            self._hand_over, worker_side = MainSide(buffers), WorkerSide(reader, buffers)
+            number = workers * PLANS_AHEAD_PER_WORKER + BATCHES_IN_USE
+            self._buffers = SharedBuffers(number, _buffer_size(dataset, batch_size))
         # A generator of its own: a DataLoader draws from the global one at each pass otherwise.
         self._loader: DataLoader | None = DataLoader(
-            worker_side,
+            BatchReader(dataset, on_unreadable, max_faults, self._buffers),
             batch_size=None,
-            sampler=self._plans,
+            sampler=self._jobs,
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=PLANS_AHEAD_PER_WORKER if workers > 0 else None,
@@ -79,17 +78,27 @@ class WorkerPool:
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[RawBatch]:
         if self._loader is None:
             raise RuntimeError("The loader is closed.")
-        self._plans.upcoming = plans if self._hand_over is None else self._hand_over.requests(plans)
+        self._jobs.upcoming = self._with_buffers(plans)
         for result in self._loader:
-            if isinstance(result, LoadFailure):
-                raise ImageError(result.message)
-            batch = result
-            if isinstance(result, Reply):
-                assert self._hand_over is not None
-                batch = self._hand_over.batch(result)
+            if isinstance(result, ImageError):
+                raise result
+            batch, number = result
+            if self._buffers is not None and number is not None:
+                if len(batch.pixels):
+                    self._buffers.release(number)
+                else:
+                    num_bytes = sum(height * width * 3 for height, width in batch.native_sizes)
+                    batch.pixels = self._buffers.take(number, num_bytes)
             # Pinned here and not by the DataLoader, whose thread would have to know the buffers: a copy of 0.1 ms an
             # image, after which the buffer is free.
             yield batch.pin_memory() if self._pin else batch
+
+    def _with_buffers(self, plans: Iterator[BatchPlan]) -> Iterator[Job]:
+        if self._buffers is not None:
+            # What an earlier pass left undone is over once the first plan is asked for.
+            self._buffers.release_all()
+        for plan in plans:
+            yield plan, None if self._buffers is None else self._buffers.reserve()
 
     def close(self) -> None:
         # The workers end with the loader's iterator.

@@ -10,8 +10,8 @@ import numpy as np
 
 from data.errors import DataError
 from data.transforms.color import ColorChange, ColorJitter, PhotometricDistortion
-from data.transforms.geometry import flip_decisions, padded_size, resized_sizes, vertical_flip_decisions
-from data.transforms.hash_rng import CROP_STREAM, SCALE_STREAM, hash_uniform
+from data.transforms.geometry import Geometry, padded_size, resized_sizes
+from data.transforms.hash_rng import CROP_STREAM, FLIP_STREAM, SCALE_STREAM, VERTICAL_FLIP_STREAM, hash_uniform
 
 
 class AugmentationError(DataError):
@@ -119,24 +119,6 @@ class LargeScaleJitter:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Where N native images go: resized to scaled_sizes, cut from offsets to sizes, then flipped."""
-
-    scaled_sizes: np.ndarray
-    """int64 [N, 2] (height, width) of the whole image after the resize"""
-    offsets: np.ndarray
-    """int64 [N, 2] (top, left) of the crop in it"""
-    sizes: np.ndarray
-    """int64 [N, 2] (height, width) of the crop; scaled_sizes where nothing is cut off"""
-    flips: np.ndarray
-    """bool [N], mirrored left to right"""
-    vertical_flips: np.ndarray
-    """bool [N], turned upside down"""
-    padded_size: tuple[int, int]
-    """(height, width) of a batch of all these images"""
-
-
-@dataclass(frozen=True)
 class Augmentation:
     """All that is done to training images at random. Each part is by itself; without scales and jitter the scale is the
     one of the evaluation."""
@@ -155,11 +137,6 @@ class Augmentation:
         for name in ("flip_probability", "vertical_flip_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise AugmentationError(f"{name.replace('_', ' ')} {getattr(self, name):g}: it must be from 0 to 1")
-
-    @property
-    def min_visibility(self) -> float:
-        """Part of a box's area that must be left by a crop."""
-        return self.jitter.min_visibility if self.jitter is not None else 0.0
 
     def geometry(
         self,
@@ -193,9 +170,10 @@ class Augmentation:
             scaled_sizes=scaled_sizes,
             offsets=offsets,
             sizes=sizes,
-            flips=flip_decisions(seed, epoch, words, self.flip_probability),
-            vertical_flips=vertical_flip_decisions(seed, epoch, words, self.vertical_flip_probability),
+            flips=hash_uniform(seed, FLIP_STREAM, epoch, words) < self.flip_probability,
+            vertical_flips=hash_uniform(seed, VERTICAL_FLIP_STREAM, epoch, words) < self.vertical_flip_probability,
             padded_size=(height, width),
+            min_visibility=self.jitter.min_visibility if self.jitter is not None else 0.0,
         )
 
     def colors(self, words: np.ndarray, *, seed: int, epoch: int) -> tuple[ColorChange, ...] | None:

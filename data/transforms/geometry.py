@@ -3,11 +3,12 @@
 The numbers are those of MMDetection 3's Resize(keep_ratio=True), RandomFlip and batch padding with mmcv 2.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from data.transforms.hash_rng import FLIP_STREAM, VERTICAL_FLIP_STREAM, hash_uniform
 
 PADDING_MULTIPLE = 32
 """Sides of a batch are multiples of the backbone's largest stride."""
@@ -72,24 +73,16 @@ def resize_boxes(boxes_xyxy: np.ndarray, factors: np.ndarray, size: tuple[int, i
     return resized, ((resized[:, 2:] - resized[:, :2]) >= MIN_BOX_SIDE).all(axis=1)
 
 
-def flip_boxes(boxes_xyxy: np.ndarray, width: int) -> np.ndarray:
-    """Boxes (float32 [N, 4]) of the image mirrored left to right: x1' = width - x2, x2' = width - x1."""
+def flip_boxes(boxes_xyxy: np.ndarray, side: int, *, axis: int) -> np.ndarray:
+    """Boxes (float32 [N, 4]) of the image mirrored left to right (axis 0, side: its width) or turned upside down
+    (axis 1, side: its height): x1' = width - x2, x2' = width - x1, and y alike."""
     flipped = boxes_xyxy.copy()
-    flipped[:, 0] = width - boxes_xyxy[:, 2]
-    flipped[:, 2] = width - boxes_xyxy[:, 0]
-    return flipped
-
-
-def flip_boxes_vertically(boxes_xyxy: np.ndarray, height: int) -> np.ndarray:
-    """Boxes (float32 [N, 4]) of the image turned upside down: y1' = height - y2, y2' = height - y1."""
-    flipped = boxes_xyxy.copy()
-    flipped[:, 1] = height - boxes_xyxy[:, 3]
-    flipped[:, 3] = height - boxes_xyxy[:, 1]
+    flipped[:, axis::2] = side - boxes_xyxy[:, axis::2][:, ::-1]
     return flipped
 
 
 def crop_boxes(
-    boxes_xyxy: np.ndarray, offset: tuple[int, int], size: tuple[int, int], *, min_visibility: float = 0.0
+    boxes_xyxy: np.ndarray, offset: Sequence[int] | np.ndarray, size: tuple[int, int], *, min_visibility: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes in the coordinates of a crop, clipped to it, and which of them are left.
 
@@ -109,15 +102,46 @@ def crop_boxes(
     )
 
 
-def flip_decisions(seed: int, epoch: int, words: np.ndarray, probability: float = 0.5) -> np.ndarray:
-    """Whether each image (int64 [N]: its index in the annotations, see hash_rng.image_words for repeats)
-    is mirrored in this epoch: bool [N]."""
-    return hash_uniform(seed, FLIP_STREAM, epoch, words) < probability
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Where N native images go: resized to scaled_sizes, cut from offsets to sizes, then flipped."""
 
+    scaled_sizes: np.ndarray
+    """int64 [N, 2] (height, width) of the whole image after the resize"""
+    offsets: np.ndarray
+    """int64 [N, 2] (top, left) of the crop in it"""
+    sizes: np.ndarray
+    """int64 [N, 2] (height, width) of the crop; scaled_sizes where nothing is cut off"""
+    flips: np.ndarray
+    """bool [N], mirrored left to right"""
+    vertical_flips: np.ndarray
+    """bool [N], turned upside down"""
+    padded_size: tuple[int, int]
+    """(height, width) of a batch of all these images"""
+    min_visibility: float = 0.0
+    """Part of a box's area that the crop must leave of it, 0 to 1"""
 
-def vertical_flip_decisions(seed: int, epoch: int, words: np.ndarray, probability: float) -> np.ndarray:
-    """Whether each image is turned upside down in this epoch: bool [N]. See flip_decisions."""
-    return hash_uniform(seed, VERTICAL_FLIP_STREAM, epoch, words) < probability
+    def of_images(self, which: np.ndarray) -> "Geometry":
+        """That of some of the images (int64 [n]), padded as all are."""
+        arrays = {name: value[which] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **arrays)
+
+    def move_boxes(self, i: int, boxes_xyxy: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (float32 [M, 4], stored pixels) of image i where it goes, and which of them can be trained on.
+
+        factors: float32 [2], see scale_factors. Returns float32 [M, 4] and bool [M]; no row is dropped.
+        """
+        height, width = self.scaled_sizes[i].tolist()
+        boxes, valid = resize_boxes(boxes_xyxy, factors, (height, width))
+        if (self.sizes[i] != self.scaled_sizes[i]).any():
+            height, width = self.sizes[i].tolist()
+            boxes, left = crop_boxes(boxes, self.offsets[i], (height, width), min_visibility=self.min_visibility)
+            valid = valid & left
+        if self.flips[i]:
+            boxes = flip_boxes(boxes, width, axis=0)
+        if self.vertical_flips[i]:
+            boxes = flip_boxes(boxes, height, axis=1)
+        return boxes, valid
 
 
 def resize_pixels(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import checkout  # noqa: F401
 from benchmarks.timing import BenchmarkError
 from data import CocoDataset
-from data.loading.read_batch import BatchPlan
+from data.loading.batch import BatchPlan
 
 try:
     import cv2

@@ -34,7 +34,7 @@ from benchmarks.timing import (
 )
 from data import CocoDataset, TrainLoader, assemble
 from data.images import decode
-from data.loading.read_batch import BatchPlan
+from data.loading.batch import BatchPlan
 
 PILLOW, TORCHVISION = "Pillow, decode alone", "torchvision reference"
 MMDETECTION, MMDETECTION_2 = "MMDetection 3", "MMDetection 2, padded float32"

@@ -17,7 +17,7 @@ from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
 from data.transforms.augmentation import Augmentation, AugmentationError, LargeScaleJitter, ScaleSampling
 from data.transforms.color import ColorJitter, PhotometricDistortion
-from data.transforms.geometry import crop_boxes, flip_boxes_vertically, resized_size
+from data.transforms.geometry import crop_boxes, flip_boxes, resized_size
 
 MakeDataset = Callable[..., CocoDataset]
 WORDS = np.arange(6000)
@@ -106,9 +106,10 @@ def test_a_rectangle_is_found_where_its_box_says_within_half_a_pixel(
                 continue
             assert np.abs(np.array(found) - box).max() <= 0.5 + 1e-4
             counts["found"] += 1
-            counts["cut"] += raw.resized_sizes[i] != raw.scaled_sizes[i] and (0 in box or width == box[2])
+            is_cropped = (raw.plan.sizes[i] != raw.plan.scaled_sizes[i]).any()
+            counts["cut"] += bool(is_cropped and (0 in box or width == box[2]))
             counts["mirrored"] += raw.flips[i]
-            counts["upside down"] += raw.vertical_flips[i]
+            counts["upside down"] += int(raw.plan.vertical_flips[i])
     assert counts["found"] > 35 and counts["mirrored"] > 15
     if augmentation.vertical_flip_probability:
         assert counts["upside down"] > 15
@@ -125,12 +126,12 @@ def test_a_crop_is_a_window_of_the_one_resized_image(make_dataset: MakeDataset) 
         batch = raw.to("cpu")
         assert batch.pixels.shape == (4, 3, 64, 64)
         for i, image_id in enumerate(raw.image_ids.tolist()):
-            (scaled_height, scaled_width), (top, left) = raw.scaled_sizes[i], raw.offsets[i]
+            (scaled_height, scaled_width), (top, left) = raw.plan.scaled_sizes[i], raw.plan.offsets[i]
             height, width = raw.resized_sizes[i]
             assert top + height <= scaled_height and left + width <= scaled_width
             expected = cv2.resize(dataset.image(image_id - 100), (scaled_width, scaled_height))
             expected = expected[top : top + height, left : left + width]
-            expected = expected[:: -1 if raw.vertical_flips[i] else 1, :: -1 if raw.flips[i] else 1]
+            expected = expected[:: -1 if raw.plan.vertical_flips[i] else 1, :: -1 if raw.flips[i] else 1]
             ours = batch.pixels[i].permute(1, 2, 0).numpy()
             assert np.abs(ours[:height, :width].astype(int) - expected).max() <= 1
             assert not ours[height:].any() and not ours[:, width:].any()
@@ -158,8 +159,10 @@ def test_processes_and_micro_steps_see_the_pixels_and_boxes_that_one_process_see
 
 
 def facts(raw: RawBatch) -> list:
-    values = [raw.scaled_sizes, raw.offsets, raw.resized_sizes, raw.flips, raw.vertical_flips, raw.colors]
-    return [*values, raw.padded_size, *(getattr(raw, name).tolist() for name in EXACT)]
+    plan = raw.plan
+    arrays = [plan.scaled_sizes, plan.offsets, plan.sizes, plan.flips, plan.vertical_flips]
+    arrays += [getattr(raw, name) for name in EXACT]
+    return [plan.colors, plan.padded_size, *(array.tolist() for array in arrays)]
 
 
 @pytest.mark.parametrize("augmentation", EVERYTHING.values(), ids=EVERYTHING)
@@ -222,8 +225,8 @@ def test_an_unreadable_image_is_replaced_inside_what_the_crop_left_it(
     jitter = Augmentation(jitter=LargeScaleJitter(64, 2.0, 2.0))
     (raw,) = train_loader(dataset, augmentation=jitter, max_bad_images=2).batches(0, 1)
     place = [fault.place for fault in raw.unreadable][0]
-    assert place is not None and raw.offsets[place] == (0, 0)
-    assert raw.scaled_sizes[place] == raw.resized_sizes[place] == (48, 64)
+    assert place is not None and raw.plan.offsets[place].tolist() == [0, 0]
+    assert raw.plan.scaled_sizes[place].tolist() == raw.plan.sizes[place].tolist() == [48, 64]
     whole = raw.boxes_xyxy[place][raw.valid[place]]
     assert torch.equal(whole, torch.from_numpy(dataset.boxes(int(raw.image_ids[place]) - 100)[0])) != raw.flips[place]
     assert raw.to("cpu").pixels.shape == (4, 3, 64, 64)
@@ -338,8 +341,8 @@ def test_boxes_of_which_too_small_a_part_is_left_are_dropped_when_that_is_asked_
 
 def test_turning_upside_down_twice_gives_the_boxes_back() -> None:
     boxes = np.array([[1, 2, 30, 40], [0, 0, 64, 64]], dtype=np.float32)
-    assert flip_boxes_vertically(boxes, 64).tolist() == [[1, 24, 30, 62], [0, 0, 64, 64]]
-    assert np.array_equal(flip_boxes_vertically(flip_boxes_vertically(boxes, 64), 64), boxes)
+    assert flip_boxes(boxes, 64, axis=1).tolist() == [[1, 24, 30, 62], [0, 0, 64, 64]]
+    assert np.array_equal(flip_boxes(flip_boxes(boxes, 64, axis=1), 64, axis=1), boxes)
 
 
 def test_the_two_flips_are_independent_of_each_other_and_as_frequent_as_asked_for() -> None:

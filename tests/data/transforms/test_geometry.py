@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.transforms.augmentation import Augmentation
 from data.transforms.geometry import (
     flip_boxes,
-    flip_decisions,
     padded_size,
     resize_boxes,
     resize_pixels,
@@ -60,7 +60,7 @@ def test_boxes_equal_the_reference_after_resize_and_flip(case: dict) -> None:
     resized, valid = resize_boxes(boxes, scale_factors(native, size), tuple(size.tolist()))
     assert resized.dtype == np.float32
     assert np.array_equal(resized, np.array(case["after_resize"], dtype=np.float32))
-    assert np.array_equal(flip_boxes(resized, int(size[1])), np.array(case["after_flip"], dtype=np.float32))
+    assert np.array_equal(flip_boxes(resized, int(size[1]), axis=0), np.array(case["after_flip"], dtype=np.float32))
     assert valid.all()
 
 
@@ -75,23 +75,30 @@ def test_no_boxes_pass_through() -> None:
     none = np.zeros((0, 4), dtype=np.float32)
     resized, valid = resize_boxes(none, np.array([2, 2], dtype=np.float32), (10, 10))
     assert resized.shape == (0, 4) and valid.shape == (0,)
-    assert flip_boxes(resized, 10).shape == (0, 4)
+    assert flip_boxes(resized, 10, axis=0).shape == (0, 4)
 
 
 def test_flipping_twice_gives_the_boxes_back() -> None:
     boxes = np.array([[1, 2, 30, 40], [0, 0, 64, 64]], dtype=np.float32)
-    assert np.array_equal(flip_boxes(flip_boxes(boxes, 64), 64), boxes)
+    assert np.array_equal(flip_boxes(flip_boxes(boxes, 64, axis=0), 64, axis=0), boxes)
 
 
 def test_flips_are_fair_and_differ_by_epoch_and_seed() -> None:
-    images = np.arange(4000)
-    first = flip_decisions(0, 0, images)
+    side = np.full(4000, 64)
+
+    def flips(seed: int, epoch: int, words: np.ndarray = np.arange(4000), probability: float = 0.5) -> np.ndarray:  # noqa: B008
+        sides = side[: len(words)]
+        augmentation = Augmentation(flip_probability=probability)
+        of = augmentation.geometry(sides, sides, words=words, seed=seed, epoch=epoch, min_size=64, max_size=64)
+        return of.flips
+
+    first = flips(0, 0)
     assert abs(first.mean() - 0.5) < 0.03
-    for other in (flip_decisions(0, 1, images), flip_decisions(1, 0, images)):
+    for other in (flips(0, 1), flips(1, 0)):
         assert abs((first == other).mean() - 0.5) < 0.03
-    assert np.array_equal(flip_decisions(0, 0, images[[5, 17]]), first[[5, 17]])
-    assert not flip_decisions(0, 0, images, probability=0).any()
-    assert flip_decisions(0, 0, images, probability=1).all()
+    assert np.array_equal(flips(0, 0, np.array([5, 17])), first[[5, 17]])
+    assert not flips(0, 0, probability=0).any()
+    assert flips(0, 0, probability=1).all()
 
 
 def as_batch(pixels: np.ndarray) -> torch.Tensor:

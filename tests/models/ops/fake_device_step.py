@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 
 from data import RawBatch, assemble
+from data.loading.batch import BatchPlan
 from data.transforms.color import Distortion, Jitter
 from detection.engine.metrics.step_metrics import StepMetrics
 from detection.engine.optim.amp import Precision, gradient_norm
@@ -30,14 +32,19 @@ from schedules import load_schedule
 
 def raw_batch() -> RawBatch:
     sizes = [(60, 90), (48, 48)]
+    plan = BatchPlan(
+        scaled_sizes=np.array([(120, 180), (96, 96)]), offsets=np.array([(0, 0), (4, 6)]),
+        sizes=np.array([(120, 180), (90, 90)]), flips=np.array([False, True]), vertical_flips=np.array([True, False]),
+        padded_size=(128, 192), iteration=0, epoch=0, indices=np.array([0, 1]), places=np.array([0, 1]),
+        sample_keys=np.array([3, 4]), num_box_rows=3,
+    )  # fmt: skip
     return RawBatch(
+        plan=plan,
         pixels=torch.zeros(sum(3 * height * width for height, width in sizes), dtype=torch.uint8),
-        native_sizes=sizes, scaled_sizes=[(120, 180), (96, 96)], offsets=[(0, 0), (4, 6)],
-        resized_sizes=[(120, 180), (90, 90)], flips=[False, True], vertical_flips=[True, False], colors=None,
-        padded_size=(128, 192), sizes=torch.tensor([[120, 180], [90, 90]]), boxes_xyxy=torch.zeros(2, 3, 4),
+        native_sizes=sizes, sizes=torch.from_numpy(plan.sizes), boxes_xyxy=torch.zeros(2, 3, 4),
         labels=torch.zeros(2, 3, dtype=torch.int64), valid=torch.ones(2, 3, dtype=torch.bool),
         image_ids=torch.tensor([1, 2]), places=torch.tensor([0, 1]), sample_keys=torch.tensor([3, 4]),
-        scale_factors=torch.ones(2, 2), iteration=0, epoch=0,
+        scale_factors=torch.ones(2, 2),
     )  # fmt: skip
 
 
@@ -90,7 +97,7 @@ def main() -> None:
         found["assembled on"] = sorted({str(t.device) for t in (batch.pixels, batch.sizes, batch.labels)})
         distorted = Distortion(9.0, 1.2, 0.8, 0.03, 1.1, (2, 0, 1))
         jittered = Jitter(1.1, 0.9, 1.2, 0.02, ("hue", "contrast", "saturation", "brightness"))
-        batch = assemble(replace(raw, colors=(distorted, jittered)), device)
+        batch = assemble(replace(raw, plan=replace(raw.plan, colors=(distorted, jittered))), device)
         # Its operator has a fake of its own, which would hide what it does.
         with mock.patch.object(rpn_module, "suppress_within_levels", nms.suppress):
             try:
