@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.documentation.documented_commands import PAGES, ROOT, Command, commands_of
-from tests.documentation.stand_ins import NoWay, Way, program_key, way_of
+from tests.documentation.stand_ins import NoWay, program_key, way_of
 from tests.documentation.tree import Trees
 
 # Programs that leave nothing behind for the commands after them: the same command on two pages is run once.
@@ -32,10 +32,13 @@ SHOWN_LINES = 60
 
 @dataclass
 class Step:
-    """A command and how it is run. same_as: an earlier command that does the same; this one is not run."""
+    """A command, and what a shell runs in its place; "" where another test runs it.
+
+    same_as: an earlier command that does the same; this one is not run.
+    """
 
     command: Command
-    way: Way
+    text: str
     same_as: Command | None = None
 
 
@@ -51,16 +54,16 @@ def plan(pages: Sequence[Path]) -> dict[Path, list[Step]]:
         commands = commands_of(page)
         for command in commands:
             try:
-                way = way_of(command)
+                text = way_of(command)
             except NoWay as error:
                 lost.append(str(error))
                 continue
             # Options may stand in any order.
-            effect = " ".join(sorted(way.text.replace("python3 ", "python ").split()))
+            effect = " ".join(sorted(text.replace("python3 ", "python ").split()))
             here = f"{page} {effect}"
-            same_as = None if way.done_by else seen.get(effect if _stands_alone(command, commands) else here)
-            seen = {effect: command, here: command} | seen
-            steps[page].append(Step(command, way, same_as))
+            steps[page].append(Step(command, text, seen.get(effect if _stands_alone(command, commands) else here)))
+            if text:
+                seen = {effect: command, here: command} | seen
     if lost:
         raise NoWay("\n".join(lost))
     return steps
@@ -82,7 +85,7 @@ def run(step: Step, folder: Path, environment: Mapping[str, str]) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    text = step.way.text.replace("{port}", port)
+    text = step.text.replace("{port}", port)
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             ["bash", "-c", text], cwd=folder, env={**environment, "SLURM_PORT": port}, start_new_session=True,
@@ -121,7 +124,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trees]:
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_the_page_run(page: Path, trees: Trees, tmp_path: Path) -> None:
-    steps = [step for step in plan(PAGES)[page] if not step.way.done_by and not step.same_as]
+    steps = [step for step in plan(PAGES)[page] if step.text and not step.same_as]
     trees.lay_out(tmp_path / "checkout")
     failures = [run(step, tmp_path / "checkout", trees.environment) for step in steps]
     assert not any(failures), "\n".join(filter(None, failures))

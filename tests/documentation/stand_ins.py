@@ -9,31 +9,29 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from zlib import crc32
 
 from tests.documentation.documented_commands import ROOT, Command
 
-# Pages whose every command another test runs: page -> (test, a text that this test must hold).
-OTHER_TESTS = {"docs/own_data.md": ("tests/scripts/convert/test_own_data_guide.py", '"own_data.md"')}
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a command is run.
-
-    text: what the shell gets. reason: why that is not what the page says. done_by: it is not run here, because this
-    file is run elsewhere and holds `text`.
-    """
-
-    text: str
-    reason: str = ""
-    done_by: str = ""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the file that is said to run it holds what it is said to hold."""
-        return self.text in (ROOT / self.done_by).read_text()
+# Commands, and pages, that other tests run. Each with the test, and a text that the test must hold. CI is .ci/run.
+DONE_BY = {
+    "docs/own_data.md": ("tests/scripts/convert/test_own_data_guide.py", '"own_data.md"'),
+    # Ten minutes, and it installs PyTorch.
+    "bash scripts/quickstart.sh": (".ci/run", "bash scripts/quickstart.sh --short"),
+    # The suite itself, and a part of it.
+    "bash scripts/test.sh": (".ci/run", "bash scripts/test.sh"),
+    'OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow"': (".ci/run", "bash scripts/test.sh"),
+    # It writes the page.
+    "python3 -m detection.config.options_page": ("tests/config/test_run_config.py", "options_page()"),
+    # 20 GB. The test has a server of small archives.
+    "python3 scripts/download_coco.py --data-path datasets/coco": (
+        "tests/scripts/test_download_coco.py",
+        "--data-path",
+    ),
+}
+for _more in ("", " --device cuda --processes 8", " --jobs 4"):  # an hour each; minutes there
+    _command = f"python scripts/fault_test.py --kills 100{_more} --report report.md --json report.json"
+    DONE_BY[_command] = (".ci/run", "scripts/fault_test.py --kills 6")
 
 
 class NoWay(LookupError):
@@ -54,6 +52,7 @@ SUBSTITUTIONS = (
     (r"\bFUZZ_EXAMPLES=\d+", "FUZZ_EXAMPLES=5", "seconds in place of hours"),
     (r"--val-images DIR --val-annotations FILE", "--val-images DIR_VAL --val-annotations FILE_VAL", "two splits"),
     (r"\bIMAGE\.\.\.", "photo.jpg", "an image"),
+    (r"two_node_test.sh$", "two_node_test.sh --localhost", "network namespaces need root and ip"),
 )
 
 SMALL_MODEL = (
@@ -117,31 +116,6 @@ ADDED: dict[str, str | Callable[[list[str]], str]] = {
     "scripts/reproduce_coco.sh": _reproduce,
 }
 
-# Commands that are not run here, and what is done in their place. CI is .ci/run.
-IN_PLACE = {
-    "bash scripts/quickstart.sh": Way(
-        "bash scripts/quickstart.sh --short", "ten minutes, and it installs PyTorch", done_by=".ci/run"
-    ),
-    "bash scripts/test.sh": Way("bash scripts/test.sh", "the suite itself", done_by=".ci/run"),
-    'OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow"': Way(
-        "bash scripts/test.sh", "a part of the suite", done_by=".ci/run"
-    ),
-    "python3 scripts/download_coco.py --data-path datasets/coco": Way(
-        '"--data-path"', "20 GB; from a server of small archives there", done_by="tests/scripts/test_download_coco.py"
-    ),
-    "python3 -m detection.config.options_page": Way(
-        "options_page()", "it writes the page", done_by="tests/config/test_run_config.py"
-    ),
-    "bash scripts/two_node_test.sh": Way(
-        "bash scripts/two_node_test.sh --localhost", "network namespaces need root and ip"
-    ),
-} | {
-    f"python scripts/fault_test.py --kills 100{more} --report report.md --json report.json": Way(
-        "scripts/fault_test.py --kills 6", "an hour, and minutes there", done_by=".ci/run"
-    )
-    for more in ("", " --device cuda --processes 8", " --jobs 4")
-}
-
 # Asks TensorBoard on the port of its first argument for the names of the runs, for a minute, until it answers.
 ASK_TENSORBOARD = """
 import sys, time, urllib.request
@@ -167,26 +141,21 @@ def program_key(command: Command) -> str:
     return f"{command.program} {command.arguments[0]}" if is_benchmark else command.program
 
 
-def way_of(command: Command) -> Way:
-    """How the command is run.
+def way_of(command: Command) -> str:
+    """What a shell runs in the command's place; "" where another test runs it.
 
     Raises NoWay where nothing here says so, or where it installs an extra that setup.cfg does not have.
     """
-    if command.text in IN_PLACE:
-        return IN_PLACE[command.text]
-    page = command.place.partition(":")[0]
-    if page in OTHER_TESTS:
-        file, text = OTHER_TESTS[page]
-        return Way(text, "a test of its own runs the whole page", done_by=file)
-    if command.words[0] == "tensorboard":
-        text = f"{command.text} --host 127.0.0.1 --port {{port}} & python -c {shlex.quote(ASK_TENSORBOARD)} {{port}}"
-        return Way(text, "a server, which is asked for its runs and then stopped")
-    if command.words[0] == "pip":
-        extras = (ROOT / "setup.cfg").read_text().partition("extras_require]")[2]
-        for name in ",".join(re.findall(r"\[([\w,-]+)\]", command.text)).split(","):
-            if name and f"\n{name} =\n" not in extras:
+    if command.text in DONE_BY or command.place.partition(":")[0] in DONE_BY:
+        return ""
+    if command.words[0] == "tensorboard":  # a server, which is asked for its runs and then stopped
+        return f"{command.text} --host 127.0.0.1 --port {{port}} & python -c {shlex.quote(ASK_TENSORBOARD)} {{port}}"
+    if command.words[0] == "pip":  # nothing is installed
+        known = (ROOT / "setup.cfg").read_text().partition("extras_require]")[2]
+        for name in re.findall(r"\w+(?=[],])", command.text):
+            if f"\n{name} =\n" not in known:
                 raise NoWay(f"{command}\n  setup.cfg has no extra {name}")
-        return Way("extras_require]", "installs packages; the extras it names must be there", done_by="setup.cfg")
+        return ""
     key = program_key(command)
     if key not in ADDED.keys() | UNCHANGED:
         raise NoWay(
@@ -198,6 +167,6 @@ def way_of(command: Command) -> Way:
     added = ADDED.get(key, "")
     if not command.is_refused:
         text = f"{text} {added(shlex.split(text)) if callable(added) else added}".strip()
-    if "--nnodes=2" in command.words:
-        return Way(f"{text} & {text}; second=$?; wait $! && exit $second", "both machines are this one")
-    return Way(text)
+    if "--nnodes=2" in command.words:  # both machines are this one
+        return f"{text} & {text}; second=$?; wait $! && exit $second"
+    return text
