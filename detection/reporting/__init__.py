@@ -1,12 +1,10 @@
 """What a run leaves behind for people: TensorBoard, metrics.jsonl, the console and train.log, images."""
 
 from detection.reporting.console import Console, ProgressBar
-from detection.reporting.counts import counted
 from detection.reporting.disk import check_writable
-from detection.reporting.durations import duration, remaining
 from detection.reporting.forecast import Forecast
 from detection.reporting.images import class_color, draw_boxes, mosaic, save_png, side_by_side
-from detection.reporting.metrics_log import CutReport, MetricsError, MetricsLog, read_metrics
+from detection.reporting.metrics_log import MetricsError, MetricsLog, read_metrics
 from detection.reporting.run_comparison import (
     Run,
     RunsError,
@@ -18,10 +16,10 @@ from detection.reporting.run_comparison import (
 from detection.reporting.sparkline import sparkline
 from detection.reporting.tables import summary_table, validation_table
 from detection.reporting.tensorboard import TensorBoardLog
+from detection.reporting.words import counted, duration
 
 __all__ = [
     "Console",
-    "CutReport",
     "Forecast",
     "MetricsError",
     "MetricsLog",
@@ -40,7 +38,6 @@ __all__ = [
     "plot_runs",
     "read_metrics",
     "read_runs",
-    "remaining",
     "save_png",
     "side_by_side",
     "sparkline",

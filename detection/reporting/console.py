@@ -2,12 +2,12 @@
 terminal, as lines."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from detection.reporting.durations import duration
+from detection.reporting.words import duration
 
 PLAIN_PERCENT = 10  # a plain progress line each so many percent of the work ...
 PLAIN_PERCENT_SECONDS = 5.0  # ... but no sooner than this after the last one,
@@ -23,7 +23,7 @@ PLAIN_SECONDS = 30.0  # and in any case after this long
 
 BAR_COLUMNS = 42  # a bar of ten columns, and tqdm's own "100%", "[1:23:45<1:23:45, 12.34it/s"
 
-_YELLOW, _RED, _RESET = "\x1b[33m", "\x1b[31m", "\x1b[0m"
+_YELLOW, _RESET = "\x1b[33m", "\x1b[0m"
 
 _LARGE = 1e6  # losses of a run that diverges
 
@@ -39,7 +39,7 @@ class Console:
     """The voice of one process.
 
     The main process speaks on `stream` (standard output) and in the log file. Other processes are silent
-    but for warnings and errors, which go to `error_stream` (standard error) with the rank's number. The log
+    but for warnings, which go to `error_stream` (standard error) with the rank's number. The log
     file gets every line of the main process and every warning of all, with the time, in single appends, so
     that processes do not cut into each other's lines; it is created at the first line. Neither a full disk nor a
     reader that is gone (a closed terminal, `| head`) ends a run for the sake of its words: what cannot be said is lost.
@@ -63,11 +63,6 @@ class Console:
         self._log_is_whole = True
 
     @property
-    def is_terminal(self) -> bool:
-        """Whether a bar can be drawn: a terminal that is not TERM=dumb."""
-        return self.stream.isatty() and os.environ.get("TERM") != "dumb"
-
-    @property
     def has_unicode(self) -> bool:
         """Whether the stream can show block characters."""
         return (getattr(self.stream, "encoding", None) or "ascii").lower().replace("-", "") == "utf8"
@@ -81,32 +76,17 @@ class Console:
         """One or more lines for whoever watches the run."""
         if self.is_main:
             self._print(text, self.stream)
-            self._log(text)
+            self.log(text)
 
     def warn(self, text: str) -> None:
         """Something that the run survives and its owner should know."""
-        self._raise_voice("warning", text, _YELLOW)
-
-    def error(self, text: str) -> None:
-        """Something that ends the run."""
-        self._raise_voice("error", text, _RED)
-
-    def log(self, text: str) -> None:
-        """One or more lines for the log file alone."""
-        self._log(text)
+        text = f"warning: {text}" if self.is_main else f"[rank {self.rank}] warning: {text}"
+        self._print(f"{_YELLOW}{text}{_RESET}" if _may_color(self.error_stream) else text, self.error_stream)
+        self.log(text)
 
     def progress(self, total: int, *, initial: int = 0, description: str = "", unit: str = "it") -> "ProgressBar":
-        """A bar over `total` steps of which `initial` are done; silent on other processes than the main
-        one."""
+        """A bar over `total` steps of which `initial` are done; silent on other processes than the main one."""
         return ProgressBar(self, total, initial, description, unit)
-
-    def _raise_voice(self, word: str, text: str, color: str) -> None:
-        text = f"{word}: {text}" if self.is_main else f"[rank {self.rank}] {word}: {text}"
-        if _may_color(self.error_stream):
-            self._print(f"{color}{text}{_RESET}", self.error_stream)
-        else:
-            self._print(text, self.error_stream)
-        self._log(text)
 
     def _print(self, text: str, stream: TextIO) -> None:
         encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -114,7 +94,8 @@ class Console:
             tqdm.write(text.encode(encoding, "replace").decode(encoding), file=stream)
             stream.flush()
 
-    def _log(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """One or more lines for the log file alone."""
         if self.log_file is None:
             return
         now = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
@@ -133,7 +114,7 @@ class Console:
             self._log_is_whole = True
 
 
-class ProgressBar:
+class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
     """Progress over a known number of steps, made by Console.progress; a context manager.
 
     On a terminal a tqdm bar; elsewhere a line each PLAIN_PERCENT percent or PLAIN_SECONDS seconds, and one
@@ -155,9 +136,8 @@ class ProgressBar:
         self._figures: dict[str, Any] = {}
         self._started = self._last_time = clock()
         self._last_done = initial
-        self._closed = False
         self._bar = None
-        if console.is_main and console.is_terminal:
+        if console.is_main and _is_terminal(console.stream):
             has_size = _has_size(console.stream)
             with contextlib.suppress(OSError):
                 self._bar = tqdm(
@@ -175,15 +155,12 @@ class ProgressBar:
                 )
 
     def update(self, steps: int = 1, **figures: Any) -> None:
-        """`steps` more are done. Figures given are shown from now on: loss=1.2, lr=0.02,
-        images_per_second=31.5, ..."""
+        """`steps` more are done. Figures given are shown from now on: loss=1.2, lr=0.02, images_per_second=31.5, ..."""
         self.done += steps
         self._figures |= figures
-        if not self._console.is_main:
-            return
         if self._bar is not None:
             if figures:
-                self._bar.set_postfix_str(", ".join(self._figures_that_fit()), refresh=False)
+                self._bar.set_postfix_str(self._figures_that_fit(), refresh=False)
             with contextlib.suppress(OSError):
                 self._bar.update(steps)
         if self._line_is_due():
@@ -191,29 +168,17 @@ class ProgressBar:
 
     def close(self) -> None:
         """Ends the bar, and says how far it came where the last line did not."""
-        if self._closed:
-            return
-        self._closed = True
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
-        if self._console.is_main and self.done != self._last_done:
+        if self.done != self._last_done:
             self._put_line()
 
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def line(self) -> str:
-        """The progress as one plain line, e.g. "epoch 2/12  500/7330   7%  2:30 < 34:10  loss 0.8123  lr
-        0.02"."""
+        """The progress as one plain line, e.g. "epoch 2/12  500/7330   7%  2:30 < 34:10  loss 0.8123  lr 0.02"."""
         elapsed = self._clock() - self._started
         percent = 100 * self.done // self.total if self.total else 100
         times = duration(elapsed)
@@ -222,35 +187,28 @@ class ProgressBar:
         count = f"{self.done:>{len(str(self.total))}}/{self.total} {self.unit}"
         return "  ".join([*filter(None, [self.description]), count, f"{percent:3d}%", times, *self._shown_figures()])
 
-    def _figures_that_fit(self) -> list[str]:
-        """Those that leave the bar some columns; the bar itself would cut one off in the middle of its digits."""
-        room = self._console.width - len(self.description) - len(f"{self.total}/{self.total}") - BAR_COLUMNS
-        figures: list[str] = []
-        for figure in self._shown_figures():
-            room -= len(figure) + 2
-            if room < 0:
-                break
-            figures.append(figure)
-        return figures
-
     def _shown_figures(self) -> list[str]:
         return [_shown_figure(name, value) for name, value in self._figures.items() if value is not None]
 
+    def _figures_that_fit(self) -> str:
+        """Those that leave the bar some columns; the bar itself would cut one off in the middle of its digits."""
+        room = self._console.width - len(self.description) - len(f"{self.total}/{self.total}") - BAR_COLUMNS
+        lengths = itertools.accumulate(len(figure) + 2 for figure in self._shown_figures())
+        pairs = zip(self._shown_figures(), lengths, strict=True)
+        return ", ".join(figure for figure, length in pairs if length <= room)
+
     def _line_is_due(self) -> bool:
         seconds = self._clock() - self._last_time
-        percents = [100 * done // max(self.total, 1) // PLAIN_PERCENT for done in (self._last_done, self.done)]
-        return (
-            self.done >= self.total
-            or seconds >= PLAIN_SECONDS
-            or (seconds >= PLAIN_PERCENT_SECONDS and percents[0] != percents[1])
-        )
+        before, now = (100 * done // max(self.total, 1) // PLAIN_PERCENT for done in (self._last_done, self.done))
+        least_seconds = PLAIN_PERCENT_SECONDS if now > before else PLAIN_SECONDS
+        return self.done >= self.total or seconds >= least_seconds
 
     def _put_line(self) -> None:
         self._last_time, self._last_done = self._clock(), self.done
         if self._bar is None:
             self._console.say(self.line())
         else:
-            self._console._log(self.line())
+            self._console.log(self.line())
 
 
 def _has_size(terminal: TextIO) -> bool:
@@ -261,8 +219,12 @@ def _has_size(terminal: TextIO) -> bool:
         return False
 
 
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def _may_color(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    return _is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 def _shown_figure(name: str, value: Any) -> str:

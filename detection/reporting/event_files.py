@@ -26,18 +26,15 @@ _TEMPORARY = "events-being-cut.tmp"
 
 @dataclass
 class EventHistory:
-    """What the event files of a run hold after the cut: the last step of each tag and the last text of each
-    text tag."""
+    """What the event files of a run hold after the cut: last step of each tag, last text of each text tag."""
 
     last_steps: dict[str, int] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
-    num_dropped: int = 0
 
 
 def event_files(directory: Path) -> list[Path]:
-    """The event files of a directory in TensorBoard's order, which is that of their names and so of their
-    start times."""
-    return sorted(path for path in directory.iterdir() if _MARK in path.name) if directory.is_dir() else []
+    """The event files of a directory in TensorBoard's order: that of their names and so of their start times."""
+    return sorted(path for path in directory.iterdir() if _MARK in path.name)
 
 
 def read_records(path: Path) -> Iterator[bytes]:
@@ -64,18 +61,11 @@ def parse_record(record: bytes) -> Event:
     return Event.FromString(record[_HEADER.size : -_FOOTER.size])
 
 
-def framed(event: Event) -> bytes:
-    """An Event message as a record."""
-    data = event.SerializeToString()
-    length = struct.pack("<Q", len(data))
-    return length + _FOOTER.pack(masked_crc32c(length)) + data + _FOOTER.pack(masked_crc32c(data))
-
-
 def cut_event_files(directory: Path, *, first_iteration: int, val_from: int) -> EventHistory:
     """Removes from disk every point that the resumed run will write again, and returns what is left.
 
-    Values whose tag starts with "val/" go from step val_from on, all others from step first_iteration on; so
-    does a value whose step its tag has already passed, and a torn last record. Each file keeps its name, for
+    Messages whose tags start with "val/" go from step val_from on, all others from step first_iteration on; so
+    does one whose step its tags have already passed, and a torn last record. Each file keeps its name, for
     a TensorBoard that is open meanwhile goes on from the file that it has come to; it is written anew beside the
     old one and renamed, so that a kill leaves the one or the other.
     """
@@ -93,8 +83,7 @@ def cut_event_files(directory: Path, *, first_iteration: int, val_from: int) -> 
         else:
             temporary.replace(path)
     _put_before_now(event_files(directory))
-    if directory.is_dir():
-        sync_folder(directory)
+    sync_folder(directory)
     return history
 
 
@@ -116,23 +105,15 @@ def _kept(
             yield record
         if kind != "summary":
             continue
-        values = [v for v in event.summary.value if _is_kept(v.tag, event.step, history, first_iteration, val_from)]
-        history.num_dropped += len(event.summary.value) - len(values)
-        for value in values:
-            history.last_steps[value.tag] = event.step
-            if value.metadata.plugin_data.plugin_name == "text" and value.tensor.string_val:
-                history.texts[value.tag] = value.tensor.string_val[0].decode()
-        if len(values) == len(event.summary.value):
+        # A message has values of one step, all of them of training or all of a validation: see TensorBoardLog.
+        values = event.summary.value
+        limit = val_from if any(value.tag.startswith("val/") for value in values) else first_iteration
+        if all(history.last_steps.get(value.tag, -1) < event.step < limit for value in values):
+            for value in values:
+                history.last_steps[value.tag] = event.step
+                if value.metadata.plugin_data.plugin_name == "text" and value.tensor.string_val:
+                    history.texts[value.tag] = value.tensor.string_val[0].decode()
             yield record
-        elif values:
-            kept_event = Event(wall_time=event.wall_time, step=event.step)
-            kept_event.summary.value.extend(values)
-            yield framed(kept_event)
-
-
-def _is_kept(tag: str, step: int, history: EventHistory, first_iteration: int, val_from: int) -> bool:
-    limit = val_from if tag.startswith("val/") else first_iteration
-    return history.last_steps.get(tag, -1) < step < limit
 
 
 def _put_before_now(files: list[Path]) -> None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from detection.reporting.durations import duration
+from detection.reporting.words import duration
 
 UNTIMED_ITERATIONS = 10  # slower than the rest: kernels are chosen, memory is claimed, files are opened
 TOLD_AFTER_ITERATIONS = 100

@@ -46,10 +46,8 @@ def draw_boxes(
     boxes_xyxy = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
     pixels = Image.fromarray(image)
     if longest_side is not None:
-        ratio = longest_side / max(pixels.size)
-        size = (max(1, round(pixels.width * ratio)), max(1, round(pixels.height * ratio)))
-        boxes_xyxy = boxes_xyxy * np.array([size[0] / pixels.width, size[1] / pixels.height] * 2)
-        pixels = pixels.resize(size, Image.Resampling.LANCZOS)
+        pixels = _scaled(image, longest_side)
+        boxes_xyxy = boxes_xyxy * np.array([pixels.width / image.shape[1], pixels.height / image.shape[0]] * 2)
     draw = ImageDraw.Draw(pixels)
     mean_side = (pixels.width + pixels.height) / 2
     line_width = max(1, round(mean_side * LINE_FRACTION))
@@ -89,17 +87,10 @@ def side_by_side(
 
 
 def mosaic(images: Sequence[np.ndarray], *, columns: int | None = None, cell: int = 480) -> np.ndarray:
-    """Images (uint8 RGB [H, W, 3], any sizes) in a grid, each scaled to fit a square of `cell` pixels;
-    uint8 RGB."""
+    """Images (uint8 RGB [H, W, 3], any sizes) in a grid, each scaled to fit a square of `cell` pixels; uint8 RGB."""
     if columns is None:
         columns = max(1, round(len(images) ** 0.5))
-    fitted = []
-    for image in images:
-        pixels = Image.fromarray(image)
-        ratio = cell / max(pixels.size)
-        size = (max(1, round(pixels.width * ratio)), max(1, round(pixels.height * ratio)))
-        fitted.append(np.asarray(pixels.resize(size, Image.Resampling.LANCZOS)))
-    return _grid(fitted, columns)
+    return _grid([np.asarray(_scaled(image, cell)) for image in images], columns)
 
 
 def save_png(path: str | Path, image: np.ndarray) -> None:
@@ -107,6 +98,12 @@ def save_png(path: str | Path, image: np.ndarray) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, format="PNG")
+
+
+def _scaled(image: np.ndarray, longest_side: int) -> Image.Image:
+    ratio = longest_side / max(image.shape[:2])
+    height, width = (max(1, round(side * ratio)) for side in image.shape[:2])
+    return Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _draw_frame(draw: ImageDraw.ImageDraw, box_xyxy: np.ndarray, color: tuple[int, int, int], width: int) -> None:
@@ -133,16 +130,10 @@ def _name_place(
     """Where the name of a box goes: the place round it that covers other names and small boxes least."""
     x0, y0, x1, y1 = boxes[number]
     width, height = size
-    candidates = [
-        (x0, y0 - height),
-        (x0, y0),
-        (x1 - width, y0 - height),
-        (x0, y1),
-        (x1 - width, y1),
-        (x1, y0),
-        (x0 - width, y0),
-        (x1 - width, y1 - height),
-    ]
+    candidates = (
+        *((x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1)),
+        *((x1 - width, y1), (x1, y0), (x0 - width, y0), (x1 - width, y1 - height)),
+    )
 
     def cost(place: _Rectangle) -> float:
         names = sum(_overlap(place, other) for other in taken)
@@ -172,8 +163,7 @@ def _draw_name(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
     draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
-    left, _, _, _ = font.getbbox(text)
-    _, top, _, _ = font.getbbox("Ag")
+    left, top = font.getbbox(text)[0], font.getbbox("Ag")[1]
     # Weights of ITU-R BT.601 luma: dark letters on a bright ground, bright ones on a dark ground.
     is_bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 128
     draw.text((place[0] + 2 - left, place[1] + 2 - top), text, fill=DARK if is_bright else LIGHT, font=font)

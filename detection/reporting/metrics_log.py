@@ -13,9 +13,7 @@ import contextlib
 import json
 import math
 import os
-import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +27,6 @@ class MetricsError(DetectionError):
     """A metrics file that cannot be read; the message names the file and the line."""
 
 
-@dataclass(frozen=True)
-class CutReport:
-    """What MetricsLog.cut did: records kept, records dropped past the cut (or doubled), lines that were no
-    record."""
-
-    kept: int
-    dropped: int
-    unreadable: int
-
-
 class MetricsLog:
     """Appends records to a metrics.jsonl file; every record is in the file when write() returns.
 
@@ -49,8 +37,10 @@ class MetricsLog:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(self.path)
-        self._descriptor: int | None = self._open()
+        if self.path.exists():
+            with self.path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record (numbers, strings, None, dicts and lists of these; 0-d arrays become numbers).
@@ -58,67 +48,41 @@ class MetricsLog:
         Raises OSError when the line cannot be written whole (a full disk); the file then ends where it
         ended before.
         """
-        if self._descriptor is None:
-            raise ValueError(f"{self.path}: the metrics log is closed")
         line = (json.dumps(_encoded(record), allow_nan=False) + "\n").encode()
-        length_before = os.fstat(self._descriptor).st_size
+        length_before = self._file.seek(0, os.SEEK_END)
         try:
-            num_written = os.write(self._descriptor, line)
+            num_written = self._file.write(line)
             if num_written != len(line):
                 raise OSError(f"{self.path}: only {num_written} of {len(line)} bytes of a record could be written")
         except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, length_before)
+                self._file.truncate(length_before)
             raise
 
     def flush(self) -> None:
         """Puts the records on the disk (fsync), so that they outlive a power loss. A kill needs no flush."""
-        if self._descriptor is not None:
-            os.fsync(self._descriptor)
+        os.fsync(self._file.fileno())
 
-    def cut(self, train_from: int, val_from: int) -> CutReport:
+    def cut(self, train_from: int, val_from: int) -> None:
         """Drops what a resumed run is about to write again; atomic: the file is the old or the new one.
 
         Validation records with iteration >= val_from go, records of any other kind with iteration >=
-        train_from go. A second record of the same kind and iteration goes too. The lines kept stay byte for
-        byte.
+        train_from go. A second record of the same kind and iteration goes too, and lines that are no record. The lines
+        kept stay byte for byte.
         """
         self.close()
-        kept: list[bytes] = []
-        num_dropped = num_unreadable = 0
-        seen: set[tuple[str, int]] = set()
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            place = _kind_and_iteration(line)
-            if place is None:
-                num_unreadable += 1
-            elif place in seen or place[1] >= (val_from if place[0] == "val" else train_from):
-                num_dropped += 1
-            else:
-                seen.add(place)
-                kept.append(line)
-        if num_dropped or num_unreadable:
-            _replace(self.path, b"".join(kept))
-        self._descriptor = self._open()
-        return CutReport(len(kept), num_dropped, num_unreadable)
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept: dict[tuple[str, int], bytes] = {}
+        for line in lines:
+            kind, iteration = _kind_and_iteration(line)
+            if iteration is not None and iteration < (val_from if kind == "val" else train_from):
+                kept.setdefault((kind, iteration), line)
+        if len(kept) < len(lines):
+            _replace(self.path, b"".join(kept.values()))
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _open(self) -> int:
-        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file.close()
 
 
 def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -128,7 +92,8 @@ def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, An
     without a file.
     """
     records = []
-    for number, line in _whole_lines(Path(path)):
+    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         record = _parsed(line)
         if record is None:
             raise MetricsError(
@@ -140,13 +105,6 @@ def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, An
     return records
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n"):
-                yield number, line
-
-
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
@@ -155,14 +113,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _kind_and_iteration(line: bytes) -> tuple[str, int] | None:
-    record = _parsed(line)
-    if record is None:
-        return None
+def _kind_and_iteration(line: bytes) -> tuple[str, int | None]:
+    record = _parsed(line) or {}
     kind, iteration = record.get("kind"), record.get("iteration")
-    if not isinstance(kind, str) or not isinstance(iteration, int):
-        return None
-    return kind, iteration
+    return str(kind), iteration if isinstance(kind, str) and isinstance(iteration, int) else None
 
 
 def _plain(value: Any) -> Any:
@@ -200,24 +154,6 @@ def _decoded(record: dict[str, Any]) -> dict[str, Any]:
         else:
             record[outer] = float(text)
     return record
-
-
-def _drop_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        keep, block = end, 4096
-        while keep:
-            start = max(0, keep - block)
-            file.seek(start)
-            newline = file.read(keep - start).rfind(b"\n")
-            if newline >= 0:
-                keep = start + newline + 1
-                break
-            keep = start
-        if keep != end:
-            file.truncate(keep)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -1,21 +1,13 @@
 """A curve as characters, for a start screen."""
 
-import math
 from collections.abc import Sequence
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:#"
 
 
-def sparkline(
-    values: Sequence[float],
-    width: int = 60,
-    height: int = 1,
-    *,
-    logarithmic: bool = False,
-    unicode: bool = True,
-) -> str:
-    """`values` (finite; positive where logarithmic) as `height` lines of at most `width` characters.
+def sparkline(values: Sequence[float], width: int = 60, height: int = 1, *, unicode: bool = True) -> str:
+    """`values` (finite) as `height` lines of at most `width` characters.
 
     The lowest value fills the lowest step of a column, the highest the whole column. Each column shows the
     value at its left edge, so that a step in the curve stands where it begins. Without unicode: ASCII
@@ -25,8 +17,6 @@ def sparkline(
         return ""
     num_columns = min(width, len(values))
     columns = [values[column * len(values) // num_columns] for column in range(num_columns)]
-    if logarithmic:
-        columns = [math.log(value) for value in columns]
     characters = _BLOCKS if unicode else _ASCII
     num_steps = len(characters) - 1
     low, high = min(columns), max(columns)

@@ -8,8 +8,7 @@ not only for those that understand TensorBoard's restart marks.
 import io
 import json
 import os
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +19,45 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
 from detection.reporting.event_files import cut_event_files, event_files
+from detection.reporting.tables import UNDEFINED
 
 IMAGES_TAG = "val/detections"
-UNDEFINED = -1.0  # COCO's value of a figure that no ground truth supports; a curve has no point there
 FLUSH_SECONDS = 10
 JPEG_QUALITY = 92
 
 # Not figures to draw: what the point is about, and what has tags of its own.
 _NOT_CURVES = {"kind", "iteration", "epoch", "per_class", "notes", "num_images"}
 
-_LAYOUT: dict[str, dict[str, list[Any]]] = {
+# Page -> chart -> tags (regular expressions). A page draws all curves of a run in one color: parts that do not lie
+# apart have a chart each.
+_PAGES = {
     "Overview": {
-        "learning rate": ["Multiline", ["^train/lr$"]],
-        "mAP": ["Multiline", ["^val/mAP$"]],
-        "loss": ["Multiline", ["^train/loss$"]],
-        "images per second": ["Multiline", ["^train/images_per_second$"]],
+        "learning rate": ["^train/lr$"],
+        "mAP": ["^val/mAP$"],
+        "loss": ["^train/loss$"],
+        "images per second": ["^train/images_per_second$"],
     },
-    # A page draws all curves of a run in one color: parts that do not lie apart have a chart each.
     "Losses": {
-        "RPN: object or not": ["Multiline", ["^train/loss_rpn_cls$"]],
-        "RPN: boxes": ["Multiline", ["^train/loss_rpn_bbox$"]],
-        "box head: classes": ["Multiline", ["^train/loss_cls$"]],
-        "box head: boxes": ["Multiline", ["^train/loss_bbox$"]],
-        "gradient norm": ["Multiline", ["^train/grad_norm$"]],
+        "RPN: object or not": ["^train/loss_rpn_cls$"],
+        "RPN: boxes": ["^train/loss_rpn_bbox$"],
+        "box head: classes": ["^train/loss_cls$"],
+        "box head: boxes": ["^train/loss_bbox$"],
+        "gradient norm": ["^train/grad_norm$"],
     },
     "Validation": {
-        "mAP at IoU 0.50 and 0.75": ["Multiline", ["^val/mAP_50$", "^val/mAP_75$"]],
-        "mAP by object size": ["Multiline", ["^val/mAP_[sml]$"]],
-        "average recall": ["Multiline", ["^val/AR_100$"]],
-        "AP by class": ["Multiline", ["^val/AP/"]],
+        "mAP at IoU 0.50 and 0.75": ["^val/mAP_50$", "^val/mAP_75$"],
+        "mAP by object size": ["^val/mAP_[sml]$"],
+        "average recall": ["^val/AR_100$"],
+        "AP by class": ["^val/AP/"],
     },
     "Speed": {
-        "seconds waiting for data": ["Multiline", ["^train/data_seconds$"]],
-        "device idle for want of data (share)": ["Multiline", ["^train/idle_share$"]],
-        "GPU memory (GB)": ["Multiline", ["^train/memory_gb$"]],
-        "seconds of a validation": ["Multiline", ["^val/seconds$"]],
+        "seconds waiting for data": ["^train/data_seconds$"],
+        "device idle for want of data (share)": ["^train/idle_share$"],
+        "GPU memory (GB)": ["^train/memory_gb$"],
+        "seconds of a validation": ["^val/seconds$"],
     },
 }
+_LAYOUT = {page: {chart: ["Multiline", tags] for chart, tags in charts.items()} for page, charts in _PAGES.items()}
 _LAYOUT_TAG = "custom_scalars__config__"
 _HPARAMS_TAG = "_hparams_/experiment"
 _HPARAMS_METRICS = ("val/mAP", "val/mAP_50", "val/mAP_75", "train/loss")
@@ -92,32 +93,27 @@ class TensorBoardLog:
         return tag in self.history.last_steps
 
     def train(self, record: Mapping[str, Any]) -> None:
-        """Draws a training record of metrics.jsonl: every figure in it as train/<name>, at
-        record["iteration"]."""
-        points = {f"train/{name}": value for name, value in record.items() if _is_figure(name, value)}
-        self._write(_scalars(points), int(record["iteration"]))
+        """Draws a training record of metrics.jsonl: every figure in it as train/<name>, at record["iteration"]."""
+        self._draw({f"train/{name}": value for name, value in _figures(record)}, record)
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Draws a validation record of metrics.jsonl: val/<name>, and val/AP/<class> from "per_class".
 
         A figure of -1 (nothing of that kind in the ground truth) gets no point.
         """
-        points = {f"val/{name}": value for name, value in record.items() if _is_figure(name, value)}
+        points = {f"val/{name}": value for name, value in _figures(record)}
         points |= {f"val/AP/{name}": value for name, value in record.get("per_class", {}).items()}
-        points = {tag: value for tag, value in points.items() if value != UNDEFINED}
-        self._write(_scalars(points), int(record["iteration"]))
+        self._draw({tag: value for tag, value in points.items() if value != UNDEFINED}, record)
 
     def images(self, iteration: int, images: Sequence[np.ndarray], tag: str = IMAGES_TAG) -> None:
-        """Shows uint8 RGB [H, W, 3] arrays as <tag>/0, <tag>/1, ...; an image that the log already has is
-        skipped."""
+        """Shows uint8 RGB [H, W, 3] arrays as <tag>/0, <tag>/1, ...; an image that the log already has is skipped."""
         for number, pixels in enumerate(images):
             name = f"{tag}/{number}"
-            if self.history.last_steps.get(name, -1) < iteration:
+            if self._is_new(name, iteration):
                 self._write(_image(name, pixels), iteration)
 
     def text(self, tag: str, text: str, *, verbatim: bool = False) -> None:
-        """Shows a text (Markdown, or as it stands with verbatim) unless the log already shows this very
-        text."""
+        """Shows a text (Markdown, or as it stands with verbatim) unless the log already shows this very text."""
         if verbatim:
             text = "\n".join("    " + line for line in text.splitlines())
         name = f"{tag}/text_summary"
@@ -131,8 +127,8 @@ class TensorBoardLog:
         if self.has(_HPARAMS_TAG):
             return
         plain = {
-            key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-            for key, value in settings.items()
+            name: value if isinstance(value, (int, float, str)) else json.dumps(value)
+            for name, value in settings.items()
         }
         # Of the three messages the last says "finished with success": see finish.
         for summary in summaries.hparams(plain, dict.fromkeys(_HPARAMS_METRICS))[:2]:
@@ -140,31 +136,23 @@ class TensorBoardLog:
 
     def finish(self, iteration: int) -> None:
         """Marks the run as finished on the HPARAMS page, once; `iteration` is the last one."""
-        self._write_once(summaries.hparams({}, {})[2], iteration)
+        summary = summaries.hparams({}, {})[2]
+        if not any(self.has(value.tag) for value in summary.value):
+            self._write(summary, iteration)
 
     def precision_recall(self, iteration: int, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Draws name -> (precision, recall), float arrays of one length (at most 127 points), the recall
         falling, as val/PR/<name>."""
         for name, (precision, recall) in curves.items():
-            if self.history.last_steps.get(f"val/PR/{name}", -1) >= iteration:
-                continue
-            # The page cuts a curve off where no positives are counted; COCO's curves come without counts.
-            counts = np.ones(len(precision))
-            summary = summaries.pr_curve_raw(
-                f"val/PR/{name}",
-                counts,
-                counts,
-                counts,
-                counts,
-                precision,
-                recall,
-                num_thresholds=len(precision),
-            )
-            self._write(summary, iteration)
+            tag, length = f"val/PR/{name}", len(precision)
+            if self._is_new(tag, iteration):
+                # The page cuts a curve off where no positives are counted; COCO's curves come without counts.
+                some = np.ones(length)
+                curve = summaries.pr_curve_raw(tag, some, some, some, some, precision, recall, num_thresholds=length)
+                self._write(curve, iteration)
 
     def flush(self) -> None:
-        """Puts everything written so far on the disk (fsync): a kill or a power loss from here on cannot
-        take it."""
+        """Puts everything written so far on the disk (fsync): a kill or a power loss from here on cannot take it."""
         self._writer.flush()
         with event_files(self.directory)[-1].open("rb") as file:
             os.fsync(file.fileno())
@@ -172,36 +160,26 @@ class TensorBoardLog:
     def close(self) -> None:
         self._writer.close()
 
-    def __enter__(self) -> "TensorBoardLog":
-        return self
+    def _is_new(self, tag: str, step: int) -> bool:
+        return self.history.last_steps.get(tag, -1) < step
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _write_once(self, summary: Summary, step: int) -> None:
-        if not any(self.has(value.tag) for value in summary.value):
-            self._write(summary, step)
+    def _draw(self, points: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        # One message with all points of a step: a twelfth of the records that one message a point would take.
+        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in points.items()]
+        if values:
+            self._write(Summary(value=values), int(record["iteration"]))
 
     def _write(self, summary: Summary, step: int) -> None:
-        if not summary.value:
-            return
         self._file_writer.add_summary(summary, step)
         for value in summary.value:
             self.history.last_steps[value.tag] = step
 
 
-def _is_figure(name: str, value: Any) -> bool:
-    return name not in _NOT_CURVES and value is not None and not isinstance(value, (str, bool, Mapping, list, tuple))
-
-
-def _scalars(points: Mapping[str, Any]) -> Summary:
-    """One message with all points of a step: a twelfth of the records that one message a point would take."""
-    return Summary(value=[Summary.Value(tag=tag, simple_value=float(value)) for tag, value in points.items()])
+def _figures(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in record.items():
+        no_number = value is None or isinstance(value, (str, bool, Mapping, list, tuple))
+        if name not in _NOT_CURVES and not no_number:
+            yield name, value
 
 
 def _image(tag: str, pixels: np.ndarray) -> Summary:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_run(directory, lr, maps, num_iterations=200):
-    with MetricsLog(directory / "metrics.jsonl") as log:
+    with closing(MetricsLog(directory / "metrics.jsonl")) as log:
         for iteration in range(num_iterations):
             loss = float("nan") if iteration == 3 else 2 / (1 + lr * iteration)
             log.write(
@@ -72,6 +73,7 @@ def test_a_directory_that_is_no_run_and_one_given_twice_are_refused(directories,
         read_runs([directories[0], directories[0]])
 
 
+@pytest.mark.slow
 def test_the_script_prints_table_and_differences_and_draws_the_image(directories, tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "comparison.png"

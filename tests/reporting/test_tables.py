@@ -63,8 +63,8 @@ def test_a_summary_of_undefined_figures_marks_none():
 
 
 def test_a_sparkline_shows_the_steps_of_a_schedule_where_they_are():
-    values = [0.02] * 80 + [0.002] * 30 + [0.0002] * 10
-    assert sparkline(values, 12, logarithmic=True) == "████████▅▅▅▁"
+    values = [0.02] * 80 + [0.01] * 30 + [0.0] * 10
+    assert sparkline(values, 12) == "████████▅▅▅▁"
 
 
 def test_a_sparkline_of_several_lines_is_a_plot():

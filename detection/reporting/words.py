@@ -1,4 +1,9 @@
-"""Lengths of time as people read them."""
+"""Numbers in words."""
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """ "1 image", "2 images"; `several` where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -11,9 +16,3 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days} d {hour:02d}:{minute:02d}:{second:02d}"
     return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
-
-
-def remaining(seconds_so_far: float, done: int, total: int) -> str:
-    """The time that the rest takes at the pace so far, as duration() writes it; "?" before anything is
-    done."""
-    return duration(seconds_so_far / done * (total - done)) if done > 0 else "?"
