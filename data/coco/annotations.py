@@ -8,16 +8,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from data.coco.cache import Packed, load_or_build
 from data.coco.columns import MAX_IMAGE_PIXELS, AnnotationError, Records, parse_coco
-from data.coco.findings import MAX_PLACES, Finding, Severity, examples
+from data.coco.findings import MAX_PLACES, Finding, examples
 
 NO_CLASS = -1
-_T = TypeVar("_T")
+_FAULTY: Any = object()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,51 +92,49 @@ class CocoAnnotations:
         """Image `index` for a message: file name and id."""
         return f"{self.file_name(index)} (image id {self.image_ids[index]})"
 
-    def images_finding(self, severity: Severity, code: str, text: str, indices: Sequence[int] | np.ndarray) -> Finding:
+    def images_finding(self, code: str, indices: Sequence[int] | np.ndarray, **names: Any) -> Finding:
         """A finding about these images (indices, not ids), the first of them named."""
-        return Finding(severity, code, text, len(indices), tuple(self.place(int(i)) for i in indices[:MAX_PLACES]))
+        places = [self.place(int(index)) for index in indices[:MAX_PLACES]]
+        return Finding.of(code, places, count=len(indices), source=self.source, **names)
+
+    def not_trained(self) -> dict[str, np.ndarray]:
+        """Which annotations are not trained on, by reason: bool [M] each.
+
+        The rules are those of MMDetection 3.3 (CocoDataset.parse_data_info): `ignore` is set, the box does not
+        overlap the image, a side is below 1 pixel, the area is not positive, the category is not a class.
+        """
+        x, y, w, h = self.boxes_xywh.T
+        overlap_w = np.minimum(x + w, self.widths[self.image_indices]) - np.maximum(x, 0)
+        overlap_h = np.minimum(y + h, self.heights[self.image_indices]) - np.maximum(y, 0)
+        return {
+            "ignored-annotation": self.ignore,
+            "box-outside-image": (overlap_w <= 0) | (overlap_h <= 0),
+            "degenerate-box": (w < 1) | (h < 1),
+            "no-area-of-object": self.areas <= 0,
+            "other-category": self.labels == NO_CLASS,
+        }
+
+    def images_not_trained(self, *, min_size: int = 32) -> dict[str, np.ndarray]:
+        """Which images are not trained on, by reason: bool [N] each; MMDetection's rules (CocoDataset.filter_data).
+
+        A side is below min_size pixels, or no annotation of the file has one of the classes: an image whose only
+        annotation is not trained on stays, without a box.
+        """
+        has_class = np.bincount(self.image_indices[self.labels != NO_CLASS], minlength=len(self)) > 0
+        small = np.minimum(self.widths, self.heights) < min_size
+        return {"small-image": small, "image-without-annotation": ~has_class & ~small}
 
     def training_view(self, *, filter_empty: bool = True, min_size: int = 32) -> "CocoAnnotations":
-        """The images and annotations that are trained on, by MMDetection 3.3's rules
-        (CocoDataset.parse_data_info and filter_data).
+        """The images and annotations that are trained on: without those of not_trained and images_not_trained.
 
-        Annotations are left out when they have `ignore` set, when their box does not overlap the image,
-        when the area is not positive or a side is below 1 pixel, or when their category is not a class. Crowd
-        regions stay, marked. Images are left out when no annotation *of the file* has one of the classes
-        (with filter_empty), or when their shorter side is below min_size pixels: an image whose only
-        annotation was left out is trained on without a box. Without images to filter: filter_empty=False,
-        min_size=0.
+        Crowd regions stay, marked. filter_empty=False keeps images without annotations.
         """
-        image_indices = self.image_indices
-        x, y, w, h = self.boxes_xywh.T
-        overlap_w = np.minimum(x + w, self.widths[image_indices]) - np.maximum(x, 0)
-        overlap_h = np.minimum(y + h, self.heights[image_indices]) - np.maximum(y, 0)
-        faults = (
-            ("ignored-annotation", "with ignore set", self.ignore),
-            ("box-outside-image", "without overlap with the image", (overlap_w <= 0) | (overlap_h <= 0)),
-            ("degenerate-box", "without area or thinner than a pixel", (self.areas <= 0) | (w < 1) | (h < 1)),
-            ("other-category", "of categories that are not trained", self.labels == NO_CLASS),
+        left_out = self.images_not_trained(min_size=min_size)
+        if not filter_empty:
+            del left_out["image-without-annotation"]
+        return self._select(
+            ~np.logical_or.reduce(list(left_out.values())), ~np.logical_or.reduce(list(self.not_trained().values()))
         )
-        findings = list(self.findings)
-        keep = np.ones(self.num_boxes, dtype=bool)
-        for code, text, faulty in faults:
-            if (keep & faulty).any():
-                text = f"{self.source}: annotations {text} are not trained on"
-                findings.append(_left_out("info", code, text, self.annotation_ids, keep & faulty))
-            keep &= ~faulty
-
-        keep_image = np.minimum(self.widths, self.heights) >= min_size
-        if not keep_image.all():
-            text = f"{self.source}: images with a side below {min_size} pixels are not trained on"
-            findings.append(self.images_finding("info", "small-image", text, np.flatnonzero(~keep_image)))
-        if filter_empty:
-            has_class = np.bincount(image_indices[self.labels != NO_CLASS], minlength=len(self)) > 0
-            empty = np.flatnonzero(keep_image & ~has_class)
-            if len(empty):
-                text = f"{self.source}: images without an annotation are not trained on"
-                findings.append(self.images_finding("info", "image-without-annotation", text, empty))
-            keep_image &= has_class
-        return replace(self._select(keep_image, keep), findings=tuple(findings))
 
     def _select(self, keep_image: np.ndarray, keep: np.ndarray) -> "CocoAnnotations":
         keep = keep & keep_image[self.image_indices]
@@ -200,34 +198,80 @@ def read_coco(
         packed, problem = load_or_build(path, Path(cache_dir), lambda: _pack(_read_file(path)))
         annotations = _unpack(str(path), packed)
         if problem is not None:
-            text = f"{cache_dir}: packed annotations cannot be kept here, so each start parses {path} ({problem})"
-            annotations = replace(annotations, findings=(*annotations.findings, Finding("info", "no-cache", text)))
+            finding = Finding.of("no-cache", folder=cache_dir, source=path, problem=problem)
+            annotations = replace(annotations, findings=(*annotations.findings, finding))
     return annotations if class_names is None else _with_classes(annotations, class_names, allow_other_categories)
 
 
+def find_fatal(file: str | Path) -> list[Finding]:
+    """Why read_coco refuses `file`: the first fault of every column, not only of the first faulty one. Empty for a
+    file that it reads.
+    """
+    _, errors = _read_columns(Path(file))
+    messages = dict.fromkeys(str(error).rstrip(".") for error in errors)
+    return [Finding.of("unusable-annotations", message=message) for message in messages]
+
+
 def _read_file(path: Path) -> CocoAnnotations:
-    """The file with all its categories as classes."""
-    content = parse_coco(path)
-    _require_sections(path, content)
-    category_ids, names = _read_categories(Records(path, "categories", content.pop("categories")))
-    images = Records(path, "images", content.pop("images"))
-    image_ids = images.unique_integers("id")
-    widths, heights = images.sides("width"), images.sides("height")
-    _require_decodable(images, widths, heights)
-    encoded_names = images.file_names("file_name")
+    annotations, errors = _read_columns(path)
+    if annotations is None:
+        raise errors[0]
+    return annotations
 
-    annotations = Records(path, "annotations", content.pop("annotations", []))
-    annotation_ids = annotations.unique_integers("id")
-    image_indices = annotations.references("image_id", image_ids, "images")
-    labels = annotations.references("category_id", np.array(category_ids, dtype=np.int64), "categories")
-    boxes_xywh = annotations.boxes("bbox")
-    areas, area_absent = annotations.areas("area")
-    areas[area_absent] = boxes_xywh[area_absent, 2] * boxes_xywh[area_absent, 3]
-    crowd, ignore = annotations.flags("iscrowd"), annotations.flags("ignore")
-    without_rle = crowd & ~annotations.contains("segmentation", dict)
 
+def _read_columns(path: Path) -> tuple[CocoAnnotations | None, list[AnnotationError]]:
+    """The file with all its categories as classes; None where there are errors, the first one of each column."""
+    errors: list[AnnotationError] = []
+
+    def checked(read: Callable[..., Any], *arguments: Any) -> Any:
+        """What `read` gives; _FAULTY where it fails, or one of the arguments did."""
+        if any(argument is _FAULTY for argument in arguments):
+            return _FAULTY
+        try:
+            return read(*arguments)
+        except AnnotationError as error:
+            errors.append(error)
+            return _FAULTY
+
+    content = checked(parse_coco, path)
+    if content is _FAULTY:
+        return None, errors
+    checked(_require_sections, path, content)
+    categories = checked(Records, path, "categories", content.get("categories") or []) or _FAULTY
+    named = checked(_read_categories, categories)
+    category_ids = checked(Records.unique_integers, categories, "id")
+    images = checked(Records, path, "images", content.get("images") or []) or _FAULTY
+    image_ids = checked(Records.unique_integers, images, "id")
+    widths, heights = (checked(Records.sides, images, side) for side in ("width", "height"))
+    checked(_require_decodable, images, widths, heights)
+    encoded_names = checked(Records.file_names, images, "file_name")
+
+    annotations = checked(Records, path, "annotations", content.get("annotations", []))
+    annotation_ids = checked(Records.unique_integers, annotations, "id")
+    image_indices = checked(Records.references, annotations, "image_id", image_ids, "images")
+    labels = checked(Records.references, annotations, "category_id", checked(np.sort, category_ids), "categories")
+    boxes_xywh = checked(Records.boxes, annotations, "bbox")
+    areas = checked(Records.areas, annotations, "area")
+    crowd, ignore = (checked(Records.flags, annotations, key) for key in ("iscrowd", "ignore"))
+    if errors:
+        return None, errors
+
+    no_area = annotations.absent("area")
+    areas[no_area] = boxes_xywh[no_area, 2] * boxes_xywh[no_area, 3]
+    remarks = {
+        "no-area": no_area,
+        "no-iscrowd": annotations.absent("iscrowd"),
+        "crowd-without-rle": crowd & ~annotations.contains("segmentation", dict),
+    }
+    findings = [
+        Finding.of(code, [f"annotation id {i}" for i in annotation_ids[which].tolist()], source=path)
+        for code, which in remarks.items()
+        if which.any()
+    ]
+    if (annotation_ids == 0).any():
+        findings.append(Finding.of("annotation-id-0", source=path))
     order = np.argsort(image_indices, kind="stable")
-    return CocoAnnotations(
+    read = CocoAnnotations(
         source=str(path),
         image_ids=image_ids,
         widths=widths,
@@ -241,10 +285,11 @@ def _read_file(path: Path) -> CocoAnnotations:
         crowd=crowd[order],
         ignore=ignore[order],
         annotation_ids=annotation_ids[order],
-        category_ids=category_ids,
-        class_names=names,
-        findings=_reading_findings(path, annotation_ids, area_absent, annotations.absent("iscrowd"), without_rle),
+        category_ids=named[0],
+        class_names=named[1],
+        findings=tuple(findings),
     )
+    return read, errors
 
 
 def _require_decodable(images: Records, widths: np.ndarray, heights: np.ndarray) -> None:
@@ -252,45 +297,6 @@ def _require_decodable(images: Records, widths: np.ndarray, heights: np.ndarray)
     remedy = 'Correct "width" and "height", or store a smaller copy of the image.'
     problem = f"and with the height more than the {MAX_IMAGE_PIXELS:,} pixels that an image may have"
     images.fail_where(widths * heights > MAX_IMAGE_PIXELS, "width", problem, remedy)
-
-
-def find_fatal(file: str | Path) -> list[Finding]:
-    """Why read_coco refuses `file`: the first fault of every column, not only of the first faulty one. Empty for a
-    file that it reads.
-    """
-    path = Path(file)
-    messages: list[str] = []
-
-    def attempt(function: Callable[..., _T], *arguments: Any) -> _T | None:
-        try:
-            return function(*arguments)
-        except AnnotationError as error:
-            messages.append(str(error))
-            return None
-
-    content = attempt(parse_coco, path)
-    if content is not None:
-        attempt(_require_sections, path, content)
-        if categories := attempt(Records, path, "categories", content.get("categories") or []):
-            attempt(_read_categories, categories)
-            category_ids = attempt(categories.unique_integers, "id")
-        if images := attempt(Records, path, "images", content.get("images") or []):
-            image_ids = attempt(images.unique_integers, "id")
-            widths, heights = attempt(images.sides, "width"), attempt(images.sides, "height")
-            if widths is not None and heights is not None:
-                attempt(_require_decodable, images, widths, heights)
-            attempt(images.file_names, "file_name")
-        if annotations := attempt(Records, path, "annotations", content.get("annotations", [])):
-            attempt(annotations.unique_integers, "id")
-            if images and image_ids is not None:
-                attempt(annotations.references, "image_id", image_ids, "images")
-            if categories and category_ids is not None:
-                attempt(annotations.references, "category_id", category_ids, "categories")
-            attempt(annotations.boxes, "bbox")
-            attempt(annotations.areas, "area")
-            attempt(annotations.flags, "iscrowd")
-            attempt(annotations.flags, "ignore")
-    return [Finding("error", "unusable-annotations", text.rstrip(".")) for text in dict.fromkeys(messages)]
 
 
 def _require_sections(path: Path, content: dict[str, Any]) -> None:
@@ -363,36 +369,6 @@ def _unpack(source: str, packed: Packed) -> CocoAnnotations:
         findings=tuple(findings),
         **packed.arrays,
     )
-
-
-def _reading_findings(
-    path: Path, annotation_ids: np.ndarray, no_area: np.ndarray, no_iscrowd: np.ndarray, no_rle: np.ndarray
-) -> tuple[Finding, ...]:
-    """Remarks on what the packed arrays no longer show."""
-    remarks: tuple[tuple[np.ndarray, Severity, str, str], ...] = (
-        (no_area, "warning", "no-area", 'annotations have no "area", for which the area of the box stands in'),
-        (no_iscrowd, "info", "no-iscrowd", 'annotations have no "iscrowd" and are taken for single objects'),
-        (
-            no_rle,
-            "warning",
-            "crowd-without-rle",
-            "crowd annotations have no run-length mask, for which the box stands in",
-        ),
-    )
-    findings = [
-        _left_out(severity, code, f"{path}: {text}", annotation_ids, faulty)
-        for faulty, severity, code, text in remarks
-        if faulty.any()
-    ]
-    if (annotation_ids == 0).any():
-        text = f"{path}: annotation id 0, which plain pycocotools takes for unmatched, counts like any other here"
-        findings.append(Finding("info", "annotation-id-0", text))
-    return tuple(findings)
-
-
-def _left_out(severity: Severity, code: str, text: str, annotation_ids: np.ndarray, faulty: np.ndarray) -> Finding:
-    ids = annotation_ids[faulty]
-    return Finding(severity, code, text, len(ids), tuple(f"annotation id {i}" for i in ids[:MAX_PLACES].tolist()))
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

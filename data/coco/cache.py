@@ -1,8 +1,8 @@
 """Numpy arrays in one file that processes map instead of read: the cache behind read_coco.
 
-Layout: a line of magic, the length of the header, the header (JSON: facts, and name, type, shape and place of each
-array), the arrays, each on a multiple of 64 bytes. The last 32 bytes are the SHA-256 of all before, so that a file
-that was cut off, damaged or made by something else is recognized.
+Layout: a line of magic and the arrays, each on a multiple of 64 bytes; a header (JSON: facts, and name, type, shape and
+place of each array) and its length. The last 32 bytes are the SHA-256 of all before, so that a file that was cut off,
+damaged or made by something else is recognized.
 """
 
 import fcntl
@@ -20,7 +20,6 @@ import numpy as np
 
 MAGIC = b"packed annotations 2\n"  # another number whenever what is stored changes its meaning
 ALIGNMENT = 64
-_DIGEST_BYTES = 32
 
 
 class Packed(NamedTuple):
@@ -66,11 +65,10 @@ def read_packed(path: Path, key: list[Any]) -> Packed | None:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # mmap's word for an empty file
         return None
-    start = len(MAGIC) + 8
-    body = memoryview(content)[:-_DIGEST_BYTES]
-    if content[: len(MAGIC)] != MAGIC or hashlib.sha256(body).digest() != content[-_DIGEST_BYTES:]:
+    if content[: len(MAGIC)] != MAGIC or hashlib.sha256(memoryview(content)[:-32]).digest() != content[-32:]:
         return None
-    header = json.loads(content[start : start + int.from_bytes(content[len(MAGIC) : start], "little")])
+    end = len(content) - 40
+    header = json.loads(content[end - int.from_bytes(content[end:-32], "little") : end])
     if header["key"] != key:
         return None
     arrays = {}
@@ -82,32 +80,18 @@ def read_packed(path: Path, key: list[Any]) -> Packed | None:
 
 def write_packed(path: Path, packed: Packed, key: list[Any]) -> None:
     """Writes the file under a temporary name and renames it, so that none ever sees a part of it."""
-    entries = []
-    offset = 0
+    chunks, entries = [MAGIC.ljust(ALIGNMENT)], []
     for name, array in packed.arrays.items():
-        entries.append([name, array.dtype.str, list(array.shape), offset])
-        offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
-    # The places depend on the header's length, and that on the places: measured with room for 12 digits each.
-    draft = json.dumps({"key": key, "facts": packed.facts, "arrays": entries}).encode()
-    first = -(-(len(MAGIC) + 8 + len(draft) + 12 * len(entries)) // ALIGNMENT) * ALIGNMENT
-    entries = [[name, dtype, shape, first + place] for name, dtype, shape, place in entries]
+        content = np.ascontiguousarray(array).tobytes()
+        entries.append([name, array.dtype.str, list(array.shape), sum(map(len, chunks))])
+        chunks.append(content + bytes(-len(content) % ALIGNMENT))
     header = json.dumps({"key": key, "facts": packed.facts, "arrays": entries}).encode()
-
-    sha = hashlib.sha256()
+    body = b"".join([*chunks, header, len(header).to_bytes(8, "little")])
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-
-            def put(content: bytes | memoryview) -> None:
-                sha.update(content)
-                file.write(content)
-
-            start = MAGIC + len(header).to_bytes(8, "little") + header
-            put(start + bytes(first - len(start)))
-            for array in packed.arrays.values():
-                content = np.ascontiguousarray(array).tobytes()
-                put(content + bytes(-len(content) % ALIGNMENT))
-            file.write(sha.digest())
+            file.write(body)
+            file.write(hashlib.sha256(body).digest())
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp's file is for its owner alone

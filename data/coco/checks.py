@@ -1,13 +1,14 @@
 """Faults of a COCO-format set that show without opening an image; fast enough for the start of every run."""
 
+import functools
 import os
-from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data.coco.annotations import NO_CLASS, CocoAnnotations
-from data.coco.findings import MAX_PLACES, Finding, Severity, examples
+from data.coco.findings import MAX_PLACES, Finding, examples
 
 OVERHANG = 2.0  # pixels a box may stick out of its image unmentioned; COCO's own boxes do by rounding
 
@@ -28,60 +29,37 @@ def check_split(
     """
     findings = [*annotations.findings, *check_annotations(annotations, needs_boxes=needs_boxes)]
     if training:
-        left_out = annotations.training_view().findings
-        findings += [finding for finding in left_out if finding.code in ("small-image", "image-without-annotation")]
+        left_out = annotations.images_not_trained().items()
+        findings += [annotations.images_finding(code, np.flatnonzero(which)) for code, which in left_out if which.any()]
     return findings + check_files(annotations, Path(images_dir))
 
 
 def check_annotations(annotations: CocoAnnotations, *, needs_boxes: bool = True) -> list[Finding]:
     """Faults of the boxes and the use of the categories."""
     source = annotations.source
-    findings: list[Finding] = []
     if not annotations.has_boxes:
-        severity: Severity = "error" if needs_boxes else "info"
-        text = f"{source}: no annotations at all: it can neither be trained on nor scored. Give a file with boxes"
-        return [Finding(severity, "no-annotations", text)]
+        return [Finding.of("no-annotations", severity="error" if needs_boxes else "info", source=source)]
 
-    x, y, w, h = annotations.boxes_xywh.T
-    widths = annotations.widths[annotations.image_indices]
-    heights = annotations.heights[annotations.image_indices]
-    thin = (w < 1) | (h < 1)
-    no_area = ~thin & (annotations.areas <= 0)
-    inside = (np.minimum(x + w, widths) > np.maximum(x, 0)) & (np.minimum(y + h, heights) > np.maximum(y, 0))
-    outside = ~thin & ~inside
-    overhang = np.maximum.reduce([-x, -y, x + w - widths, y + h - heights])
-    sticks_out = inside & ~thin & (overhang > OVERHANG)
-    not_trained = "not trained on; correct or delete"
-    for code, faulty, text in (
-        ("degenerate-box", thin, f"boxes with a side below 1 pixel are {not_trained} them"),
-        ("no-area-of-object", no_area, f'annotations with an "area" of 0 or less are {not_trained} them'),
-        ("box-outside-image", outside, f"boxes that lie outside their image are {not_trained} them"),
-        ("box-sticks-out", sticks_out, "boxes that stick out of their image are clipped for training"),
-        ("duplicate-box", _repeats(annotations), "annotations repeat box and class of another; delete them"),
-    ):
-        if faulty.any():
-            findings.append(_box_finding(annotations, faulty, "warning", code, text))
+    left_out = annotations.not_trained()
+    thin, outside = left_out["degenerate-box"], left_out["box-outside-image"]
+    faults = {
+        "degenerate-box": thin,
+        "no-area-of-object": left_out["no-area-of-object"] & ~thin,
+        "box-outside-image": outside & ~thin,
+        "box-sticks-out": ~outside & ~thin & (_overhang(annotations) > OVERHANG),
+        "duplicate-box": _repeats(annotations),
+    }
+    findings = [_box_finding(annotations, code, faulty) for code, faulty in faults.items() if faulty.any()]
     if looks_like_xyxy(annotations):
-        text = (
-            f"{source}: the boxes look like corners [x1, y1, x2, y2], and COCO has [x, y, width, height]: most "
-            "have width > x and height > y and many leave their image. Convert them, or training learns wrong boxes"
-        )
-        findings.append(Finding("warning", "xyxy-boxes", text))
+        findings.append(Finding.of("xyxy-boxes", source=source))
 
-    unused = np.bincount(annotations.labels[annotations.labels != NO_CLASS], minlength=len(annotations.class_names))
-    names = [
-        f"{name!r} (category id {category_id})"
-        for name, category_id, count in zip(
-            annotations.class_names, annotations.category_ids, unused.tolist(), strict=True
-        )
-        if count == 0
-    ]
-    if names:
-        text = f"{source}: categories that no annotation uses; their AP is undefined. Fine if it is meant so"
-        findings.append(Finding("warning", "unused-category", text, len(names), tuple(names)))
+    used = set(annotations.labels.tolist())
+    classes = zip(annotations.class_names, annotations.category_ids, strict=True)
+    unused = [f"{name!r} (category id {number})" for label, (name, number) in enumerate(classes) if label not in used]
+    if unused:
+        findings.append(Finding.of("unused-category", unused, source=source))
     if not np.any(~annotations.crowd & (annotations.labels != NO_CLASS)):
-        text = f"{source}: no annotation but crowd regions and other categories: nothing to train on"
-        findings.append(Finding("error" if needs_boxes else "warning", "only-crowds", text))
+        findings.append(Finding.of("only-crowds", severity="error" if needs_boxes else "warning", source=source))
     return findings
 
 
@@ -90,61 +68,55 @@ def looks_like_xyxy(annotations: CocoAnnotations) -> bool:
     x, y, w, h = annotations.boxes_xywh.T
     if len(x) < XYXY_MIN_BOXES:
         return False
-    ordered = (w > x) & (h > y)
-    outside = (x + w > annotations.widths[annotations.image_indices] + OVERHANG) | (
-        y + h > annotations.heights[annotations.image_indices] + OVERHANG
-    )
+    ordered, outside = (w > x) & (h > y), _overhang(annotations) > OVERHANG
     return bool(ordered.mean() >= XYXY_ORDERED_SHARE and outside.mean() >= XYXY_OUTSIDE_SHARE)
+
+
+def _overhang(annotations: CocoAnnotations) -> np.ndarray:
+    """float64 [M]: pixels by which each box leaves its image at most; not above 0 inside."""
+    x, y, w, h = annotations.boxes_xywh.T
+    widths, heights = (sides[annotations.image_indices] for sides in (annotations.widths, annotations.heights))
+    return np.maximum.reduce([-x, -y, x + w - widths, y + h - heights])
+
+
+def image_entries(annotations: CocoAnnotations, images_dir: Path) -> Iterator[tuple[str, os.DirEntry[str] | None]]:
+    """The file name of each image, and its entry in the listing of its folder; None where it is not there.
+
+    Each folder is listed once, which takes far less time than asking for every file.
+    """
+    listings: dict[str, dict[str, os.DirEntry[str]]] = {}
+    for index in range(len(annotations)):
+        name = os.path.normpath(annotations.file_name(index))  # a/./b.jpg and a//b.jpg are a/b.jpg
+        folder, base = os.path.split(name)
+        if folder not in listings:
+            listings[folder] = _entries(images_dir / folder)
+        yield name, listings[folder].get(base)
 
 
 def check_files(annotations: CocoAnnotations, images_dir: Path) -> list[Finding]:
     """Faults that the listing of the image folder shows: missing and empty files, links out, names used twice."""
     if not images_dir.is_dir():
-        text = f"{images_dir}: no such folder; it should hold the images of {annotations.source}. Check the path"
-        return [Finding("error", "no-image-folder", text)]
-    indices_by_name: dict[str, list[int]] = defaultdict(list)
-    for index in range(len(annotations)):
-        # a/./b.jpg and a//b.jpg are a/b.jpg
-        indices_by_name[os.path.normpath(annotations.file_name(index))].append(index)
-    names_by_folder: dict[str, set[str]] = defaultdict(set)
-    for name in indices_by_name:
-        folder, base = os.path.split(name)
-        names_by_folder[folder].add(base)
-
-    missing, empty, linked = [], [], []
+        return [Finding.of("no-image-folder", images=images_dir, source=annotations.source)]
     root = images_dir.resolve()
-    for folder, wanted in names_by_folder.items():
-        entries = _entries(images_dir / folder)
-        folder_leaves = not (images_dir / folder).resolve().is_relative_to(root)
-        for base in wanted:
-            path = os.path.join(folder, base)  # noqa: PTH118 - 118,000 of them
-            entry = entries.get(base)
-            if entry is None or not entry.is_file():
-                missing.append(path)
-                continue
-            if entry.stat().st_size == 0:
-                empty.append(path)
-            if folder_leaves or (entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root)):
-                linked.append(path)
 
-    faults: tuple[tuple[Severity, str, list[str], str], ...] = (
-        ("error", "missing-image", missing, "image files are missing. Add them, or take the images out of"),
-        ("error", "empty-image", empty, "image files are empty (0 bytes). Fetch them again, or take them out of"),
-        ("warning", "link-out", linked, "image files are links that leave the folder. Is that meant? Named in"),
-        (
-            "warning",
-            "repeated-file",
-            [name for name, indices in indices_by_name.items() if len(indices) > 1],
-            "image files are listed under several image ids, which counts them several times. Join them in",
-        ),
-    )
-    findings = []
-    for severity, code, names, text in faults:
-        if names:
-            indices = sorted(indices_by_name[name][0] for name in names)
-            text = f"{images_dir}: {text} {annotations.source}"
-            findings.append(annotations.images_finding(severity, code, text, indices))
-    return findings
+    @functools.cache
+    def leaves(folder: str) -> bool:
+        return not Path(folder).resolve().is_relative_to(root)
+
+    first: dict[str, int] = {}
+    missing, empty, linked, repeated = [], [], [], set()
+    for index, (name, entry) in enumerate(image_entries(annotations, images_dir)):
+        if first.setdefault(name, index) != index:
+            repeated.add(first[name])
+        elif entry is None or not entry.is_file():
+            missing.append(index)
+        else:
+            if entry.stat().st_size == 0:
+                empty.append(index)
+            if leaves(os.path.dirname(entry.path)) or (entry.is_symlink() and leaves(entry.path)):  # noqa: PTH120
+                linked.append(index)
+    faults = {"missing-image": missing, "empty-image": empty, "link-out": linked, "repeated-file": sorted(repeated)}
+    return [annotations.images_finding(code, which, images=images_dir) for code, which in faults.items() if which]
 
 
 def check_pair(
@@ -157,34 +129,28 @@ def check_pair(
     if only_train or only_val:
         lacking = [(val.source, only_train), (train.source, only_val)]
         said = ", ".join(f"{file} lacks {examples(map(repr, names))}" for file, names in lacking if names)
-        text = f"the categories differ: {said}. Give both files the same category names"
-        findings.append(Finding("error", "classes-differ", text, len(only_train) + len(only_val)))
+        findings.append(Finding.of("classes-differ", differences=said, count=len(only_train) + len(only_val)))
     elif dict(zip(train.class_names, train.category_ids, strict=True)) != dict(
         zip(val.class_names, val.category_ids, strict=True)
     ):
-        text = f"{train.source} and {val.source} give the same classes different ids; classes are matched by name"
-        findings.append(Finding("info", "category-ids-differ", text))
+        findings.append(Finding.of("category-ids-differ", train=train.source, source=val.source))
     if Path(train_images).resolve() == Path(val_images).resolve():
         names = {os.path.normpath(train.file_name(index)) for index in range(len(train))}
         shared = [i for i in range(len(val)) if os.path.normpath(val.file_name(i)) in names]
         if shared:
-            text = (
-                f"{val.source} lists image files that {train.source} lists too: validation would measure what was "
-                "trained on. Take them out of one of the two"
-            )
-            findings.append(val.images_finding("error", "shared-image", text, shared))
+            findings.append(val.images_finding("shared-image", shared, train=train.source))
     return findings
 
 
-def _box_finding(annotations: CocoAnnotations, faulty: np.ndarray, severity: Severity, code: str, text: str) -> Finding:
+def _box_finding(annotations: CocoAnnotations, code: str, faulty: np.ndarray) -> Finding:
     rows = np.flatnonzero(faulty)
     images = annotations.image_indices[rows[:MAX_PLACES]]
-    places = tuple(
+    places = [
         f"annotation id {annotations.annotation_ids[row]} ({annotations.place(int(image))}, "
         f"bbox {[round(value, 2) for value in annotations.boxes_xywh[row].tolist()]})"
         for row, image in zip(rows, images, strict=False)
-    )
-    return Finding(severity, code, f"{annotations.source}: {text}", len(rows), places)
+    ]
+    return Finding.of(code, places, count=len(rows), source=annotations.source)
 
 
 def _repeats(annotations: CocoAnnotations) -> np.ndarray:

@@ -177,14 +177,13 @@ class Records:
         self.fail_where(bad, key, "not finite or beyond any image", remedy)
         return boxes
 
-    def areas(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Areas in square pixels, float64 [n], and bool [n] which of them the file leaves out (0 there)."""
+    def areas(self, key: str) -> np.ndarray:
+        """Areas in square pixels, float64 [n], 0 where the file gives none."""
         remedy = "Write the area in square pixels (width x height of the box will do), or leave it out."
         values = self.column(key, {int, float, type(None)}, "a number", remedy, default=None)
-        absent = np.array([value is None for value in values], dtype=bool)
         areas = self._floats(key, [0.0 if value is None else value for value in values], remedy)
         self.fail_where(~(np.abs(areas) <= MAX_AREA), key, "not finite or beyond any image", remedy)
-        return areas, absent
+        return areas
 
     def absent(self, key: str) -> np.ndarray:
         """bool [n]: whether the record leaves `key` out, or has null there."""

@@ -2,12 +2,64 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 NUM_EXAMPLES = 5
 MAX_PLACES = 1000  # named per finding; the rest is counted
+
+RULES = {
+    # Of the annotation file.
+    "unusable-annotations": "error: {message}",
+    "no-annotations": "{severity}: {source}: no annotations at all: it can neither be trained on nor scored. Give a "
+    "file with boxes",
+    "only-crowds": "{severity}: {source}: no annotation but crowd regions and other categories: nothing to train on",
+    "unused-category": "warning: {source}: categories that no annotation uses; their AP is undefined. Fine if it is "
+    "meant so",
+    "no-cache": "info: {folder}: packed annotations cannot be kept here, so each start parses {source} ({problem})",
+    # Of annotations.
+    "annotation-id-0": "info: {source}: annotation id 0, which plain pycocotools takes for unmatched, counts like any "
+    "other here",
+    "no-area": 'warning: {source}: annotations have no "area", for which the area of the box stands in',
+    "no-iscrowd": 'info: {source}: annotations have no "iscrowd" and are taken for single objects',
+    "crowd-without-rle": "warning: {source}: crowd annotations have no run-length mask, for which the box stands in",
+    "degenerate-box": "warning: {source}: boxes with a side below 1 pixel are not trained on; correct or delete them",
+    "no-area-of-object": 'warning: {source}: annotations with an "area" of 0 or less are not trained on; correct or '
+    "delete them",
+    "box-outside-image": "warning: {source}: boxes that lie outside their image are not trained on; correct or delete "
+    "them",
+    "box-sticks-out": "warning: {source}: boxes that stick out of their image are clipped for training",
+    "duplicate-box": "warning: {source}: annotations repeat box and class of another; delete them",
+    "xyxy-boxes": "warning: {source}: the boxes look like corners [x1, y1, x2, y2], and COCO has [x, y, width, "
+    "height]: most have width > x and height > y and many leave their image. Convert them, or training learns wrong "
+    "boxes",
+    # Of images.
+    "small-image": "info: {source}: images with a side below 32 pixels are not trained on",
+    "image-without-annotation": "info: {source}: images without an annotation are not trained on",
+    "no-image-folder": "error: {images}: no such folder; it should hold the images of {source}. Check the path",
+    "missing-image": "error: {images}: image files are missing. Add them, or take the images out of {source}",
+    "empty-image": "error: {images}: image files are empty (0 bytes). Fetch them again, or take them out of {source}",
+    "link-out": "warning: {images}: image files are links that leave the folder. Is that meant? Named in {source}",
+    "repeated-file": "warning: {images}: image files are listed under several image ids, which counts them several "
+    "times. Join them in {source}",
+    "unreadable-image": "error: {images}: images cannot be decoded. Replace them, or take them out of {source}",
+    "size-differs": "error: {images}: images of another size than {source} says, so their boxes are misplaced. Use "
+    "the images that were annotated (stored as they were annotated: EXIF orientation is ignored), or correct the sizes",
+    "exif-rotated": "info: {images}: images whose EXIF data ask viewers to turn them. Boxes are taken to refer to the "
+    "pixels as stored: make sure that they were drawn so",
+    "duplicate-image": "warning: {source}: images with the pixels of another image of the split, counted twice. Take "
+    "one of each out",
+    # Between the splits.
+    "classes-differ": "error: the categories differ: {differences}. Give both files the same category names",
+    "category-ids-differ": "info: {train} and {source} give the same classes different ids; classes are matched by "
+    "name",
+    "shared-image": "error: {source} lists image files that {train} lists too: validation would measure what was "
+    "trained on. Take them out of one of the two",
+    "train-image-in-val": "error: {source}: images that {train} trains on (equal pixels), so validation would "
+    "flatter. Take them out of one of the two",
+}
+"""Severity and text of each finding, by its code."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +76,15 @@ class Finding:
     text: str
     count: int = 1
     places: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(code: str, places: Sequence[str] | None = None, *, count: int | None = None, **names: Any) -> "Finding":
+        """That of a code of RULES, with what its text names. count: where not all places are given; without places it
+        is 1."""
+        severity, text = RULES[code].format(**names).split(": ", 1)
+        if count is None:
+            count = 1 if places is None else len(places)
+        return Finding(cast(Severity, severity), code, text, count, tuple(places or ())[:MAX_PLACES])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.coco.annotations import CocoAnnotations
-from data.coco.findings import MAX_PLACES, Finding
+from data.coco.findings import Finding
 from data.images.decode import ImageError, read_image
 
 EXIF_ORIENTATION = 0x0112
@@ -71,7 +71,6 @@ def inspect_images(
 
 def check_images(annotations: CocoAnnotations, images_dir: str | Path, facts: list[ImageFacts]) -> list[Finding]:
     """Faults of the images of one split."""
-    source = annotations.source
     unreadable, differs, rotated = [], [], []
     for index, fact in enumerate(facts):
         place = annotations.place(index)
@@ -86,27 +85,16 @@ def check_images(annotations: CocoAnnotations, images_dir: str | Path, facts: li
             differs.append(f"{place}: {size}, annotated as {expected[0]}x{expected[1]}{turned}")
         if fact.rotated:
             rotated.append(place)
-    findings = []
-    if unreadable:
-        text = f"{images_dir}: images cannot be decoded. Replace them, or take them out of {source}"
-        findings.append(Finding("error", "unreadable-image", text, len(unreadable), tuple(unreadable[:MAX_PLACES])))
-    if differs:
-        text = (
-            f"{images_dir}: images of another size than {source} says, so their boxes are misplaced. Use the images "
-            "that were annotated (stored as they were annotated: EXIF orientation is ignored), or correct the sizes"
+    findings = [
+        Finding.of(code, places, images=images_dir, source=annotations.source)
+        for code, places in (
+            ("unreadable-image", unreadable),
+            ("size-differs", differs),
+            ("exif-rotated", rotated),
+            ("duplicate-image", list(_twins(annotations, facts))),
         )
-        findings.append(Finding("error", "size-differs", text, len(differs), tuple(differs[:MAX_PLACES])))
-    if rotated:
-        text = (
-            f"{images_dir}: images whose EXIF data ask viewers to turn them. Boxes are taken to refer to the pixels "
-            "as stored: make sure that they were drawn so"
-        )
-        findings.append(Finding("info", "exif-rotated", text, len(rotated), tuple(rotated[:MAX_PLACES])))
-    twins = list(_twins(annotations, facts))
-    if twins:
-        text = f"{source}: images with the pixels of another image of the split, counted twice. Take one of each out"
-        findings.append(Finding("warning", "duplicate-image", text, len(twins), tuple(twins[:MAX_PLACES])))
-    return findings
+    ]
+    return [finding for finding in findings if finding.count]
 
 
 def check_leaks(
@@ -119,13 +107,7 @@ def check_leaks(
         for index, fact in enumerate(val_facts)
         if fact.problem is None and fact.digest in trained
     ]
-    if not leaks:
-        return []
-    text = (
-        f"{val.source}: images that {train.source} trains on (equal pixels), so validation would flatter. Take them "
-        "out of one of the two"
-    )
-    return [Finding("error", "train-image-in-val", text, len(leaks), tuple(leaks[:MAX_PLACES]))]
+    return [Finding.of("train-image-in-val", leaks, source=val.source, train=train.source)] if leaks else []
 
 
 def _twins(annotations: CocoAnnotations, facts: list[ImageFacts]) -> Iterator[str]:

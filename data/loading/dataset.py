@@ -1,12 +1,11 @@
 """The images of a set and their boxes, ready to be put into batches."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.coco.checks import image_entries
 from data.errors import DataError
 from data.images.decode import ImageError, read_image
 
@@ -107,35 +106,15 @@ class CocoDataset:
         return self.boxes_xyxy[rows], self.labels[rows]
 
     def _require_files(self) -> None:
-        """Lists each folder once, which takes far less time than asking for every file."""
+        source = self.annotations.source
         if not self.images_dir.is_dir():
             raise DatasetError(
-                f"{self.images_dir}: there is no such folder. It should hold the images named in "
-                f"{self.annotations.source}."
+                f"{self.images_dir}: there is no such folder. It should hold the images named in {source}."
             )
-        listings: dict[str, set[str]] = {}
-        missing = []
-        for name in self._file_names():
-            folder, base = os.path.split(name)
-            if folder not in listings:
-                listings[folder] = _listing(self.images_dir / folder)
-            if base not in listings[folder]:
-                missing.append(name)
+        missing = [name for name, entry in image_entries(self.annotations, self.images_dir) if entry is None]
         if missing:
             first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise DatasetError(
-                f"{self.images_dir}: {len(missing):,} of the {len(self):,} images named in "
-                f"{self.annotations.source} are missing: {first}. Is this the right folder, and was "
-                "everything unpacked?"
+                f"{self.images_dir}: {len(missing):,} of the {len(self):,} images named in {source} are missing: "
+                f"{first}. Is this the right folder, and was everything unpacked?"
             )
-
-    def _file_names(self) -> Iterator[str]:
-        return (self.annotations.file_name(index) for index in range(len(self)))
-
-
-def _listing(folder: Path) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()

@@ -89,15 +89,20 @@ def test_training_view_keeps_what_mmdetection_keeps(case, options):
     assert as_dicts(annotations.training_view(**options)) == expected
 
 
-def test_training_view_counts_what_it_leaves_out():
+def test_what_training_leaves_out_is_told_by_reason():
     annotations = read_coco(REFERENCE / "filter_annotations.json", REFERENCE_CLASSES, allow_other_categories=True)
-    counts = {finding.code: finding.count for finding in annotations.training_view().findings}
-    assert counts["ignored-annotation"] == 1
-    assert counts["box-outside-image"] == 4
-    assert counts["degenerate-box"] == 4
-    assert counts["other-category"] == 1
-    assert counts["small-image"] == 1
-    assert counts["image-without-annotation"] == 2
+    assert {reason: int(which.sum()) for reason, which in annotations.not_trained().items()} == {
+        "ignored-annotation": 1,
+        "box-outside-image": 4,
+        "degenerate-box": 3,
+        "no-area-of-object": 2,
+        "other-category": 1,
+    }
+    images = annotations.images_not_trained()
+    assert {reason: int(which.sum()) for reason, which in images.items()} == {
+        "small-image": 1,
+        "image-without-annotation": 2,
+    }
 
 
 def test_training_view_keeps_names_and_sizes_with_their_images():
