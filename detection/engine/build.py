@@ -26,6 +26,7 @@ from detection.engine.inputs.datasets import (
     prepare_files,
 )
 from detection.engine.run_dir import RunDir
+from detection.engine.train_state import stored_model
 from detection.models import (
     FasterRCNN,
     WeightsError,
@@ -37,14 +38,6 @@ from detection.models import (
     prefetch_weights,
 )
 from schedules import Schedule, load_schedule, with_overrides
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """What the main process made sure of before the others began."""
-
-    resume_path: Path | None
-    lines: tuple[str, ...]
 
 
 @dataclass
@@ -59,12 +52,15 @@ class Components:
     evaluation_files: SplitFiles | None
     model: FasterRCNN
     weights_line: str
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    """Where its weights come from, and what of it is trained."""
 
 
-def prepare(config: RunConfig, output: RunDir) -> Preflight:
-    """Everything that only one process may do, and everything cheap that can be wrong."""
+def preflight(config: RunConfig, output: RunDir) -> tuple[LoadedCheckpoint | None, list[str]]:
+    """Everything that only the main process may do, and everything cheap that can be wrong.
+
+    Returns:
+        The checkpoint to resume from, and lines that the start of the run should show.
+    """
     schedule, _ = _load_schedule(config)
     if config.train.skip_nonfinite and schedule.optimizer.kwargs.get("dampening"):
         raise ConfigError(
@@ -77,43 +73,42 @@ def prepare(config: RunConfig, output: RunDir) -> Preflight:
         # What the run was begun with, an older checkpoint or none, would throw away what it has done since.
         resume, overwrite = "auto", False
     # Before the data, which may take a while to find and to read.
-    resumes = resume is not None
-    model_config(
-        config.model.model, num_classes=1, **(_chosen_settings(config) if resumes else _model_settings(config))
-    )
+    settings = _model_settings(config) if resume is None else _chosen_settings(config)
+    model_config(config.model.model, num_classes=1, **settings)
     lines = prepare_files(config.data, mode=config.mode)
     if is_restart:
         lines.append("started again by torchrun: the run goes on from its own newest checkpoint")
-    if not resumes:
+    if resume is None:
         prefetch_weights(config.model.weights, config.model.model)
     # The output directory comes last: a run that cannot begin leaves it as it was.
-    if config.mode == "train" and config.dry_run:
-        output.check(overwrite=overwrite, resume=resumes)
-        output.check_usable()
-    elif config.mode == "train":
-        moved = output.claim(overwrite=overwrite, resume=resumes)
+    if config.mode == "train" and not config.dry_run:
+        moved = output.claim(overwrite=overwrite, resume=resume is not None)
         lines += [moved] if moved else []
     elif config.dry_run:
+        if config.mode == "train":
+            output.check(overwrite=overwrite, resume=resume is not None)
         output.check_usable()
     else:
         output.lock()
-    resume_path = None
-    if resume == "auto":
-        try:
-            found = newest_checkpoint(output.checkpoints)
-        except CheckpointError as error:
-            again = "\nThe run was started again by this torchrun, which counts as --resume: start torchrun anew."
-            raise CheckpointError(f"{error}{again if is_restart else ''}") from error
-        if found is not None:
-            resume_path = found.path
-            lines += [f"skipped: {reason}" for reason in found.skipped]
-    elif resume is not None:
-        resume_path = load_checkpoint(Path(resume)).path
-    if resumes and resume_path is None:
-        if config.mode != "train":
-            raise CheckpointError(f"{output.checkpoints}: there is no checkpoint to evaluate; give --weights FILE")
-        prefetch_weights(config.model.weights, config.model.model)
-    return Preflight(resume_path, tuple(lines))
+    if resume is None:
+        return None, lines
+    checkpoint = _checkpoint_to_resume(resume, output, is_restart=is_restart)
+    if checkpoint is not None:
+        return checkpoint, [*lines, *(f"skipped: {reason}" for reason in checkpoint.skipped)]
+    if config.mode != "train":
+        raise CheckpointError(f"{output.checkpoints}: there is no checkpoint to evaluate; give --weights FILE")
+    prefetch_weights(config.model.weights, config.model.model)
+    return None, lines
+
+
+def _checkpoint_to_resume(resume: str, output: RunDir, *, is_restart: bool) -> LoadedCheckpoint | None:
+    if resume != "auto":
+        return load_checkpoint(Path(resume))
+    try:
+        return newest_checkpoint(output.checkpoints)
+    except CheckpointError as error:
+        again = "\nThe run was started again by this torchrun, which counts as --resume: start torchrun anew."
+        raise CheckpointError(f"{error}{again if is_restart else ''}") from error
 
 
 def _load_schedule(config: RunConfig) -> tuple[Schedule, list[str]]:
@@ -151,19 +146,7 @@ def build(config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint 
     model = _place(config, processes, model)
     evaluation_files = files.test if config.mode == "test" else files.val
     evaluation_set = load_evaluation(evaluation_files, class_names) if evaluation_files is not None else None
-    named = train_set or evaluation_set
-    assert named is not None
-    return Components(
-        schedule,
-        overrides,
-        train_set,
-        evaluation_set,
-        evaluation_files,
-        model,
-        weights_line,
-        class_names,
-        named.annotations.category_ids,
-    )
+    return Components(schedule, overrides, train_set, evaluation_set, evaluation_files, model, weights_line)
 
 
 def _model_to_train(
@@ -172,7 +155,7 @@ def _model_to_train(
     """The model with its starting weights, and a line that says where they come from."""
     if checkpoint is not None:
         # Settings come with the weights: what is frozen and how it is normalized cannot change in mid-run.
-        return _stored_model(checkpoint, "model"), f"{checkpoint.path} (iteration {checkpoint.state['iteration']})"
+        return _stored_model(checkpoint), f"{checkpoint.path} (iteration {checkpoint.state['iteration']})"
     class_names = annotations.class_names
     torch.manual_seed(config.train.seed)
     model = build_model(config.model.model, len(class_names), **_model_settings(config))
@@ -227,7 +210,7 @@ def _model_to_evaluate(
         state = checkpoint.state
         average = ", averaged weights" if state["ema"] is not None else ""
         line = f"{checkpoint.path} (iteration {state['iteration']}{average})"
-        model = _with_chosen_settings(config, _stored_model(checkpoint, "ema" if average else "model"))
+        model = _with_chosen_settings(config, _stored_model(checkpoint, averaged=bool(average)))
         sizes = state["preprocessing"]["min_size"], state["preprocessing"]["max_size"]
         return model, tuple(state["class_names"]), line + _other_scale(config, *sizes)
     if Path(spec).is_file():
@@ -249,13 +232,11 @@ def _model_to_evaluate(
     return model, names, report.table()
 
 
-def _stored_model(checkpoint: LoadedCheckpoint, key: str) -> FasterRCNN:
+def _stored_model(checkpoint: LoadedCheckpoint, *, averaged: bool = False) -> FasterRCNN:
     try:
-        model = model_from_config(checkpoint.state["model_config"])
-        model.load_state_dict(checkpoint.state[key])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}: its weights are not of its own model ({error})") from error
-    return model
+        return stored_model(checkpoint.state, averaged=averaged)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
 
 def _other_scale(config: RunConfig, min_size: int, max_size: int) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,215 +12,255 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
-from detection.engine.distributed.agreement import run_on_main_rank
-from detection.engine.distributed.comm import Processes
-from detection.engine.inputs.bad_images import BadImages
+from data import CocoDataset, DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
+from detection.engine.accelerate.compile import compile_for_evaluation
+from detection.engine.build import Components
+from detection.engine.context import RunContext
+from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
+from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
+from detection.engine.metrics.images import validation_images
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
-from detection.engine.run_dir import RunDirError
-from detection.engine.signals import StopRequest
-from detection.engine.trainer import Stopped
+from detection.engine.run_dir import RunDirError, write_json
+from detection.engine.signals import STOPPED_EXIT_CODE, Stopped
 from detection.evaluation import CocoEvaluator, Detections, write_results
 from detection.models import ImageBatch
-from detection.reporting import counted
+from detection.reporting import counted, validation_table
 
 _OVER = 2
 """Told to the other processes in place of a wish to stop: more images than allowed cannot be read."""
 
 
-@dataclass(frozen=True)
-class EvaluationInputs:
-    """What both loops need: images, how to run the model, where to write."""
+class Evaluator:
+    """Detections of a validation or test set, written as a COCO results file, and their metrics."""
 
-    loader: EvalLoader
-    category_ids: tuple[int, ...]
-    """COCO category id of each label."""
-    precision: Precision
-    processes: Processes
-    metric_logger: MetricLogger
-    bad_images: BadImages
-    split: str
-    """val or test, for messages."""
-    stop: StopRequest
-    results_file: Path
-    limited: bool
-    """Only a part of the set is run (--limit-val-batches): the figures are over that part."""
-
-
-class ValLoop:
-    """Detections of the validation set, written as a COCO results file, and their metrics."""
-
-    def __init__(self, inputs: EvaluationInputs, evaluator: CocoEvaluator | None) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        dataset: CocoDataset,
+        coco: CocoEvaluator | None,
+        precision: Precision,
+        metric_logger: MetricLogger,
+        bad_images: BadImages,
+    ) -> None:
         """
         Args:
-            evaluator: on rank 0, which computes the metrics; None elsewhere.
+            coco: computes the metrics on rank 0; None elsewhere, and where the annotations have no boxes.
         """
-        self.inputs = inputs
-        self.evaluator = evaluator
+        config, self.processes = context.config, context.processes
+        self.dataset = dataset
+        self.coco = coco
+        self.split = "test" if config.mode == "test" else "val"
+        self.results_file = context.output.detections(self.split)
+        self.loader = EvalLoader(
+            dataset,
+            min_size=config.data.min_size,
+            max_size=config.data.max_size,
+            batch_size=config.train.batch_size,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            workers=context.num_workers,
+            limit_batches=config.data.limit_val_batches,
+            pin=self.processes.device.type == "cuda",
+            max_bad_images=config.data.max_bad_images,
+        )
+        self._is_limited = config.data.limit_val_batches is not None
+        self._precision = precision
+        self._logger = metric_logger
+        self._bad_images = bad_images
+        self._stop = context.stop
 
-    def run(self, model: nn.Module) -> tuple[dict[str, Any], Detections | None]:
-        """Run `model` (not wrapped) over the set; collective.
+    def close(self) -> None:
+        """End the loader's processes."""
+        self.loader.close()
+
+    def validate(self, iteration: int, model: nn.Module) -> dict[str, Any]:
+        """The metrics of `model` (not wrapped), with images and curves in TensorBoard at `iteration`; collective.
+
+        Raises: see run.
+        """
+        metrics, detections = self.run(model)
+        assert metrics is not None
+        if detections is not None:
+            self._logger.images(iteration, validation_images(self.dataset, detections), "val/detections")
+        if self.coco is not None:
+            self._logger.precision_recall(iteration, self.coco.curves)
+        return metrics
+
+    def run(self, model: nn.Module) -> tuple[dict[str, Any] | None, Detections | None]:
+        """Run `model` (not wrapped) over the set and write the detections; collective.
 
         Returns:
-            metrics on every process, and on rank 0 all detections (None elsewhere).
+            On every process the metrics (None for a test set without boxes); on rank 0 all detections, else None.
 
         Raises:
             Stopped: on every process, when a signal came to one of them.
-            RunError: on every process, when the metrics cannot be computed.
+            RunError: on every process, when a test's results cannot be written, or metrics cannot be computed.
+            TooManyBadImages: on every process, see BadImages.
         """
-        processes = self.inputs.processes
+        verb = "validating" if self.split == "val" else "testing"
         started = time.perf_counter()
-        detections, image_ids, num_unreadable = detect(self.inputs, model, "validating")
+        detections, image_ids, num_unreadable = self._detect(model, verb)
         forward_seconds = time.perf_counter() - started
         # The others wait here, on gloo, for as long as rank 0 needs.
-        processes.at("computing the metrics" if processes.is_main else "validating, all batches done")
-        metrics = run_on_main_rank(processes, partial(self._metrics, detections, image_ids, num_unreadable))
-        metrics["seconds"] = time.perf_counter() - started
-        metrics["images_per_second"] = metrics["num_images"] / forward_seconds
+        self.processes.at("computing the metrics" if self.processes.is_main else f"{verb}, all batches done")
+        metrics = run_on_main_rank(self.processes, partial(self._judge, detections, image_ids, num_unreadable))
+        if metrics is not None and self.split == "val":
+            metrics["seconds"] = time.perf_counter() - started
+            metrics["images_per_second"] = metrics["num_images"] / forward_seconds
         return metrics, detections
 
-    def _metrics(self, detections: Detections | None, image_ids: np.ndarray, num_unreadable: int) -> dict[str, Any]:
-        assert detections is not None and self.evaluator is not None
-        try:
-            write_results(detections, self.inputs.results_file)
-        except OSError as error:  # a full disk does not end a training; the metrics need no file
-            self.inputs.metric_logger.warn(f"{self.inputs.results_file} could not be written: {error}; the run goes on")
-        return _evaluated(self.evaluator, self.inputs, detections, image_ids, num_unreadable)
-
-
-class TestLoop:
-    """Detections of the test set as a COCO results file ready for an upload; metrics too where there are boxes."""
-
-    def __init__(self, inputs: EvaluationInputs, evaluator: CocoEvaluator | None) -> None:
-        """
-        Args:
-            evaluator: on rank 0, where the annotation file has boxes; else None.
-        """
-        self.inputs = inputs
-        self.evaluator = evaluator
-
-    def run(self, model: nn.Module) -> tuple[dict[str, Any] | None, int]:
-        """Run `model` over the set; collective.
-
-        Returns:
-            on every process the metrics (None without boxes), and the number of detections written.
-
-        Raises:
-            Stopped: on every process, when a signal came to one of them.
-            RunError: on every process, when the results cannot be written or judged.
-        """
-        detections, image_ids, num_unreadable = detect(self.inputs, model, "testing")
-        return run_on_main_rank(self.inputs.processes, partial(self._results, detections, image_ids, num_unreadable))
-
-    def _results(
+    def _judge(
         self, detections: Detections | None, image_ids: np.ndarray, num_unreadable: int
-    ) -> tuple[dict[str, Any] | None, int]:
+    ) -> dict[str, Any] | None:
+        """Write the results file; the metrics, with the number of images and what a reader must know of them."""
         assert detections is not None
         try:
-            write_results(detections, self.inputs.results_file)
+            write_results(detections, self.results_file)
         except OSError as error:
-            raise RunDirError(f"{self.inputs.results_file} could not be written: {error}") from error
-        if self.evaluator is None:
-            return None, len(detections)
-        return _evaluated(self.evaluator, self.inputs, detections, image_ids, num_unreadable), len(detections)
+            problem = f"{self.results_file} could not be written: {error}"
+            if self.split == "test":
+                raise RunDirError(problem) from error
+            # A full disk does not end a training; the metrics need no file.
+            self._logger.warn(f"{problem}; the run goes on")
+        if self.coco is None:
+            return None
+        metrics = self.coco.evaluate(detections, image_ids.tolist())
+        metrics["num_images"] = len(image_ids)
+        if num_unreadable:
+            metrics["unreadable_images"] = num_unreadable
+            metrics["notes"].append(f"{counted(num_unreadable, 'image')} could not be read: without a detection")
+        if self._is_limited:
+            metrics["notes"].append(
+                f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
+            )
+        return metrics
 
+    @torch.no_grad()
+    def _detect(self, model: nn.Module, verb: str) -> tuple[Detections | None, np.ndarray, int]:
+        """Detections of every image of the loader's set, in pixels of the stored images; collective.
 
-def _evaluated(
-    evaluator: CocoEvaluator,
-    inputs: EvaluationInputs,
-    detections: Detections,
-    image_ids: np.ndarray,
-    num_unreadable: int,
-) -> dict[str, Any]:
-    """The metrics, with the number of images that they are of and what a reader must know of them."""
-    metrics = evaluator.evaluate(detections, image_ids.tolist())
-    metrics["num_images"] = len(image_ids)
-    if num_unreadable:
-        metrics["unreadable_images"] = num_unreadable
-        metrics["notes"].append(f"{counted(num_unreadable, 'image')} could not be read: without a detection")
-    if inputs.limited:
-        metrics["notes"].append(
-            f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
+        An image that cannot be read is reported, and has no detections.
+
+        Returns:
+            On rank 0 all detections, ordered by image id, and the ids int64 [n] of the images run, each of them once.
+            On other processes (None, empty). On all of them, the number of images that could not be read.
+        """
+        was_training = model.training
+        model.eval()
+        parts: list[Detections] = []
+        image_ids: list[int] = []
+        unreadable: list[UnreadableImage] = []
+        # Processes have unequal shards. All go through as many rounds, so that a signal to one is seen by all.
+        rounds = max(self.processes.gather_objects(len(self.loader)))
+        batches = DevicePrefetcher(self.loader.batches(), self.processes.device)
+        try:
+            with self._logger.evaluation_bar(verb, len(self.loader)) as bar:
+                for round_index in range(rounds):
+                    self.processes.at(f"{verb}, batch {round_index + 1} of {rounds}")
+                    over = self._bad_images.exceeded_by(self.split, unreadable)
+                    stop_wanted = self.processes.all_reduce_max_async(_OVER if over else int(self._stop.requested))
+                    if round_index < len(self.loader):
+                        batch = next(batches)
+                        batches.prepare()
+                        parts.append(self._detect_batch(model, batch))
+                        image_ids += batch.image_ids.tolist()
+                        unreadable += batch.unreadable
+                        bar.update(1)
+                    answer = stop_wanted.result()
+                    if answer == _OVER:
+                        break
+                    if answer:
+                        raise Stopped(f"while {verb}")
+        finally:
+            model.train(was_training)
+        num_unreadable = self._bad_images.agree(self.split, unreadable)
+        return *self._collect(Detections.concatenate(parts), np.asarray(image_ids, np.int64)), num_unreadable
+
+    def _detect_batch(self, model: nn.Module, batch: DeviceBatch) -> Detections:
+        with self._precision.autocast():
+            found = model(ImageBatch(batch.pixels, batch.sizes))
+        # The network saw the image enlarged by (x, y) factors: boxes go back the same way.
+        scales = batch.scale_factors.cpu().numpy()
+        black = {fault.image_id for fault in batch.unreadable}
+        found = [
+            {name: value[: 0 if image_id in black else None] for name, value in entry.items()}
+            for image_id, entry in zip(batch.image_ids.tolist(), found, strict=True)
+        ]
+        return Detections.from_lists(
+            batch.image_ids.tolist(),
+            [entry["boxes_xyxy"].float().cpu().numpy() / np.tile(s, 2) for entry, s in zip(found, scales, strict=True)],
+            [entry["scores"].float().cpu().numpy() for entry in found],
+            [entry["labels"].cpu().numpy() for entry in found],
+            category_ids=self.dataset.annotations.category_ids,
         )
-    return metrics
+
+    def _collect(self, mine: Detections, image_ids: np.ndarray) -> tuple[Detections | None, np.ndarray]:
+        ids, values, images = map(self.processes.gather_arrays, (*mine.as_arrays(), image_ids))
+        if ids is None or values is None or images is None:
+            return None, image_ids[:0]
+        detections = Detections.from_arrays(np.concatenate(ids), np.concatenate(values))
+        run = np.sort(np.concatenate(images))
+        assert np.array_equal(run, np.sort(self.loader.image_ids)), "the evaluated images are not those of the set"
+        # The order of the file does not depend on the number of processes.
+        return detections.take(np.argsort(detections.image_ids, kind="stable")), run
 
 
-@torch.no_grad()
-def detect(inputs: EvaluationInputs, model: nn.Module, verb: str) -> tuple[Detections | None, np.ndarray, int]:
-    """Detections of every image of the loader's set, in pixels of the stored images; collective.
+def coco_evaluator(context: RunContext, components: Components) -> CocoEvaluator | None:
+    """What judges detections of the evaluation set, on the main process; None elsewhere."""
+    assert components.evaluation_files is not None
 
-    An image that cannot be read is reported, and has no detections.
+    def make() -> CocoEvaluator | None:
+        if not context.processes.is_main:
+            return None
+        assert components.evaluation_files is not None
+        return CocoEvaluator(components.evaluation_files.annotations, backend=context.config.output.eval_backend)
 
-    Returns:
-        On rank 0 all detections, ordered by image id, and the ids int64 [n] of the images run, each of them once.
-        On other processes (None, empty). On all of them, the number of images that could not be read.
+    return run_on_all_ranks(context.processes, make)
 
-    Raises:
-        Stopped: on every process, when a signal came to one of them.
-        TooManyBadImages: on every process, see BadImages.
-    """
-    processes, loader = inputs.processes, inputs.loader
-    was_training = model.training
-    model.eval()
-    parts: list[Detections] = []
-    image_ids: list[int] = []
-    unreadable: list[UnreadableImage] = []
-    # Processes have unequal shards. All go through as many rounds, so that a signal to one is seen by all.
-    rounds = max(processes.gather_objects(len(loader)))
-    batches = DevicePrefetcher(loader.batches(), processes.device)
+
+def evaluate_model(context: RunContext, components: Components) -> int:
+    """--val-only and --test-only; the exit status."""
+    config, console, processes = context.config, context.console, context.processes
+    dataset = components.evaluation_set
+    assert dataset is not None and components.evaluation_files is not None
+    console.say(f"{config.mode}: {len(dataset)} images of {components.evaluation_files.annotations}")
+    console.say(f"weights: {components.weights_line}")
+    if config.dry_run:
+        console.say("dry run: everything above was checked; nothing was written.")
+        return 0
+    precision = Precision(components.schedule.amp or "off", processes.device)
+    if config.train.compile:
+        compile_for_evaluation(components.model)
+    coco = coco_evaluator(context, components)
+    if config.mode == "test" and coco is not None and not coco.has_boxes:
+        coco = None
+    bad_images = BadImages(processes, console, config.data.max_bad_images)
+    evaluator = Evaluator(context, dataset, coco, precision, MetricLogger(console), bad_images)
+    with contextlib.closing(evaluator):
+        try:
+            metrics, _ = evaluator.run(components.model)
+        except Stopped as stopped:
+            console.say(
+                f"stopped by {context.stop.signal_name or 'a signal to another process'} {stopped} "
+                f"(exit status {STOPPED_EXIT_CODE}); nothing was written"
+            )
+            return STOPPED_EXIT_CODE
+        except TooManyBadImages as error:  # every process has it
+            raise RunError(str(error)) from error
+    console.say(f"detections: {evaluator.results_file} (COCO results format)")
+    if metrics is None:
+        console.say("the annotation file has no boxes: no metrics, the detections are ready for an upload")
+        return 0
+    console.say(validation_table(metrics))
+    file = context.output.path / f"metrics_{config.mode}.json"
+    run_on_main_rank(processes, partial(_write_metrics, file, metrics))
+    console.say(f"metrics: {file}")
+    return 0
+
+
+def _write_metrics(file: Path, metrics: dict[str, Any]) -> None:
     try:
-        with inputs.metric_logger.evaluation_bar(verb, len(loader)) as bar:
-            for round_index in range(rounds):
-                processes.at(f"{verb}, batch {round_index + 1} of {rounds}")
-                over = inputs.bad_images.exceeded_by(inputs.split, unreadable)
-                stop_wanted = processes.all_reduce_max_async(_OVER if over else int(inputs.stop.requested))
-                if round_index < len(loader):
-                    batch = next(batches)
-                    batches.prepare()
-                    parts.append(_detect_batch(inputs, model, batch))
-                    image_ids += batch.image_ids.tolist()
-                    unreadable += batch.unreadable
-                    bar.update(1)
-                answer = stop_wanted.result()
-                if answer == _OVER:
-                    break
-                if answer:
-                    raise Stopped(f"while {verb}")
-    finally:
-        model.train(was_training)
-    num_unreadable = inputs.bad_images.agree(inputs.split, unreadable)
-    return *_collect(inputs, Detections.concatenate(parts), np.asarray(image_ids, np.int64)), num_unreadable
-
-
-def _detect_batch(inputs: EvaluationInputs, model: nn.Module, batch: DeviceBatch) -> Detections:
-    with inputs.precision.autocast():
-        found = model(ImageBatch(batch.pixels, batch.sizes))
-    # The network saw the image enlarged by (x, y) factors: boxes go back the same way.
-    scales = batch.scale_factors.cpu().numpy()
-    black = {fault.image_id for fault in batch.unreadable}
-    found = [
-        {name: value[: 0 if image_id in black else None] for name, value in entry.items()}
-        for image_id, entry in zip(batch.image_ids.tolist(), found, strict=True)
-    ]
-    return Detections.from_lists(
-        batch.image_ids.tolist(),
-        [entry["boxes_xyxy"].float().cpu().numpy() / np.tile(s, 2) for entry, s in zip(found, scales, strict=True)],
-        [entry["scores"].float().cpu().numpy() for entry in found],
-        [entry["labels"].cpu().numpy() for entry in found],
-        category_ids=inputs.category_ids,
-    )
-
-
-def _collect(inputs: EvaluationInputs, mine: Detections, image_ids: np.ndarray) -> tuple[Detections | None, np.ndarray]:
-    processes = inputs.processes
-    ids, values = mine.as_arrays()
-    all_ids, all_values = processes.gather_arrays(ids), processes.gather_arrays(values)
-    all_images = processes.gather_arrays(image_ids)
-    if all_ids is None or all_values is None or all_images is None:
-        return None, image_ids[:0]
-    detections = Detections.from_arrays(np.concatenate(all_ids), np.concatenate(all_values))
-    run = np.sort(np.concatenate(all_images))
-    assert np.array_equal(run, np.sort(inputs.loader.image_ids)), "the evaluated images are not those of the set"
-    # The order of the file does not depend on the number of processes.
-    return detections.take(np.argsort(detections.image_ids, kind="stable")), run
+        write_json(file, metrics)
+    except OSError as error:
+        raise RunDirError(f"{file} could not be written: {error}") from error

@@ -1,21 +1,23 @@
-"""One run from the command line to its exit status: build, then train, validate or test."""
+"""One run from the command line to its exit status: check, build, then train, validate or test."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.allocator import keep_freed_memory
-from detection.engine.build import build, prepare
-from detection.engine.checkpoint import load_checkpoint
+from detection.engine.build import build, preflight
+from detection.engine.checkpoint import LoadedCheckpoint
+from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import USER_ERRORS, RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.distributed.heartbeat import LostProcess, is_network_error
-from detection.engine.evaluate import evaluate
+from detection.engine.evaluator import evaluate_model
 from detection.engine.run_dir import RunDir
 from detection.engine.signals import StopRequest
 from detection.engine.train import train
@@ -29,7 +31,7 @@ def run(config: RunConfig) -> int:
         The exit status: 0, or STOPPED_EXIT_CODE where a signal ended the run (which saved itself first).
 
     Raises:
-        RunError and the errors in detection.engine.distributed.agreement.USER_ERRORS: the user's to mend.
+        RunError and the errors in USER_ERRORS: the user's to mend.
     """
     processes = start_processes(config.device, timedelta(minutes=config.collective_timeout))
     output = RunDir(config.output_dir)
@@ -60,19 +62,35 @@ def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequ
         torch.backends.cudnn.benchmark = False
     if processes.device.type == "cpu":
         keep_freed_memory()
-    prepared = run_on_main_rank(processes, partial(prepare, config, output))
-    checkpoint = None
-    if prepared.resume_path is not None:
-        checkpoint = run_on_all_ranks(processes, partial(load_checkpoint, prepared.resume_path))
+    checkpoint, lines = _prepare(config, processes, output)
     components = run_on_all_ranks(processes, partial(build, config, processes, checkpoint))
     console = Console(None if config.dry_run else output.log, is_main=processes.is_main, rank=processes.rank)
-    for line in prepared.lines:
+    context = RunContext(config, processes, output, stop, console)
+    for line in lines:
         console.say(line)
     try:
         if config.mode == "train":
-            return train(config, processes, output, stop, console, components, checkpoint)
-        return evaluate(config, processes, output, stop, console, components)
+            return train(context, components, checkpoint)
+        return evaluate_model(context, components)
     except (RunError, *USER_ERRORS) as error:
         if processes.is_main or not isinstance(error, RunError):
             console.log(f"error: {error}")
         raise
+
+
+def _prepare(config: RunConfig, processes: Processes, output: RunDir) -> tuple[LoadedCheckpoint | None, list[str]]:
+    """The checkpoint to resume from and what the start of the run should say.
+
+    The main process reads the checkpoint; the others get what it has read, whatever lies at that path for them.
+    """
+    found: LoadedCheckpoint | None = None
+
+    def check() -> tuple[Path | None, list[str]]:
+        nonlocal found
+        found, lines = preflight(config, output)
+        return None if found is None else found.path, lines
+
+    path, lines = run_on_main_rank(processes, check)
+    if path is None:
+        return None, lines
+    return LoadedCheckpoint(path, processes.broadcast_state(None if found is None else found.state)), lines

@@ -25,7 +25,7 @@ from detection.engine.inputs.datasets import SplitFiles
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import multiplies_bfloat16
 from detection.engine.run_dir import RunDir
-from detection.engine.trainer import Progress
+from detection.engine.train_state import Progress
 from detection.models import describe_kernels
 from detection.reporting import counted, sparkline
 from schedules import Schedule

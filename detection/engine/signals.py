@@ -14,6 +14,10 @@ STOPPED_EXIT_CODE = 75
 _SECONDS_BETWEEN_INTERRUPTS = 2.0
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has saved itself or has nothing to save."""
+
+
 class StopRequest:
     """Remembers a request to stop; the loops look at `requested` between steps.
 

@@ -39,7 +39,7 @@ def _measure(processes: Processes, work: Work, variant: Variant, arguments: argp
     single = OurStep(variant, work) if processes.is_main else None
 
     def apart() -> None:
-        with without_gradient_exchange(shared.loop.model):
+        with without_gradient_exchange(shared.gradients.model):
             shared.train(batches)
 
     runs: dict[str, Callable[[], None]] = {ALONE: lambda: None, APART: apart, TOGETHER: partial(shared.train, batches)}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
@@ -31,19 +29,17 @@ from benchmarks.variants import (
     to_host,
 )
 from data import DevicePrefetcher, RawBatch
-from detection.engine import trainer
 from detection.engine.accelerate.compile import compile_for_training
 from detection.engine.accelerate.cuda_graphs import cuda_step_graphs
-from detection.engine.checkpoint import CheckpointStore
 from detection.engine.distributed.comm import Processes
-from detection.engine.inputs.bad_images import BadImages
-from detection.engine.metrics.logger import MetricLogger
+from detection.engine.metrics.step_metrics import StepMetrics
+from detection.engine.optim import update
 from detection.engine.optim.amp import Precision
-from detection.engine.optim.optimizer import build_optimizer
-from detection.engine.signals import StopRequest
-from detection.engine.trainer import SavePlan, Trainer
+from detection.engine.optim.gradients import GradientComputer
+from detection.engine.optim.nonfinite import KeepEveryStep
+from detection.engine.optim.optimizer import build_optimizer, trained_parameters
+from detection.engine.optim.update import ParameterUpdate
 from detection.models import FasterRCNN, ImageBatch, build_model, faster_rcnn, load_weights
-from detection.reporting import Console
 from schedules import load_schedule
 
 _LEARNING_RATE_ITERATION = 0  # the first of the warmup: small enough for random weights to stay finite
@@ -55,7 +51,7 @@ def build_step(variant: Variant, work: Work) -> Step:
 
 
 class OurStep:
-    """Trainer.train_iteration itself, with the prefetcher in front of it and the records behind it."""
+    """The parts of Trainer.train_step, with the prefetcher in front of them and the metrics behind them."""
 
     def __init__(self, variant: Variant, work: Work, processes: Processes | None = None) -> None:
         self.variant, self.work = variant, work
@@ -66,32 +62,23 @@ class OurStep:
             compile_for_training(self.model)
         schedule = load_schedule("1x")
         precision = Precision(variant.amp, work.device)
-        self._scratch = tempfile.TemporaryDirectory(prefix="benchmark_")
         optimizer = build_optimizer(self.model, schedule)
         if variant.without == FUSED_OPTIMIZER:
             for group in optimizer.param_groups:
                 group.update(fused=False, foreach=None)
-        processes, metric_logger = processes or Processes(0, 0, 1, 1, work.device), MetricLogger(Console(None))
-        graphs = cuda_step_graphs(processes, self.model) if variant.graphs else None
-        self.loop = Trainer(
-            model=processes.wrap_ddp(self.model, broadcast_buffers=False) if graphs is None else self.model,
-            graphs=graphs,
-            optimizer=optimizer,
-            schedule=schedule,
-            loader=work.loader,
-            accumulate=1,
-            precision=precision,
-            ema=None,
-            processes=processes,
-            metric_logger=metric_logger,
-            store=CheckpointStore(Path(self._scratch.name), keep=1),
-            stop=StopRequest(),
-            log_interval=1,
-            save_plan=SavePlan(),
-            bad_images=BadImages(processes, metric_logger, limit=0),
-            skip_nonfinite=False,
-            validate=None,
-            extra_state={},
+        processes = processes or Processes(0, 0, 1, 1, work.device)
+        graphs = cuda_step_graphs(processes, self.model, self._refuse) if variant.graphs else None
+        trained = processes.wrap_ddp(self.model, broadcast_buffers=False) if graphs is None else self.model
+        guard = KeepEveryStep()
+        self.precision, self.optimizer = precision, optimizer
+        self.gradients = GradientComputer(
+            trained, trained_parameters(optimizer), precision, processes, guard, accumulate=1, graphs=graphs
+        )
+        self.update = ParameterUpdate(
+            self.model, optimizer, schedule, precision, guard, iterations_per_epoch=work.loader.iterations_per_epoch
+        )
+        self.metrics = StepMetrics(
+            processes, images_per_iteration=work.loader.global_batch_size, gradient_may_overflow=False
         )
         self._record: dict[str, Any] = {}
 
@@ -107,11 +94,14 @@ class OurStep:
         prefetcher = DevicePrefetcher(iter(batches), self.work.device)
         with self._patches():
             for _ in batches:
-                self.loop.train_iteration(_LEARNING_RATE_ITERATION, prefetcher)
-        if self.loop.graphs is not None and self.loop.graphs.problem is not None:
-            raise BenchmarkError(f"{self.variant.name}: {self.loop.graphs.problem}")
+                fed = self.gradients.compute(prefetcher)
+                _, grad_norm = self.update.apply(_LEARNING_RATE_ITERATION)
+                self.metrics.add(fed.losses, grad_norm, fed.image_ids, iteration=0, epoch=0, lr=0.0)
         # The losses are fetched at the end of the block, as at a logging step.
-        self._record = self.loop.records.read()[-1]
+        self._record = self.metrics.read()[-1]
+
+    def _refuse(self, problem: str) -> None:
+        raise BenchmarkError(f"{self.variant.name}: {problem}")
 
     def _patches(self) -> AbstractContextManager[Any]:
         """While inside, the step does without what its variant says."""
@@ -123,7 +113,7 @@ class OurStep:
     def detect(self, batches: Sequence[RawBatch]) -> None:
         self.model.eval()
         for batch in DevicePrefetcher(iter(batches), self.work.device):
-            with self.loop.precision.autocast():
+            with self.precision.autocast():
                 detections = self.model(ImageBatch(batch.pixels, batch.sizes))
             for detection in detections:
                 to_host(detection)
@@ -150,9 +140,8 @@ class OurStep:
             (self.model, "_pool", ROI_ALIGN),
             (self.model, "roi_head", BOX_HEAD),
             (faster_rcnn, "roi_losses", LOSSES),
-            (self.loop.precision, "backward", BACKWARD),
-            (self.loop.optimizer, "zero_grad", OPTIMIZER),
-            (trainer, "set_learning_rate", OPTIMIZER),
-            (trainer, "gradient_norm", OPTIMIZER),
-            (self.loop.precision, "step", OPTIMIZER),
+            (self.precision, "backward", BACKWARD),
+            (update, "set_learning_rate", OPTIMIZER),
+            (update, "gradient_norm", OPTIMIZER),
+            (self.precision, "step", OPTIMIZER),
         ]

@@ -42,14 +42,15 @@ class GraphBackend(Protocol):
 class StepGraphs:
     """Runs forward and backward passes, from the third batch of a size on by replaying a recording.
 
-    problem: why nothing is recorded any more; None while all is well. Then passes run as they are written.
+    Where they cannot be recorded, `warn` is told once, and passes run as they are written from then on.
     """
 
-    def __init__(self, backend: GraphBackend) -> None:
-        self._recorder = backend
+    def __init__(self, backend: GraphBackend, warn: Callable[[str], None]) -> None:
+        self._backend = backend
+        self._warn = warn
+        self._gave_up = False
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, _Graph] = {}
-        self.problem: str | None = None
 
     @property
     def num_captures(self) -> int:
@@ -63,19 +64,21 @@ class StepGraphs:
         if graph is not None:
             graph.load(images, targets)
             return graph.replay()
-        if self.problem is not None or size not in self._seen or len(self._graphs) == _MOST_RECORDINGS:
+        if self._gave_up or size not in self._seen or len(self._graphs) == _MOST_RECORDINGS:
             # The first of a size makes what is kept for it: anchors, chosen algorithms, compiled code.
             self._seen.add(size)
             return step(images, targets)
         graph = _Graph(images, targets, rows)
         graph.load(images, targets)
-        losses = self._recorder.warm_up(lambda: step(graph.images, graph.targets))
+        losses = self._backend.warm_up(lambda: step(graph.images, graph.targets))
         try:
-            graph.replay = self._recorder.capture(lambda: step(graph.images, graph.targets))
+            graph.replay = self._backend.capture(lambda: step(graph.images, graph.targets))
         except RuntimeError as error:
             # What is raised at the end of a recording says no more than that something went wrong before.
             cause = error.__context__ or error
-            self.problem = (str(cause).splitlines() or [""])[0]
+            self._gave_up = True
+            problem = (str(cause).splitlines() or [""])[0]
+            self._warn(f"CUDA graphs cannot be recorded here, the run goes on without: {problem}")
         else:
             self._graphs[size] = graph
         return losses
@@ -150,7 +153,7 @@ class CudaGraphBackend:
         return replay
 
 
-def cuda_step_graphs(processes: Processes, model: nn.Module) -> StepGraphs:
+def cuda_step_graphs(processes: Processes, model: nn.Module, warn: Callable[[str], None]) -> StepGraphs:
     """Graphs for a training on a GPU.
 
     Raises:
@@ -169,7 +172,7 @@ def cuda_step_graphs(processes: Processes, model: nn.Module) -> StepGraphs:
             "--cuda-graphs does not go with trained batch norm in several processes, which share its statistics in "
             "every forward pass: leave it away, or use --norm gn or pretrained weights"
         )
-    return StepGraphs(CudaGraphBackend())
+    return StepGraphs(CudaGraphBackend(), warn)
 
 
 def _round_up_to_power_of_two(rows: int) -> int:

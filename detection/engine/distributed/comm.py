@@ -8,6 +8,7 @@ group of its own, so that no GPU collective ever waits for a process that is com
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -78,6 +79,23 @@ class Processes:
         with self.waiting("what process 0 does alone", CONTROL_TIMEOUT):
             dist.broadcast_object_list(box, src=0, group=self.control_group)
         return box[0]
+
+    def broadcast_state(self, state: dict[str, Any] | None) -> dict[str, Any]:
+        """Rank 0's `state` (tensors on the CPU and plain types; None elsewhere) on every process, bit for bit."""
+        content = io.BytesIO()
+        if self.world_size > 1:
+            if self.is_main:
+                torch.save(state, content)
+            size = self.broadcast(content.tell())
+            data = torch.empty(size, dtype=torch.uint8)
+            if self.is_main:
+                data = torch.frombuffer(content.getbuffer(), dtype=torch.uint8)
+            with self.waiting("the checkpoint that process 0 has read", CONTROL_TIMEOUT):
+                dist.broadcast(data, src=0, group=self.control_group)
+            if not self.is_main:
+                state = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+        assert state is not None
+        return state
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every process's value (small, plain types), by rank, on every process."""

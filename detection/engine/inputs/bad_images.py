@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from data import UnreadableImage
 from detection.engine.distributed.comm import Processes
-from detection.engine.metrics.logger import MetricLogger
 from detection.errors import DetectionError
-from detection.reporting import counted
+from detection.reporting import Console, counted
 
 _MOST_NAMED = 30
 
@@ -23,9 +22,9 @@ class BadImages:
     They are not carried over to a resumed run: what was mended in between counts no more.
     """
 
-    def __init__(self, processes: Processes, metric_logger: MetricLogger, limit: int) -> None:
+    def __init__(self, processes: Processes, console: Console, limit: int) -> None:
         self._processes = processes
-        self._recorder = metric_logger
+        self._console = console
         self._limit = limit
         self._messages: dict[tuple[str, int], str] = {}
         """By split and image id."""
@@ -58,7 +57,7 @@ class BadImages:
                 what = "it gets no detections" if split != "train" else "a black image stands in for it"
                 if replacement_id is not None:
                     what = f"image id {replacement_id} is trained on in its place"
-                self._recorder.warn(f"{split} image id {image_id} cannot be used: {message} Until then {what}.")
+                self._console.warn(f"{split} image id {image_id} cannot be used: {message} Until then {what}.")
         if len(self._messages) > self._limit:
             raise TooManyBadImages(
                 f"{counted(len(self), 'image')} cannot be used, --max-bad-images is {self._limit}:\n{self._listed()}\n"

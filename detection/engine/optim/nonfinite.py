@@ -1,4 +1,4 @@
-"""Iterations that are not finite leave nothing behind (--skip-nonfinite), decided on the device."""
+"""Iterations that are not finite: they end the run, or leave nothing behind (--skip-nonfinite)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,26 @@ import torch
 from torch import Tensor, nn
 
 
-class NonFiniteGuard:
-    """Says on the device whether an iteration counts, and takes back what its forward pass left in the model.
+class KeepEveryStep:
+    """Every iteration makes its step: one that is not finite is found when the losses are read, and ends the run."""
 
-    The decision is the same on every process without a message of its own: `carry` makes the gradients of a loss that
-    is not finite NaN, the gradient exchange brings them to all, and all look at the norm of the exchanged gradients.
+    def begin(self) -> None:
+        """Before an iteration's first forward pass."""
+
+    def mark(self, loss: Tensor) -> Tensor:
+        """`loss` (a scalar) as the backward pass takes it."""
+        return loss
+
+    def finish(self, grad_norm: Tensor) -> Tensor | None:
+        """After the backward pass: 1.0 where the iteration is to be skipped, else 0.0; None where none ever is."""
+        return None
+
+
+class NonFiniteGuard(KeepEveryStep):
+    """Decides on the device whether an iteration counts, and takes back what its forward pass left in the model.
+
+    Every process decides alike without a message: `mark` makes the gradients of a non-finite loss NaN, the gradient
+    exchange brings them to all processes, and each looks at the norm of the exchanged gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,16 +39,14 @@ class NonFiniteGuard:
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def begin(self) -> None:
-        """Before an iteration's first forward pass."""
         if self._buffers:
             torch._foreach_copy_(self._before, self._buffers)
 
-    def carry(self, loss: Tensor) -> Tensor:
-        """`loss` (a scalar), with gradients that are all NaN where it is not finite; bit-equal where it is."""
+    def mark(self, loss: Tensor) -> Tensor:
+        """`loss` with gradients that are all NaN where it is not finite; bit-equal where it is."""
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def finish(self, grad_norm: Tensor) -> Tensor:
-        """After the backward pass: 1.0 where the iteration is to be skipped, else 0.0; float32 scalar on the device."""
         skip = grad_norm.isfinite().logical_not()
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(skip, before, buffer))

@@ -1,0 +1,29 @@
+"""What a run has from its first line to its last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from detection.config.run_config import RunConfig
+from detection.engine.distributed.comm import Processes
+from detection.engine.run_dir import RunDir
+from detection.engine.signals import StopRequest
+from detection.reporting import Console
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The command line, the processes, and where the run writes. The same objects for training and evaluation."""
+
+    config: RunConfig
+    processes: Processes
+    output: RunDir
+    stop: StopRequest
+    console: Console
+
+    @property
+    def num_workers(self) -> int:
+        """Loader processes of this process."""
+        if self.config.data.workers is not None:
+            return self.config.data.workers
+        return 4 if self.processes.device.type == "cuda" else 1

@@ -1,0 +1,54 @@
+"""What is done with the gradients of an iteration: unscale, clip, step or skip, average the weights."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from detection.engine.optim.amp import Precision, gradient_norm
+from detection.engine.optim.ema import AveragedModel
+from detection.engine.optim.nonfinite import KeepEveryStep
+from detection.engine.optim.optimizer import set_learning_rate, trained_parameters
+from schedules import Schedule
+
+
+class ParameterUpdate:
+    """The optimizer step, with the schedule's learning rate and gradient clipping."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        precision: Precision,
+        guard: KeepEveryStep,
+        *,
+        iterations_per_epoch: int,
+        ema: AveragedModel | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the detector itself, whose weights `ema` averages.
+        """
+        self._model = model
+        self._optimizer = optimizer
+        self._parameters = trained_parameters(optimizer)
+        self._schedule = schedule
+        self._precision = precision
+        self._guard = guard
+        self._iterations_per_epoch = iterations_per_epoch
+        self._ema = ema
+        clip = schedule.clip_grad
+        self._norm_type = clip.norm_type if clip else 2.0
+        self._clip_to = clip.max_norm if clip else None
+
+    def apply(self, iteration: int) -> tuple[float, Tensor]:
+        """One optimizer step; its learning rate, and the gradients' norm (scalar on the device, before clipping)."""
+        learning_rate = set_learning_rate(self._optimizer, self._schedule, iteration, self._iterations_per_epoch)
+        self._precision.unscale(self._optimizer)
+        norm = gradient_norm(self._parameters, norm_type=self._norm_type, clip_to=self._clip_to)
+        skip = self._guard.finish(norm)
+        self._precision.step(self._optimizer, skip)
+        if self._ema is not None:
+            self._ema.update(self._model, iteration, skip)
+        return learning_rate, norm

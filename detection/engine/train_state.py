@@ -1,0 +1,199 @@
+"""What a checkpoint holds. Everything that must survive is listed here, and nowhere else.
+
+A checkpoint's state is a dictionary of tensors and plain types (loaded with weights_only=True):
+
+    iteration, validation_due, best_map, best_epoch, skipped_steps    how far the run is, see Progress
+    model, ema, optimizer, scaler                                     tensors; ema is None without --ema
+    schedule, model_config, config                                    settings, as plain dictionaries
+    iterations_per_epoch, class_names, category_ids, preprocessing, run      facts that a resumed run is compared with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from data import CocoDataset, TrainLoader
+from detection.config.run_config import RunConfig
+from detection.engine.distributed.agreement import RunError
+from detection.engine.distributed.comm import Processes
+from detection.engine.optim.amp import Precision
+from detection.engine.optim.ema import AveragedModel
+from detection.engine.optim.optimizer import load_optimizer_state, optimizer_state
+from detection.models import FasterRCNN, model_from_config
+from schedules import Schedule
+
+Facts = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    iteration: int = 0
+    """Iterations done; the next one's index."""
+    validation_due: bool = False
+    """The epoch that just ended has not been validated yet."""
+    best_map: float | None = None
+    best_epoch: int | None = None
+    """Counted from 1. Both None until a validation gave an mAP."""
+    skipped_steps: int = 0
+    """Iterations that made no step because they were not finite."""
+
+
+@dataclass
+class TrainState:
+    """The state of a training: built once, changed by every iteration, saved and restored as a whole."""
+
+    model: FasterRCNN
+    """The detector itself, not wrapped."""
+    optimizer: Optimizer
+    precision: Precision
+    ema: AveragedModel | None
+    schedule: Schedule
+    facts: Facts
+    """What describes the run and stays the same in it, see run_facts."""
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        return int(self.facts["iterations_per_epoch"])
+
+    @property
+    def num_iterations(self) -> int:
+        """Of the whole run."""
+        return self.schedule.max_epochs * self.iterations_per_epoch
+
+    @property
+    def epochs_done(self) -> int:
+        return self.progress.iteration // self.iterations_per_epoch
+
+    @property
+    def validated_model(self) -> tuple[nn.Module, str]:
+        """The weights that a validation is of, and what they are called."""
+        return (self.model, "weights") if self.ema is None else (self.ema.module, "averaged weights")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds; tensors are those of the run, not copies."""
+        return {
+            **asdict(self.progress),
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.model),
+            "scaler": self.precision.state_dict(),
+            **self.facts,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Take over the optimizer's state, the loss scale and the averaged weights.
+
+        The model is built from the state, see stored_model; rates and decay are this run's schedule's.
+
+        Returns:
+            Lines on what begins afresh.
+
+        Raises:
+            ValueError: the state is not of its own model.
+        """
+        lines = []
+        try:
+            if not load_optimizer_state(self.optimizer, self.model, state["optimizer"]):
+                before, now = state["optimizer"]["type"], type(self.optimizer).__name__
+                lines.append(f"optimizer: {before} before, {now} now; its state begins afresh")
+            self.precision.load_state_dict(state["scaler"])
+            if self.ema is not None and state["ema"] is not None:
+                self.ema.module.load_state_dict(state["ema"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"its state is not of its own model ({error})") from error
+        if self.ema is not None and state["ema"] is None:
+            lines.append("--ema: the checkpoint has no averaged weights, the average begins with its weights")
+        elif self.ema is None and state["ema"] is not None:
+            lines.append("the checkpoint has averaged weights, which this run does not go on with: give --ema to do so")
+        return lines
+
+
+REQUIRED = (
+    *(each.name for each in fields(Progress) if each.name != "skipped_steps"),
+    *("model", "ema", "optimizer", "scaler", "schedule", "model_config", "config"),
+    *("iterations_per_epoch", "class_names", "category_ids", "preprocessing", "run"),
+)
+"""Keys that every checkpoint has; skipped_steps came later."""
+
+
+def stored_model(state: Mapping[str, Any], *, averaged: bool = False) -> FasterRCNN:
+    """The model that a checkpoint's state describes, with its weights or its averaged ones.
+
+    Raises:
+        ValueError: the weights are not of the model described.
+    """
+    try:
+        model = model_from_config(state["model_config"])
+        model.load_state_dict(state["ema" if averaged else "model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"its weights are not of its own model ({error})") from error
+    return model
+
+
+def run_facts(
+    config: RunConfig,
+    processes: Processes,
+    schedule: Schedule,
+    model: FasterRCNN,
+    loader: TrainLoader,
+    val_set: CocoDataset | None,
+) -> Facts:
+    """What decides whether a checkpoint can be resumed, and what else describes the run: plain types."""
+    annotations = loader.dataset.annotations
+    return {
+        "iterations_per_epoch": loader.iterations_per_epoch,
+        "schedule": schedule.to_dict(),
+        "model_config": asdict(model.config),
+        "class_names": list(annotations.class_names),
+        "category_ids": list(annotations.category_ids),
+        "preprocessing": {"min_size": config.data.min_size, "max_size": config.data.max_size},
+        "run": {
+            "model_name": config.model.model,
+            "seed": config.train.seed,
+            "global_batch_size": loader.global_batch_size,
+            "world_size": processes.world_size,
+            "data_digest": annotations.digest(),
+            "augmentation": config.augmentation.to_dict(),
+            "validation": _validation_facts(config, processes, val_set),
+        },
+        "config": config.to_dict(),
+    }
+
+
+def _validation_facts(config: RunConfig, processes: Processes, dataset: CocoDataset | None) -> dict[str, Any] | None:
+    if dataset is None:
+        return None
+    limit = config.data.limit_val_batches
+    most = len(dataset) if limit is None else limit * config.train.batch_size * processes.world_size
+    return {"digest": dataset.annotations.digest(), "num_images": min(len(dataset), most)}
+
+
+def assert_same_on_all_ranks(config: RunConfig, processes: Processes, facts: Facts) -> None:
+    """Raises RunError on every process where one has other data or settings: they would train past each other."""
+    mine = {name: value for name, value in facts.items() if name not in ("config", "model_config", "run")}
+    mine |= facts["run"]
+    # Paths, loader processes and the like may be each machine's own.
+    for group in (config.model, config.train):
+        mine |= {each.name: str(getattr(group, each.name)) for each in fields(group) if each.name != "weights"}
+    for name in ("log_interval", "checkpoint_minutes", "checkpoint_iterations"):
+        mine[name] = getattr(config.output, name)
+    first, *others = processes.gather_objects(mine)
+    lines = [
+        f"process {rank} has another {', '.join(different)} than process 0"
+        for rank, other in enumerate(others, start=1)
+        if (different := [name for name in first if other[name] != first[name]])
+    ]
+    if lines:
+        raise RunError(
+            "\n".join(lines)
+            + "\nStart every process with the same options, and put the same annotation files on every "
+            "machine (data_digest is of the training annotations)."
+        )
