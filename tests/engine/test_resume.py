@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detection.engine import RunError
-from detection.engine.evaluator import ValLoop
+from detection.engine.evaluator import Evaluator
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.trainer import Trainer
 from detection.reporting import TensorBoardLog
@@ -22,14 +22,15 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, iteration: int) -> None:
-    plain = Trainer.train_iteration
+    plain = Trainer.train_step
 
-    def train_iteration(self, at, batches):
-        if at == iteration:
+    def train_step(self, batches):
+        iteration = self.state.progress.iteration
+        if iteration == iteration:
             raise Killed
-        plain(self, at, batches)
+        plain(self, batches)
 
-    monkeypatch.setattr(Trainer, "train_iteration", train_iteration)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
 def steps(output: Path, tag: str) -> list[int]:
@@ -90,7 +91,7 @@ def test_a_kill_between_an_epochs_save_and_its_validation_is_made_up_for(
     start, finished, tmp_path, monkeypatch, same_run, load
 ):
     with monkeypatch.context() as context:
-        context.setattr(ValLoop, "run", lambda self, model: (_ for _ in ()).throw(Killed()))
+        context.setattr(Evaluator, "run", lambda self, model: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             start(tmp_path / "run")
     state = load(tmp_path / "run" / "checkpoints" / "last.pt")
@@ -223,7 +224,7 @@ def test_a_validation_that_is_due_is_dropped_where_the_set_is_gone(
     start, shapes_set, tmp_path, monkeypatch, records_of
 ):
     with monkeypatch.context() as context:
-        context.setattr(ValLoop, "run", lambda self, model: (_ for _ in ()).throw(Killed()))
+        context.setattr(Evaluator, "run", lambda self, model: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             start(tmp_path / "run")
     train = [shapes_set / "train2017", "--train-annotations", shapes_set / "annotations" / "instances_train2017.json"]

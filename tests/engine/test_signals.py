@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from data import EvalLoader
 from detection.engine import STOPPED_EXIT_CODE, signals
-from detection.engine.evaluator import _detect_batch
 from detection.engine.signals import StopRequest
 from detection.engine.trainer import Trainer
 
@@ -30,15 +30,16 @@ def heard_hangups():
 def test_a_signal_in_training_saves_and_leaves_with_status_75(
     name, start, tmp_path, monkeypatch, load, capsys, finished, records_of
 ):
-    plain = Trainer.train_iteration
+    plain = Trainer.train_step
 
-    def train_iteration(self, iteration, batches):
-        plain(self, iteration, batches)
+    def train_step(self, batches):
+        iteration = self.state.progress.iteration
+        plain(self, batches)
         if iteration == 3:
             os.kill(os.getpid(), signal.Signals[name])
 
     with monkeypatch.context() as context:
-        context.setattr(Trainer, "train_iteration", train_iteration)
+        context.setattr(Trainer, "train_step", train_step)
         assert start(tmp_path / "run") == STOPPED_EXIT_CODE == 75
     said = capsys.readouterr().out
     assert f"stopped by {name}" in said and "--resume" in said
@@ -53,13 +54,16 @@ def test_a_signal_inside_validation_stops_it_and_the_resume_repeats_it(
 ):
     batches = []
 
-    def detect_batch(inputs, model, batch):
-        batches.append(batch)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return _detect_batch(inputs, model, batch)
+    plain = EvalLoader.batches
+
+    def signalled(self):
+        for batch in plain(self):
+            batches.append(batch)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
     with monkeypatch.context() as context:
-        context.setattr("detection.engine.evaluator._detect_batch", detect_batch)
+        context.setattr(EvalLoader, "batches", signalled)
         assert start(tmp_path / "run", "--limit-val-batches", "2") == STOPPED_EXIT_CODE
     assert 1 <= len(batches) <= 2
     state = load(tmp_path / "run" / "checkpoints" / "last.pt")

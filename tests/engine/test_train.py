@@ -13,6 +13,7 @@ from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 from data import TrainLoader
 from detection.engine import RunError
+from detection.engine.evaluator import Evaluator
 from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN
 from schedules import ScheduleError, load_schedule, with_overrides
@@ -241,22 +242,23 @@ def test_tensorboards_files_are_completed_when_the_disk_has_room_again(
     start, tmp_path, monkeypatch, capsys, finished, records_of
 ):
     plain, full = LocalFileSystem.append, threading.Event()
-    train_iteration = Trainer.train_iteration
+    train_step = Trainer.train_step
 
     def append(self, *arguments, **named):
         if full.is_set():
             raise OSError(28, "No space left on device")
         plain(self, *arguments, **named)
 
-    def full_for_a_while(self, iteration, batches):
+    def full_for_a_while(self, batches):
+        iteration = self.state.progress.iteration
         if iteration == 1:
             full.set()
         if iteration == 4:  # the checkpoint of the first epoch comes while it is full
             full.clear()
-        train_iteration(self, iteration, batches)
+        train_step(self, batches)
 
     monkeypatch.setattr(LocalFileSystem, "append", append)
-    monkeypatch.setattr(Trainer, "train_iteration", full_for_a_while)
+    monkeypatch.setattr(Trainer, "train_step", full_for_a_while)
     assert start(tmp_path / "run") == 0
     told = capsys.readouterr()
     assert told.err.count("TensorBoard's files cannot be written: [Errno 28]") == 1
@@ -298,13 +300,13 @@ def test_a_image_that_cannot_be_read_ends_the_run_with_its_name(start, shapes_se
 
 
 def test_a_network_that_detects_nothing_is_validated(start, tmp_path, records_of, monkeypatch):
-    plain = Trainer.run_validation
+    plain = Evaluator.validate
 
-    def run_validation(self, progress):
-        object.__setattr__(self.detector.config, "score_threshold", 1.1)
-        plain(self, progress)
+    def validate(self, iteration, model):
+        object.__setattr__(model.config, "score_threshold", 1.1)
+        return plain(self, iteration, model)
 
-    monkeypatch.setattr(Trainer, "run_validation", run_validation)
+    monkeypatch.setattr(Evaluator, "validate", validate)
     assert start(tmp_path / "run", "--max-epochs", "1") == 0
     (record,) = records_of(tmp_path / "run", "val")
     assert record["mAP"] == 0

@@ -69,17 +69,18 @@ def compiled(train, tmp_path_factory, cache) -> Path:
 @pytest.fixture(scope="module")
 def killed(start, recipe, cache, tmp_path_factory) -> Path:
     """The compiled training, ended in the middle of its second epoch; every iteration was saved."""
-    plain = Trainer.train_iteration
+    plain = Trainer.train_step
 
-    def train_iteration(self, at, batches):
-        if at == 5:
+    def train_step(self, batches):
+        iteration = self.state.progress.iteration
+        if iteration == 5:
             raise Killed
-        plain(self, at, batches)
+        plain(self, batches)
 
     torch._dynamo.reset()
     output = tmp_path_factory.mktemp("killed") / "run"
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(Trainer, "train_iteration", train_iteration)
+        context.setattr(Trainer, "train_step", train_step)
         with pytest.raises(Killed):
             start(output, *recipe, "--compile", "--limit-val-batches", "9", "--checkpoint-iterations", "1")
     return output

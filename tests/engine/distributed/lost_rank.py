@@ -15,9 +15,10 @@ from tests.engine.tiny_model import make_known
 def main() -> int:
     rank, fate = int(sys.argv[1]), sys.argv[2]
     del sys.argv[1:3]
-    plain = Trainer.train_iteration
+    plain = Trainer.train_step
 
-    def train_iteration(self: Trainer, iteration: int, batches: Any) -> None:
+    def train_step(self: Trainer, batches: Any) -> None:
+        iteration = self.state.progress.iteration
         if iteration == 2 and self.processes.rank == rank:
             self.processes.at("in iteration 2")
             if fate == "killed":
@@ -26,9 +27,9 @@ def main() -> int:
             if fate == "stuck":
                 time.sleep(60)
             raise MemoryError("no more memory")
-        plain(self, iteration, batches)
+        plain(self, batches)
 
-    Trainer.train_iteration = train_iteration  # type: ignore[method-assign]
+    Trainer.train_step = train_step  # type: ignore[method-assign]
     make_known()
     return train.main()
 

@@ -167,14 +167,15 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
 
     # Gradients that the loop itself averages, beside DistributedDataParallel's.
     words_of_graphs = ["--cuda-graphs", "--norm", "gn", "--limit-val-batches", "1"]
-    for name, graphs in (("wrapped", None), ("averaged", StepGraphs(NoRecorder()))):
-        train_module.cuda_step_graphs = lambda processes, model, graphs=graphs: graphs  # type: ignore[assignment, misc]
+    for name, graphs in (("wrapped", None), ("averaged", StepGraphs(NoRecorder(), print))):
+        train_module.cuda_step_graphs = lambda processes, model, warn, graphs=graphs: graphs  # type: ignore[assignment, misc]
         found[name] = train(name, *words_of_graphs)
 
-    plain_iteration, plain_plan = Trainer.train_iteration, EvalLoader.batches
+    plain_step, plain_plan = Trainer.train_step, EvalLoader.batches
 
-    def signalled_iteration(self: Trainer, iteration: int, batches: Any) -> None:
-        plain_iteration(self, iteration, batches)
+    def signalled_step(self: Trainer, batches: Any) -> None:
+        iteration = self.state.progress.iteration
+        plain_step(self, batches)
         if (rank, iteration) == (1, 0):
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -183,9 +184,9 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
             os.kill(os.getpid(), signal.SIGUSR1)
         return plain_plan(self)
 
-    Trainer.train_iteration = signalled_iteration  # type: ignore[method-assign]
+    Trainer.train_step = signalled_step  # type: ignore[method-assign]
     found["stopped in training"] = train("stopped", "--ema", "0.5")
-    Trainer.train_iteration = plain_iteration  # type: ignore[method-assign]
+    Trainer.train_step = plain_step  # type: ignore[method-assign]
     EvalLoader.batches = signalled_batches  # type: ignore[method-assign]
     found["stopped in validation"] = train("stopped", "--ema", "0.5", "--resume")
     EvalLoader.batches = plain_plan  # type: ignore[method-assign]
@@ -205,7 +206,7 @@ def faults(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any]:
         except RunError as error:
             return str(error)
 
-    plain_losses, plain_iteration = FasterRCNN._losses, Trainer.train_iteration
+    plain_losses, plain_step = FasterRCNN._losses, Trainer.train_step
     calls: list[None] = []
 
     def losses(self: FasterRCNN, images: ImageBatch, targets: TargetBatch) -> dict[str, Any]:
@@ -216,14 +217,15 @@ def faults(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any]:
             values["loss_cls"] = values["loss_cls"] * 0 + math.inf
         return values
 
-    def watched(self: Trainer, iteration: int, batches: Any) -> None:
-        plain_iteration(self, iteration, batches)
-        state = self.detector.state_dict() | {f"ema {k}": v for k, v in self.ema.module.state_dict().items()}  # type: ignore[union-attr]
+    def watched(self: Trainer, batches: Any) -> None:
+        plain_step(self, batches)
+        average = self.state.ema.module.state_dict()  # type: ignore[union-attr]
+        state = self.state.model.state_dict() | {f"ema {name}": value for name, value in average.items()}
         found.setdefault("weights", []).append({name: value.clone() for name, value in state.items()})
 
-    FasterRCNN._losses, Trainer.train_iteration = losses, watched  # type: ignore[method-assign]
+    FasterRCNN._losses, Trainer.train_step = losses, watched  # type: ignore[method-assign]
     found["skipping"] = train("skipping", "--skip-nonfinite", "--norm", "bn", "--ema", "0.5")
-    FasterRCNN._losses, Trainer.train_iteration = plain_losses, plain_iteration  # type: ignore[method-assign]
+    FasterRCNN._losses, Trainer.train_step = plain_losses, plain_step  # type: ignore[method-assign]
 
     data = Path(words[words.index("--data-path") + 1])
     content = json.loads((data / "annotations" / "instances_train2017.json").read_text())

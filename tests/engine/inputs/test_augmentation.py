@@ -120,15 +120,16 @@ def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says
     assert "flip probability: horizontal 0.5, vertical 0.5" in shown
     assert "photometric distortion" in shown and "repeat factors for classes in less than 0.9" in shown
 
-    plain = Trainer.train_iteration
+    plain = Trainer.train_step
 
-    def train_iteration(self, at, batches):
-        if at == 4:
+    def train_step(self, batches):
+        iteration = self.state.progress.iteration
+        if iteration == 4:
             raise Killed
-        plain(self, at, batches)
+        plain(self, batches)
 
     with monkeypatch.context() as context:
-        context.setattr(Trainer, "train_iteration", train_iteration)
+        context.setattr(Trainer, "train_step", train_step)
         with pytest.raises(Killed):
             start(tmp_path / "run", *arguments)
     capsys.readouterr()

@@ -55,20 +55,22 @@ def without_clock(state: dict[str, Any]) -> dict[str, Any]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, Any]]:
     """The loop's state after each iteration, copied, by iterations done."""
     states: dict[int, dict[str, Any]] = {}
-    plain = Trainer.train_iteration
+    plain = Trainer.train_step
 
-    def train_iteration(self, iteration, batches):
-        plain(self, iteration, batches)
+    def train_step(self, batches):
+        iteration = self.state.progress.iteration
+        plain(self, batches)
         memory = {
             f"{number}/{name}": value.clone()
-            for number, values in enumerate(self.optimizer.state.values())
+            for number, values in enumerate(self.state.optimizer.state.values())
             for name, value in values.items()
         }
-        weights = {name: value.clone() for name, value in self.detector.state_dict().items()}
-        average = {name: value.clone() for name, value in self.ema.module.state_dict().items()} if self.ema else {}
+        weights = {name: value.clone() for name, value in self.state.model.state_dict().items()}
+        ema = self.state.ema
+        average = {name: value.clone() for name, value in ema.module.state_dict().items()} if ema else {}
         states[iteration + 1] = {"weights": weights, "memory": memory, "average": average}
 
-    monkeypatch.setattr(Trainer, "train_iteration", train_iteration)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     return states
 
 
@@ -171,7 +173,7 @@ def test_nothing_is_read_from_the_device_to_decide() -> None:
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).to("meta")
     guard = NonFiniteGuard(network)
     guard.begin()
-    loss = guard.carry(network(torch.ones(1, 1, 2, 2, device="meta")).sum())
+    loss = guard.mark(network(torch.ones(1, 1, 2, 2, device="meta")).sum())
     assert guard.finish(loss.detach()).device.type == "meta"
     with pytest.raises(RuntimeError):
         float(loss.detach())

@@ -73,7 +73,7 @@ def train(name: str, batch: Any, device: torch.device, amp: str) -> dict[str, An
             ImageBatch(batch.pixels, batch.sizes),
             TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys),
         )
-    precision.backward(guard.carry(torch.stack(list(losses.values())).sum()))
+    precision.backward(guard.mark(torch.stack(list(losses.values())).sum()))
     parameters = trained_parameters(optimizer)
     grad_norm = gradient_norm(parameters, clip_to=35.0)
     skip = guard.finish(grad_norm)
