@@ -208,15 +208,12 @@ class Evaluator:
 
 def coco_evaluator(context: RunContext, components: Components) -> CocoEvaluator | None:
     """What judges detections of the evaluation set, on the main process; None elsewhere."""
-    assert components.evaluation_files is not None
-
-    def make() -> CocoEvaluator | None:
-        if not context.processes.is_main:
-            return None
-        assert components.evaluation_files is not None
-        return CocoEvaluator(components.evaluation_files.annotations, backend=context.config.output.eval_backend)
-
-    return run_on_all_ranks(context.processes, make)
+    assert components.evaluation_set is not None
+    annotations, backend = components.evaluation_set.annotations, context.config.output.eval_backend
+    return run_on_all_ranks(
+        context.processes,
+        lambda: CocoEvaluator(annotations, backend=backend) if context.processes.is_main else None,
+    )
 
 
 def evaluate_model(context: RunContext, components: Components) -> int:
