@@ -12,19 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection.engine import RunError, checkpoint
+from detection.engine import RunError, checkpoint, checkpoint_store
 from detection.engine.checkpoint import (
     BEST,
     LAST,
     PREVIOUS,
-    REQUIRED,
     Best,
     CheckpointError,
-    CheckpointStore,
-    continue_from,
     load_checkpoint,
     newest_checkpoint,
 )
+from detection.engine.checkpoint_store import CheckpointStore, continue_from
+from detection.engine.train_state import REQUIRED
 
 
 def state_at(iteration: int, *, due: bool = False) -> dict:
@@ -188,9 +187,9 @@ def break_disk(context, failing: str) -> None:
         refuse()
 
     if failing == "torch.save":
-        context.setattr(checkpoint.torch, "save", write_half)
+        context.setattr(torch, "save", write_half)
     elif failing == "os.fsync":
-        context.setattr(checkpoint.os, "fsync", refuse)
+        context.setattr(os, "fsync", refuse)
     else:
         context.setattr(Path, "replace", refuse)
 
@@ -231,7 +230,7 @@ def test_the_last_write_is_tried_once_more_at_the_end(tmp_path: Path, monkeypatc
             raise OSError(28, "No space left on device")
         plain(state, stream)
 
-    monkeypatch.setattr(checkpoint.torch, "save", save_second_time)
+    monkeypatch.setattr(torch, "save", save_second_time)
     store = CheckpointStore(tmp_path, 3)
     store.save(state_at(1), [LAST])
     assert store.close() is None
@@ -288,7 +287,7 @@ def test_keeping_one_does_not_delete_the_good_one_when_the_new_one_fails(tmp_pat
 
 
 def test_a_file_system_without_hard_links_gets_copies(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(checkpoint.os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "not supported")))
     save(tmp_path, 1, [LAST])
     save(tmp_path, 2, [LAST, BEST])
     assert iterations(tmp_path) == {LAST: 2, BEST: 2, PREVIOUS: 1}
@@ -368,14 +367,20 @@ def test_a_best_that_counts_no_more_is_set_aside(three_epochs: Path):
 def test_a_file_that_cannot_be_read_at_the_moment_is_not_taken_for_a_broken_one(tmp_path: Path, monkeypatch):
     save(tmp_path, 1, [LAST])
     save(tmp_path, 2, [LAST])
-    plain = checkpoint.torch.load
+    plain = torch.load, Path.read_bytes
 
     def load(path, **named):
         if Path(path).name == LAST:
             raise OSError(errno.EIO, "Input/output error")
-        return plain(path, **named)
+        return plain[0](path, **named)
 
-    monkeypatch.setattr(checkpoint.torch, "load", load)
+    def read_bytes(path):
+        if path.name == LAST:
+            raise OSError(errno.EIO, "Input/output error")
+        return plain[1](path)
+
+    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     for attempt in (lambda: newest_checkpoint(tmp_path), lambda: load_checkpoint(tmp_path / LAST)):
         with pytest.raises(CheckpointError, match=r"last\.pt: cannot be read now .*Input/output error.*--resume FILE"):
             attempt()
@@ -389,7 +394,7 @@ def test_want_of_memory_does_not_make_a_checkpoint_a_broken_one(tmp_path: Path, 
     def load(path, **named):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: not enough memory: you tried ...")
 
-    monkeypatch.setattr(checkpoint.torch, "load", load)
+    monkeypatch.setattr(torch, "load", load)
     with pytest.raises(CheckpointError, match="cannot be read now"):
         newest_checkpoint(tmp_path)
 
@@ -422,7 +427,7 @@ def test_a_run_goes_on_where_the_disk_is_full_for_a_while(start, tmp_path: Path,
             raise OSError(28, "No space left on device")
         plain(state, stream)
 
-    monkeypatch.setattr(checkpoint.torch, "save", save_later)
+    monkeypatch.setattr(torch, "save", save_later)
     assert start(tmp_path / "run") == 0
     said = capsys.readouterr().err
     assert "No space left on device" in said and "tries again at the next checkpoint" in said
@@ -490,7 +495,7 @@ def killed_while_saving(folder: Path, iteration: int, *, at_step: int) -> bool:
         os.link, os.fsync = or_end(os.link), or_end(os.fsync)
         Path.unlink, Path.replace = or_end(Path.unlink), or_end(Path.replace)
         if at_step == 0:
-            checkpoint._save = half
+            checkpoint_store._save = half
         CheckpointStore(folder, keep=1)._write(state_at(iteration), [LAST, BEST, f"epoch_{iteration:04d}.pt"])
     finally:
         os._exit(0)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from detection.engine.checkpoint import (
     LAST,
     PREVIOUS,
-    REQUIRED,
     CheckpointError,
-    CheckpointStore,
     load_checkpoint,
     newest_checkpoint,
 )
+from detection.engine.checkpoint_store import CheckpointStore
+from detection.engine.train_state import REQUIRED
 from detection.models import FasterRCNN, WeightsError, build_model, load_weights
 from tests.fuzzing import examples
 

@@ -25,8 +25,7 @@ def kill_at(monkeypatch, iteration: int) -> None:
     plain = Trainer.train_step
 
     def train_step(self, batches):
-        iteration = self.state.progress.iteration
-        if iteration == iteration:
+        if self.state.progress.iteration == iteration:
             raise Killed
         plain(self, batches)
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from detection.engine.checkpoint import FORMAT, REQUIRED, VERSION, CheckpointError, load_checkpoint
+from detection.engine.checkpoint import FORMAT, VERSION, CheckpointError, load_checkpoint
+from detection.engine.train_state import REQUIRED
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 
