@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detection.evaluation import CocoEvaluator, evaluate_results
-    from detection.inference.draw import draw_detections
+    from detection.inference.outputs import draw_detections
     from detection.models import Detector, build_model, export_state_dict, load_detector, load_weights
 
 _HOMES = {
     "CocoEvaluator": "detection.evaluation",
     "Detector": "detection.models",
     "build_model": "detection.models",
-    "draw_detections": "detection.inference.draw",
+    "draw_detections": "detection.inference.outputs",
     "evaluate_results": "detection.evaluation",
     "export_state_dict": "detection.models",
     "load_detector": "detection.models",

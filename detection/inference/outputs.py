@@ -6,24 +6,51 @@ import json
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from data.images.files import ProtectedFiles, distinct_names
 from detection.evaluation import Detections, write_results
-from detection.inference.draw import LEGIBLE_SIDE
 from detection.inference.predict import ImageDetections, PredictionError
 from detection.models import Detector
-from detection.reporting import check_writable, draw_boxes
+from detection.models.detector import ImageInput, load_pixels
+from detection.reporting import check_writable, draw_boxes, write_whole
 
+LEGIBLE_SIDE = 640
+"""Smaller images are drawn enlarged to it, so that names do not hide what they name."""
 JPEG_QUALITY = 92
 WRITERS = 4  # threads that draw and compress behind the model
 
 
-class PredictionOutputs:
+def draw_detections(
+    image: ImageInput, found: Mapping[str, Any], *, min_score: float = 0.3, longest_side: int | None = None
+) -> Image.Image:
+    """The image with boxes, class names and scores in percent, as an image that a notebook shows by itself.
+
+    image: as it was given to `Detector.predict`, and found: what that returned for it. min_score: 0..1, boxes below
+    are left out. longest_side: pixels to scale to first; default: the image's own size, but at least 640, so that
+    names can be read. Raises DetectorError for what is no image.
+    """
+    pixels = load_pixels(image).permute(1, 2, 0).contiguous().numpy()
+    boxes, scores, labels = (found[key].numpy() for key in ("boxes_xyxy", "scores", "labels"))
+    name_of = dict(zip(labels.tolist(), found["names"], strict=True))
+    class_names = [name_of.get(label, "") for label in range(max(name_of, default=-1) + 1)]
+    shown = ImageDetections(0, pixels, boxes, scores, labels).select(min_score, None, None)
+    return Image.fromarray(_drawn(shown, class_names, longest_side))
+
+
+def _drawn(found: ImageDetections, class_names: Sequence[str], longest_side: int | None = None) -> np.ndarray:
+    side = longest_side or max(LEGIBLE_SIDE, *found.pixels.shape[:2])
+    return draw_boxes(found.pixels, found.boxes_xyxy, found.labels, class_names, found.scores, longest_side=side)
+
+
+class PredictionOutputs(AbstractContextManager["PredictionOutputs"]):
     """Writes while the detector runs. A context manager; leaving it waits for what is still being written.
 
     Raises ImageFilesError, at once where it can be known, for an output that would replace one of the inputs, and
@@ -42,11 +69,9 @@ class PredictionOutputs:
     ) -> None:
         self.counts: Counter[str] = Counter()
         """Boxes written of each class."""
-        self._names = distinct_names(files)
-        self._class_names = class_names
-        self._image_folder, self._crop_folder = image_folder, crop_folder
-        self._protected = protected
-        self._suffixes = [".jpg" if file.suffix.lower() in (".jpg", ".jpeg") else ".png" for file in files]
+        self._class_names, self._names, self._protected = class_names, distinct_names(files), protected
+        self._crop_folder = crop_folder
+        self._image_paths: list[Path] = []
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="writer")
         self._pending: deque[Future[None]] = deque()
         for option, folder in (("--output-dir", image_folder), ("--save-crops", crop_folder)):
@@ -56,11 +81,13 @@ class PredictionOutputs:
             except OSError as error:
                 raise PredictionError(f"{option} {folder}: nothing can be written there: {error}") from error
         if image_folder is not None:
-            for index in range(len(files)):
-                path = self._image_path(image_folder, index)
-                protected.check(path)
-                if not overwrite:
-                    refuse_existing(path)
+            for name, file in zip(self._names, files, strict=True):
+                suffix = ".jpg" if file.suffix.lower() in (".jpg", ".jpeg") else ".png"
+                self._image_paths.append(image_folder / (name + suffix))
+        for path in self._image_paths:
+            protected.check(path)
+            if not overwrite:
+                refuse_existing(path)
         # Which crops there will be is not known yet, and those of two calls in one folder could not be told apart.
         if crop_folder is not None and not overwrite and crop_folder.is_dir() and any(crop_folder.iterdir()):
             raise PredictionError(f"{crop_folder} holds files already; choose another folder for crops, or --overwrite")
@@ -72,9 +99,6 @@ class PredictionOutputs:
         if len(self._pending) > 2 * WRITERS:  # images must not pile up in memory
             self._pending.popleft().result()
 
-    def __enter__(self) -> PredictionOutputs:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(cancel_futures=exception[0] is not None)
         if exception[0] is None:
@@ -82,28 +106,19 @@ class PredictionOutputs:
                 future.result()
 
     def _write(self, found: ImageDetections) -> None:
-        if self._image_folder is not None:
-            drawn = draw_boxes(
-                found.pixels,
-                found.boxes_xyxy,
-                found.labels,
-                self._class_names,
-                found.scores,
-                longest_side=max(LEGIBLE_SIDE, *found.pixels.shape[:2]),
-            )
-            path = self._image_path(self._image_folder, found.index)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(drawn).save(path, quality=JPEG_QUALITY)
+        if self._image_paths:
+            _save(self._image_paths[found.index], _drawn(found, self._class_names))
         if self._crop_folder is not None:
             for number, (label, pixels) in enumerate(found.crops(), start=1):
                 class_folder = re.sub(r"[^\w-]+", "_", self._class_names[label])
                 path = self._crop_folder / class_folder / f"{self._names[found.index]}_{number:03}.png"
                 self._protected.check(path)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
+                _save(path, pixels)
 
-    def _image_path(self, folder: Path, index: int) -> Path:
-        return folder / (self._names[index] + self._suffixes[index])
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, quality=JPEG_QUALITY)
 
 
 def refuse_existing(path: Path) -> None:
@@ -153,6 +168,4 @@ def write_images_list(
     pairs = zip(detector.category_ids, detector.class_names, strict=True)
     categories = [{"id": number, "name": name} for number, name in pairs]
     info = {"image_folder": root, "turned_upright": turned_upright}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"info": info, "images": images, "categories": categories}))
-    partial.replace(path)
+    write_whole(path, json.dumps({"info": info, "images": images, "categories": categories}).encode())

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -59,9 +59,9 @@ class ImageDetections:
     def crops(self) -> Iterator[tuple[int, np.ndarray]]:
         """Label and pixels (uint8 RGB, a view) of each box, whole pixels outwards; none of a box without area."""
         height, width = self.pixels.shape[:2]
-        for (x0, y0, x1, y1), label in zip(self.boxes_xyxy.tolist(), self.labels.tolist(), strict=True):
-            left, top = max(int(np.floor(x0)), 0), max(int(np.floor(y0)), 0)
-            right, bottom = min(int(np.ceil(x1)), width), min(int(np.ceil(y1)), height)
+        corners = np.concatenate([np.floor(self.boxes_xyxy[:, :2]), np.ceil(self.boxes_xyxy[:, 2:])], axis=1)
+        corners = corners.clip(0, (width, height, width, height)).astype(int)
+        for (left, top, right, bottom), label in zip(corners.tolist(), self.labels.tolist(), strict=True):
             if left < right and top < bottom:
                 yield label, self.pixels[top:bottom, left:right]
 
@@ -82,32 +82,16 @@ def predict_files(
     batches fill up, not that of the files. turn_upright: images are turned as their EXIF orientation says. views: of
     test-time augmentation; none: images are looked at once, as they are.
     """
-    waiting: dict[bool, list[tuple[int, _Image]]] = {False: [], True: []}
-
-    def run(batch: list[tuple[int, _Image]]) -> Iterator[ImageDetections]:
-        images = [image.pixels for _, image in batch]
+    for batch in _batches(files, batch_size, on_broken, turn_upright):
+        images = [image.pixels for image in batch]
         with autocast():
             if views:
                 results = predict_views(detector, images, views, batch_size=batch_size)
             else:
                 results = detector.predict(images, batch_size=batch_size)
-        for (index, image), found in zip(batch, results, strict=True):
+        for image, found in zip(batch, results, strict=True):
             boxes, scores, labels = (found[key].numpy() for key in ("boxes_xyxy", "scores", "labels"))
-            yield ImageDetections(index, image.pixels, boxes, scores, labels, image.is_turned)
-
-    for index, image in _read_ahead(files, READERS + batch_size, turn_upright):
-        if isinstance(image, ImageError):
-            on_broken(files[index], image)
-            continue
-        queue = waiting[image.pixels.shape[0] > image.pixels.shape[1]]
-        queue.append((index, image))
-        if len(queue) == batch_size:
-            batch = queue.copy()
-            queue.clear()
-            yield from run(batch)
-    for queue in waiting.values():
-        if queue:
-            yield from run(queue)
+            yield ImageDetections(image.index, image.pixels, boxes, scores, labels, image.is_turned)
 
 
 def find_labels(names: Sequence[str], class_names: Sequence[str]) -> list[int]:
@@ -165,27 +149,44 @@ def match_category_ids(detector: Detector, annotations: CocoAnnotations) -> list
     return ids
 
 
-class _Image(NamedTuple):
+@dataclass(frozen=True)
+class _Image:
+    index: int
     pixels: np.ndarray
     is_turned: bool
 
 
-def _read_ahead(files: Sequence[Path], depth: int, turn_upright: bool) -> Iterator[tuple[int, _Image | ImageError]]:
-    def read(file: Path) -> _Image | ImageError:
+def _batches(
+    files: Sequence[Path], batch_size: int, on_broken: Callable[[Path, ImageError], None], turn_upright: bool
+) -> Iterator[list[_Image]]:
+    batches: dict[bool, list[_Image]] = {False: [], True: []}
+    for file, future in _read_ahead(files, READERS + batch_size, turn_upright):
         try:
-            pixels = read_image(file)
+            image = future.result()
         except ImageError as error:
-            return error
-        orientation = orientation_of(file) if turn_upright else AS_STORED
-        return _Image(upright(pixels, orientation), orientation != AS_STORED)
+            on_broken(file, error)
+            continue
+        is_standing = image.pixels.shape[0] > image.pixels.shape[1]
+        batches[is_standing].append(image)
+        if len(batches[is_standing]) == batch_size:
+            yield batches[is_standing]
+            batches[is_standing] = []
+    yield from filter(None, batches.values())
 
-    pending: deque[Future[_Image | ImageError]] = deque()
+
+def _read_ahead(files: Sequence[Path], depth: int, turn_upright: bool) -> Iterator[tuple[Path, Future[_Image]]]:
+    def read(index: int) -> _Image:
+        pixels = read_image(files[index])
+        orientation = orientation_of(files[index]) if turn_upright else AS_STORED
+        return _Image(index, upright(pixels, orientation), orientation != AS_STORED)
+
+    pending: deque[Future[_Image]] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="reader") as pool:
         try:
-            for index in range(len(files)):
+            for index, file in enumerate(files):
                 while len(pending) < depth and index + len(pending) < len(files):
-                    pending.append(pool.submit(read, files[index + len(pending)]))
-                yield index, pending.popleft().result()
+                    pending.append(pool.submit(read, index + len(pending)))
+                yield file, pending.popleft()
         finally:
             for future in pending:
                 future.cancel()

@@ -12,6 +12,17 @@ def check_writable(folder: Path) -> None:
         pass
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Make a file or replace it: at any time, also after a power loss, it is the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names of a folder's files on the disk (fsync): new, renamed and removed ones."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.errors import DetectionError
-from detection.reporting.disk import sync_folder
+from detection.reporting.disk import write_whole
 
 NONFINITE_KEY = "nonfinite"
 
@@ -78,7 +78,7 @@ class MetricsLog:
             if iteration is not None and iteration < (val_from if kind == "val" else train_from):
                 kept.setdefault((kind, iteration), line)
         if len(kept) < len(lines):
-            _replace(self.path, b"".join(kept.values()))
+            write_whole(self.path, b"".join(kept.values()))
         self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
@@ -154,13 +154,3 @@ def _decoded(record: dict[str, Any]) -> dict[str, Any]:
         else:
             record[outer] = float(text)
     return record
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".cutting")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)

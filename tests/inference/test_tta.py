@@ -1,5 +1,9 @@
 """Views of an image: boxes mapped back, and fused as weighted box fusion says."""
 
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -62,31 +66,25 @@ def test_one_view_is_left_as_it_is_and_nothing_stays_nothing():
     assert len(fuse_views([found(), found()], most=100)["scores"]) == 0
 
 
+@dataclass(frozen=True)
 class BrightestColumn:
-    """Finds the brightest column of an image; keeps the sizes it was asked for."""
+    """A detector that finds the brightest column of an image; asked: the sizes that it was asked for."""
 
-    asked: list = []
-
-    def __init__(self, min_size, max_size):
-        self.asked.append((min_size, max_size))
+    min_size: int
+    max_size: int
+    asked: list = field(default_factory=list)
+    model: ClassVar = SimpleNamespace(config=SimpleNamespace(detections_per_image=100))
 
     def predict(self, images, batch_size):
+        self.asked.append((self.min_size, self.max_size))
         columns = [int(image.sum(axis=(0, 2)).argmax()) for image in images]
         return [found((column, 0, column + 1, len(p), 0.5, 0)) for column, p in zip(columns, images, strict=True)]
 
 
-def test_each_view_has_its_size_and_finds_the_same_place(monkeypatch):
-    monkeypatch.setattr("dataclasses.replace", lambda detector, **sizes: BrightestColumn(**sizes))
-
-    class Settings:
-        min_size, max_size = 80, 133
-
-        class model:
-            class config:
-                detections_per_image = 100
-
+def test_each_view_has_its_size_and_finds_the_same_place():
+    detector = BrightestColumn(80, 133)
     image = np.zeros((6, 30, 3), np.uint8)
     image[:, 4] = 200
-    (result,) = predict_views(Settings, [image], make_views((0.5, 1.0), flip=True), batch_size=1)
+    (result,) = predict_views(detector, [image], make_views((0.5, 1.0), flip=True), batch_size=1)
     assert rows_of(result) == [(4, 0, 5, 6, 0.5, 0)]
-    assert BrightestColumn.asked == [(40, 66), (40, 66), (80, 133), (80, 133)]
+    assert detector.asked == [(40, 66), (40, 66), (80, 133), (80, 133)]
