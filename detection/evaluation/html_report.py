@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from importlib import resources
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -39,35 +41,6 @@ CLASS_COLUMNS = (
 IMAGE_SIDE = 720
 MAX_CONFUSIONS = 25
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85em; }
-td, th { padding: .2em .6em; text-align: right; border-bottom: 1px solid #ddd; }
-td:first-child, th:first-child { text-align: left; } th { cursor: pointer; position: sticky; top: 0; background: #fff; }
-.scroll { max-height: 34em; overflow: auto; } .row { display: flex; flex-wrap: wrap; gap: 1.5em; }
-figure { margin: 0; flex: 1 1 340px; max-width: 560px; } figure svg { width: 100%; height: auto; }
-figure.image svg { cursor: zoom-in; } figure.large { flex-basis: 100%; max-width: none; }
-figure.large svg { cursor: zoom-out; max-height: 95vh; }
-figcaption, .quiet { color: #666; font-size: .9em; } .key { white-space: nowrap; margin-right: 1em; }
-.key i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; }
-svg text { font: 12px system-ui, sans-serif; fill: #333; }
-"""
-SORT_SCRIPT = """
-for (const head of document.querySelectorAll("table.sortable th")) head.onclick = () => {
-  const body = head.closest("table").tBodies[0], place = head.cellIndex;
-  const sign = head.dataset.sign = -(head.dataset.sign || 1);
-  const value = row => { const text = row.cells[place].textContent, n = parseFloat(text); return isNaN(n) ? text : n; };
-  [...body.rows].sort((a, b) => { const x = value(a), y = value(b);
-    return sign * (typeof x === typeof y ? (x > y) - (x < y) : typeof x === "number" ? 1 : -1);
-  }).forEach(row => body.append(row));
-};
-for (const figure of document.querySelectorAll("figure.image")) figure.onclick = () => {
-  figure.classList.toggle("large");
-  figure.scrollIntoView({block: "nearest"});
-};
-"""
-
 
 def html_report(
     analysis: dict[str, Any],
@@ -83,26 +56,31 @@ def html_report(
         image_of: gives the uint8 RGB [H, W, 3] pixels of an image's file name; FileNotFoundError and ValueError
             from it become a line in the page. None: the worst images are listed without images.
     """
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        _headline(analysis["metrics"]),
-        _notes(analysis["metrics"]["notes"]),
-        "<h2>Kinds of error</h2>",
-        _error_bars(analysis["errors"]),
-        "<h2>Precision and recall</h2>",
-        _curves(analysis["precision_recall"]),
-        "<h2>Classes</h2>",
-        _class_table(analysis["classes"]),
-        "<h2>Confusions</h2>",
-        _confusions(analysis["confusion_matrix"]),
-        "<h2>Worst images</h2>",
-        *_worst_images(analysis["worst_images"], image_of),
-    ]
-    body = "\n".join(sections)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n<script>{SORT_SCRIPT}</script>\n</body></html>\n"
+    files = resources.files("detection.evaluation")
+    page, style, script = (files.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    metrics, errors = analysis["metrics"], analysis["errors"]
+    names = [name for name in metrics if name not in ("per_class", "notes")]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in metrics["notes"])
+    return Template(page).substitute(
+        title=escape(title),
+        style=style,
+        script=script,
+        headline=_table(names, [[_figure(metrics[name]) for name in names]]),
+        notes=f"<ul>{notes}</ul>" if notes else "",
+        error_bars=_error_bars(errors),
+        ap_50=_figure(errors["AP_50"]),
+        error_meanings=_key({kind: f"{kind}: {meaning}" for kind, meaning in KIND_MEANINGS.items()}, KIND_COLORS, " "),
+        curves=_curves(analysis["precision_recall"]),
+        classes=_class_table(analysis["classes"]),
+        confusions=_confusions(analysis["confusion_matrix"]),
+        worst_images="\n".join(_worst_images(analysis["worst_images"], image_of)),
     )
+
+
+def _key(names: Mapping[str, str], colors: Mapping[str, str], gap: str = "") -> str:
+    """What each color means."""
+    keys = (f'<span class="key"><i style="background:{colors[key]}"></i>{name}</span>' for key, name in names.items())
+    return "".join(key + gap for key in keys)
 
 
 def _figure(value: float | None) -> str:
@@ -118,15 +96,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sortable: bool = 
     return f'<div class="scroll"><table{kind}><thead>{line(head, "th")}</thead><tbody>\n{lines}\n</tbody></table></div>'
 
 
-def _headline(metrics: dict[str, Any]) -> str:
-    names = [name for name in metrics if name not in ("per_class", "notes")]
-    return _table(names, [[_figure(metrics[name]) for name in names]])
-
-
-def _notes(notes: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
-
-
 def _error_bars(errors: dict[str, Any]) -> str:
     gains, counts = errors["AP_50_gain"], errors["counts"]
     highest = max(*gains.values(), 1e-9)
@@ -138,27 +107,16 @@ def _error_bars(errors: dict[str, Any]) -> str:
             f'<rect x="105" y="{y}" width="{width:.1f}" height="21" fill="{KIND_COLORS[kind]}"/>'
             f'<text x="{112 + width:.1f}" y="{y + 15}">+{gain:.3f} ({counts[kind]})</text>'
         )
-    meanings = "".join(
-        f'<span class="key"><i style="background:{KIND_COLORS[kind]}"></i>{kind}: {meaning}</span> '
-        for kind, meaning in KIND_MEANINGS.items()
-    )
-    return (
-        f'<svg viewBox="0 0 560 {16 + 30 * len(gains)}" width="560" role="img">{"".join(bars)}</svg>'
-        f'<p class="quiet">What AP at IoU 0.5 (now {_figure(errors["AP_50"])}) would gain if all errors of one kind'
-        f" were mended, and how many there are among all detections, whatever their score. {meanings}</p>"
-    )
+    return f'<svg viewBox="0 0 560 {16 + 30 * len(gains)}" width="560" role="img">{"".join(bars)}</svg>'
 
 
 def _curves(curves: dict[str, Any]) -> str:
     if not curves["mean"]:
         return "<p>No class has boxes.</p>"
-    keys = "".join(
-        f'<span class="key"><i style="background:{color}"></i>{CURVE_NAMES[name]}</span>'
-        for name, color in CURVE_COLORS.items()
-    )
     every = "".join(_curve_figure(curves["recall"], values, name) for name, values in curves["per_class"].items())
     return (
-        f'<div class="row">{_curve_figure(curves["recall"], curves["mean"], "mean over classes")}</div><p>{keys}</p>'
+        f'<div class="row">{_curve_figure(curves["recall"], curves["mean"], "mean over classes")}</div>'
+        f"<p>{_key(CURVE_NAMES, CURVE_COLORS)}</p>"
         f'<details><summary>each class</summary><div class="row">{every}</div></details>'
     )
 
@@ -194,18 +152,8 @@ def _class_table(classes: Sequence[dict[str, Any]]) -> str:
         ]
         for row in classes
     ]
-    heads = [
-        "class",
-        "boxes",
-        "detections",
-        *CLASS_COLUMNS,
-        *(classes[0]["errors"] if classes else ()),
-    ]
-    return (
-        _table(heads, rows, sortable=True)
-        + '<p class="quiet">best_f1_threshold is the score from which on detections are kept for the best F1 at IoU'
-        " 0.5; precision and recall are those at that threshold. A click on a heading sorts.</p>"
-    )
+    errors = classes[0]["errors"] if classes else ()
+    return _table(["class", "boxes", "detections", *CLASS_COLUMNS, *errors], rows, sortable=True)
 
 
 def _confusions(confusion: dict[str, Any]) -> str:
@@ -239,13 +187,8 @@ def _confusions(confusion: dict[str, Any]) -> str:
         if r != c and size - 1 not in (r, c)
     ]
     pairs = [[truth, found, str(n)] for n, truth, found in sorted(wrong, key=lambda w: -w[0])[:MAX_CONFUSIONS]]
-    return (
-        '<p class="quiet">Rows: the true class; columns: what it was found as. Background in the last column is a box'
-        " not found, in the last row a detection without a box. Each class at the score threshold of its best F1,"
-        " unless another was asked for. Shade: share of the row.</p>"
-        f'<div class="row"><svg viewBox="0 0 {side} {side}" width="{min(side, 1000)}">{"".join(cells)}</svg>'
-        f"{_table(['truth', 'found as', 'times'], pairs) if pairs else ''}</div>"
-    )
+    listed = _table(["truth", "found as", "times"], pairs) if pairs else ""
+    return f'<svg viewBox="0 0 {side} {side}" width="{min(side, 1000)}">{"".join(cells)}</svg>{listed}'
 
 
 def _worst_images(
@@ -253,11 +196,8 @@ def _worst_images(
 ) -> list[str]:
     if not images:
         return ["<p>No image has an error.</p>"]
-    keys = "".join(
-        f'<span class="key"><i style="background:{color}"></i>{kind}</span>' for kind, color in KIND_COLORS.items()
-    )
     parts = [
-        f"<p>{keys}</p>",
+        f"<p>{_key({kind: kind for kind in KIND_COLORS}, KIND_COLORS)}</p>",
         '<p class="quiet">Names stand at errors only; every box tells what it is when the mouse is on it. A click makes'
         " an image large.</p>",
         '<div class="row">',

@@ -96,13 +96,8 @@ class Detections:
     @staticmethod
     def concatenate(parts: Iterable[Detections]) -> Detections:
         """All rows of `parts`, one part after the other; no part at all gives `empty()`."""
-        listed = list(parts) or [Detections.empty()]
-        return Detections(
-            np.concatenate([p.image_ids for p in listed]),
-            np.concatenate([p.category_ids for p in listed]),
-            np.concatenate([p.boxes_xywh for p in listed]),
-            np.concatenate([p.scores for p in listed]),
-        )
+        columns = zip(*(vars(part).values() for part in list(parts) or [Detections.empty()]), strict=True)
+        return Detections(*map(np.concatenate, columns))
 
     def as_arrays(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating[Any]]]:
         """The detections as two plain arrays that travel between processes without pickling.
@@ -112,22 +107,17 @@ class Detections:
             (left, top, width, height, score); both C-contiguous. `from_arrays` is the inverse.
         """
         ids = np.stack([self.image_ids, self.category_ids], axis=1)
-        values = np.concatenate([self.boxes_xywh, self.scores[:, None]], axis=1)
-        return ids, values
+        return ids, np.concatenate([self.boxes_xywh, self.scores[:, None]], axis=1)
 
     @staticmethod
     def from_arrays(ids: npt.NDArray[np.int64], values: npt.NDArray[np.floating[Any]]) -> Detections:
         """Inverse of `as_arrays`."""
-        return Detections(
-            np.ascontiguousarray(ids[:, 0]),
-            np.ascontiguousarray(ids[:, 1]),
-            np.ascontiguousarray(values[:, :4]),
-            np.ascontiguousarray(values[:, 4]),
-        )
+        columns: tuple[npt.NDArray[Any], ...] = (ids[:, 0], ids[:, 1], values[:, :4], values[:, 4])
+        return Detections(*map(np.ascontiguousarray, columns))
 
     def take(self, rows: npt.NDArray[Any]) -> Detections:
         """The rows that an index or bool array [n] names."""
-        return Detections(self.image_ids[rows], self.category_ids[rows], self.boxes_xywh[rows], self.scores[rows])
+        return Detections(*(column[rows] for column in vars(self).values()))
 
     def check_finite(self) -> None:
         """Raises ResultsError if a box or a score is NaN or infinite: no ranking is defined then."""
@@ -158,13 +148,8 @@ def write_results(detections: Detections, path: str | os.PathLike[str]) -> None:
     digits = [17 if a.dtype == np.float64 else 9 for a in (detections.boxes_xywh, detections.scores)]
     box, score = (f"%.{d}g" for d in digits)
     row = f'{{"image_id":%d,"category_id":%d,"bbox":[{box},{box},{box},{box}],"score":{score}}}'
-    columns = (
-        detections.image_ids.tolist(),
-        detections.category_ids.tolist(),
-        *(detections.boxes_xywh[:, i].tolist() for i in range(4)),
-        detections.scores.tolist(),
-    )
-    rows = zip(*columns, strict=True)
+    columns = (detections.image_ids, detections.category_ids, *detections.boxes_xywh.T, detections.scores)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     # One name, so that what a killed process has left is written over.
     temporary = target.with_name(f".{target.name}.new")
@@ -208,34 +193,24 @@ def read_results(path: str | os.PathLike[str]) -> Detections:
     if not rows:
         return Detections.empty()
     try:
-        image_ids, category_ids, boxes, scores = (np.array([row[key] for row in rows]) for key in RESULT_KEYS)
-        kinds_fit = all(a.dtype.kind in "iuf" for a in (image_ids, category_ids, boxes, scores))
-        shapes_fit = boxes.shape == (len(rows), 4) and scores.ndim == image_ids.ndim == category_ids.ndim == 1
+        arrays = [np.array([row[key] for row in rows]) for key in RESULT_KEYS]
+        image_ids, category_ids, boxes, scores = (array.astype(np.float64) for array in arrays)
         well_formed = (
-            kinds_fit
-            and shapes_fit
-            and bool(np.isfinite(boxes).all() and np.isfinite(scores).all())
-            and bool((boxes[:, 2:] >= 0).all())
-            and all((a == np.floor(a)).all() for a in (image_ids, category_ids))
+            all(array.dtype.kind in "iuf" for array in arrays)
+            and boxes.shape == (len(rows), 4)
+            and all(
+                array.shape == (len(rows),) and np.isfinite(array).all() for array in (image_ids, category_ids, scores)
+            )
+            and bool(np.isfinite(boxes).all() and (boxes[:, 2:] >= 0).all())
+            and all(((ids == np.floor(ids)) & (np.abs(ids) < 2**63)).all() for ids in arrays[:2])
         )
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         well_formed = False
     if not well_formed:
-        raise ResultsError(_first_fault(source, rows))
-    return Detections(
-        image_ids.astype(np.int64),
-        category_ids.astype(np.int64),
-        boxes.astype(np.float64),
-        scores.astype(np.float64),
-    )
-
-
-def _first_fault(source: Path, rows: list[Any]) -> str:
-    for index, row in enumerate(rows):
-        fault = _fault_of_row(row)
-        if fault:
-            return f"{source}: entry {index} (counted from 0): {fault}"
-    raise AssertionError("the arrays were refused, yet every row is a detection")
+        # The arrays are fast and the rows say more: the same rules.
+        index, fault = next((i, fault) for i, row in enumerate(rows) if (fault := _fault_of_row(row)))
+        raise ResultsError(f"{source}: entry {index} (counted from 0): {fault}")
+    return Detections(arrays[0].astype(np.int64), arrays[1].astype(np.int64), boxes, scores)
 
 
 def _fault_of_row(row: Any) -> str | None:
