@@ -7,9 +7,11 @@ differently then changes no digit, so that a box comes back from a round trip as
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -34,6 +36,7 @@ RARE_SHARE = 0.02  # of another class's boxes: so rare, a name that is nearly th
 ALIKE = 0.8  # difflib's ratio: "WBCs" and "WBC" have 0.86
 
 Exif = Literal["auto", "stored", "displayed"]
+Progress = Callable[[int], object]
 Corners = tuple[Decimal, Decimal, Decimal, Decimal]
 """x1, y1, x2, y2 of a box: edges in pixels, the image's left upper corner being (0, 0)."""
 
@@ -78,20 +81,18 @@ class Remarks:
         self._texts = texts
         self._places: dict[str, list[str]] = {}
         self._counts: Counter[str] = Counter()
+        self.num_errors = 0
 
     def add(self, code: str, place: str) -> None:
         """One more occurrence, at `place`: a file, with line or object where there is one."""
         self._counts[code] += 1
+        self.num_errors += self._texts[code][0] == "error"
         places = self._places.setdefault(code, [])
         if len(places) < MAX_PLACES:
             places.append(place)
 
     def count(self, code: str) -> int:
         return self._counts[code]
-
-    @property
-    def num_errors(self) -> int:
-        return sum(count for code, count in self._counts.items() if self._texts[code][0] == "error")
 
     @property
     def findings(self) -> list[Finding]:
@@ -163,10 +164,8 @@ def image_facts(path: Path) -> ImageFacts:
             with Image.open(path) as image:
                 orientation = 1
                 if image.format in FORMATS_WITH_ORIENTATION:
-                    try:
+                    with suppress(Exception):  # broken EXIF data beside sound pixels raise nearly anything
                         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-                    except Exception:  # broken EXIF data beside sound pixels raise nearly anything
-                        orientation = 1
                 return ImageFacts(image.width, image.height, orientation if orientation in range(1, 9) else 1)
     except Exception as error:  # Pillow raises nearly anything on files that are broken
         raise ImageError(f"{path}: {error}") from error
@@ -227,20 +226,64 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def walk(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Files below a folder by suffix, sorted; hidden ones and a Mac's shadow files are left out."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
+
+
+def read_text(file: Path, remedy: str) -> str:
+    """The text of a file. Raises ConversionError, with the remedy, where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{file}: cannot be read: {error}. {remedy}") from None
+
+
+def read_class_file(file: Path) -> list[str]:
+    """Class names, one a line; of CVAT's labelmap.txt ("name:color:parts:actions") the names but background.
+
+    Raises ConversionError for a file that cannot be read, is empty, or names a class twice.
+    """
+    lines = read_text(file, "Give a text file with a class name a line").rstrip().splitlines()
+    names = [line.strip() for line in lines]
+    if any(line.startswith("# label:") for line in names):
+        names = [line.split(":")[0] for line in names if not line.startswith("#")]
+        names = [name for name in names if name != "background"]
+    return checked_class_names(names, lambda number: f"{file}, line {number + 1}:", file)
+
+
+def checked_class_names(names: list[str], place: Callable[[int], str], file: Path) -> list[str]:
+    """The names. Raises ConversionError where there are none, one is empty, or one is there twice.
+
+    place: says where in `file` the name of this number (from 0) is.
+    """
+    for number, name in enumerate(names):
+        if not name:
+            raise ConversionError(f"{place(number)} has no name, and classes count by place. Name it, or delete it")
+        if name in names[:number]:
+            raise ConversionError(f"{place(number)} {name!r} is named twice. Rename or delete one")
+    if not names:
+        raise ConversionError(f"{file}: names no class. Write one name a line")
+    return names
+
+
 def derived_classes(images: Sequence[LabeledImage], remarks: Remarks) -> list[str]:
     """The names of all boxes in alphabetical order."""
     counts = Counter(box.name for image in images for box in image.boxes)
     names = sorted(counts)
-    spellings: dict[str, list[str]] = {}
-    for name in names:
-        spellings.setdefault("".join(name.casefold().split()), []).append(name)
-    for alike in spellings.values():
+    bare = {name: "".join(name.casefold().split()) for name in names}
+    for spelling in dict.fromkeys(bare.values()):
+        alike = [name for name in names if bare[name] == spelling]
         if len(alike) > 1:
             remarks.add("class-names-alike", ", ".join(map(repr, alike)))
     for rare in names:
         often = [name for name in names if counts[name] * RARE_SHARE >= counts[rare]]
         for name in difflib.get_close_matches(rare, often, n=1, cutoff=ALIKE):
-            if "".join(rare.casefold().split()) != "".join(name.casefold().split()):
+            if bare[rare] != bare[name]:
                 found = f"{rare!r} ({counts[rare]:,} boxes), {name!r} ({counts[name]:,} boxes)"
                 remarks.add("class-names-alike", found)
     return names
@@ -277,7 +320,7 @@ COCO_TEXTS: dict[str, tuple[Severity, str]] = {
 
 
 def images_of_coco(
-    images_dir: Path, annotations: CocoAnnotations, remarks: Remarks, progress: Callable[[int], object] | None = None
+    images_dir: Path, annotations: CocoAnnotations, remarks: Remarks, progress: Progress = lambda _: None
 ) -> list[LabeledImage]:
     """The images of a COCO-format set with their boxes (those with `ignore` as crowds)."""
     images = []
@@ -285,8 +328,7 @@ def images_of_coco(
         name = annotations.file_name(index)
         path = images_dir / name
         size = int(annotations.widths[index]), int(annotations.heights[index])
-        if progress is not None:
-            progress(1)
+        progress(1)
         if not path.is_file():
             remarks.add("missing-image", str(path))
             continue

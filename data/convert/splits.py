@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.convert.conversion import ConversionError, LabeledImage
+from data.convert.conversion import ConversionError, LabeledImage, read_text
 
 SPLIT_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Names of folders and lists that say which split their images are of."""
@@ -56,7 +56,7 @@ def split_by_lists(
     splits: dict[str, list[LabeledImage]] = {}
     for split, file in lists.items():
         keys = []
-        for number, line in enumerate(_lines(file), 1):
+        for number, line in enumerate(read_text(file, "Check the path of the list").splitlines(), 1):
             if not line.strip():
                 continue
             listed = _listed_key(line, by_key.keys() | left_out, by_stem)
@@ -99,10 +99,3 @@ def _listed_key(line: str, keys: set[str], by_stem: dict[str, list[str]]) -> str
             if len(same_stem) == 1:
                 return same_stem[0]
     return None
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{file}: cannot be read: {error}. Check the path of the list") from None

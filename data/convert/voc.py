@@ -10,14 +10,13 @@ VOC2007 Database"), and the programs write "Unknown" or their own name there. "a
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Literal
-from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 from data.coco.findings import Severity
 from data.convert.conversion import (
@@ -28,6 +27,7 @@ from data.convert.conversion import (
     ImageFacts,
     LabeledBox,
     LabeledImage,
+    Progress,
     Remarks,
     add_box,
     describe,
@@ -35,16 +35,15 @@ from data.convert.conversion import (
     image_facts,
     nearest,
     to_stored,
+    walk,
 )
-from data.convert.voc_folders import VocFolders, walk, xml_files
-from data.convert.voc_xml import LocatedElement, XmlError, parse_xml
+from data.convert.voc_xml import XmlError, parse_xml
 from data.images.decode import ImageError
 from data.images.files import IMAGE_SUFFIXES
 
-Coordinates = Literal["one-based", "zero-based"]
-Difficult = Literal["ignore", "keep", "drop"]
-
-NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+XML_FOLDERS = ("Annotations", "annotations")
+IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "JPEGimages")
+CLASS_FILES = ("classes.txt", "labels.txt", "labelmap.txt")
 
 VOC_TEXTS: dict[str, tuple[Severity, str]] = {
     "malformed-xml": ("error", "files cannot be read as XML. Mend them, or export them again"),
@@ -70,6 +69,39 @@ VOC_TEXTS: dict[str, tuple[Severity, str]] = {
 }
 
 
+@dataclass(frozen=True)
+class VocFolders:
+    """Where XML files and images lie."""
+
+    xml: Path
+    images: Path
+    classes: Path | None
+    """A file of class names, where the folder has one."""
+    sets: dict[str, Path]
+    """Lists of ImageSets/Main by split: train and val, and test where there is one; empty without the two."""
+
+
+def find_voc(root: Path, *, xml: Path | None = None, images: Path | None = None) -> VocFolders:
+    """The layout of VOC's devkit (Annotations, JPEGImages, ImageSets/Main), or any folder with XML files in it.
+
+    Raises ConversionError where a folder does not exist.
+    """
+    for folder in (root, xml, images):
+        if folder is not None and not folder.is_dir():
+            raise ConversionError(f"{folder}: there is no such folder. Give the one that holds the Pascal VOC files")
+    nested = root / "VOCdevkit"
+    years = sorted((nested if nested.is_dir() else root).glob("VOC20[0-9][0-9]"))
+    if xml is None and not any((root / name).is_dir() for name in XML_FOLDERS) and years:
+        raise ConversionError(f"{root}: holds {', '.join(map(str, years))}. Give one of these folders")
+    # A folder "annotations" may also hold the JSON files of an earlier conversion.
+    chosen_xml = xml or next((root / name for name in XML_FOLDERS if walk(root / name, {".xml"})), root)
+    chosen_images = images or next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), root)
+    sets = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in ("train", "val", "test")}
+    sets = {split: file for split, file in sets.items() if file.is_file()}
+    classes = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
+    return VocFolders(chosen_xml, chosen_images, classes, sets if {"train", "val"} <= sets.keys() else {})
+
+
 @dataclass
 class VocSet:
     """What was read."""
@@ -81,77 +113,54 @@ class VocSet:
     """Files by the convention that their boxes were read with."""
 
 
-def read_voc(
-    folders: VocFolders,
-    remarks: Remarks,
-    *,
-    classes: Sequence[str] | None = None,
-    coordinates: Literal["auto", "one-based", "zero-based"] = "auto",
-    difficult: Difficult = "ignore",
-    exif: Exif = "auto",
-    progress: Callable[[int], object] | None = None,
-) -> VocSet:
-    """Every image with an XML file, in the order of the XML files' names.
+@dataclass
+class VocReader:
+    """Reads every image with an XML file.
 
     classes: names that are allowed; None allows all. difficult: "ignore" makes such objects crowds, "keep" makes them
     like the others, "drop" leaves them out. exif: which way up the boxes were drawn; "auto" tells by the size in the
     XML where that can tell. remarks: made of VOC_TEXTS; an image with an error is left out.
-
-    Raises ConversionError where there is no XML file at all.
     """
-    reader = _Reader(folders, remarks, classes, coordinates, difficult, exif)
-    files = xml_files(folders.xml)
-    if not files:
-        raise ConversionError(f"{folders.xml}: no XML files there. Give the folder that holds them (--xml DIR)")
-    for file in files:
-        reader.read(file)
-        if progress is not None:
-            progress(1)
-    reader.finish()
-    return reader.result
 
+    folders: VocFolders
+    remarks: Remarks
+    classes: Sequence[str] | None = None
+    coordinates: Literal["auto", "one-based", "zero-based"] = "auto"
+    difficult: Literal["ignore", "keep", "drop"] = "ignore"
+    exif: Exif = "auto"
 
-class _Reader:
-    def __init__(
-        self,
-        folders: VocFolders,
-        remarks: Remarks,
-        classes: Sequence[str] | None,
-        coordinates: str,
-        difficult: Difficult,
-        exif: Exif,
-    ) -> None:
-        self.folders = folders
-        self.remarks = remarks
-        self.classes = None if classes is None else set(classes)
-        self.coordinates = coordinates
-        self.difficult = difficult
-        self.exif = exif
+    def __post_init__(self) -> None:
         self.result = VocSet()
-        self._images = sorted(walk(folders.images, IMAGE_SUFFIXES))
-        self._known = set(self._images)
+        self._images = walk(self.folders.images, IMAGE_SUFFIXES)
+        self._described: dict[Path, Path] = {}
         self._by_name: dict[str, list[Path]] = {}
         self._by_stem: dict[str, list[Path]] = {}
         for path in self._images:
             self._by_name.setdefault(path.name, []).append(path)
             self._by_stem.setdefault(path.stem, []).append(path)
-        self._described: dict[Path, Path] = {}
 
-    def read(self, file: Path) -> None:
-        key = file.relative_to(self.folders.xml).with_suffix("").as_posix()
-        errors = self.remarks.num_errors
-        image = self._image(file, key)
-        if image is not None and self.remarks.num_errors == errors:
-            self.result.images.append(image)
-            if not image.boxes:
-                self.remarks.add("empty", str(file))
-        else:
-            self.result.left_out.add(key)
-
-    def finish(self) -> None:
+    def read(self, progress: Progress = lambda _: None) -> VocSet:
+        """What the XML files say, in the order of their names. Raises ConversionError where there is none at all."""
+        files = walk(self.folders.xml, {".xml"})
+        if not files:
+            raise ConversionError(
+                f"{self.folders.xml}: no XML files there. Give the folder that holds them (--xml DIR)"
+            )
+        for file in files:
+            key = file.relative_to(self.folders.xml).with_suffix("").as_posix()
+            errors = self.remarks.num_errors
+            image = self._image(file, key)
+            if image is not None and self.remarks.num_errors == errors:
+                self.result.images.append(image)
+                if not image.boxes:
+                    self.remarks.add("empty", str(file))
+            else:
+                self.result.left_out.add(key)
+            progress(1)
         for path in self._images:
             if path not in self._described:
                 self.remarks.add("image-without-xml", str(path))
+        return self.result
 
     def _image(self, file: Path, key: str) -> LabeledImage | None:
         try:
@@ -183,29 +192,27 @@ class _Reader:
         self.result.coordinates["one-based" if one_based else "zero-based"] += 1
 
         image = LabeledImage(key, path, facts.width, facts.height)
-        objects = [element for element in root if element.tag == "object"]
-        for number, element in enumerate(objects, 1):
-            assert isinstance(element, LocatedElement)
-            self._object(image, element, f"{file}, line {element.line}, object {number}", facts, displayed, one_based)
+        for number, element in enumerate(root.findall("object"), 1):
+            place = f"{file}, line {getattr(element, 'line', 0)}, object {number}"
+            found = self._object(element, place, one_based)
+            if found is None:
+                continue
+            name, corners, is_difficult = found
+            if displayed:
+                corners = to_stored(corners, facts)
+            fitted = fit_box(corners, facts.width, facts.height, self.remarks, f"{place} ({name})")
+            if fitted is not None:
+                crowd = is_difficult and self.difficult == "ignore"
+                add_box(image, LabeledBox(name, fitted, crowd), self.remarks, place)
         return image
 
-    def _object(
-        self,
-        image: LabeledImage,
-        element: LocatedElement,
-        place: str,
-        facts: ImageFacts,
-        displayed: bool,
-        one_based: bool,
-    ) -> None:
-        name = _text(element, "name")
-        if not name:
-            self.remarks.add("faulty-object", f"{place}: no <name>")
-            return
-        box = element.find("bndbox")
-        if box is None:
-            self.remarks.add("faulty-object", f"{place} ({name}): no <bndbox>")
-            return
+    def _object(self, element: Element, place: str, one_based: bool) -> tuple[str, Corners, bool] | None:
+        """Class, corners as drawn, and whether the object is marked difficult; None where it is left out."""
+        name, box = _text(element, "name"), element.find("bndbox")
+        if not name or box is None:
+            said = f"{place} ({name}): no <bndbox>" if name else f"{place}: no <name>"
+            self.remarks.add("faulty-object", said)
+            return None
         values = []
         for side in ("xmin", "ymin", "xmax", "ymax"):
             text = _text(box, side)
@@ -216,40 +223,33 @@ class _Reader:
             if not value.is_finite() or abs(value) > 10**9:
                 shown = f"<{side}> is {text[:40]!r}" if text else f"no <{side}>"
                 self.remarks.add("faulty-object", f"{place} ({name}): {shown}")
-                return
+                return None
             values.append(value)
         if self.classes is not None and name not in self.classes:
             self.remarks.add("unknown-class", f"{place}: {name!r}{nearest(name, self.classes)}")
-            return
+            return None
         is_difficult = _text(element, "difficult").lower() in ("1", "true", "yes")
         if is_difficult:
             self.remarks.add("difficult", place)
             if self.difficult == "drop":
-                return
+                return None
         x1, y1, x2, y2 = values
         if x1 > x2 or y1 > y2:
             self.remarks.add("corners-swapped", f"{place} ({name}): {describe((x1, y1, x2, y2))}")
             x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
-        corners: Corners = (x1 - 1, y1 - 1, x2, y2) if one_based else (x1, y1, x2, y2)
-        if displayed:
-            corners = to_stored(corners, facts)
-        fitted = fit_box(corners, facts.width, facts.height, self.remarks, f"{place} ({name})")
-        if fitted is not None:
-            crowd = is_difficult and self.difficult == "ignore"
-            add_box(image, LabeledBox(name, fitted, crowd), self.remarks, place)
+        return name, (x1 - 1, y1 - 1, x2, y2) if one_based else (x1, y1, x2, y2), is_difficult
 
     def _path(self, file: Path, key: str, named: str) -> Path | None:
         """The image of an XML file: by <filename> or by the XML's own name, beside it before anywhere else."""
         named = named.replace("\\", "/").rsplit("/", 1)[-1]
-        folders = list(dict.fromkeys((self.folders.images / Path(key).parent, file.parent)))
-        by_name = [folder / named for folder in folders if folder / named in self._known] if named else []
-        if not by_name:
-            by_name = self._by_name.get(named, [])
         stem = Path(key).name
-        by_stem = [path for path in self._by_stem.get(stem, []) if path.parent in folders]
-        if not by_stem:
-            by_stem = self._by_stem.get(stem, [])
-        found = by_name[:1] if by_name and by_name[0].parent in folders else by_name
+        folders = (self.folders.images / Path(key).parent, file.parent)
+
+        def near(files: list[Path]) -> list[Path]:
+            return [path for folder in dict.fromkeys(folders) for path in files if path.parent == folder]
+
+        by_name, by_stem = self._by_name.get(named, []), self._by_stem.get(stem, [])
+        found, by_stem = near(by_name)[:1] or by_name, near(by_stem) or by_stem
         if found and by_stem and not set(found) & set(by_stem):
             self.remarks.add("ambiguous-image", f"{file}: <filename> is {found[0].name}, and there is {by_stem[0]}")
             return None
@@ -267,7 +267,7 @@ class _Reader:
             self.remarks.add("missing-image", f"{file}: {named or stem!r} is not under {self.folders.images}")
         return None
 
-    def _is_displayed(self, file: Path, root: LocatedElement, facts: ImageFacts) -> bool | None:
+    def _is_displayed(self, file: Path, root: Element, facts: ImageFacts) -> bool | None:
         """Whether the boxes refer to the image as EXIF turns it; None where the sizes differ."""
         try:
             said = int(float(_text(root, "size/width"))), int(float(_text(root, "size/height")))
@@ -297,56 +297,9 @@ class _Reader:
         return displayed
 
 
-def voc_xml(
-    image: LabeledImage, file_name: str, *, coordinates: Coordinates = "one-based", whole_pixels: bool = False
-) -> bytes:
-    """The XML file of one image, crowds as difficult.
-
-    coordinates: see the head of this file. whole_pixels: rounds corners to whole numbers, for readers that take
-    nothing else; fractions are kept otherwise.
-
-    Raises ConversionError for a name that XML cannot hold.
-    """
-    root = ElementTree.Element("annotation")
-    folder, _, base = file_name.rpartition("/")
-    ElementTree.SubElement(root, "folder").text = folder or "JPEGImages"
-    ElementTree.SubElement(root, "filename").text = base
-    convention = "PASCAL VOC convention" if coordinates == "one-based" else "Unknown"
-    ElementTree.SubElement(ElementTree.SubElement(root, "source"), "database").text = convention
-    size = ElementTree.SubElement(root, "size")
-    for side, pixels in (("width", image.width), ("height", image.height), ("depth", 3)):
-        ElementTree.SubElement(size, side).text = str(pixels)
-    ElementTree.SubElement(root, "segmented").text = "0"
-    for box in image.boxes:
-        element = ElementTree.SubElement(root, "object")
-        for tag, text in (("name", box.name), ("pose", "Unspecified"), ("truncated", "0")):
-            ElementTree.SubElement(element, tag).text = text
-        ElementTree.SubElement(element, "difficult").text = str(int(box.crowd))
-        bounds = ElementTree.SubElement(element, "bndbox")
-        x1, y1, x2, y2 = box.corners
-        if whole_pixels:
-            # A box thinner than a pixel keeps one.
-            x1, y1 = min(round(x1), image.width - 1) * Decimal(1), min(round(y1), image.height - 1) * Decimal(1)
-            x2, y2 = max(Decimal(round(x2)), x1 + 1), max(Decimal(round(y2)), y1 + 1)
-        first = 1 if coordinates == "one-based" else 0
-        for side, value in (("xmin", x1 + first), ("ymin", y1 + first), ("xmax", x2), ("ymax", y2)):
-            ElementTree.SubElement(bounds, side).text = plain_decimal(value)
-    for text in (file_name, *(box.name for box in image.boxes)):
-        if NOT_IN_XML.search(text):
-            raise ConversionError(f"{image.path}: {text!r} holds a character that XML cannot. Rename it")
-    ElementTree.indent(root, "\t")
-    return ElementTree.tostring(root, encoding="utf-8") + b"\n"
-
-
-def plain_decimal(value: Decimal) -> str:
-    """Digits without exponent and without zeros that say nothing: 68, 12.5."""
-    text = f"{value:f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def _text(element: ElementTree.Element, path: str) -> str:
+def _text(element: Element, path: str) -> str:
     return (element.findtext(path) or "").strip()
 
 
-def _is_of_voc(root: ElementTree.Element) -> bool:
+def _is_of_voc(root: Element) -> bool:
     return "voc" in _text(root, "source/database").lower()

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.coco.annotations import AnnotationError, read_coco
-from data.convert.conversion import ConversionError, Exif, LabeledImage, Remarks, image_facts
-from data.convert.voc import Coordinates, voc_xml
+from data.convert.conversion import ConversionError, Exif, LabeledImage, Progress, Remarks, image_facts
+from data.convert.voc_xml import Coordinates, voc_xml
 from data.convert.yolo import label_path, yolo_lines
 from data.convert.yolo_config import yaml_text
-
-Progress = Callable[[int], object] | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def write_coco_set(
     copy: bool = False,
     overwrite: bool = False,
     description: str = "",
-    progress: Progress = None,
+    progress: Progress = lambda _: None,
 ) -> dict[str, WrittenSplit]:
     """Writes annotations/instances_<split>.json for each split, and what they refer to.
 
@@ -58,15 +57,11 @@ def write_coco_set(
     roots = {split: _root_of(sources, images_root) for split, sources in splits.items()}
     targets = {split: output_dir / "annotations" / f"instances_{split}.json" for split in splits}
     replaced = [*targets.values(), *(output_dir / split for split in splits if copy)]
-    _refuse_or_allow(replaced, overwrite, [source.path for sources in splits.values() for source in sources])
-
     everything = sorted((source.key, split) for split, sources in splits.items() for source in sources)
     ids = {pair: number for number, pair in enumerate(everything, 1)}
     category_ids = {name: number for number, name in enumerate(class_names, 1)}
     written, annotation_id = {}, 0
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting_", dir=output_dir) as staging_name:
-        staging = Path(staging_name)
+    with _staged(output_dir, replaced, overwrite, _paths(splits)) as staging:
         (staging / "annotations").mkdir()
         for split, sources in splits.items():
             images, annotations = [], []
@@ -91,8 +86,7 @@ def write_coco_set(
                     )
                 if copy:
                     _place_image(source.path, staging / split / name, copy=True)
-                if progress is not None:
-                    progress(1)
+                progress(1)
             content = {
                 "info": {"description": description},
                 "licenses": [],
@@ -111,10 +105,6 @@ def write_coco_set(
             images_dir = output_dir / split if copy else roots[split]
             num_empty = sum(not source.boxes for source in sources)
             written[split] = WrittenSplit(images_dir, targets[split], len(images), len(annotations), num_empty)
-        _set_aside(replaced)
-        (output_dir / "annotations").mkdir(exist_ok=True)
-        for target in replaced:
-            (staging / target.relative_to(output_dir)).replace(target)
     return written
 
 
@@ -123,12 +113,13 @@ def write_voc_set(
     splits: dict[str, list[LabeledImage]],
     images_dirs: dict[str, Path],
     class_names: Sequence[str],
+    remarks: Remarks,
     *,
     coordinates: Coordinates = "one-based",
     whole_pixels: bool = False,
     copy: bool = False,
     overwrite: bool = False,
-    progress: Progress = None,
+    progress: Progress = lambda _: None,
 ) -> None:
     """Annotations/*.xml, ImageSets/Main/<split>.txt, JPEGImages/ (links, or copies) and classes.txt.
 
@@ -136,14 +127,14 @@ def write_voc_set(
     one name (but for the suffix) in two places.
     """
     names: dict[str, Path] = {}
-    for sources in splits.values():
-        for source in sources:
-            if names.setdefault(source.key, source.path) != source.path:
-                raise ConversionError(
-                    f"{names[source.key]} and {source.path} would both be {source.key}.xml. Rename one, or convert "
-                    "the splits into folders of their own"
-                )
-    with _staged_folder(output_dir, overwrite, list(names.values())) as staging:
+    for source in (source for sources in splits.values() for source in sources):
+        if names.setdefault(source.key, source.path) != source.path:
+            raise ConversionError(
+                f"{names[source.key]} and {source.path} would both be {source.key}.xml. Rename one, or convert "
+                "the splits into folders of their own"
+            )
+    with _staged(output_dir.parent, [output_dir], overwrite, _paths(splits)) as parent:
+        staging = parent / output_dir.name
         for split, sources in splits.items():
             for source in sources:
                 name = Path(os.path.relpath(source.path, images_dirs[split])).as_posix()
@@ -152,8 +143,7 @@ def write_voc_set(
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(xml)
                 _place_image(source.path, staging / "JPEGImages" / name, copy=copy)
-                if progress is not None:
-                    progress(1)
+                progress(1)
             listed = staging / "ImageSets" / "Main" / f"{split}.txt"
             listed.parent.mkdir(parents=True, exist_ok=True)
             listed.write_text("".join(f"{source.key}\n" for source in sources), encoding="utf-8")
@@ -170,14 +160,14 @@ def write_yolo_set(
     exif: Exif = "auto",
     copy: bool = False,
     overwrite: bool = False,
-    progress: Progress = None,
+    progress: Progress = lambda _: None,
 ) -> None:
     """images/<split>/ (links, or copies), labels/<split>/*.txt and data.yaml; class indices in the order given.
 
     Raises ConversionError for outputs that exist, and for images that differ in nothing but the suffix.
     """
-    images_there = [source.path for sources in splits.values() for source in sources]
-    with _staged_folder(output_dir, overwrite, images_there) as staging:
+    with _staged(output_dir.parent, [output_dir], overwrite, _paths(splits)) as parent:
+        staging = parent / output_dir.name
         for split, sources in splits.items():
             for source in sources:
                 name = Path(os.path.relpath(source.path, images_dirs[split])).as_posix()
@@ -191,8 +181,7 @@ def write_yolo_set(
                 facts = image_facts(source.path)
                 labels.write_text(yolo_lines(source, class_names, facts, exif, remarks), encoding="utf-8")
                 _place_image(source.path, target, copy=copy)
-                if progress is not None:
-                    progress(1)
+                progress(1)
         folders = {split: f"images/{split}" for split in splits}
         (staging / "data.yaml").write_text(yaml_text(list(class_names), folders), encoding="utf-8")
 
@@ -214,43 +203,41 @@ def _place_image(source: Path, target: Path, *, copy: bool) -> None:
         raise ConversionError(f"{target.name}: cannot be linked here ({error.strerror}). Give --copy") from error
 
 
+def _paths(splits: dict[str, list[LabeledImage]]) -> list[Path]:
+    return [source.path for sources in splits.values() for source in sources]
+
+
 @contextmanager
-def _staged_folder(output_dir: Path, overwrite: bool, inputs: Sequence[Path]) -> Iterator[Path]:
-    """A folder that becomes output_dir when all went well."""
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        _refuse_or_allow([output_dir], overwrite, inputs)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting_", dir=output_dir.parent) as staging:
-        folder = Path(staging) / "set"
-        folder.mkdir()
-        yield folder
-        if output_dir.is_dir() and not any(output_dir.iterdir()):
-            output_dir.rmdir()
-        _set_aside([output_dir])
-        folder.replace(output_dir)
+def _staged(folder: Path, targets: Sequence[Path], overwrite: bool, inputs: Sequence[Path]) -> Iterator[Path]:
+    """A folder whose content becomes the targets, which lie in `folder`, when all went well.
 
-
-def _refuse_or_allow(targets: Sequence[Path], overwrite: bool, inputs: Sequence[Path]) -> None:
-    existing = [target for target in targets if os.path.lexists(target)]
-    if not existing:
-        return
-    if not overwrite:
-        raise ConversionError(
-            f"{existing[0]} exists already. Choose another output folder, or give --overwrite: what is there is then "
-            "moved aside"
-        )
-    folders = {folder for path in inputs for folder in path.resolve().parents}
-    for target in existing:
-        if target.resolve() in folders:
-            raise ConversionError(f"{target} holds the images that are converted. Choose another output folder")
-
-
-def _set_aside(targets: Sequence[Path]) -> None:
-    stamp = time.strftime("%Y%m%d_%H%M%S")
+    What is there already is refused, unless it is an empty folder, or with `overwrite` moved aside.
+    """
     for target in targets:
+        if target.is_dir() and not any(target.iterdir()):
+            continue
         if os.path.lexists(target):
-            aside, number = target.with_name(f"{target.name}.before_{stamp}"), 1
-            while os.path.lexists(aside):
-                number += 1
-                aside = target.with_name(f"{target.name}.before_{stamp}_{number}")
-            target.rename(aside)
+            if not overwrite:
+                raise ConversionError(
+                    f"{target} exists already. Choose another output folder, or give --overwrite: what is there is "
+                    "then moved aside"
+                )
+            if target.resolve() in {parent for path in inputs for parent in path.resolve().parents}:
+                raise ConversionError(f"{target} holds the images that are converted. Choose another output folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".converting_", dir=folder) as staging:
+        yield Path(staging)
+        stamp = time.strftime("%Y%m%d_%H%M%S")
+        for target in targets:
+            if target.is_dir() and not any(target.iterdir()):
+                target.rmdir()
+            elif os.path.lexists(target):
+                target.rename(_unused(target.with_name(f"{target.name}.before_{stamp}")))
+            target.parent.mkdir(exist_ok=True)
+            (Path(staging) / target.relative_to(folder)).replace(target)
+
+
+def _unused(path: Path) -> Path:
+    """The path, or with _2, _3, ... where there is one already."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))

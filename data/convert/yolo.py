@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from pathlib import Path
 
@@ -29,12 +29,14 @@ from data.convert.conversion import (
     ImageFacts,
     LabeledBox,
     LabeledImage,
+    Progress,
     Remarks,
     add_box,
     fit_box,
     image_facts,
     to_displayed,
     to_stored,
+    walk,
 )
 from data.convert.splits import SPLIT_OF_FOLDER
 from data.convert.yolo_config import CLASS_FILES, YoloSettings, read_settings
@@ -73,7 +75,6 @@ class YoloSet:
     settings: YoloSettings
     origin: str
     """What the splits were taken from, for a message."""
-    fallback_root: Path = field(default_factory=Path)
 
 
 def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | None = None) -> YoloSet:
@@ -93,26 +94,24 @@ def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | N
         splits = {name: _images_of(root, settings, name) for name in settings.splits}
         origin = str(settings.source)
     else:
-        splits, origin = {}, ""
-        for path in _walk_images(images or root):
+        splits, origin = {}, f"the folders of {images or root}"
+        for path in walk(_plain(images or root), IMAGE_SUFFIXES):
             parts = [part.lower() for part in path.relative_to(images or root).parts[:-1]]
             named = [SPLIT_OF_FOLDER[part] for part in parts if part in SPLIT_OF_FOLDER]
             splits.setdefault(named[0] if named else "all", []).append(path)
-        origin = f"the folders of {images or root}"
     splits = {name: paths for name, paths in splits.items() if paths}
     if not splits:
         raise ConversionError(f"{images or root}: no images there ({' '.join(sorted(IMAGE_SUFFIXES))})")
     if "all" in splits or not {"train", "val"} <= splits.keys() or set(splits["train"]) == set(splits["val"]):
-        test = splits.pop("test", [])
-        everything = sorted({path for paths in splits.values() for path in paths})
-        splits = {"all": everything, "test": test} if test else {"all": everything}
+        test = {"test": splits.pop("test")} if "test" in splits else {}
+        splits = {"all": sorted({path for paths in splits.values() for path in paths}), **test}
     twice = set(splits.get("train", [])) & set(splits.get("val", []))
     if twice:
         raise ConversionError(
             f"{origin}: {len(twice)} images are in train and in val, the first {min(twice)}. Take them out of one, "
             "or give --val-fraction for splits of our own"
         )
-    return YoloSet(splits, settings, origin, images or root)
+    return YoloSet(splits, settings, origin)
 
 
 def read_yolo(
@@ -122,7 +121,7 @@ def read_yolo(
     *,
     root: Path,
     exif: Exif = "auto",
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = lambda _: None,
 ) -> list[LabeledImage]:
     """The images with the boxes of their label files, keys relative to `root`.
 
@@ -139,8 +138,7 @@ def read_yolo(
         image = _read_image(path, label_file, class_names, remarks, root, exif)
         if image is not None and remarks.num_errors == errors:
             result.append(image)
-        if progress is not None:
-            progress(1)
+        progress(1)
     return result
 
 
@@ -155,12 +153,10 @@ def check_orphans(images: Sequence[Path], remarks: Remarks) -> None:
 
 def label_path(image: Path) -> Path:
     """Where the label file of an image goes: in "labels" instead of the last "images" of its path, or beside it."""
-    parts = list(image.parts)
-    for place in range(len(parts) - 2, -1, -1):
-        if parts[place] == "images":
-            parts[place] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+    folders = list(image.parent.parts)
+    if "images" in folders:
+        folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
+    return Path(*folders, image.name).with_suffix(".txt")
 
 
 def find_label_file(image: Path) -> Path:
@@ -303,7 +299,7 @@ def _images_of(root: Path, settings: YoloSettings, split: str) -> list[Path]:
                 f"{settings.source.parent}). Correct it, or delete the line and give --val-fraction"
             )
         if source.is_dir():
-            found += _walk_images(source)
+            found += walk(source, IMAGE_SUFFIXES)
         elif source.suffix.lower() == ".txt":
             lines = source.read_text(encoding="utf-8-sig").splitlines()
             bases = (source.parent, source.parent.parent)
@@ -331,14 +327,6 @@ def _locate(root: Path, settings: YoloSettings, written: str) -> Path | None:
 def _spellings(written: str) -> list[str]:
     # Roboflow writes ../train/images, and CVAT data/train.txt, for what lies beside the file.
     return list(dict.fromkeys((written, written.removeprefix("../"), written.removeprefix("data/"))))
-
-
-def _walk_images(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(_plain(path) for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _plain(path: Path) -> Path:

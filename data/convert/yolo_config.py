@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.convert.conversion import ConversionError
+from data.convert.conversion import ConversionError, checked_class_names, read_class_file, read_text
 
 CLASS_FILES = ("classes.txt", "obj.names", "labels.txt", "_darknet.labels")
 PLAIN_KEY = re.compile(r"""^(?P<key>"[^"]*"|'[^']*'|[^\s:#'"\[\]{},][^:#]*?)\s*:(?:\s+(?P<value>.*))?$""")
@@ -34,15 +35,12 @@ def read_settings(file: Path) -> YoloSettings:
 
     Raises ConversionError, which names file and line.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{file}: cannot be read: {error}. Give data.yaml or a list of class names") from None
+    remedy = "Give data.yaml or a list of class names"
     if file.suffix.lower() in (".yaml", ".yml"):
-        return _of_yaml(file, parse_simple_yaml(text, str(file)))
+        return _of_yaml(file, parse_simple_yaml(read_text(file, remedy), str(file)))
     if file.suffix.lower() == ".data":
-        return _of_darknet(file, text)
-    return YoloSettings(file, _names(file, [line.strip() for line in text.rstrip().splitlines()]))
+        return _of_darknet(file, read_text(file, remedy))
+    return YoloSettings(file, read_class_file(file))
 
 
 def parse_simple_yaml(text: str, source: str) -> dict[str, Any]:
@@ -52,51 +50,41 @@ def parse_simple_yaml(text: str, source: str) -> dict[str, Any]:
     else.
     """
 
-    def fail(number: int, line: str) -> ConversionError:
-        return ConversionError(
-            f"{source}, line {number}: {line.strip()[:60]!r} is not understood. Write plain keys, lists and tables, or "
-            "give the class names as a text file, one a line (--classes FILE)"
-        )
-
     content: dict[str, Any] = {}
-    key: str | None = None
-    open_bracket: tuple[int, str] | None = None
+    key = ""
+    for number, line in _logical_lines(text):
+        try:
+            if line[0] in " \t" or line.startswith("- "):
+                _add_to(content, key, line.strip())
+            else:
+                name, value = _pair(line)
+                key = str(name)
+                content[key] = _value(value)
+        except (ValueError, KeyError):
+            raise ConversionError(
+                f"{source}, line {number}: {line.strip()[:60]!r} is not understood. Write plain keys, lists and "
+                "tables, or give the class names as a text file, one a line (--classes FILE)"
+            ) from None
+    return content
+
+
+def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that says something; brackets that span several lines as one, without comments."""
+    opened, whole = 0, ""
     for number, raw in enumerate(text.splitlines(), 1):
         line = _without_comment(raw)
-        if open_bracket is not None:
-            open_bracket = open_bracket[0], f"{open_bracket[1]} {line.strip()}"
-            if not _is_closed(open_bracket[1]):
-                continue
-            assert key is not None
-            try:
-                content[key] = _value(open_bracket[1])
-            except ValueError:
-                raise fail(open_bracket[0], open_bracket[1]) from None
-            open_bracket = None
+        if opened:
+            whole = f"{whole} {line.strip()}"
+        elif line.strip() and line.strip() not in ("---", "..."):
+            opened, whole = number, line
+        else:
             continue
-        if not line.strip() or line.strip() in ("---", "..."):
-            continue
-        try:
-            stripped = line.strip()
-            if line[0] in " \t" or stripped.startswith("- "):
-                if key is None:
-                    raise ValueError
-                _add_to(content, key, stripped)
-                continue
-            match = PLAIN_KEY.match(line.rstrip())
-            if match is None:
-                raise ValueError
-            key = str(_scalar(match["key"]))
-            value = (match["value"] or "").strip()
-            if value[:1] in ("[", "{") and not _is_closed(value):
-                open_bracket = number, value
-            else:
-                content[key] = _value(value)
-        except ValueError:
-            raise fail(number, line) from None
-    if open_bracket is not None:
-        raise fail(*open_bracket)
-    return content
+        match = PLAIN_KEY.match(whole)
+        if match is None or (match["value"] or "")[:1] not in ("[", "{") or _is_closed(match["value"]):
+            yield opened, whole
+            opened = 0
+    if opened:
+        yield opened, whole
 
 
 def yaml_text(class_names: list[str], splits: dict[str, str]) -> str:
@@ -125,7 +113,7 @@ def _of_yaml(file: Path, content: dict[str, Any]) -> YoloSettings:
         if value not in (None, "", []):
             splits.setdefault(split, [str(item) for item in (value if isinstance(value, list) else [value])])
     path = content.get("path")
-    names = _names(file, [str(name).strip() for name in names])
+    names = checked_class_names([str(name).strip() for name in names], lambda number: f"{file}: class {number}", file)
     return YoloSettings(file, names, splits, None if path in (None, "") else str(path))
 
 
@@ -140,59 +128,42 @@ def _of_darknet(file: Path, text: str) -> YoloSettings:
     return YoloSettings(file, read_settings(names).class_names, splits)
 
 
-def _names(file: Path, names: list[str]) -> list[str]:
-    for number, name in enumerate(names, 1):
-        if not name:
-            raise ConversionError(f"{file}: class {number - 1} has no name, and classes count by place. Name it")
-        if name in names[: number - 1]:
-            raise ConversionError(f"{file}: the class {name!r} is named twice. Rename one")
-    if not names:
-        raise ConversionError(f"{file}: names no class. Write one name a line")
-    return names
-
-
 def _add_to(content: dict[str, Any], key: str, line: str) -> None:
-    """One line of the list or table under `key`."""
-    if line.startswith("- "):
-        if not isinstance(content[key], list):
-            if content[key] != "":
-                raise ValueError
-            content[key] = []
-        content[key].append(_scalar(line[2:].strip()))
-        return
-    match = PLAIN_KEY.match(line)
+    """One line of the list or table under `key`. Raises ValueError, or KeyError where there is no key."""
+    is_item = line.startswith("- ")
+    if content[key] == "":
+        content[key] = [] if is_item else {}
+    if is_item and isinstance(content[key], list):
+        content[key].append(_scalar(line[2:]))
+    elif not is_item and isinstance(content[key], dict):
+        name, value = _pair(line)
+        content[key][name] = _scalar(value)
+    else:
+        raise ValueError
+
+
+def _pair(text: str) -> tuple[Any, str]:
+    match = PLAIN_KEY.match(text)
     if match is None:
         raise ValueError
-    if not isinstance(content[key], dict):
-        if content[key] != "":
-            raise ValueError
-        content[key] = {}
-    content[key][_scalar(match["key"])] = _scalar((match["value"] or "").strip())
+    return _scalar(match["key"]), (match["value"] or "").strip()
 
 
 def _value(text: str) -> Any:
     if text.startswith("[") and text.endswith("]"):
         return [_scalar(item) for item in _items(text[1:-1])]
     if text.startswith("{") and text.endswith("}"):
-        table = {}
-        for item in _items(text[1:-1]):
-            match = PLAIN_KEY.match(item)
-            if match is None:
-                raise ValueError
-            table[_scalar(match["key"])] = _scalar((match["value"] or "").strip())
-        return table
+        return {key: _scalar(value) for key, value in map(_pair, _items(text[1:-1]))}
     return _scalar(text)
 
 
 def _scalar(text: str) -> Any:
     text = text.strip()
+    if text[:1] in ('"', "'") and (len(text) < 2 or text[-1] != text[0]):
+        raise ValueError
     if text[:1] == '"':
-        if len(text) < 2 or text[-1] != '"':
-            raise ValueError
         return str(json.loads(text))
     if text[:1] == "'":
-        if len(text) < 2 or text[-1] != "'":
-            raise ValueError
         return text[1:-1].replace("''", "'")
     if text[:1] in REFUSED or text[:1] in ("[", "{") or text in ("-", "?"):
         raise ValueError

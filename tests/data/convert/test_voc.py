@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.convert.conversion import ConversionError, LabeledBox, LabeledImage, Remarks, derived_classes
-from data.convert.voc import VOC_TEXTS, VocSet, read_voc, voc_xml
-from data.convert.voc_folders import find_voc, read_class_file
-from data.convert.voc_xml import XmlError, parse_xml
+from data.convert.conversion import ConversionError, LabeledBox, LabeledImage, Remarks, derived_classes, read_class_file
+from data.convert.voc import VOC_TEXTS, VocReader, VocSet, find_voc
+from data.convert.voc_xml import XmlError, parse_xml, voc_xml
 
 OBJECT = (
     "<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{0}</xmin><ymin>{1}</ymin>"
@@ -43,7 +42,7 @@ def read(tmp_path: Path) -> Callable[..., tuple[VocSet, Remarks]]:
             Image.new("RGB", (64, 48)).save(path)
         (tmp_path / "JPEGImages").mkdir(exist_ok=True)
         remarks = Remarks(VOC_TEXTS)
-        return read_voc(find_voc(tmp_path), remarks, **options), remarks
+        return VocReader(find_voc(tmp_path), remarks, **options).read(), remarks
 
     return run
 
@@ -253,7 +252,7 @@ def test_class_files_are_lists_or_cvats_label_map(tmp_path):
     assert read_class_file(file) == ["dog", "red cat"]
     file.write_text("# label:color_rgb:parts:actions\nbackground:0,0,0::\ndog:1,2,3::\n")
     assert read_class_file(file) == ["dog"]
-    for content, said in (("dog\ndog\n", "line 2.*twice"), ("", "names no class"), ("a\n\nb\n", "line 2: is empty")):
+    for content, said in (("dog\ndog\n", "line 2.*twice"), ("", "names no class"), ("a\n\nb\n", "line 2: has no name")):
         file.write_text(content)
         with pytest.raises(ConversionError, match=said):
             read_class_file(file)
@@ -266,7 +265,7 @@ def test_folders_without_what_is_wanted_say_what_to_give(tmp_path):
     with pytest.raises(ConversionError, match="VOC2012. Give one of these"):
         find_voc(tmp_path)
     with pytest.raises(ConversionError, match="no XML files there"):
-        read_voc(find_voc(tmp_path / "VOCdevkit" / "VOC2012"), Remarks(VOC_TEXTS))
+        VocReader(find_voc(tmp_path / "VOCdevkit" / "VOC2012"), Remarks(VOC_TEXTS)).read()
 
 
 def test_names_that_may_be_slips_are_pointed_out(read):

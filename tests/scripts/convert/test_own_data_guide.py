@@ -12,7 +12,8 @@ import pytest
 
 from data.coco.annotations import read_coco
 from data.convert.conversion import LabeledBox, LabeledImage
-from data.convert.voc import VOC_TEXTS, voc_xml
+from data.convert.voc import VOC_TEXTS
+from data.convert.voc_xml import voc_xml
 from data.convert.yolo import YOLO_TEXTS
 from data.convert.yolo_config import yaml_text
 from data.tools.shape_scenes import CLASS_NAMES
