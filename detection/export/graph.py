@@ -63,11 +63,7 @@ class DetectorGraph(nn.Module):
             anchors = base_anchors(size, config.anchor_ratios, rounded=config.round_anchors)
             self.register_buffer(f"base_anchors_{level}", anchors.to(detector.model.pixel_mean.device))
         self._roi_align = RoIAlign(
-            config.roi_output_size,
-            config.roi_sampling_ratio,
-            config.roi_aligned,
-            config.anchor_strides,
-            exportable=True,
+            config.roi_output_size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,7 +151,7 @@ class DetectorGraph(nn.Module):
         levels = roi_levels(
             boxes_xyxy, finest_scale=config.roi_finest_scale, eps_inside_log=config.roi_level_eps_inside_log
         )
-        return self._roi_align(features, boxes_xyxy, levels)
+        return self._roi_align.by_operator(features, boxes_xyxy, levels)
 
     def _detections(
         self, class_logits: Tensor, deltas: Tensor, boxes_xyxy: Tensor, valid: Tensor, sizes: Tensor

@@ -3,7 +3,7 @@
 from detection.models.config import MODELS, FasterRCNNConfig, ModelError, model_config
 from detection.models.detector import Detector, DetectorError, load_detector
 from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
-from detection.models.ops.backend import describe_kernels, uses_triton
+from detection.models.ops.selfcheck import describe_kernels, uses_triton
 from detection.models.structures import ImageBatch, TargetBatch
 from detection.models.weights.layouts import mmdet_name
 from detection.models.weights.load import (

@@ -14,6 +14,7 @@ from detection.models.config import FasterRCNNConfig, ModelError, config_from_di
 from detection.models.fpn import FPN
 from detection.models.ops.feature_table import cell_table, take_rows, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
+from detection.models.ops.selfcheck import check_kernels
 from detection.models.postprocess import Detections, select_detections
 from detection.models.roi_head import BoxHead, roi_losses, sample_rois
 from detection.models.rpn import RPNHead, anchor_targets, rpn_losses, select_proposals
@@ -68,6 +69,7 @@ class FasterRCNN(nn.Module):
         image is exactly the same alone as among others only at the same padded size.
         """
         device = self.pixel_mean.device
+        check_kernels(device)
         if not isinstance(images, ImageBatch):
             images = batch_images(images, device)
         if not self.training:

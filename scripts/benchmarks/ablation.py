@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, cast
 from unittest import mock
 
@@ -18,10 +17,9 @@ from benchmarks.timing import format_table, pairwise_ratio
 from detection.models import FasterRCNN, backbones, faster_rcnn
 from detection.models.backbones import FrozenBatchNorm
 from detection.models.ops import conv as convolutions
-from detection.models.ops import matcher, nms, roi_align
-from detection.models.ops.cpu import conv as cpu_conv
+from detection.models.ops import nms
+from detection.models.ops.backend import implementation
 from detection.models.ops.cpu import winograd as cpu_winograd
-from detection.models.ops.roi_align import RoIAlign
 
 KEPT_MEMORY, FUSED_OPTIMIZER = "kept-memory", "fused-optimiser"
 
@@ -84,36 +82,13 @@ def _dense_rpn(model: FasterRCNN) -> Iterator[None]:
         yield
 
 
-def _stock_roi_align(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
-    def pool(self: RoIAlign, features: Sequence[Tensor], boxes: Tensor, levels: Tensor, table: Any = None) -> Tensor:
-        return self.by_operator(features, boxes, levels)
-
-    return mock.patch.object(RoIAlign, "__call__", pool)
-
-
-def _dense_pyramid_gradient(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
-    def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-
-    return mock.patch.object(cpu_conv, "convolution_with_sparse_gradient", convolution)
-
-
-def _plain_convolutions(model: FasterRCNN) -> contextlib.AbstractContextManager[Any]:
-    def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False, **places: Any) -> Tensor:
-        out = F.conv2d(x, weight, bias, **places)
-        return F.relu_(out) if relu else out
-
-    return mock.patch.object(cpu_conv, "convolution", convolution)
-
-
-def _plain(module: ModuleType) -> Patches:
-    """Without the module's Triton kernel."""
-    return lambda model: mock.patch.object(module, "uses_triton", lambda device: False)
+def _with(**names: str) -> Patches:
+    return lambda model: implementation(**names)
 
 
 @contextlib.contextmanager
 def _nms_operator(model: FasterRCNN) -> Iterator[None]:
-    with _plain(nms)(model), mock.patch.object(nms, "in_rounds", nms._one_call_per_level):
+    with implementation(nms="rounds"), mock.patch.object(nms, "in_rounds", nms.level_by_level):
         yield
 
 
@@ -130,21 +105,25 @@ OPTIMIZATIONS: dict[str, Optimization] = {
     "sampled-rpn": Optimization("RPN learns at its sampled anchors only", _dense_rpn),
     FUSED_OPTIMIZER: Optimization("fused SGD", None),
     "shared-table-gradient": Optimization("one gradient for the cell table", _two_table_gradients),
-    "triton-nms": Optimization("NMS as a Triton kernel, instead of rounds of products", _plain(nms), device="cuda"),
+    "triton-nms": Optimization(
+        "NMS as a Triton kernel, instead of rounds of products", _with(nms="rounds"), device="cuda"
+    ),
     "joint-nms": Optimization(
         "NMS of all images and levels at once, instead of an operator call each", _nms_operator, device="cuda"
     ),
-    "triton-assignment": Optimization("assignment as a Triton kernel", _plain(matcher), device="cuda"),
-    "triton-roi-align": Optimization("RoIAlign as a Triton kernel", _plain(roi_align), device="cuda"),
+    "triton-assignment": Optimization("assignment as a Triton kernel", _with(assignment="blocks"), device="cuda"),
+    "triton-roi-align": Optimization("RoIAlign as a Triton kernel", _with(roi_align="operator"), device="cuda"),
     "finished-convolutions": Optimization(
-        "bias, residual and ReLU after a convolution in one pass", _plain(convolutions), device="cuda"
+        "bias, residual and ReLU after a convolution in one pass", _with(convolution="torch"), device="cuda"
     ),
-    "sparse-roi-align": Optimization("RoIAlign as a sparse matrix product", _stock_roi_align, device="cpu"),
+    "sparse-roi-align": Optimization("RoIAlign as a sparse matrix product", _with(roi_align="operator"), device="cpu"),
     "sparse-pyramid-gradient": Optimization(
-        "pyramid's convolutions: no backward work where nothing was learned", _dense_pyramid_gradient, device="cpu"
+        "pyramid's convolutions: no backward work where nothing was learned",
+        _with(pyramid_gradient="dense"),
+        device="cpu",
     ),
     "fused-convolutions": Optimization(
-        "convolution and ReLU in one pass, 1x1 weights' gradients as products", _plain_convolutions, device="cpu"
+        "convolution and ReLU in one pass, 1x1 weights' gradients as products", _with(convolution="torch"), device="cpu"
     ),
     "winograd": Optimization("3x3 convolutions with two thirds of the products", _all_products, device="cpu"),
     KEPT_MEMORY: Optimization("freed memory stays with the process", None, device="cpu"),

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection.models import ImageBatch, TargetBatch, build_model, faster_rcnn
 from detection.models import rpn as rpn_module
-from detection.models.ops import matcher, nms, roi_align
-from detection.models.ops.backend import describe_kernels, uses_triton
+from detection.models.ops import nms
+from detection.models.ops.backend import CPU as CPU_NAMES
+from detection.models.ops.backend import DEVICE, implementation
 from detection.models.ops.feature_table import cell_table, take_rows, windows_3x3
-from detection.models.ops.roi_align import RoIAlign
+from detection.models.ops.selfcheck import describe_kernels, uses_triton
 from detection.models.rpn import rpn_losses
 from detection.models.structures import batch_images, batch_targets
 
@@ -269,43 +271,38 @@ class TensorsFromNumbers(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def use_device_code(monkeypatch):
-    """Has the CPU run what other devices run."""
-    monkeypatch.setattr(
-        RoIAlign,
-        "_by_sparse_matrix",
-        lambda self, features, boxes, levels, table: self.by_operator(features, boxes, levels),
-    )
-    monkeypatch.setattr(nms, "_one_call_per_level", nms.in_rounds)
-    monkeypatch.setattr(rpn_module, "suppress_within_levels", nms.suppress)
-
-
-@pytest.mark.parametrize("code", ["cpu", "device"])
+@pytest.mark.parametrize("names", [CPU_NAMES, DEVICE], ids=["cpu", "device"])
 @pytest.mark.parametrize("samples", [None, 64])
-def test_a_training_step_asks_the_device_once_at_most(monkeypatch, code, samples):
+def test_a_training_step_asks_the_device_nothing_outside_of_suppression(names, samples):
     model = make_model(rpn_samples_per_image=samples, roi_samples_per_image=samples)
-    if code == "device":
-        use_device_code(monkeypatch)
     batch = batch_images(photos((HEIGHT, WIDTH), (64, 120), (HEIGHT, 30)), CPU)
     truth = batch_targets([target([BOX]), target([]), target([[2, 2, 20, 30]] * 3)], 5, CPU)
-    model(batch, truth)  # anchors of a new size are made on the host
-    with TensorsFromNumbers() as numbers, SynchronizationCount() as count:
-        losses = model(batch, truth)
-        total = losses["loss_rpn_cls"] + losses["loss_rpn_bbox"] + losses["loss_cls"] + losses["loss_bbox"]
-        total.backward()
-    # Whether suppression has settled; on the CPU nobody waits for anybody.
-    assert count.found == (["aten._local_scalar_dense.default"] if code == "device" else [])
-    assert numbers.found == []
+    with implementation(**names):
+        model(batch, truth)  # anchors of a new size are made on the host
+        with TensorsFromNumbers() as numbers, SynchronizationCount() as count:
+            losses = model(batch, truth)
+            total = losses["loss_rpn_cls"] + losses["loss_rpn_bbox"] + losses["loss_cls"] + losses["loss_bbox"]
+            total.backward()
+    assert count.found == numbers.found == []
     assert count.num_nms == 0
 
 
-def test_the_code_for_other_devices_gives_the_same_losses(model, monkeypatch):
+def test_suppression_asks_a_device_once_whether_it_has_settled():
+    boxes = torch.rand(2, 40, 4) * 50
+    boxes[..., 2:] += boxes[..., :2]
+    with implementation(**DEVICE), TensorsFromNumbers() as numbers, SynchronizationCount() as count:
+        nms.suppress(boxes, torch.rand(2, 40), torch.ones(2, 40, dtype=torch.bool), [30, 10], 0.7)
+    assert count.found == ["aten._local_scalar_dense.default"]
+    assert numbers.found == [] and count.num_nms == 0
+
+
+def test_the_code_for_other_devices_gives_the_same_losses(model):
     batch = batch_images(photos((HEIGHT, WIDTH), (64, 120)), CPU)
     truth = batch_targets([target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])], 5, CPU)
     with torch.no_grad():
         on_cpu = model(batch, truth)
-        use_device_code(monkeypatch)
-        elsewhere = model(batch, truth)
+        with implementation(**DEVICE):
+            elsewhere = model(batch, truth)
     for name in LOSSES:
         torch.testing.assert_close(elsewhere[name], on_cpu[name], rtol=1e-5, atol=1e-7)
 
@@ -313,35 +310,24 @@ def test_the_code_for_other_devices_gives_the_same_losses(model, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
 @pytest.mark.parametrize("with_triton", [True, False])
-def test_a_step_on_the_gpu_waits_for_nothing_and_without_triton_for_its_suppression(monkeypatch, name, with_triton):
-    calls = []
-
-    def suppress(*arguments):
-        calls.append(arguments)
-        torch.cuda.set_sync_debug_mode("error" if with_triton else "default")
-        keep = nms.suppress(*arguments)
-        torch.cuda.set_sync_debug_mode("error")
-        return keep
-
-    if with_triton:
-        assert uses_triton(torch.device("cuda")), describe_kernels(torch.device("cuda"))
-    else:
-        for module in (nms, matcher, roi_align):
-            monkeypatch.setattr(module, "uses_triton", lambda device: False)
-
-    model = make_model(name).cuda()
+def test_a_step_on_the_gpu_waits_for_nothing_and_without_triton_once_for_its_suppression(name, with_triton):
     device = torch.device("cuda")
+    assert uses_triton(device), describe_kernels(device)
+    model = make_model(name).cuda()
     batch = batch_images(photos((HEIGHT, WIDTH), (64, 120)), device)
     truth = batch_targets([target([BOX]), target([])], 5, device)
-    sum(model(batch, truth).values()).backward()
-    monkeypatch.setattr(rpn_module, "suppress_within_levels", suppress)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        losses = model(batch, truth)
-        torch.stack(list(losses.values())).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(calls) == 1
+    with implementation(**({} if with_triton else DEVICE)), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sum(model(batch, truth).values()).backward()
+        caught.clear()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            losses = model(batch, truth)
+            torch.stack(list(losses.values())).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(each.message) for each in caught if "synchroniz" in str(each.message)]
+    assert len(waits) == (0 if with_triton else 1), waits
 
 
 @pytest.mark.cuda

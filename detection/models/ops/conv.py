@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.models.ops.backend import uses_triton
+from detection.models.ops.backend import implementation_of
 from detection.models.ops.cpu import conv as cpu_conv
 
 
@@ -24,12 +24,14 @@ def convolution(
     residual: Tensor | None = None,
 ) -> Tensor:
     """F.conv2d(x, weight, bias, stride, padding), plus `residual` where one is given, then ReLU if it is asked for."""
-    if x.device.type == "cpu":
+    # A compiler fuses what follows a convolution itself.
+    name = "torch" if torch.compiler.is_compiling() else implementation_of("convolution", x.device)
+    if name == "fused":
         out = cpu_conv.convolution(
             x, weight, bias, stride=stride, padding=padding, groups=groups, relu=relu and residual is None
         )
         return out if residual is None else end_of_block(out, residual, relu=relu)
-    if _is_finished_by_a_kernel(x, bias is not None or relu or residual is not None):
+    if name == "triton" and x.dtype != torch.float64 and (bias is not None or relu or residual is not None):
         out = F.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
         if out.is_contiguous(memory_format=torch.channels_last):
             from detection.models.ops.triton.epilogue import finish_convolution
@@ -52,12 +54,7 @@ def end_of_block(out: Tensor, residual: Tensor, *, relu: bool) -> Tensor:
 def convolution_with_sparse_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv2d(x, weight, bias) with the padding that keeps the size; on a CPU without backward work for cells that
     have no gradient."""
-    if x.device.type == "cpu":
+    if not torch.compiler.is_compiling() and implementation_of("pyramid_gradient", x.device) == "sparse":
         return cpu_conv.convolution_with_sparse_gradient(x, weight, bias)
     padding = weight.shape[-1] // 2
     return convolution(x, weight, bias, padding=(padding, padding))
-
-
-def _is_finished_by_a_kernel(x: Tensor, has_end: bool) -> bool:
-    # A compiler makes such a kernel itself.
-    return has_end and not torch.compiler.is_compiling() and x.dtype != torch.float64 and uses_triton(x.device)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection.models.ops.backend import uses_triton
+from detection.models.ops.backend import implementation_of
 from detection.models.ops.boxes import pairwise_iou
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
 # Elements of one overlap matrix. On the CPU blocks that stay in the cache are faster.
-_BLOCK_ON_CPU = 1 << 21
-_BLOCK_ON_DEVICE = 1 << 25
+BLOCK_ON_CPU = 1 << 21
+BLOCK_ON_DEVICE = 1 << 25
 
 
 class Assignment(NamedTuple):
@@ -64,12 +64,13 @@ class MaxIoUAssigner:
         same for every image, [1, N, 4]; candidate_valid: bool [B, N], the others are ignored (None: all are
         valid).
         """
-        if gt_valid.device.type == "cpu":
+        name = implementation_of("assignment", gt_valid.device)
+        if name == "trimmed":
             # What the host can see without waiting spares passes over rows of padding and masks without effect.
             gt_valid = gt_valid[:, : _used_rows(gt_valid)]
             if candidate_valid is not None and candidate_valid.numpy().all():
                 candidate_valid = None
-        find = self.best_by_triton if uses_triton(gt_valid.device) else self.best_in_blocks
+        find = self.best_by_triton if name == "triton" else self.best_in_blocks
         best_iou, best_index, low_quality_index = find(gt_boxes_xyxy, gt_valid, candidates_xyxy, candidate_valid)
         kind = torch.full_like(best_index, IGNORED)
         kind.masked_fill_(best_iou < self.negative_iou, NEGATIVE)
@@ -105,7 +106,7 @@ class MaxIoUAssigner:
         if self.low_quality_iou is not None:
             low_quality_index = torch.full(shape, -1, dtype=torch.int64, device=device)
 
-        budget = _BLOCK_ON_CPU if device.type == "cpu" else _BLOCK_ON_DEVICE
+        budget = BLOCK_ON_CPU if device.type == "cpu" else BLOCK_ON_DEVICE
         block = min(max(1, budget // max(1, num_images * num_candidates)), torch.iinfo(torch.int16).max)
         for start in range(0, num_gt, block):
             stop = min(start + block, num_gt)

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from detection.models.ops.backend import uses_triton
+from detection.models.ops.backend import implementation_of
 from detection.models.ops.boxes import pairwise_iou
 
 # Rounds before the host is asked whether they were enough. The RPN's proposals need 5 to 15.
-_ROUNDS = 24
+ROUNDS = 24
 # Boxes on a CPU from which on groups are shared out among threads: some milliseconds of work.
-_WORTH_THREADS = 2000
+WORTH_THREADS = 2000
 # Pairs of boxes whose overlaps are computed at a time: 0.3 GB a matrix in float32.
-_PAIRS_AT_ONCE = 1 << 26
+PAIRS_AT_ONCE = 1 << 26
 
 
 def suppress(
@@ -39,12 +39,8 @@ def suppress(
     levels = boxes_xyxy.split(list(per_level), dim=1)
     shifted = torch.cat([boxes + level * steps for level, boxes in enumerate(levels)], dim=1)
     ranking = torch.where(valid, scores, -torch.inf)
-    if boxes_xyxy.device.type == "cpu":
-        keep = _one_call_per_level(shifted, ranking, per_level, iou_threshold)
-    elif uses_triton(boxes_xyxy.device):
-        keep = by_triton(shifted, ranking, per_level, iou_threshold)
-    else:
-        keep = in_rounds(shifted, ranking, per_level, iou_threshold)
+    run = {"per_level": level_by_level, "rounds": in_rounds, "triton": by_triton}
+    keep = run[implementation_of("nms", boxes_xyxy.device)](shifted, ranking, per_level, iou_threshold)
     return keep & valid
 
 
@@ -57,7 +53,8 @@ def _(boxes_xyxy: Tensor, scores: Tensor, valid: Tensor, per_level: Sequence[int
     return torch.empty_like(valid)
 
 
-def _one_call_per_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
+def level_by_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
+    """As `in_rounds`, but boxes of ranking -inf may be kept: a call of torchvision's operator a level, on a CPU."""
     # The operator's time grows with the square of its boxes (0.4 s for two images at once, 0.1 s for their
     # levels one by one), and on the CPU a call makes no one wait.
     keep = torch.zeros(ranking.shape, dtype=torch.bool, device=ranking.device)
@@ -76,7 +73,7 @@ def _one_call_per_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int]
         return torchvision.ops.nms(group[0], group[1], iou_threshold)
 
     num_threads = torch.get_num_threads() if boxes.device.type == "cpu" else 1
-    if num_threads > 1 and ranking.numel() >= _WORTH_THREADS:
+    if num_threads > 1 and ranking.numel() >= WORTH_THREADS:
         # The operator has one thread, and lets go of Python's lock.
         with ThreadPoolExecutor(num_threads) as pool:
             found = list(pool.map(kept, groups))
@@ -135,7 +132,7 @@ def _all_groups(
 
 
 def _rounds_until_settled(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    rounds = _ROUNDS
+    rounds = ROUNDS
     while True:
         keep, is_settled = _rounds_of_all(boxes, valid, threshold, rounds)
         if is_settled:
@@ -146,7 +143,7 @@ def _rounds_until_settled(boxes: Tensor, valid: Tensor, threshold: float) -> Ten
 def _rounds_of_all(boxes: Tensor, valid: Tensor, threshold: float, rounds: int) -> tuple[Tensor, Tensor]:
     """`rounds` rounds for groups of boxes [G, N, 4], best first: keep bool [G, N], and whether the last round changed
     nothing, a bool scalar."""
-    num_groups = max(1, _PAIRS_AT_ONCE // max(1, boxes.shape[1] ** 2))
+    num_groups = max(1, PAIRS_AT_ONCE // max(1, boxes.shape[1] ** 2))
     kept, is_settled = [], []
     for some_boxes, some_valid in zip(boxes.split(num_groups), valid.split(num_groups), strict=True):
         overlaps = pairwise_iou(some_boxes, some_boxes) > threshold

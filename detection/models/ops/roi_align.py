@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from detection.models.ops.backend import uses_triton
+from detection.models.ops.backend import implementation_of
 from detection.models.ops.cpu.roi_align import Sampling, pooling_matrix, weighted_row_sums
 from detection.models.ops.feature_table import cell_table
 
@@ -35,15 +35,13 @@ class RoIAlign:
     """Pools RoIs to output_size x output_size bins.
 
     sampling_ratio: samples per bin and axis, 0 for one a feature cell. aligned: RoIs are shifted by half a cell;
-    otherwise they are at least one cell large. strides: of the maps, from P2 on. exportable: torchvision's operator on
-    the CPU too, because a graph for other runtimes can hold it.
+    otherwise they are at least one cell large. strides: of the maps, from P2 on.
     """
 
     output_size: int
     sampling_ratio: int
     aligned: bool
     strides: Sequence[int]
-    exportable: bool = False
 
     def __call__(
         self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor, table: Tensor | None = None
@@ -53,9 +51,10 @@ class RoIAlign:
         table: `cell_table(features)` where it exists already. Gives [B * R, C, output_size, output_size] in the
         features' dtype on the CPU and through Triton, float32 elsewhere.
         """
-        if boxes_xyxy.device.type == "cpu" and not self.exportable:
-            return self._by_sparse_matrix(features, boxes_xyxy, levels, table)
-        if features[0].dtype != torch.float64 and not self.exportable and uses_triton(boxes_xyxy.device):
+        name = implementation_of("roi_align", boxes_xyxy.device)
+        if name == "sparse_matrix":
+            return self.by_sparse_matrix(features, boxes_xyxy, levels, table)
+        if name == "triton" and features[0].dtype != torch.float64:
             return self.by_triton(features, boxes_xyxy, levels, table)
         return self.by_operator(features, boxes_xyxy, levels)
 
@@ -99,9 +98,10 @@ class RoIAlign:
         assert pooled is not None
         return pooled
 
-    def _by_sparse_matrix(
+    def by_sparse_matrix(
         self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor, table: Tensor | None = None
     ) -> Tensor:
+        """From the table of cells, as a product with a sparse matrix, on the CPU."""
         table = cell_table(features) if table is None else table
         sampling = Sampling(self.output_size, self.sampling_ratio, self.aligned)
         map_sizes = [(feature.shape[2], feature.shape[3]) for feature in features]

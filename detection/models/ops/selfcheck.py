@@ -1,21 +1,83 @@
-"""Small problems on which each Triton kernel is compared with the plain code that it stands for."""
+"""The self-check of the Triton kernels: small problems, solved by each kernel and by the plain code it stands for.
+
+A GPU, its driver, or a missing C compiler (Triton builds its launchers with it) can each spoil the kernels, and none of
+that is known before. So a GPU runs them only after they have given the plain code's results on it.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from detection.models.ops import nms
+from detection.models.ops.backend import Verdict, gpu_number, verdicts
 from detection.models.ops.matcher import MaxIoUAssigner
 from detection.models.ops.roi_align import RoIAlign, roi_levels
+
+SWITCH = "DETECTION_TRITON"
+"""Environment variable; 0 turns the kernels off."""
 
 # As many as a training has in a group and in a cell: kernels are compiled for such numbers.
 NUM_BOXES, NUM_CHANNELS = 2000, 64
 _STRIDES = (4, 8, 16, 32)
 _WIDTH, _HEIGHT = 160, 96
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether tensors on `device` go through Triton kernels. The first call for a GPU takes seconds."""
+    return check_kernels(device).usable
+
+
+def describe_kernels(device: torch.device) -> str:
+    """One line about the kernels of a GPU; "" for other devices, which have none."""
+    return check_kernels(device).reason
+
+
+def check_kernels(device: torch.device) -> Verdict:
+    """Checks the kernels of a GPU, the first time it is asked about, and tells `backend`, which chooses by it."""
+    if device.type != "cuda":
+        return Verdict(False, "")
+    index = gpu_number(device)
+    if index not in verdicts:
+        verdicts[index] = _verdict(torch.device("cuda", index))
+    return verdicts[index]
+
+
+def _verdict(device: torch.device) -> Verdict:
+    if os.environ.get(SWITCH, "1") == "0":
+        return Verdict(False, f"PyTorch's operators ({SWITCH}=0)")
+    # The comparison reads results, which must not count as waits of the training step.
+    sync_debug_mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        # A new thread has gradients on and autocast off, whatever the caller has.
+        with ThreadPoolExecutor(1) as thread:
+            problem = thread.submit(_problem, device).result()
+    finally:
+        torch.cuda.set_sync_debug_mode(sync_debug_mode)
+    if problem:
+        return Verdict(False, f"PyTorch's operators, as Triton's kernels do not work here: {problem}")
+    return Verdict(True, "Triton, checked on this GPU against PyTorch's operators")
+
+
+def _problem(device: torch.device) -> str:
+    """What is wrong with the kernels on `device`; "" where nothing is."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        # torchvision's deterministic RoIAlign is another one, which takes hours.
+        torch.use_deterministic_algorithms(False)
+        with torch.cuda.device(device):
+            wrong = kernels_that_differ(device)
+    except Exception as error:  # whatever it is, training can do without
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    return f"{', '.join(wrong)}: other results" if wrong else ""
 
 
 def kernels_that_differ(device: torch.device) -> list[str]:

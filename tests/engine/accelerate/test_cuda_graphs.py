@@ -1,12 +1,11 @@
 """Recorded forward and backward passes, on a CPU: a stand-in for CUDA graphs records operators and does them again with
 the very tensors, so that it too knows nothing of what the host did in between."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,9 +17,7 @@ from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, StepGraphs
 from detection.engine.distributed.comm import Processes
 from detection.engine.optim.flat_gradients import FlatGradients
 from detection.models import ImageBatch, TargetBatch, build_model
-from detection.models.ops import matcher
-from detection.models.ops.cpu import conv as cpu_conv
-from detection.models.ops.roi_align import RoIAlign
+from detection.models.ops.backend import DEVICE, implementation
 
 CPU = torch.device("cpu")
 
@@ -74,22 +71,10 @@ class Refuser(OperatorRecorder):
 
 
 @pytest.fixture
-def code_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def code_of_gpus() -> Iterator[None]:
     """Has the CPU run what a GPU runs; its own code decides by what is in the batch, as only a CPU's can."""
-
-    def convolution(x: Tensor, weight: Tensor, bias: Any, *, relu: bool = False, **places: Any) -> Tensor:
-        out = F.conv2d(x, weight, bias, **places)
-        return F.relu_(out) if relu else out
-
-    def of_pyramid(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-
-    monkeypatch.setattr(cpu_conv, "convolution", convolution)
-    monkeypatch.setattr(cpu_conv, "convolution_with_sparse_gradient", of_pyramid)
-    monkeypatch.setattr(
-        RoIAlign, "_by_sparse_matrix", lambda self, maps, boxes, levels, _: self.by_operator(maps, boxes, levels)
-    )
-    monkeypatch.setattr(matcher, "_used_rows", lambda gt_valid: gt_valid.shape[1])
+    with implementation(**DEVICE):
+        yield
 
 
 def batch(seed: int, num_boxes: int, height: int = 64) -> tuple[ImageBatch, TargetBatch]:

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detection.models import ImageBatch, TargetBatch, build_model
-from detection.models import rpn as rpn_module
-from detection.models.ops import matcher, nms, roi_align, selfcheck
+from detection.models.ops import matcher, nms, selfcheck
+from detection.models.ops.backend import TRITON, implementation
 from detection.models.ops.feature_table import cell_table, take_rows
 from detection.models.ops.matcher import MaxIoUAssigner
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.triton import epilogue
 from detection.models.ops.triton import matcher as matcher_kernels
 from detection.models.ops.triton import nms as nms_kernels
+from detection.models.ops.triton import roi_align as roi_kernels
 
 CPU = torch.device("cpu")
 
@@ -55,8 +56,6 @@ def broken_kernels_are_found() -> list[str]:
         keep[0, 0] = ~keep[0, 0]
         return keep
 
-    from detection.models.ops.triton import roi_align as roi_kernels
-
     with (
         mock.patch.object(nms_kernels, "keep_best", spoilt(nms_kernels.keep_best, other_bit)),
         mock.patch.object(matcher_kernels, "best_matches", spoilt(matcher_kernels.best_matches, other_index)),
@@ -76,7 +75,7 @@ def suppression() -> dict[str, bool]:
             group = boxes(number, 2, number)
             ranking = torch.randint(0, 50, (2, number), generator=torch.Generator().manual_seed(1)).float()
             ranking[:, ::7] = -torch.inf
-            expected = nms._one_call_per_level(group, ranking, [number], threshold) & (ranking != -torch.inf)
+            expected = nms.level_by_level(group, ranking, [number], threshold) & (ranking != -torch.inf)
             found[f"{number} boxes, {threshold}"] = torch.equal(
                 nms.by_triton(group, ranking, [number], threshold), expected
             )
@@ -104,7 +103,7 @@ def assigned() -> dict[str, bool]:
                 assigner = MaxIoUAssigner(0.5, 0.3, low_quality_iou, takes_own)
                 for usable in (some, None):
                     expected = assigner(gt_boxes, gt_valid, candidates, usable)
-                    with mock.patch.object(matcher, "uses_triton", lambda device: True):
+                    with implementation(assignment="triton"):
                         given = assigner(gt_boxes, gt_valid, candidates, usable)
                     of_positive = expected.kind == matcher.POSITIVE
                     found[f"{name}, {takes_own}, {low_quality_iou}, {usable is None}"] = torch.equal(
@@ -129,7 +128,7 @@ def pooled() -> dict[str, list[float]]:
     for ratio, aligned in ((0, True), (2, False), (3, True)):
         pool = RoIAlign(7, ratio, aligned, (*strides, 64))
         results = []
-        for by in (pool._by_sparse_matrix, pool.by_triton):
+        for by in (pool.by_sparse_matrix, pool.by_triton):
             table, rows = take_rows(cell_table(maps).requires_grad_(), torch.tensor([0, 5, 5]))
             values = by(maps, rois, levels, table)
             weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(4))
@@ -152,7 +151,7 @@ def pooled() -> dict[str, list[float]]:
 
 def ends() -> dict[str, float]:
     """Largest differences of outputs and gradients from the same written out, for more cells than programs."""
-    epilogue._MOST_SUMS = 3
+    epilogue.MOST_SUMS = 3
     generator = torch.Generator().manual_seed(5)
     found = {}
     for channels, height, width in ((130, 21, 18), (5, 40, 50), (64, 16, 9)):
@@ -205,21 +204,13 @@ def training_step() -> dict[str, Any]:
         return {name: float(value) for name, value in losses.items()}, torch.cat(gradients)
 
     plain, plain_gradient = step()
-    pooled_by: list[str] = []
-
-    def pool(self: RoIAlign, features: Any, rois: Tensor, levels: Tensor, table: Any = None) -> Tensor:
-        pooled_by.append("triton")
-        return self.by_triton(features, rois, levels, table)
-
     with (
-        mock.patch.object(matcher, "uses_triton", lambda device: True),
-        mock.patch.object(nms, "_one_call_per_level", nms.by_triton),
-        mock.patch.object(rpn_module, "suppress_within_levels", nms.suppress),
-        mock.patch.object(roi_align.RoIAlign, "__call__", pool),
+        implementation(**TRITON),
+        mock.patch.object(roi_kernels, "pool_from_table", wraps=roi_kernels.pool_from_table) as pool,
     ):
         ours, our_gradient = step()
     difference = float((our_gradient - plain_gradient).norm() / plain_gradient.norm())
-    return {"plain": plain, "ours": ours, "gradient": difference, "pooled_by": pooled_by}
+    return {"plain": plain, "ours": ours, "gradient": difference, "pooled": pool.call_count}
 
 
 def main() -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from detection.models.ops import backend, nms, selfcheck
-from detection.models.ops.backend import describe_kernels, uses_triton
+from detection.models.ops import nms, selfcheck
+from detection.models.ops.backend import CPU as CPU_NAMES
+from detection.models.ops.backend import DEVICE, TRITON, implementation, implementation_of, verdicts
 from detection.models.ops.matcher import MaxIoUAssigner
 from detection.models.ops.roi_align import RoIAlign, roi_levels
+from detection.models.ops.selfcheck import SWITCH, describe_kernels, uses_triton
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
@@ -59,7 +61,7 @@ def test_bias_residual_and_relu_in_one_pass_are_those_in_several(interpreted):
 
 def test_a_training_step_has_the_losses_and_gradients_it_has_without_kernels(interpreted):
     step = interpreted["training_step"]
-    assert step["pooled_by"] == ["triton"]
+    assert step["pooled"] == 1
     assert step["ours"] == pytest.approx(step["plain"], rel=1e-6)
     assert step["gradient"] < 1e-5
 
@@ -143,10 +145,10 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.delenv(backend.SWITCH, raising=False)
-    backend._verdict.cache_clear()
+    monkeypatch.delenv(SWITCH, raising=False)
+    verdicts.clear()
     yield modes
-    backend._verdict.cache_clear()
+    verdicts.clear()
 
 
 def test_kernels_that_agree_are_used_and_the_check_may_wait_for_the_gpu(a_gpu, monkeypatch):
@@ -168,7 +170,7 @@ def test_the_check_has_gradients_wherever_the_question_comes_from(a_gpu, monkeyp
     torch.use_deterministic_algorithms(True)
     try:
         for ask in (torch.no_grad()(_ask), torch.inference_mode()(_ask), inside):
-            backend._verdict.cache_clear()
+            verdicts.clear()
             ask(torch.zeros(1))
             assert "checked on this GPU" in describe_kernels(torch.device("cuda", 0)), ask
         assert torch.are_deterministic_algorithms_enabled()
@@ -207,15 +209,37 @@ def test_a_pytorch_without_triton_uses_its_operators(a_gpu, monkeypatch):
 
 
 def test_the_environment_turns_the_kernels_off_unasked(a_gpu, monkeypatch):
-    monkeypatch.setenv(backend.SWITCH, "0")
+    monkeypatch.setenv(SWITCH, "0")
     monkeypatch.setattr(selfcheck, "kernels_that_differ", lambda device: pytest.fail("nobody wants to know"))
     assert not uses_triton(torch.device("cuda"))
-    assert backend.SWITCH in describe_kernels(torch.device("cuda"))
+    assert SWITCH in describe_kernels(torch.device("cuda"))
 
 
 def test_a_cpu_has_no_kernels():
     assert not uses_triton(CPU)
     assert describe_kernels(CPU) == ""
+
+
+@pytest.mark.parametrize("differ", [[], ["RoIAlign"]])
+def test_a_gpu_runs_kernels_from_the_moment_they_have_passed(a_gpu, monkeypatch, differ):
+    monkeypatch.setattr(selfcheck, "kernels_that_differ", lambda device: differ)
+    gpu = torch.device("cuda", 0)
+    assert {operator: implementation_of(operator, gpu) for operator in DEVICE} == DEVICE
+    assert uses_triton(gpu) == (not differ)
+    expected = DEVICE if differ else TRITON
+    assert {operator: implementation_of(operator, gpu) for operator in DEVICE} == expected
+    assert {operator: implementation_of(operator, CPU) for operator in DEVICE} == CPU_NAMES
+
+
+def test_a_caller_chooses_for_a_block_and_a_wrong_name_is_refused():
+    with implementation(nms="rounds", roi_align="operator"):
+        with implementation(nms="triton"):
+            assert [implementation_of(each, CPU) for each in ("nms", "roi_align")] == ["triton", "operator"]
+        assert implementation_of("nms", CPU) == "rounds"
+    assert implementation_of("nms", CPU) == CPU_NAMES["nms"]
+    for wrong in ({"nms": "fast"}, {"mns": "rounds"}):
+        with pytest.raises(ValueError, match="there are"), implementation(**wrong):
+            pass
 
 
 @pytest.mark.cuda

@@ -20,7 +20,7 @@ def assign(assigner, gt, candidates, num_padding=0, candidate_valid=None):
 @pytest.mark.parametrize("block", [1, 10**9])
 @pytest.mark.parametrize(("assigner", "name"), [(RPN, "assigner_rpn.npz"), (ROI, "assigner_rcnn.npz")])
 def test_assignment_equals_that_of_mmdetection(monkeypatch, assigner, name, block):
-    monkeypatch.setattr(matcher, "_BLOCK_ON_CPU", block)
+    monkeypatch.setattr(matcher, "BLOCK_ON_CPU", block)
     case = formula.load_arrays(name)
     kind, index = assign(assigner, case["gt"], case["boxes"], num_padding=3)
     expected = case["gt_inds"].long()  # -1 ignored, 0 negative, k for box k - 1

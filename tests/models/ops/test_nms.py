@@ -3,22 +3,22 @@ import torch
 import torchvision
 
 from detection.models.ops import nms
+from detection.models.ops.backend import implementation
 from tests.reference.parity import formula
 
 
-@pytest.fixture(params=["a call a level", "in threads", "in rounds", "in too few rounds", "group by group"])
+@pytest.fixture(params=["per_level", "threads", "rounds", "too few rounds", "group by group"])
 def suppress(request, monkeypatch):
     """What the CPU does, and what other devices do."""
-    if request.param == "in threads":
+    if request.param == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-        monkeypatch.setattr(nms, "_WORTH_THREADS", 0)
-    elif request.param != "a call a level":
-        monkeypatch.setattr(nms, "_one_call_per_level", nms.in_rounds)
-    if request.param == "in too few rounds":
-        monkeypatch.setattr(nms, "_ROUNDS", 1)
+        monkeypatch.setattr(nms, "WORTH_THREADS", 0)
+    if request.param == "too few rounds":
+        monkeypatch.setattr(nms, "ROUNDS", 1)
     if request.param == "group by group":
-        monkeypatch.setattr(nms, "_PAIRS_AT_ONCE", 1)
-    return nms.suppress
+        monkeypatch.setattr(nms, "PAIRS_AT_ONCE", 1)
+    with implementation(nms="per_level" if request.param in ("per_level", "threads") else "rounds"):
+        yield nms.suppress
 
 
 def test_suppression_equals_that_of_mmcv(suppress):
@@ -66,13 +66,13 @@ def test_rounds_give_what_the_operator_gives(threshold):
     ranking[:, ::7] = -torch.inf
     ranking[0, 3] = torch.nan
     per_level = [500, 300, 100]
-    expected = nms._one_call_per_level(boxes, ranking, per_level, threshold) & (ranking != -torch.inf)
+    expected = nms.level_by_level(boxes, ranking, per_level, threshold) & (ranking != -torch.inf)
     assert torch.equal(nms.in_rounds(boxes, ranking, per_level, threshold), expected)
     assert 0 < expected.sum() < (ranking > -torch.inf).sum() and expected[0, 3]
 
 
 def test_a_chain_longer_than_the_rounds_is_followed_to_its_end(monkeypatch):
-    monkeypatch.setattr(nms, "_ROUNDS", 3)
+    monkeypatch.setattr(nms, "ROUNDS", 3)
     # Each box overlaps the next by more than half, and no other by as much: every second one is kept.
     left = torch.arange(101.0) * 30
     boxes = torch.stack((left, torch.zeros(101), left + 100, torch.ones(101)), dim=1)[None]

@@ -2,29 +2,28 @@ import pytest
 import torch
 import torchvision
 
+from detection.models.ops.backend import implementation
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from tests.reference.parity import formula
 
 STRIDES = (4, 8, 16, 32)
 
 
-@pytest.fixture(params=["_by_sparse_matrix", "by_operator"])
-def pool(request):
-    """Both implementations; the second is the one that devices other than the CPU take."""
-
-    def pool(roi_align, features, boxes, levels):
-        return getattr(roi_align, request.param)(features, boxes, levels)
-
-    return pool
+@pytest.fixture(params=["sparse_matrix", "operator"])
+def each_implementation(request):
+    """The CPU's, and that of other devices."""
+    with implementation(roi_align=request.param):
+        yield
 
 
-def test_pooling_and_its_gradient_equal_those_of_mmcv(pool):
+@pytest.mark.usefixtures("each_implementation")
+def test_pooling_and_its_gradient_equal_those_of_mmcv():
     case = formula.load_arrays("roi_align.npz")
     feature = case["feat"].requires_grad_()
     image, boxes = case["rois"][:, 0].long(), case["rois"][:, 1:]
     boxes_of_both = boxes.expand(2, -1, -1).contiguous()
     levels = torch.zeros(boxes_of_both.shape[:2], dtype=torch.int64)
-    pooled = pool(RoIAlign(7, 0, True, (8,)), [feature], boxes_of_both, levels)
+    pooled = RoIAlign(7, 0, True, (8,))([feature], boxes_of_both, levels)
     pooled = pooled.reshape(2, len(boxes), 6, 7, 7)[image, torch.arange(len(boxes))]
     torch.testing.assert_close(pooled, case["out"], rtol=1e-5, atol=1e-6)
     (pooled * case["grad_weight"]).sum().backward()
@@ -48,14 +47,15 @@ def pyramid():
     return maps, boxes
 
 
+@pytest.mark.usefixtures("each_implementation")
 @pytest.mark.parametrize("by_stride", [False, True])
 @pytest.mark.parametrize(("ratio", "aligned"), [(0, True), (2, False), (2, True), (3, True)])
-def test_each_roi_is_pooled_from_its_level_as_torchvisions_operator_does(pool, pyramid, ratio, aligned, by_stride):
+def test_each_roi_is_pooled_from_its_level_as_torchvisions_operator_does(pyramid, ratio, aligned, by_stride):
     maps, boxes = pyramid
     maps = [each.clone().requires_grad_() for each in maps]
     levels = roi_levels(boxes, finest_scale=56 if by_stride else 1e9, eps_inside_log=True)
     assert levels.unique().tolist() == ([0, 1, 2, 3] if by_stride else [0])
-    pooled = pool(RoIAlign(7, ratio, aligned, STRIDES), maps, boxes, levels).reshape(2, -1, 3, 7, 7)
+    pooled = RoIAlign(7, ratio, aligned, STRIDES)(maps, boxes, levels).reshape(2, -1, 3, 7, 7)
     weights = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(3))
     gradients = torch.autograd.grad((pooled * weights).sum(), maps, allow_unused=True)
 

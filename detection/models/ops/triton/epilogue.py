@@ -15,7 +15,7 @@ from torch import Tensor
 _ELEMENTS = 4096  # of a program's tile
 _CHANNELS = 128  # of it, at most
 # Programs that each sum up rows for the bias's gradient; their sums are added up after.
-_MOST_SUMS = 528
+MOST_SUMS = 528
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -116,7 +116,7 @@ def _finish_backward(gradient: Tensor, out: Tensor | None, *, sums: bool) -> tup
         return gradient, None
     num_rows, num_channels, channels, rows = _tiles(gradient)
     blocks = triton.cdiv(num_rows, rows)
-    blocks_of_program = triton.cdiv(blocks, _MOST_SUMS) if sums else 1
+    blocks_of_program = triton.cdiv(blocks, MOST_SUMS) if sums else 1
     num_programs = triton.cdiv(blocks, blocks_of_program)
     of_input = torch.empty_like(gradient) if out is not None else gradient
     totals = gradient.new_empty((num_programs, num_channels), dtype=torch.float32) if sums else None
