@@ -15,7 +15,7 @@ import torch
 
 import checkout  # noqa: F401
 from detection.models import WeightsError
-from detection.models.weights.average import average_weights
+from detection.models.weights.stored import average_weights
 
 
 def main(argv: list[str] | None = None) -> int:

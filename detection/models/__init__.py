@@ -1,19 +1,20 @@
 """Faster R-CNN: tensors to losses or detections. Knows no files of a run, no ranks, no logging."""
 
 from detection.models.config import MODELS, FasterRCNNConfig, ModelError, model_config
-from detection.models.detector import Detector, DetectorError, load_detector
+from detection.models.detector import Detector, DetectorError
 from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
 from detection.models.ops.selfcheck import describe_kernels, uses_triton
 from detection.models.structures import ImageBatch, TargetBatch
+from detection.models.weights.files import WeightsError
 from detection.models.weights.layouts import mmdet_name
 from detection.models.weights.load import (
     WeightReport,
-    WeightsError,
-    WeightsUnavailable,
     export_state_dict,
+    load_detector,
     load_weights,
     prefetch_weights,
 )
+from detection.models.weights.sources import WeightsUnavailable
 
 __all__ = [
     "MODELS",

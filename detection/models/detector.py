@@ -1,4 +1,4 @@
-"""A trained detector to use: model, class names and preprocessing from one file, images in, boxes out."""
+"""A trained detector to use: model, class names and preprocessing; images in, boxes out."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from detection.errors import DetectionError
 from detection.models.config import ModelError
-from detection.models.faster_rcnn import FasterRCNN, model_from_config
-from detection.models.weights.files import WeightsError
-from detection.models.weights.stored import read_weights
+from detection.models.faster_rcnn import FasterRCNN
 
 ImageInput: TypeAlias = "np.ndarray | Image.Image | str | Path"
 """RGB as uint8 [H, W, 3], a PIL image of any mode, or a path to an image file."""
 
 
-class DetectorError(DetectionError):
+class DetectorError(ModelError):
     """An image that a detector cannot take, or a device that it cannot work on."""
 
 
@@ -87,49 +84,6 @@ class Detector:
                 }
             )
         return results
-
-
-def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detector:
-    """The detector in a stripped weights file or a checkpoint of ours (of which it takes the EMA weights, if
-    any).
-
-    Raises WeightsError where the file is no such file or is incomplete, and DetectorError where there is no such
-    device.
-    """
-    path = Path(path)
-    stored = read_weights(path)
-    if not stored.is_ours:
-        raise WeightsError(
-            f"{path} holds weights alone, without class names and the model's settings; "
-            "make a detector of it with scripts/convert_weights.py"
-        )
-    payload = stored.payload
-    for key in ("model_config", "class_names", "category_ids", "preprocessing"):
-        if payload.get(key) is None:
-            raise WeightsError(f"{path} lacks {key!r}, which a detector needs")
-    try:
-        model = model_from_config(payload["model_config"])
-        model.load_state_dict(stored.state)
-        preprocessing = payload["preprocessing"]
-        detector = Detector(
-            model.eval(),
-            tuple(str(name) for name in payload["class_names"]),
-            tuple(int(number) for number in payload["category_ids"]),
-            int(preprocessing["min_size"]),
-            int(preprocessing["max_size"]),
-        )
-    except (ModelError, RuntimeError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path} does not hold together: {error}") from error
-    if not len(detector.class_names) == len(detector.category_ids) == model.config.num_classes:
-        raise WeightsError(
-            f"{path} names {len(detector.class_names)} classes and {len(detector.category_ids)} category ids for a "
-            f"model of {model.config.num_classes}"
-        )
-    try:
-        model.to(device)
-    except (AssertionError, RuntimeError) as error:  # builds without CUDA assert it
-        raise DetectorError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return detector
 
 
 def network_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import torch._utils
 
-from detection.errors import DetectionError
+from detection.models.config import ModelError
 
 
-class WeightsError(DetectionError):
+class WeightsError(ModelError):
     """A weight file or name that cannot be used; the message says why and what to do."""
 
 

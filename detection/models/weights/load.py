@@ -1,19 +1,20 @@
-"""Starting weights: any readable file or published name into one of our models, with an account of what
-fitted.
-"""
+"""Weights into our models: any readable file or published name, with a report of what fitted; detectors from files."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from detection.models.backbones import FrozenBatchNorm
-from detection.models.config import model_config
-from detection.models.faster_rcnn import FasterRCNN
+from detection.models.config import ModelError, model_config
+from detection.models.detector import Detector, DetectorError
+from detection.models.faster_rcnn import FasterRCNN, model_from_config
 from detection.models.weights.files import WeightsError
 from detection.models.weights.layouts import (
     CLASSIFIER,
@@ -23,19 +24,10 @@ from detection.models.weights.layouts import (
     take_categories,
     to_layout,
 )
-from detection.models.weights.report import WeightReport
-from detection.models.weights.sources import WeightsUnavailable, fetch, find_published
-from detection.models.weights.stored import StoredWeights, read_weights
+from detection.models.weights.sources import fetch, find_published
+from detection.models.weights.stored import StoredWeights, read_detector_file, read_weights
 
-__all__ = [
-    "WeightReport",
-    "WeightsError",
-    "WeightsUnavailable",
-    "export_state_dict",
-    "load_weights",
-    "prefetch_weights",
-]
-
+_NAMES_IN_FULL = 4
 _LAYOUT_WORDS = {
     "ours": "our layout",
     "mmdet": "MMDetection's layout",
@@ -43,6 +35,41 @@ _LAYOUT_WORDS = {
     "detectron2": "Detectron2's layout",
     "backbone": "a backbone alone",
 }
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What `load_weights` did, by names of the model's state dict (`unexpected`: the file's own names).
+
+    matched: filled from the file. missing: not in the file. unexpected: in the file, not in the model.
+    reshaped: (name, shape in the file, shape in the model); these kept the model's initialization, as the
+    missing ones did. source: what was read. notes: what was converted, re-initialized or cannot be the same.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    source: str
+    notes: tuple[str, ...]
+
+    def table(self) -> str:
+        """A few lines for a person: counts, names where they are few, modules where they are many."""
+        reshaped = [f"{name} {list(theirs)} -> {list(ours)}" for name, theirs, ours in self.reshaped]
+        total = len(self.matched) + len(self.missing) + len(self.reshaped)
+        lines = [
+            f"weights from {self.source}",
+            f"  matched    {len(self.matched):4d} of {total} tensors of the model",
+            f"  missing    {len(self.missing):4d}  {_names(self.missing)}",
+            f"  unexpected {len(self.unexpected):4d}  {_names(self.unexpected)}",
+            f"  reshaped   {len(reshaped):4d}  {', '.join(reshaped[:_NAMES_IN_FULL])}",
+        ]
+        if len(reshaped) > _NAMES_IN_FULL:
+            lines[-1] += f" and {len(reshaped) - _NAMES_IN_FULL} more"
+        if self.missing or self.reshaped:
+            lines.append("  missing and reshaped tensors keep the model's own initialization")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def load_weights(
@@ -102,6 +129,41 @@ def load_weights(
     return WeightReport(tuple(matched), tuple(missing), tuple(unexpected), tuple(reshaped), source, tuple(notes))
 
 
+def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detector:
+    """The detector in a stripped weights file or a checkpoint of ours (of which it takes the EMA weights, if
+    any).
+
+    Raises WeightsError where the file is no such file or is incomplete, and DetectorError where there is no such
+    device.
+    """
+    path = Path(path)
+    stored = read_detector_file(path)
+    payload = stored.payload
+    try:
+        model = model_from_config(payload["model_config"])
+        model.load_state_dict(stored.state)
+        preprocessing = payload["preprocessing"]
+        detector = Detector(
+            model.eval(),
+            tuple(str(name) for name in payload["class_names"]),
+            tuple(int(number) for number in payload["category_ids"]),
+            int(preprocessing["min_size"]),
+            int(preprocessing["max_size"]),
+        )
+    except (ModelError, RuntimeError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path} does not hold together: {error}") from error
+    if not len(detector.class_names) == len(detector.category_ids) == model.config.num_classes:
+        raise WeightsError(
+            f"{path} names {len(detector.class_names)} classes and {len(detector.category_ids)} category ids for a "
+            f"model of {model.config.num_classes}"
+        )
+    try:
+        model.to(device)
+    except (AssertionError, RuntimeError) as error:  # builds without CUDA assert it
+        raise DetectorError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return detector
+
+
 def prefetch_weights(spec: str | Path, model_name: str) -> Path | None:
     """Fetches published weights into torch's cache, so that processes that load them later find them there.
 
@@ -117,10 +179,21 @@ def prefetch_weights(spec: str | Path, model_name: str) -> Path | None:
 def export_state_dict(model: FasterRCNN, layout: str = "ours") -> dict[str, Tensor]:
     """The model's weights under the names, and in the order of class rows, of another project.
 
-    layout: "mmdet", "torchvision" or "ours"; see `weight_layouts.to_layout`. Tensors are detached and share
+    layout: "mmdet", "torchvision" or "ours"; see `layouts.to_layout`. Tensors are detached and share
     the model's memory where they need no change.
     """
     return to_layout(clean_names(model.state_dict()), layout)
+
+
+def _names(names: Sequence[str]) -> str:
+    if len(names) <= _NAMES_IN_FULL:
+        return ", ".join(names)
+    modules = Counter(".".join(name.split(".")[:-1][:2]) or name for name in names)
+    if len(modules) > 2 * _NAMES_IN_FULL:
+        modules = Counter(name.split(".")[0] for name in names)
+    groups = [f"{module}.* ({count})" if count > 1 else f"{module}.*" for module, count in modules.items()]
+    more = len(groups) - 2 * _NAMES_IN_FULL
+    return ", ".join(groups[: 2 * _NAMES_IN_FULL]) + (f" and {more} more modules" if more > 0 else "")
 
 
 def _foreign_norms(state: dict[str, Tensor], own: dict[str, Tensor]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import http.client
 import socket
 import urllib.error
@@ -21,16 +22,15 @@ NETWORK_TIMEOUT_SECONDS = 30.0
 _FILE_SUFFIXES = (".pth", ".pt", ".pkl", ".ckpt", ".bin")
 
 # Which of torchvision's weight enumerations fit a backbone.
-_BACKBONE_WEIGHTS = {
-    "resnet18": "ResNet18_Weights",
-    "resnet34": "ResNet34_Weights",
-    "resnet50": "ResNet50_Weights",
-    "resnet101": "ResNet101_Weights",
+_PUBLISHED = {
+    "resnet18": ["ResNet18_Weights"],
+    "resnet34": ["ResNet34_Weights"],
+    "resnet50": ["ResNet50_Weights", "FasterRCNN_ResNet50_FPN_Weights"],
+    "resnet101": ["ResNet101_Weights"],
 }
-_DETECTOR_WEIGHTS = {"resnet50": "FasterRCNN_ResNet50_FPN_Weights"}
 
 # torchvision sets its norms' epsilon to 0 when it loads these, and only these.
-ZERO_EPS_WEIGHTS = ("FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "MaskRCNN_ResNet50_FPN_Weights.COCO_V1")
+_ZERO_EPS_WEIGHTS = ("FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "MaskRCNN_ResNet50_FPN_Weights.COCO_V1")
 
 
 class WeightsUnavailable(WeightsError):
@@ -61,21 +61,17 @@ def find_published(spec: str, backbone: str) -> PublishedWeights | None:
     path = Path(spec)
     if path.is_file() or path.suffix in _FILE_SUFFIXES or len(path.parts) > 1:
         return None
-    enumerations = [table[backbone] for table in (_BACKBONE_WEIGHTS, _DETECTOR_WEIGHTS) if backbone in table]
-    known = [f"{enum}.{member}" for enum in enumerations for member in _members(enum)]
+    enumerations = [torchvision.models.get_weight(f"{name}.DEFAULT") for name in _PUBLISHED.get(backbone, [])]
+    known = [str(each) for default in enumerations for each in type(default)]
     short = "IMAGENET1K_V1" if spec == "imagenet" else spec
     for name in known:
         if short in (name, name.partition(".")[2]):
             url = torchvision.models.get_weight(name).url
-            return PublishedWeights(name, url, 0.0 if name in ZERO_EPS_WEIGHTS else None)
+            return PublishedWeights(name, url, 0.0 if name in _ZERO_EPS_WEIGHTS else None)
     if spec == "imagenet" or short.startswith(("IMAGENET1K_", "COCO_")) or "_Weights." in short:
-        if not known:
-            raise WeightsError(
-                f"torchvision publishes no weights for the backbone {backbone}; give a file, or --weights none"
-            )
+        there_are = f"there are {', '.join(known)}. Choose one of them, a file, or" if known else "give a file, or"
         raise WeightsError(
-            f"there are no published weights {spec!r} for the backbone {backbone}; there are "
-            f"{', '.join(known)}. Choose one of them, a file, or --weights none"
+            f"torchvision publishes no weights {spec!r} for the backbone {backbone}; {there_are} --weights none"
         )
     near = difflib.get_close_matches(spec, ["imagenet", "none", *known, *(n.partition(".")[2] for n in known)], n=1)
     raise WeightsError(
@@ -84,14 +80,15 @@ def find_published(spec: str, backbone: str) -> PublishedWeights | None:
     )
 
 
-def _members(enumeration: str) -> list[str]:
-    enum = type(torchvision.models.get_weight(f"{enumeration}.DEFAULT"))
-    return [member.name for member in enum]  # aliases (DEFAULT) left out
+def is_zero_eps_file(path: Path) -> bool:
+    """Whether this is, under whatever name, one of torchvision's files whose norms have an epsilon of 0."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest.startswith(tuple(_hash_prefix(torchvision.models.get_weight(name).url) for name in _ZERO_EPS_WEIGHTS))
 
 
-def published_hash(name: str) -> str:
-    """First digits of the SHA-256 of torchvision's file with this full name, as its address carries them."""
-    return Path(urlparse(torchvision.models.get_weight(name).url).path).stem.rpartition("-")[2]
+def _hash_prefix(url: str) -> str:
+    """First digits of the file's SHA-256, as torchvision's addresses carry them."""
+    return Path(urlparse(url).path).stem.rpartition("-")[2]
 
 
 def fetch(published: PublishedWeights) -> Path:
@@ -104,9 +101,8 @@ def fetch(published: PublishedWeights) -> Path:
         return file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        hash_prefix = published_hash(published.name)
         with _socket_timeout(NETWORK_TIMEOUT_SECONDS):
-            torch.hub.download_url_to_file(published.url, str(file), hash_prefix, progress=False)
+            torch.hub.download_url_to_file(published.url, str(file), _hash_prefix(published.url), progress=False)
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise WeightsUnavailable(

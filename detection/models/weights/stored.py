@@ -1,8 +1,7 @@
-"""A weight file, read and translated into our names and tensors."""
+"""Weight files: read and translated into our names and tensors, stripped to what a detector needs, averaged."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from torch import Tensor
 
 from detection.models.weights.files import WeightsError, read_weight_file
 from detection.models.weights.layouts import clean_names, recognize, stem_from_bgr, to_ours
-from detection.models.weights.sources import ZERO_EPS_WEIGHTS, published_hash
+from detection.models.weights.sources import is_zero_eps_file
 
 CHECKPOINT_FORMAT = "detection-checkpoint"
 STRIPPED_FORMAT = "detector-weights"
-STEM = "backbone.conv1.weight"
+_STEM = "backbone.conv1.weight"
+_DETECTOR_ENTRIES = ("model_config", "class_names", "category_ids", "preprocessing")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class StoredWeights:
     """What a weight file holds.
 
     state: our names to tensors. origin: our names to the file's names; what has no counterpart in our models
-    is in `state` under the file's name and not in `origin`. layout: see `weight_layouts.recognize`. norm_eps:
+    is in `state` under the file's name and not in `origin`. layout: see `layouts.recognize`. norm_eps:
     the batch norm epsilon that the weights were made for, None where the file does not tell. stride_in_1x1:
     likewise. notes: for the user. payload: the whole file, tensors and metadata (inert stand-ins where it was
     not plain).
@@ -43,7 +43,11 @@ class StoredWeights:
     @property
     def is_ours(self) -> bool:
         """Whether the file is a checkpoint or a stripped file of this project, which knows its model."""
-        return self.payload.get("format") in (CHECKPOINT_FORMAT, STRIPPED_FORMAT)
+        return _is_ours(self.payload)
+
+
+def _is_ours(payload: Mapping[str, Any]) -> bool:
+    return payload.get("format") in (CHECKPOINT_FORMAT, STRIPPED_FORMAT)
 
 
 def read_weights(path: Path, map_location: str | torch.device = "cpu") -> StoredWeights:
@@ -64,18 +68,30 @@ def read_weights(path: Path, map_location: str | torch.device = "cpu") -> Stored
             "checkpoints, Faster R-CNNs of torchvision, MMDetection and Detectron2, and torchvision's ResNets"
         )
     ours, origin = to_ours(state, layout)
-    norm_eps: float | None = None
-    if payload.get("format") in (CHECKPOINT_FORMAT, STRIPPED_FORMAT):
+    if _is_ours(payload):
         config = payload.get("model_config") or {}
         norm_eps, stride_in_1x1 = config.get("norm_eps"), config.get("stride_in_1x1")
     else:
+        norm_eps = 0.0 if layout == "torchvision" and is_zero_eps_file(path) else None
         stride_in_1x1, undivided_bgr = _input_and_strides(layout, state, payload)
-        if layout == "torchvision" and _sha256(path).startswith(tuple(map(published_hash, ZERO_EPS_WEIGHTS))):
-            norm_eps = 0.0
-        if undivided_bgr and STEM in ours:
-            ours[STEM] = stem_from_bgr(ours[STEM])
+        if undivided_bgr and _STEM in ours:
+            ours[_STEM] = stem_from_bgr(ours[_STEM])
             notes.append("the stem was turned from the input it was made for (BGR, undivided) to ours (RGB, divided)")
     return StoredWeights(ours, origin, layout, norm_eps, stride_in_1x1, tuple(notes), payload)
+
+
+def read_detector_file(path: Path) -> StoredWeights:
+    """A checkpoint or a stripped file of ours, with all that a detector needs. Raises WeightsError for any other."""
+    stored = read_weights(path)
+    if not stored.is_ours:
+        raise WeightsError(
+            f"{path} is no checkpoint or detector of this project: it holds weights alone, without class names and the "
+            "model's settings; make a detector of it with scripts/convert_weights.py --to ours"
+        )
+    for key in _DETECTOR_ENTRIES:
+        if stored.payload.get(key) is None:
+            raise WeightsError(f"{path} lacks {key!r}, which a detector needs")
+    return stored
 
 
 def _input_and_strides(
@@ -127,7 +143,7 @@ def stripped_file(
 
 def _find_state(path: Path, payload: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """The names and tensors inside what a training program saved, and what to say about the choice."""
-    if payload.get("format") in (CHECKPOINT_FORMAT, STRIPPED_FORMAT):
+    if _is_ours(payload):
         if isinstance(payload.get("ema"), Mapping):
             return dict(payload["ema"]), ["the checkpoint's moving average (EMA) of the weights was taken"]
         if not isinstance(payload.get("model"), Mapping):
@@ -154,9 +170,57 @@ def _tensor(value: Any) -> Tensor | None:
     return None
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def average_weights(paths: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
+    """A stripped weights file with the mean of the weights in `paths`, and notes for the user.
+
+    Checkpoints and stripped files of ours, of which the moving averages (EMA) are taken where they have them. Means,
+    also those of batch norm statistics, are formed in float64 and stored in the tensors' own type; whole-number
+    tensors come from the last file. One file after the other is in memory.
+
+    Raises:
+        WeightsError: a file cannot be read, is not of ours, holds NaN or infinity, or is of another model, class list
+            or preprocessing than the first.
+    """
+    if len(paths) < 2:
+        raise WeightsError("an average needs two files or more")
+    first = read_detector_file(paths[0])
+    sums: dict[str, Tensor] = {}
+    stored, with_ema = first, 0
+    for path in paths:
+        stored = first if path == paths[0] else read_detector_file(path)
+        _check_same_model(paths[0], first, path, stored)
+        with_ema += isinstance(stored.payload.get("ema"), Mapping)
+        for name, tensor in stored.state.items():
+            if not tensor.is_floating_point():
+                continue
+            if not tensor.isfinite().all():
+                raise WeightsError(f"{path}: {name} holds NaN or infinity; leave this file out")
+            value = tensor.double()
+            sums[name] = sums[name].add_(value) if name in sums else value
+    # double() of what is float64 already is no copy; the first file is not used any more, so adding in place is safe.
+    averaged = {
+        name: (sums[name] / len(paths)).to(tensor.dtype) if name in sums else tensor
+        for name, tensor in stored.state.items()
+    }
+    notes = []
+    if with_ema:
+        notes.append(f"{with_ema} of {len(paths)} files have a moving average (EMA) of the weights, which was taken")
+    if 0 < with_ema < len(paths):
+        notes.append("plain weights and moving averages were mixed: is that meant?")
+    return stripped_file(averaged, **{key: first.payload[key] for key in _DETECTOR_ENTRIES}), notes
+
+
+def _check_same_model(first_path: Path, first: StoredWeights, path: Path, stored: StoredWeights) -> None:
+    for key in _DETECTOR_ENTRIES:
+        one, other = first.payload[key], stored.payload[key]
+        if one == other:
+            continue
+        detail = ""
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            field = next(field for field in {**one, **other} if one.get(field) != other.get(field))
+            detail = f" ({field}: {one.get(field)} and {other.get(field)})"
+        raise WeightsError(f"{path} and {first_path} do not have the same {key}{detail}; only equal models average")
+    shapes, others = ({name: tensor.shape for name, tensor in s.state.items()} for s in (first, stored))
+    if shapes != others:
+        name = next(name for name in {**shapes, **others} if shapes.get(name) != others.get(name))
+        raise WeightsError(f"{path} and {first_path} do not have the same tensors: {name} differs")

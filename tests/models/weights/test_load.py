@@ -10,6 +10,7 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torchvision.models import resnet18
 
 from detection.models import (
@@ -20,7 +21,6 @@ from detection.models import (
     load_weights,
     prefetch_weights,
 )
-from detection.models.weights import stored as stored_weights_module
 from detection.models.weights.layouts import CLASSIFIER, COCO_CATEGORY_IDS, REGRESSOR, stem_from_bgr
 
 SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16}
@@ -281,7 +281,8 @@ def test_torchvisions_published_detectors_set_the_norms_epsilon_to_zero(cache, t
     load_weights(model, tmp_path / "renamed.pth")
     assert model.config.norm_eps == 1e-5
     digest = hashlib.sha256((tmp_path / "renamed.pth").read_bytes()).hexdigest()
-    monkeypatch.setattr(stored_weights_module, "published_hash", lambda name: digest[:8])
+    weights = torchvision.models.get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1")
+    monkeypatch.setattr(type(weights), "url", property(lambda self: f"https://host/fasterrcnn-{digest[:8]}.pth"))
     load_weights(model, tmp_path / "renamed.pth")
     assert model.config.norm_eps == model.backbone.bn1.eps == 0.0
 
@@ -367,7 +368,7 @@ def test_files_and_none_need_no_prefetching(cache, tmp_path):
 @pytest.mark.parametrize(
     ("model_name", "spec", "message"),
     [
-        ("faster_rcnn_x101_32x4d_fpn", "imagenet", "no weights for the backbone resnext101_32x4d"),
+        ("faster_rcnn_x101_32x4d_fpn", "imagenet", "no weights .* resnext101_32x4d; give a file, or --weights none"),
         ("faster_rcnn_r18_fpn", "IMAGENET1K_V2", "ResNet18_Weights.IMAGENET1K_V1"),
         ("faster_rcnn_r18_fpn", "ResNet50_Weights.IMAGENET1K_V1", "backbone resnet18"),
         ("faster_rcnn_r18_fpn", "COCO_V1", "backbone resnet18"),
