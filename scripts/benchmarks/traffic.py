@@ -193,7 +193,7 @@ def _places(model: FasterRCNN) -> list[tuple[Any, str, str]]:
 
 
 def _first_rounds(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    return nms._rounds_of_all(boxes, valid, threshold, nms._ROUNDS)[0]
+    return nms._rounds_of_all(boxes, valid, threshold, nms.ROUNDS)[0]
 
 
 class _PooledFromTable(torch.autograd.Function):
