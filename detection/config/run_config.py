@@ -15,6 +15,13 @@ from detection.config.settings import ConfigError, Option, plain, setting
 
 FREEZE_CHOICES = {"none": -1, "stem": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage4": 4, "backbone": 4}
 """What --freeze takes, and the number of frozen stages that it means."""
+WORKERS = {"cuda": 4, "cpu": 1}
+LOG_INTERVALS = {"cuda": 20, "cpu": 1}
+"""Defaults by the type of the device."""
+
+
+def _by_device(defaults: dict[str, int]) -> str:
+    return "GPU {cuda}, CPU {cpu}".format(**defaults)
 
 
 def _frozen_stages(text: str) -> int:
@@ -41,7 +48,7 @@ class DataConfig:
     test_annotations: Path | None = setting(None, "COCO JSON of the test set", type=Path, metavar="FILE")
     min_size: int = setting(800, "shorter side", unit="pixels", type=positive_int)
     max_size: int = setting(1333, "longer side at most", unit="pixels", type=positive_int)
-    workers: int | None = setting(None, "loader processes a process", shown="GPU 4, CPU 1", type=not_negative_int)
+    workers: int | None = setting(None, "loader processes a process", shown=_by_device(WORKERS), type=not_negative_int)
     limit_train_batches: int | None = setting(None, "iterations an epoch at most", type=positive_int)
     limit_val_batches: int | None = setting(None, "evaluation batches a process at most", type=positive_int)
     max_bad_images: int = setting(
@@ -50,6 +57,10 @@ class DataConfig:
         "one more ends the run",
         type=not_negative_int,
     )
+
+    def workers_on(self, device: str) -> int:
+        """Loader processes beside a device of this type: those asked for, or the default."""
+        return WORKERS[device] if self.workers is None else self.workers
 
     @property
     def folder(self) -> Path:
@@ -170,8 +181,14 @@ class OutputConfig:
     keep_checkpoints: int = setting(3, "epoch files kept", type=positive_int)
     checkpoint_minutes: float | None = setting(None, "also save each N minutes", type=positive_float, metavar="N")
     checkpoint_iterations: int | None = setting(None, "also save each N iterations", type=positive_int)
-    log_interval: int | None = setting(None, "iterations between readings", shown="GPU 20, CPU 1", type=positive_int)
+    log_interval: int | None = setting(
+        None, "iterations between readings", shown=_by_device(LOG_INTERVALS), type=positive_int
+    )
     eval_backend: str = setting("auto", "COCO metrics", choices=("auto", "pycocotools", "hotcoco", "both"))
+
+    def log_interval_on(self, device: str) -> int:
+        """Iterations between readings on a device of this type: those asked for, or the default."""
+        return self.log_interval or LOG_INTERVALS[device]
 
 
 @dataclass(frozen=True)

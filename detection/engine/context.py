@@ -24,6 +24,4 @@ class RunContext:
     @property
     def num_workers(self) -> int:
         """Loader processes of this process."""
-        if self.config.data.workers is not None:
-            return self.config.data.workers
-        return 4 if self.processes.device.type == "cuda" else 1
+        return self.config.data.workers_on(self.processes.device.type)

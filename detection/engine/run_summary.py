@@ -18,6 +18,8 @@ from torch import nn
 
 from data import CocoDataset, TrainLoader
 from detection.config.run_config import RunConfig
+from detection.engine.build import Components
+from detection.engine.context import RunContext
 from detection.engine.distributed.comm import Processes
 from detection.engine.inputs.augmentation import describe_augmentation
 from detection.engine.inputs.bad_images import BadImages
@@ -33,46 +35,39 @@ from schedules import Schedule
 _PACKAGES = ("torch", "torchvision", "pycocotools", "tensorboard", "numpy", "pillow")
 _CURVE_POINTS = 600
 _OF_ONE_START = {"output.resume", "output.overwrite", "mode", "dry_run"}
-
-
 _REACHED = 0.98
-"""Part of the learning rate that counts as all of it: the image looks at some iterations only."""
+"""Part of the learning rate that counts as all of it: the curve looks at some iterations only."""
 
 
 def describe_run(
-    config: RunConfig,
-    processes: Processes,
-    *,
-    schedule: Schedule,
+    context: RunContext,
+    components: Components,
     loader: TrainLoader,
-    train_set: CocoDataset,
-    val_set: CocoDataset | None,
-    model: nn.Module,
-    weights_line: str,
-    output: RunDir,
     progress: Progress,
+    *,
     changes: list[str],
     notes: list[str],
-    unicode: bool,
 ) -> str:
-    """One screen that says what will happen."""
+    """One screen that says what will happen.
+
+    changes: what differs from the checkpoint's run. notes: overrides, and settings without effect.
+    """
+    config, processes, schedule = context.config, context.processes, components.schedule
+    train_set, val_set = loader.dataset, components.evaluation_set
     num_iterations = schedule.max_epochs * loader.iterations_per_epoch
     rows = [
         ("data", _describe_set("train", train_set)),
         ("", _describe_set("val", val_set) if val_set is not None else "no validation set"),
         ("classes", _listed(train_set.class_names)),
-        ("model", f"{config.model.model}, {_describe_parameters(model)}"),
-        ("weights", weights_line),
+        ("model", f"{config.model.model}, {_describe_parameters(components.model)}"),
+        ("weights", components.weights_line),
         ("schedule", "\n".join(schedule.describe())),
         ("", f"{num_iterations:,} iterations, {loader.iterations_per_epoch:,} an epoch"),
         ("batch", _describe_batch(config, processes, schedule, loader)),
-        (
-            "augment",
-            "\n".join(describe_augmentation(config.augmentation, loader, config.data.min_size, config.data.max_size)),
-        ),
+        ("augment", "\n".join(describe_augmentation(config, loader))),
         ("device", _describe_device(processes) + _faster(schedule, processes)),
         ("kernels", describe_kernels(processes.device)),
-        ("output", str(output.path)),
+        ("output", str(context.output.path)),
     ]
     if notes:
         rows.append(("overrides", "\n".join(notes)))
@@ -86,32 +81,29 @@ def describe_run(
     for name, text in rows:
         for place, line in enumerate(text.splitlines()):
             lines.append(f"{name if place == 0 else '':<10}{line}".rstrip())
-    return "\n".join([*lines, "", *_learning_rate_image(schedule, loader.iterations_per_epoch, unicode), ""])
+    curve = _learning_rate_curve(schedule, loader.iterations_per_epoch, unicode=context.console.has_unicode)
+    return "\n".join([*lines, "", *curve, ""])
 
 
-def config_record(
-    config: RunConfig, processes: Processes, schedule: Schedule, file: Path, iteration: int
-) -> dict[str, Any]:
+def config_record(context: RunContext, schedule: Schedule, iteration: int) -> dict[str, Any]:
     """What config.json holds: the resolved configuration, where it runs, and the starts of the run so far."""
-    starts = []
-    if file.is_file():
-        try:
-            starts = json.loads(file.read_text()).get("starts", [])
-        except ValueError:  # torn by a crash; the starts are only history
-            starts = []
+    try:
+        starts = json.loads(context.output.config.read_text()).get("starts", [])
+    except (FileNotFoundError, ValueError):  # torn by a crash; the starts are only history
+        starts = []
     starts.append(
         {
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
             "iteration": iteration,
-            "world_size": processes.world_size,
+            "world_size": context.processes.world_size,
             "command": [sys.executable, *sys.argv],
         }
     )
     return {
-        "config": config.to_dict(),
+        "config": context.config.to_dict(),
         "schedule": schedule.to_dict(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "device": _describe_device(processes),
+        "device": _describe_device(context.processes),
         "host": platform.node(),
         "git_commit": _git_commit(),
         "starts": starts,
@@ -141,7 +133,7 @@ def closing_summary(
     can_be_analyzed: bool,
 ) -> str:
     """The table of the run's validations, where everything is, and commands to go on with, ready to paste."""
-    best, remarks = "", []
+    best, remarks, found, analysis = "", [], [], []
     if progress.skipped_steps:
         remarks.append(f"{progress.skipped_steps} of {progress.iteration} iterations were not finite and made no step")
     if bad_images:
@@ -152,7 +144,6 @@ def closing_summary(
     if not weights.is_file():
         weights = output.checkpoints / "last.pt"
     results, images = output.detections("val"), "IMAGE_OR_FOLDER"
-    found, analysis = [], []
     if validated is not None and progress.best_map is not None:
         images = quote(str(validated.images))
         found.append(f"detections   {results} (of the last validation)")
@@ -183,18 +174,17 @@ def _table_cell(value: Any) -> str:
 
 
 def _describe_set(name: str, dataset: CocoDataset) -> str:
-    annotations = dataset.annotations
     empty = int((dataset.box_counts == 0).sum())
     return (
         f"{name}: {len(dataset):,} images ({empty:,} without a box), {int(dataset.box_counts.sum()):,} boxes, "
-        f"{len(dataset.class_names)} classes ({annotations.source})"
+        f"{len(dataset.class_names)} classes ({dataset.annotations.source})"
     )
 
 
 def _describe_parameters(model: nn.Module) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return f"{(trained + frozen) / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, {frozen / 1e6:.1f} M frozen"
+    everything = sum(p.numel() for p in model.parameters()) / 1e6
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    return f"{everything:.1f} M parameters, {trained:.1f} M trained, {everything - trained:.1f} M frozen"
 
 
 def _describe_batch(config: RunConfig, processes: Processes, schedule: Schedule, loader: TrainLoader) -> str:
@@ -208,9 +198,8 @@ def _describe_batch(config: RunConfig, processes: Processes, schedule: Schedule,
         return f"{text}; learning rate scaled for it from base batch {base}: {schedule.optimizer.lr:g}"
     if total != base:
         scaled = schedule.scaled(total).optimizer.lr
-        text += (
-            f"; the schedule's lr {schedule.optimizer.lr:g} is meant for {base}: --auto-scale-lr would use {scaled:g}"
-        )
+        text += f"; the schedule's lr {schedule.optimizer.lr:g} is meant for {base}: "
+        text += f"--auto-scale-lr would use {scaled:g}"
     return text
 
 
@@ -227,7 +216,7 @@ def _faster(schedule: Schedule, processes: Processes) -> str:
     return "\nfloat32; --amp bf16 halves the time of a step where it was measured (docs/performance.md)"
 
 
-def _learning_rate_image(schedule: Schedule, iterations_per_epoch: int, unicode: bool) -> list[str]:
+def _learning_rate_curve(schedule: Schedule, iterations_per_epoch: int, *, unicode: bool) -> list[str]:
     total = schedule.max_epochs * iterations_per_epoch
     points = np.linspace(0, total - 1, min(total, _CURVE_POINTS)).astype(int).tolist()
     rates = [schedule.learning_rate(point, iterations_per_epoch) for point in points]

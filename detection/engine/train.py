@@ -116,23 +116,7 @@ def _build_state(
         changes = run_on_all_ranks(processes, partial(check_resumable, checkpoint, facts, num_iterations))
         notes += ignored_on_resume(checkpoint, config.model)
         progress = resumed_progress(checkpoint, facts, num_iterations)
-    console.say(
-        describe_run(
-            config,
-            processes,
-            schedule=schedule,
-            loader=loader,
-            train_set=loader.dataset,
-            val_set=components.evaluation_set,
-            model=model,
-            weights_line=components.weights_line,
-            output=context.output,
-            progress=progress,
-            changes=changes,
-            notes=notes,
-            unicode=console.has_unicode,
-        )
-    )
+    console.say(describe_run(context, components, loader, progress, changes=changes, notes=notes))
     state = TrainState(
         model,
         build_optimizer(model, schedule),
@@ -206,7 +190,7 @@ def _build_trainer(
         gradient_may_overflow=precision.amp == "fp16",
         skips_nonfinite=config.train.skip_nonfinite,
     )
-    log_interval = config.output.log_interval or (20 if processes.device.type == "cuda" else 1)
+    log_interval = config.output.log_interval_on(processes.device.type)
     log = TrainingLog(processes, loader, metrics, logger, bad_images, log_interval=log_interval)
     checkpointer = Checkpointer(
         store,
@@ -275,7 +259,7 @@ def _open_logger(context: RunContext, schedule: Schedule, progress: Progress) ->
         log = MetricsLog(output.metrics)
         log.cut(progress.iteration, val_from)
         board = TensorBoardLog(output.tensorboard, first_iteration=progress.iteration, val_from=val_from)
-        record = config_record(context.config, context.processes, schedule, output.config, progress.iteration)
+        record = config_record(context, schedule, progress.iteration)
         write_json(output.config, record)
         describe = partial(_describe, context, schedule, configuration_text(record))
         logger = MetricLogger(console, log, board, describe=describe, best_epoch=progress.best_epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from data import Augmentation, ColorJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling, TrainLoader
+from detection.config import RunConfig
 from detection.config.augmentation import AugmentationConfig
 
 
@@ -30,9 +31,10 @@ def augmentation_of(config: AugmentationConfig, max_size: int) -> Augmentation:
     )
 
 
-def describe_augmentation(config: AugmentationConfig, loader: TrainLoader, min_size: int, max_size: int) -> list[str]:
+def describe_augmentation(config: RunConfig, loader: TrainLoader) -> list[str]:
     """What is done to training images, a line each part, for the start screen."""
-    augmentation = augmentation_of(config, max_size)
+    min_size, max_size = config.data.min_size, config.data.max_size
+    augmentation = augmentation_of(config.augmentation, max_size)
     lines = augmentation.describe()
     if augmentation.scales is None and augmentation.jitter is None:
         lines.insert(0, f"scale {max_size}x{min_size}")
@@ -41,7 +43,7 @@ def describe_augmentation(config: AugmentationConfig, loader: TrainLoader, min_s
     factors = loader.repeat_factors
     if factors is not None:
         lines.append(
-            f"repeat factors for classes in less than {config.repeat_threshold:.3g} of the images: "
+            f"repeat factors for classes in less than {config.augmentation.repeat_threshold:.3g} of the images: "
             f"{int((factors > 1).sum()):,} of {len(factors):,} images come more often than once, up to "
             f"{factors.max():.2f} times on average; {loader.images_per_epoch:,} images an epoch"
         )
