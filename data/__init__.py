@@ -13,7 +13,7 @@ from data.loading.prefetcher import DevicePrefetcher, LoadTimes
 from data.loading.sampler import plan_epoch
 from data.loading.unreadable import UnreadableImage
 from data.tools.shapes import ShapesError, make_shapes
-from data.transforms.augmentation import Augmentation, AugmentationError, LargeScaleJitter, ScaleSampling
+from data.transforms.augmentation import Augmentation, LargeScaleJitter, ScaleSampling
 from data.transforms.color import ColorJitter, PhotometricDistortion
 from data.transforms.geometry import resized_sizes
 from data.transforms.hash_rng import hash_key
@@ -22,7 +22,6 @@ __all__ = [
     "NO_CLASS",
     "AnnotationError",
     "Augmentation",
-    "AugmentationError",
     "CocoAnnotations",
     "CocoDataset",
     "CocoLayout",

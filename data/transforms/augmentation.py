@@ -8,14 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.errors import DataError
 from data.transforms.color import ColorChange, ColorJitter, PhotometricDistortion
 from data.transforms.geometry import Geometry, padded_size, resized_sizes
 from data.transforms.hash_rng import CROP_STREAM, FLIP_STREAM, SCALE_STREAM, VERTICAL_FLIP_STREAM, hash_uniform
-
-
-class AugmentationError(DataError):
-    """Settings of an augmentation that are wrong or contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +25,6 @@ class ScaleSampling:
     """Two sides each, in pixels; the larger limits the image's longer side, the smaller the shorter."""
     sampling: str = "choice"
     """choice or range"""
-
-    def __post_init__(self) -> None:
-        if self.sampling not in ("choice", "range"):
-            raise AugmentationError(f"scale sampling {self.sampling!r}: choose choice or range")
-        if not self.scales or min(min(scale) for scale in self.scales) < 1:
-            raise AugmentationError(
-                f"scales {self.scales}: at least one scale with sides of at least 1 pixel is needed"
-            )
-        if self.sampling == "range" and len(self.scales) != 2:
-            raise AugmentationError(
-                f"scale sampling by range goes from one scale to another: give two scales, not {len(self.scales)}"
-            )
 
     def sample(self, seed: int, epoch: int, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The (min_size, max_size) of the resize of each image (words int64 [N]): int64 [N] each."""
@@ -74,24 +57,13 @@ class LargeScaleJitter:
     pixels. Boxes follow data.transforms.geometry.crop_boxes.
     """
 
-    size: int = 1024
+    size: int
     """Side of the target, pixels"""
-    smallest: float = 0.1
-    largest: float = 2.0
+    smallest: float
+    largest: float
     """The factor is drawn uniformly between these."""
     min_visibility: float = 0.0
     """Part of a box's area that must be left by the crop, 0 to 1"""
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise AugmentationError(f"large-scale jitter to {self.size} pixels: at least 1 is needed")
-        if not 0 < self.smallest <= self.largest:
-            raise AugmentationError(
-                f"large-scale jitter between {self.smallest:g} and {self.largest:g}: the first must be above 0, and "
-                "not above the second"
-            )
-        if not 0 <= self.min_visibility <= 1:
-            raise AugmentationError(f"visibility {self.min_visibility:g}: it is a part of an area, from 0 to 1")
 
     def edges(self, seed: int, epoch: int, words: np.ndarray) -> np.ndarray:
         """The side of the square that each image (words int64 [N]) is resized into: int64 [N]."""
@@ -121,22 +93,13 @@ class LargeScaleJitter:
 @dataclass(frozen=True)
 class Augmentation:
     """All that is done to training images at random. Each part is by itself; without scales and jitter the scale is the
-    one of the evaluation."""
+    one of the evaluation. Values are checked where they are given: by the command line."""
 
     scales: ScaleSampling | None = None
     jitter: LargeScaleJitter | None = None
     flip_probability: float = 0.5
     vertical_flip_probability: float = 0.0
     color: PhotometricDistortion | ColorJitter | None = None
-
-    def __post_init__(self) -> None:
-        if self.scales is not None and self.jitter is not None:
-            raise AugmentationError(
-                "multi-scale training and large-scale jitter both choose the scale: use one of them"
-            )
-        for name in ("flip_probability", "vertical_flip_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise AugmentationError(f"{name.replace('_', ' ')} {getattr(self, name):g}: it must be from 0 to 1")
 
     def geometry(
         self,

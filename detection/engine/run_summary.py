@@ -53,12 +53,12 @@ def describe_run(
     changes: what differs from the checkpoint's run. notes: overrides, and settings without effect.
     """
     config, processes, schedule = context.config, context.processes, components.schedule
-    train_set, val_set = loader.dataset, components.evaluation_set
+    train_set, val_set, names = loader.dataset, components.evaluation_set, loader.dataset.class_names
     num_iterations = schedule.max_epochs * loader.iterations_per_epoch
     rows = [
         ("data", _describe_set("train", train_set)),
         ("", _describe_set("val", val_set) if val_set is not None else "no validation set"),
-        ("classes", _listed(train_set.class_names)),
+        ("classes", ", ".join(names[:12]) + (f", ... ({len(names)})" if len(names) > 12 else "")),
         ("model", f"{config.model.model}, {_describe_parameters(components.model)}"),
         ("weights", components.weights_line),
         ("schedule", "\n".join(schedule.describe())),
@@ -133,39 +133,32 @@ def closing_summary(
     can_be_analyzed: bool,
 ) -> str:
     """The table of the run's validations, where everything is, and commands to go on with, ready to paste."""
-    best, remarks, found, analysis = "", [], [], []
+    lines = ["", metric_logger.summary(progress.best_epoch), ""]
     if progress.skipped_steps:
-        remarks.append(f"{progress.skipped_steps} of {progress.iteration} iterations were not finite and made no step")
+        lines.append(f"{progress.skipped_steps} of {progress.iteration} iterations were not finite and made no step")
     if bad_images:
-        remarks.append(bad_images.summary())
+        lines.append(bad_images.summary())
+    lines.append(f"checkpoints  {output.checkpoints}")
+    results, images, analysis = output.detections("val"), "IMAGE_OR_FOLDER", []
     if progress.best_map is not None:
-        best = f"   best.pt has mAP {progress.best_map:.3f} (epoch {progress.best_epoch})"
-    weights = output.checkpoints / "best.pt"
-    if not weights.is_file():
-        weights = output.checkpoints / "last.pt"
-    results, images = output.detections("val"), "IMAGE_OR_FOLDER"
+        lines[-1] += f"   best.pt has mAP {progress.best_map:.3f} (epoch {progress.best_epoch})"
     if validated is not None and progress.best_map is not None:
         images = quote(str(validated.images))
-        found.append(f"detections   {results} (of the last validation)")
+        lines.append(f"detections   {results} (of the last validation)")
         if can_be_analyzed:
             analysis.append(
                 f"why so       python3 scripts/analyze_results.py --annotations {quote(str(validated.annotations))} "
                 f"--results {quote(str(results))} --images {images}"
             )
-    return "\n".join(
-        [
-            "",
-            metric_logger.summary(progress.best_epoch),
-            "",
-            *remarks,
-            f"checkpoints  {output.checkpoints}{best}",
-            *found,
-            f"figures      {output.metrics}, {output.log}",
-            f"curves       tensorboard --logdir {quote(str(output.path))}",
-            *analysis,
-            f"try it       python3 scripts/predict.py --weights {quote(str(weights))} {images}",
-        ]
-    )
+    best, last = output.checkpoints / "best.pt", output.checkpoints / "last.pt"
+    weights = quote(str(best if best.is_file() else last))
+    lines += [
+        f"figures      {output.metrics}, {output.log}",
+        f"curves       tensorboard --logdir {quote(str(output.path))}",
+        *analysis,
+        f"try it       python3 scripts/predict.py --weights {weights} {images}",
+    ]
+    return "\n".join(lines)
 
 
 def _table_cell(value: Any) -> str:
@@ -182,9 +175,9 @@ def _describe_set(name: str, dataset: CocoDataset) -> str:
 
 
 def _describe_parameters(model: nn.Module) -> str:
-    everything = sum(p.numel() for p in model.parameters()) / 1e6
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    return f"{everything:.1f} M parameters, {trained:.1f} M trained, {everything - trained:.1f} M frozen"
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, {(total - trained) / 1e6:.1f} M frozen"
 
 
 def _describe_batch(config: RunConfig, processes: Processes, schedule: Schedule, loader: TrainLoader) -> str:
@@ -231,11 +224,6 @@ def _learning_rate_curve(schedule: Schedule, iterations_per_epoch: int, *, unico
     return [title, *image, axis]
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:12])
-    return f"{shown}, ... ({len(names)})" if len(names) > 12 else shown
-
-
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -244,12 +232,10 @@ def _version(package: str) -> str:
 
 
 def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parents[2]
+    root = str(Path(__file__).resolve().parents[2])
+    command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root, capture_output=True, text=True, timeout=5, check=False,
-        )  # fmt: skip
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except OSError:
         return None
     return answer.stdout.strip() or None

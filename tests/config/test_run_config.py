@@ -90,6 +90,21 @@ def test_overrides_of_the_schedule_keep_their_order_short_options_last():
         ("--val-only --resume x.pt --dataset shapes --weights f --overwrite", "one of them"),
         ("--val-only --weights f --overwrite", "leave --overwrite away"),
         ("--global-batch-size 16 --accumulate 2", "leave --accumulate away"),
+        ("--train-min-sizes 640 800 --train-scales 1333x800", "--train-min-sizes and --train-scales each decide"),
+        ("--train-min-sizes 640 --lsj", "--train-min-sizes and --lsj each decide the scale"),
+        ("--train-scales 640x640 --lsj 512", "give one of them"),
+        ("--train-min-sizes 640 1400", "1400 is above --max-size 1333"),
+        ("--train-scale-sampling range", "no effect by itself"),
+        ("--train-min-sizes 640 700 800 --train-scale-sampling range", "3 were given: give two"),
+        ("--train-scales 640x640 --train-scale-sampling range", "1 were given: give two"),
+        ("--lsj-range 0.1 2", "no effect without --lsj"),
+        ("--lsj-min-visibility 0.5", "--lsj-min-visibility has no effect without --lsj"),
+        ("--lsj --lsj-range 2 0.1", "not above the second"),
+        ("--lsj --lsj-range 0 1", "must be above 0"),
+        ("--photometric-distortion --color-jitter 0.4 0.4 0.4 0.1", "both change the colors"),
+        ("--color-jitter 0.4 0.4 0.4 0.6", "the hue, in turns, is from 0 to 0.5"),
+        ("--color-jitter -1 0.4 0.4 0.1", "0 or above"),
+        ("--repeat-threshold 0", "repeats nothing"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_with_a_remedy(words: str, said: str):
@@ -112,6 +127,11 @@ def test_options_that_contradict_each_other_are_refused_with_a_remedy(words: str
         ("--workers two", "two is not a whole number of at least 0"),
         ("--amp fp8", "invalid choice"),
         ("--frozen-stages 9", "invalid choice"),
+        ("--train-scales 1333", "'1333' is no scale: write two sides in pixels, e.g. 1333x800"),
+        ("--train-scales 0x800", "0 is not a whole number of at least 1"),
+        ("--flip-probability 1.5", "1.5 is not from 0 to 1"),
+        ("--train-min-sizes 0", "at least 1"),
+        ("--repeat-threshold 2", "2 is not from 0 to 1"),
     ],
 )
 def test_a_wrong_option_ends_with_status_2_and_says_what_is_meant(words: str, said: str, capsys):
@@ -141,8 +161,12 @@ def test_the_output_directory_is_named_for_model_and_schedule(words: str, folder
 
 
 def test_the_configuration_is_plain_types_for_json():
-    config = parse_arguments(["--data-path", "d", "--set", "a=1", "--ema"])
+    words = "--data-path d --set a=1 --ema --model-set x=(1,'b') --train-scales 1333x640 800x800"
+    config = parse_arguments(words.split())
     record = json.loads(json.dumps(config.to_dict()))
     assert record == config.to_dict()
     assert record["data"]["data_path"] == "d"
     assert record["train"]["overrides"] == ["a=1"]
+    assert record["model"]["settings"] == [["x", [1, "b"]]]
+    assert record["augmentation"] == config.augmentation.to_dict()
+    assert record["augmentation"]["train_scales"] == [[1333, 640], [800, 800]]

@@ -46,7 +46,7 @@ def test_a_training_with_few_shapes_sees_buckets_the_same_on_any_number_of_proce
         return list(loader.plans(0, 8))
 
     buckets = shape_buckets(64, 160)
-    jittered = plans(batch_size=4, augmentation=Augmentation(jitter=LargeScaleJitter(128)))
+    jittered = plans(batch_size=4, augmentation=Augmentation(jitter=LargeScaleJitter(128, 0.1, 2.0)))
     assert {plan.padded_size for plan in jittered} == {(128, 128)}
     whole = plans(batch_size=4)
     assert {plan.padded_size for plan in whole} <= set(buckets)

@@ -15,7 +15,7 @@ from data.coco.annotations import read_coco
 from data.loading.batch import RawBatch
 from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
-from data.transforms.augmentation import Augmentation, AugmentationError, LargeScaleJitter, ScaleSampling
+from data.transforms.augmentation import Augmentation, LargeScaleJitter, ScaleSampling
 from data.transforms.color import ColorJitter, PhotometricDistortion
 from data.transforms.geometry import crop_boxes, flip_boxes, resized_size
 
@@ -29,7 +29,9 @@ EVERYTHING = {
     ),
     "range": Augmentation(scales=ScaleSampling(((100, 40), (120, 80)), "range"), color=ColorJitter(0.4, 0.4, 0.4, 0.1)),
     "jitter": Augmentation(
-        jitter=LargeScaleJitter(72, min_visibility=0.3), vertical_flip_probability=0.3, color=PhotometricDistortion()
+        jitter=LargeScaleJitter(72, 0.1, 2.0, min_visibility=0.3),
+        vertical_flip_probability=0.3,
+        color=PhotometricDistortion(),
     ),
 }
 SIZES = [(64, 48), (50, 60), (90, 40), (48, 64), (70, 70), (33, 64), (64, 33), (40, 44), (44, 40), (60, 50), (41, 40)]
@@ -202,7 +204,7 @@ def test_the_padded_size_is_that_of_the_global_batch(make_dataset: MakeDataset) 
         assert {part.padded_size for part in parts} == {tuple((-(-largest // 32) * 32).tolist())}
         seen.add(parts[0].padded_size)
     assert len(seen) > 2
-    jitter = Augmentation(jitter=LargeScaleJitter(70))
+    jitter = Augmentation(jitter=LargeScaleJitter(70, 0.1, 2.0))
     assert {plan.padded_size for plan in train_loader(dataset, augmentation=jitter).plans(0, 9)} == {(96, 96)}
 
 
@@ -293,7 +295,7 @@ def test_large_scale_jitter_draws_factors_and_windows_uniformly() -> None:
 
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000), word=st.integers(0, 2**40))
 def test_large_scale_jitter_fits_any_image_into_its_square(width: int, height: int, word: int) -> None:
-    jitter = LargeScaleJitter(128)
+    jitter = LargeScaleJitter(128, 0.1, 2.0)
     geometry = Augmentation(jitter=jitter).geometry(
         np.array([width]), np.array([height]), words=np.array([word]), seed=0, epoch=0, min_size=1, max_size=1
     )
@@ -354,22 +356,3 @@ def test_the_two_flips_are_independent_of_each_other_and_as_frequent_as_asked_fo
     assert abs((geometry.flips & geometry.vertical_flips).mean() - 0.18) < 0.025
     plain = Augmentation().geometry(side, side, words=WORDS, seed=0, epoch=0, min_size=64, max_size=64)
     assert not plain.vertical_flips.any()
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda: ScaleSampling(((1333, 800),), "range"), "give two scales, not 1"),
-        (lambda: ScaleSampling(((1333, 800),), "uniform"), "choice or range"),
-        (lambda: ScaleSampling(()), "at least one scale"),
-        (lambda: LargeScaleJitter(0), "at least 1"),
-        (lambda: LargeScaleJitter(64, 2.0, 1.0), "not above the second"),
-        (lambda: LargeScaleJitter(64, 0.0, 1.0), "above 0"),
-        (lambda: LargeScaleJitter(64, min_visibility=1.5), "from 0 to 1"),
-        (lambda: Augmentation(ScaleSampling(((64, 64),)), LargeScaleJitter()), "use one of them"),
-        (lambda: Augmentation(vertical_flip_probability=-0.1), "vertical flip probability -0.1"),
-    ],
-)
-def test_settings_that_are_wrong_are_refused(make: Callable[[], object], said: str) -> None:
-    with pytest.raises(AugmentationError, match=said):
-        make()

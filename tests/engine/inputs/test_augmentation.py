@@ -1,6 +1,5 @@
 """Training images at random, from the command line to the batches: what is asked for, refused, shown and resumed."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data import Augmentation, ColorJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling
-from detection.config import ConfigError, parse_arguments
+from detection.config import parse_arguments
 from detection.config.augmentation import AugmentationConfig
 from detection.engine.inputs.augmentation import augmentation_of
 from detection.engine.trainer import Trainer
@@ -30,10 +29,7 @@ def asked_for(words: str) -> Augmentation:
     ("words", "expected"),
     [
         ("", Augmentation()),
-        (
-            "--train-min-sizes 640 800",
-            Augmentation(scales=ScaleSampling(((1333, 640), (1333, 800)))),
-        ),
+        ("--train-min-sizes 640 800", Augmentation(scales=ScaleSampling(((1333, 640), (1333, 800))))),
         (
             "--train-min-sizes 64 80 --min-size 64 --max-size 100 --train-scale-sampling range",
             Augmentation(scales=ScaleSampling(((100, 64), (100, 80)), "range")),
@@ -53,57 +49,6 @@ def asked_for(words: str) -> Augmentation:
 )
 def test_options_become_the_augmentation_they_name(words: str, expected: Augmentation) -> None:
     assert asked_for(words) == expected
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--train-min-sizes 640 800 --train-scales 1333x800", "--train-min-sizes and --train-scales each decide"),
-        ("--train-min-sizes 640 --lsj", "--train-min-sizes and --lsj each decide the scale"),
-        ("--train-scales 640x640 --lsj 512", "give one of them"),
-        ("--train-min-sizes 640 1400", "1400 is above --max-size 1333"),
-        ("--train-scale-sampling range", "no effect by itself"),
-        ("--train-min-sizes 640 700 800 --train-scale-sampling range", "3 were given: give two"),
-        ("--train-scales 640x640 --train-scale-sampling range", "1 were given: give two"),
-        ("--lsj-range 0.1 2", "no effect without --lsj"),
-        ("--lsj-min-visibility 0.5", "--lsj-min-visibility has no effect without --lsj"),
-        ("--lsj --lsj-range 2 0.1", "not above the second"),
-        ("--lsj --lsj-range 0 1", "must be above 0"),
-        ("--photometric-distortion --color-jitter 0.4 0.4 0.4 0.1", "both change the colors"),
-        ("--color-jitter 0.4 0.4 0.4 0.6", "the hue, in turns, is from 0 to 0.5"),
-        ("--color-jitter -1 0.4 0.4 0.1", "0 or above"),
-        ("--repeat-threshold 0", "repeats nothing"),
-    ],
-)
-def test_contradictions_and_options_without_effect_are_refused_with_a_remedy(words: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        parse_arguments(words.split())
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--train-scales 1333", "'1333' is no scale: write two sides in pixels, e.g. 1333x800"),
-        ("--train-scales 0x800", "0 is not a whole number of at least 1"),
-        ("--flip-probability 1.5", "1.5 is not from 0 to 1"),
-        ("--train-min-sizes 0", "at least 1"),
-        ("--repeat-threshold 2", "2 is not from 0 to 1"),
-    ],
-)
-def test_values_that_mean_nothing_end_with_a_usage_line(
-    words: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        parse_arguments(words.split())
-    assert said in capsys.readouterr().err
-
-
-def test_the_configuration_is_plain_in_config_json_and_checkpoints() -> None:
-    config = parse_arguments(["--train-scales", "1333x640", "1333x800", "--color-jitter", "0.4", "0.4", "0.4", "0.1"])
-    plain = config.augmentation.to_dict()
-    assert plain["train_scales"] == [[1333, 640], [1333, 800]]
-    assert json.loads(json.dumps(config.to_dict()))["augmentation"] == json.loads(json.dumps(plain)) == plain
-    assert AugmentationConfig().to_dict() == parse_arguments([]).to_dict()["augmentation"]
 
 
 class Killed(BaseException):
