@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.documentation.documented_commands import check_options, commands_of
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_end_of_a_run_names_its_files_and_commands_that_exist(start, shapes_set, tmp_path, capsys):

@@ -55,6 +55,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the program may catch it."""
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says_what_differs(
     start, tmp_path, monkeypatch, load, same_state, records_of, capsys
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says
     assert records_of(tmp_path / "whole") == records_of(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_images_at_the_start_are_the_augmented_ones(start, tmp_path) -> None:
     mosaics = {}
     for name, options in (("plain", []), ("dark", ["--color-jitter", "0", "0", "1", "0"]), ("lsj", ["--lsj", "64"])):
@@ -111,6 +113,7 @@ def test_the_images_at_the_start_are_the_augmented_ones(start, tmp_path) -> None
     assert mosaics["lsj"].shape != mosaics["plain"].shape or np.abs(mosaics["lsj"] - mosaics["plain"]).mean() > 5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_there_was_a_choice_is_one_without(start, tmp_path, load, capsys) -> None:
     assert start(tmp_path / "run", "--max-epochs", "1") == 0
     file = Path(tmp_path / "run" / "checkpoints" / "last.pt")
