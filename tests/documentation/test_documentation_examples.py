@@ -56,6 +56,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_on_python_runs(folder):
     names = run("python_api.md")
     assert names["metrics"]["mAP"] == pytest.approx(1.0)
@@ -75,6 +76,7 @@ class OneBox(torch.nn.Module):
         return sides.expand(1, 1, 4).clone(), torch.full((1, 1), 0.5), torch.ones(1, 1, dtype=torch.int64), count
 
 
+@pytest.mark.slow
 def test_the_page_on_export_runs(folder):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason='ONNX is the optional extra "export"')
