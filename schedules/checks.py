@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
 
 from schedules.errors import Place, nearest
+
+T = TypeVar("T")
 
 NO_END = 1_000_000_000  # MMEngine's "never ends"; also the largest whole number a schedule may hold
 
@@ -44,6 +47,22 @@ def read_typed(
     of_type = choice(*kinds, hint=hint)
     keys = kinds.get(kind, {}) if isinstance(kind, str) else {}
     return read_dict(value, place, {"type": (of_type, default) if default else of_type, **keys})
+
+
+def checked_fields(kind: type[Any]) -> Keys:
+    """The keys that a dataclass's fields with a check in their metadata stand for."""
+    return {
+        field.name: field.metadata["check"]
+        if field.default is field.default_factory is MISSING
+        else (field.metadata["check"], {} if field.default is MISSING else field.default)
+        for field in fields(kind)
+        if field.metadata
+    }
+
+
+def made(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass `kind` of those values that are its fields."""
+    return kind(**{field.name: values[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def dictionary(value: Any, place: Place) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from schedules.errors import Place
 
-MAX_BYTES = 256 * 1024  # the longest schedules of MMDetection have some 3 kB
 MAX_DEPTH = 20
 
 _NAMES_OF_SYNTAX = {
@@ -53,8 +52,6 @@ def read_value(text: str, place: Place) -> Any:
 def _parse(text: str, place: Place, mode: str) -> Any:
     if "\0" in text:
         raise place.error("holds a NUL character, so it is no text; give a schedule file")
-    if len(text) > MAX_BYTES:
-        raise place.error(f"is longer than {MAX_BYTES} characters, so it is no schedule")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # doubtful escapes in text that is never executed

@@ -6,6 +6,18 @@ caller states the facts of each parameter and applies the multipliers.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from schedules.checks import dictionary, flag, number, optional, read_dict
+from schedules.errors import Place
+
+_RATIO = {"check": optional(number(at_least=0))}
+
+
+def _custom_keys(value: Any, place: Place) -> dict[str, tuple[float, float]]:
+    keys = dict.fromkeys(("lr_mult", "decay_mult"), (number(at_least=0), 1.0))
+    custom = {key: read_dict(one, place.at(key), keys) for key, one in dictionary(value, place).items()}
+    return {key: (mult["lr_mult"], mult["decay_mult"]) for key, mult in custom.items()}
 
 
 @dataclass(frozen=True)
@@ -17,13 +29,13 @@ class ParamwiseSettings:
     case.
     """
 
-    norm_decay_mult: float | None = None
-    bias_lr_mult: float | None = None
-    bias_decay_mult: float | None = None
-    dwconv_decay_mult: float | None = None
-    flat_decay_mult: float | None = None
-    bypass_duplicate: bool = False
-    custom_keys: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    norm_decay_mult: float | None = field(default=None, metadata=_RATIO)
+    bias_lr_mult: float | None = field(default=None, metadata=_RATIO)
+    bias_decay_mult: float | None = field(default=None, metadata=_RATIO)
+    dwconv_decay_mult: float | None = field(default=None, metadata=_RATIO)
+    flat_decay_mult: float | None = field(default=None, metadata=_RATIO)
+    bypass_duplicate: bool = field(default=False, metadata={"check": flag})
+    custom_keys: Mapping[str, tuple[float, float]] = field(default_factory=dict, metadata={"check": _custom_keys})
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from schedules.checks import (
     NO_END,
     Keys,
+    checked_fields,
     choice,
     dictionary,
     flag,
+    made,
     number,
     optional,
     read_dict,
@@ -24,12 +26,13 @@ from schedules.checks import (
     whole,
 )
 from schedules.errors import Place, ScheduleError
-from schedules.literals import MAX_BYTES, read_assignments
+from schedules.literals import read_assignments
 from schedules.paramwise import ParamwiseSettings
 from schedules.schedule import AMP_NAMES, ClipGrad, OptimizerSettings, Schedule, idle_schedulers
 from schedules.schedulers import KINDS, Scheduler
 
 NAMES = ("1x", "2x", "20e")
+MAX_BYTES = 256 * 1024  # the longest schedules of MMDetection have some 3 kB
 
 SCHEDULE_KEYS = ("train_cfg", "val_cfg", "test_cfg", "param_scheduler", "optim_wrapper", "auto_scale_lr")
 
@@ -171,7 +174,7 @@ def _scheduler(value: Any, place: Place, max_epochs: int) -> Scheduler:
         "last_step": (choice(-1, hint=" (a resume needs no state here)"), -1),
         "verbose": (flag, False),
     }
-    found = read_typed(value, place, {kind: {**shared, **own} for kind, own in _SCHEDULER_KEYS.items()})
+    found = read_typed(value, place, {name: {**shared, **checked_fields(kind)} for name, kind in KINDS.items()})
     if convert and not found["by_epoch"]:
         raise place.at("convert_to_iter_based").error("only by_epoch=True can be converted")
     begin, end = found["begin"], found["end"]
@@ -181,22 +184,11 @@ def _scheduler(value: Any, place: Place, max_epochs: int) -> Scheduler:
         raise place.error(f"ends at {end}, which is not after its begin {begin}; give a larger end or a smaller begin")
     if found.get("eta_min") is not None and found.get("eta_min_ratio") is not None:
         raise place.error("has both eta_min and eta_min_ratio; keep one")
-    kind = KINDS[found["type"]]
-    return kind(**{field.name: found[field.name] for field in fields(kind)})
+    return made(KINDS[found["type"]], found)
 
 
 def _epochs(value: Any, place: Place) -> int | float:
     return (number(at_least=0, at_most=NO_END) if type(value) is float else whole(0))(value, place)
-
-
-_SCHEDULER_KEYS: dict[str, Keys] = {
-    name: {
-        field.name: field.metadata["check"] if field.default is MISSING else (field.metadata["check"], field.default)
-        for field in fields(kind)
-        if field.metadata
-    }
-    for name, kind in KINDS.items()
-}
 
 
 def _optim_wrapper(value: Any, place: Place) -> dict[str, Any]:
@@ -262,17 +254,8 @@ OPTIMIZERS: dict[str, Keys] = {  # the defaults are torch's own
 
 
 def _clip_grad(value: Any, place: Place) -> ClipGrad:
-    keys: Keys = {
-        "error_if_nonfinite": (choice(False), False),
-        "max_norm": number(above=0),
-        "norm_type": (_norm_type, 2.0),
-    }
-    found = read_typed(value, place, {"norm": keys}, "norm", " (clipping by value is not done here)")
-    return ClipGrad(found["max_norm"], found["norm_type"])
-
-
-def _norm_type(value: Any, place: Place) -> float:
-    return float("inf") if value in ("inf", float("inf")) else number(above=0)(value, place)
+    keys = {**checked_fields(ClipGrad), "error_if_nonfinite": (choice(False), False)}
+    return made(ClipGrad, read_typed(value, place, {"norm": keys}, "norm", " (clipping by value is not done here)"))
 
 
 def _loss_scale(value: Any, place: Place) -> str | float | dict[str, Any]:
@@ -294,26 +277,11 @@ def _loss_scale(value: Any, place: Place) -> str | float | dict[str, Any]:
 
 
 def _paramwise(value: Any, place: Place) -> ParamwiseSettings:
-    found = read_dict(value, place, _PARAMWISE_KEYS)
-    return ParamwiseSettings(**{field.name: found[field.name] for field in fields(ParamwiseSettings)})
+    no_offsets = optional(choice(1, 1.0, hint=" (no model here has deformable convolutions)"))
+    keys = {**checked_fields(ParamwiseSettings), "dcn_offset_lr_mult": (no_offsets, None)}
+    return made(ParamwiseSettings, read_dict(value, place, keys))
 
 
-def _custom_keys(value: Any, place: Place) -> dict[str, tuple[float | None, float | None]]:
-    keys: Keys = {"lr_mult": (_RATIO, 1.0), "decay_mult": (_RATIO, 1.0)}
-    return {key: tuple(read_dict(one, place.at(key), keys).values()) for key, one in dictionary(value, place).items()}
-
-
-_OPTIONAL_RATIO = (optional(_RATIO), None)
-_PARAMWISE_KEYS: Keys = {
-    "norm_decay_mult": _OPTIONAL_RATIO,
-    "bias_decay_mult": _OPTIONAL_RATIO,
-    "dwconv_decay_mult": _OPTIONAL_RATIO,
-    "flat_decay_mult": _OPTIONAL_RATIO,
-    "bias_lr_mult": _OPTIONAL_RATIO,
-    "bypass_duplicate": (flag, False),
-    "dcn_offset_lr_mult": (optional(choice(1, 1.0, hint=" (no model here has deformable convolutions)")), None),
-    "custom_keys": (_custom_keys, {}),
-}
 _WRAPPER_KEYS: Keys = {
     "constructor": (optional(choice("DefaultOptimWrapperConstructor")), None),
     "optimizer": _optimizer,

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from schedules.errors import ScheduleError
+from schedules.checks import number
+from schedules.errors import Place, ScheduleError
 from schedules.paramwise import ParamwiseSettings
 from schedules.schedulers import CosineAnnealingLR, LearningRateCurve, LinearLR, MultiStepLR, Scheduler
 
@@ -27,12 +28,16 @@ class OptimizerSettings:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+def _norm_type(value: Any, place: Place) -> float:
+    return float("inf") if value in ("inf", float("inf")) else number(above=0)(value, place)
+
+
 @dataclass(frozen=True)
 class ClipGrad:
     """Arguments of torch.nn.utils.clip_grad_norm_; norm_type may be inf."""
 
-    max_norm: float
-    norm_type: float = 2.0
+    max_norm: float = field(metadata={"check": number(above=0)})
+    norm_type: float = field(default=2.0, metadata={"check": _norm_type})
 
 
 @dataclass(frozen=True)
