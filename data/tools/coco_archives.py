@@ -35,11 +35,7 @@ class CocoArchive:
 
     def num_present(self, data_path: Path) -> int:
         """Files fitting the pattern that lie unpacked under data_path."""
-        folder = data_path / self.folder
-        return sum(1 for _ in folder.glob(self.pattern))
-
-    def is_complete(self, data_path: Path) -> bool:
-        return self.num_present(data_path) >= self.num_files
+        return sum(1 for _ in (data_path / self.folder).glob(self.pattern))
 
 
 # Sizes are the servers' Content-Length; the sums are those that TensorFlow Datasets and many others pin.
@@ -81,14 +77,13 @@ def space_needed(archives: Sequence[CocoArchive], data_path: Path, *, keep_archi
     """
     used = peak = 0
     for archive in archives:
-        if archive.is_complete(data_path):
-            continue
-        used += archive.size - _stored_bytes(archive, data_path)
-        peak = max(peak, used + archive.unpacked_size)
-        used += archive.unpacked_size
-        if not keep_archives:
-            used -= archive.size
-    return max(peak, 0)
+        if archive.num_present(data_path) < archive.num_files:
+            files = (data_path / archive.name, data_path / f"{archive.name}.part")
+            here = next((min(file.stat().st_size, archive.size) for file in files if file.is_file()), 0)
+            used += archive.size - here + archive.unpacked_size
+            peak = max(peak, used)
+            used -= 0 if keep_archives else archive.size
+    return peak
 
 
 def check_space(archives: Sequence[CocoArchive], data_path: Path, *, keep_archives: bool) -> None:
@@ -134,11 +129,3 @@ def fetch_archive(
         file.unlink()
     else:
         say(f"{file} is no longer needed and was kept")
-
-
-def _stored_bytes(archive: CocoArchive, data_path: Path) -> int:
-    """What of the archive is on the disk already, whole or in part."""
-    for path in (data_path / archive.name, data_path / f"{archive.name}.part"):
-        if path.is_file():
-            return min(path.stat().st_size, archive.size)
-    return 0

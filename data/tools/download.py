@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import ssl
 import stat
@@ -70,23 +71,20 @@ def download(
     with _exclusive(part) as file:
         if _length(file) > remote.size:
             file.truncate(0)
-        resumed = _length(file) > 0
-        while True:
+        for is_last_try in [False, True] if _length(file) else [True]:  # what was there may be of another file
             with progress(target.name, remote.size) as advance:
                 _receive(remote, file, part, say, advance, sleep)
             say(f"checking {target.name}")
             if _sha256(part) == remote.sha256:
-                break
+                part.replace(target)
+                return True
             file.truncate(0)
-            if not resumed:
-                raise DownloadError(
-                    f"{remote.url} has the right size and a wrong SHA-256: the file there is damaged or another one. "
-                    "What came was thrown away; try again later, or another mirror with --base-url"
-                )
-            resumed = False
-            say(f"{part} does not fit together (wrong SHA-256): starting over")
-    part.replace(target)
-    return True
+            if not is_last_try:
+                say(f"{part} does not fit together (wrong SHA-256): starting over")
+    raise DownloadError(
+        f"{remote.url} has the right size and a wrong SHA-256: the file there is damaged or another one. "
+        "What came was thrown away; try again later, or another mirror with --base-url"
+    )
 
 
 def _receive(
@@ -146,16 +144,11 @@ def _receive_once(remote: RemoteFile, file: IO[bytes], part: Path, say: Say, adv
             start = 0
         _check_size(remote, response, start)
         while start < remote.size and (chunk := response.read(min(CHUNK_BYTES, remote.size - start))):
-            with _disk_full_explained(part):
-                _write_all(file, chunk)
             start += len(chunk)
+            with _disk_full_explained(part):
+                while chunk:  # an unbuffered file may take less than it is given
+                    chunk = chunk[file.write(chunk) :]
             advance(start)
-
-
-def _write_all(file: IO[bytes], chunk: bytes) -> None:
-    rest = memoryview(chunk)
-    while rest:  # an unbuffered file may take less than it is given
-        rest = rest[file.write(rest) :]
 
 
 def _check_size(remote: RemoteFile, response: http.client.HTTPResponse, start: int) -> None:
@@ -212,11 +205,8 @@ def unpack(archive: Path, folder: Path, top: str, *, progress: ProgressOf) -> in
 
 
 def _check_member(archive: Path, member: zipfile.ZipInfo, top: str) -> None:
-    parts = member.filename.split("/")
     kind = stat.S_IFMT(member.external_attr >> 16)
-    name = parts[-1]
-    is_plain_name = bool(name) and not name.startswith(".") and not set(name) & set("\\:\0")
-    if len(parts) != 2 or parts[0] != top or not is_plain_name or kind not in (0, stat.S_IFREG):
+    if not re.fullmatch(rf"{re.escape(top)}/[^./\\:\0][^/\\:\0]*", member.filename) or kind not in (0, stat.S_IFREG):
         raise DownloadError(
             f"{archive} was not unpacked: its member {member.filename!r} is no plain file of {top}/; "
             "delete the archive, its source cannot be trusted"
