@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import schedules
-from schedules import ScheduleError, load_schedule, schedule_from_dict
+from schedules import ParamwiseSettings, ScheduleError, load_schedule, schedule_from_dict
 
 MMDETECTION_STYLE = """
 # training schedule for 1x
@@ -76,6 +76,16 @@ def test_named_schedules_hold_their_published_settings(name, epochs, milestones)
     assert schedule.optimizer.kwargs["momentum"] == 0.9
     assert schedule.optimizer.kwargs["weight_decay"] == 0.0001
     assert not schedule.auto_scale_lr_enabled
+
+
+def test_the_adamw_schedule_has_the_curve_of_1x_at_its_own_rate_and_norms_do_not_decay():
+    adamw, plain = load_schedule(Path(schedules.__file__).with_name("schedule_1x_adamw.py")), load_schedule("1x")
+    for iteration in (*range(0, 600, 7), 7330 * 8 - 1, 7330 * 8, 7330 * 11, 7330 * 12 - 1):
+        rate = plain.learning_rate(iteration, 7330) * 1e-4 / 0.02
+        assert adamw.learning_rate(iteration, 7330) == pytest.approx(rate, rel=1e-12)
+    assert (adamw.max_epochs, adamw.val_interval, adamw.base_batch_size, adamw.notes) == (12, 1, 16, ())
+    assert (adamw.optimizer.type, adamw.optimizer.lr, adamw.optimizer.kwargs["weight_decay"]) == ("AdamW", 1e-4, 0.1)
+    assert adamw.paramwise == ParamwiseSettings(norm_decay_mult=0.0)
 
 
 def test_everything_the_vocabulary_knows_is_read(read):

@@ -27,21 +27,18 @@ def make_set(root: Path, num_train: int = 6, num_val: int = 3, *, crowds: bool =
             for place in range(number % 4):  # none for some
                 x, y = (float(round(v, 2)) for v in rng.uniform(0, 20, 2))
                 w, h = (float(round(v, 2)) for v in rng.uniform(2, 20, 2))
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": 10 * number + 5,
-                        "category_id": CATEGORY_IDS[place % 2],
-                        "bbox": [x, y, w, h],
-                        "area": w * h,
-                        "iscrowd": int(crowds and place == 2),
-                    }
-                )
+                ids = {"id": len(annotations) + 1, "image_id": 10 * number + 5, "category_id": CATEGORY_IDS[place % 2]}
+                crowd = int(crowds and place == 2)
+                annotations.append({**ids, "bbox": [x, y, w, h], "area": w * h, "iscrowd": crowd})
         categories = [{"id": number, "name": name} for number, name in zip(CATEGORY_IDS, NAMES, strict=True)]
         file = root / f"{split}.json"
         file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
         options += [f"--{split}-images", str(root / split), f"--{split}-annotations", str(file)]
     return options
+
+
+def names_in(file: Path) -> list[str]:
+    return [image["file_name"] for image in json.loads(file.read_text())["images"]]
 
 
 def content_of(file: Path) -> tuple[list[str], dict[str, tuple[int, int, list[tuple]]]]:

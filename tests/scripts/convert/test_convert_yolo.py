@@ -1,23 +1,11 @@
 """scripts/convert_yolo.py: there and back again, splits, and what it never does."""
 
-import importlib
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.scripts.convert.conversion_sets import content_of, make_set
-
-SCRIPTS = Path(__file__).parents[3] / "scripts"
-
-
-@pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    main = importlib.import_module("convert_yolo").main
-    return lambda *words: main(list(map(str, words)))
+from tests.scripts.convert.conversion_sets import content_of, make_set, names_in
 
 
 def plain_set(root: Path, count: int = 10) -> Path:
@@ -29,10 +17,6 @@ def plain_set(root: Path, count: int = 10) -> Path:
         Image.new("RGB", (40, 30), (number, 0, 0)).save(root / "images" / f"p{number}.jpg")
         (root / "labels" / f"p{number}.txt").write_text(f"{number % 2} 0.5 0.5 0.25 0.5\n")
     return root
-
-
-def names_in(file: Path) -> list[str]:
-    return [image["file_name"] for image in json.loads(file.read_text())["images"]]
 
 
 @pytest.mark.parametrize("options", [[], ["--copy"]])
@@ -65,15 +49,6 @@ def test_crowds_are_left_out_and_counted(convert, tmp_path, capsys):
     assert "WARNING [crowd-left-out] 1:" in capsys.readouterr().out
 
 
-def test_a_source_without_splits_is_split_by_seed_and_names(convert, tmp_path, capsys):
-    source = plain_set(tmp_path / "a")
-    assert convert("to-coco", source, tmp_path / "one", "--val-fraction", 0.3, "--seed", 4) == 0
-    assert "by seed 4" in capsys.readouterr().out
-    assert convert("to-coco", source, tmp_path / "two", "--val-fraction", 0.3, "--seed", 4) == 0
-    val = [names_in(tmp_path / name / "annotations" / "instances_val.json") for name in ("one", "two")]
-    assert val[0] == val[1] and len(val[0]) == 3
-
-
 def test_splits_of_the_source_stay_unless_a_fraction_is_given(convert, tmp_path):
     sets = make_set(tmp_path / "set", crowds=False)
     assert convert("from-coco", tmp_path / "yolo", *sets) == 0
@@ -101,12 +76,3 @@ def test_a_folder_without_any_label_file_is_refused(convert, tmp_path, capsys):
         file.unlink()
     assert convert("to-coco", source, tmp_path / "out") == 1
     assert "none of the 10 images has a label file" in capsys.readouterr().err
-
-
-def test_nothing_is_overwritten_unless_asked_for(convert, tmp_path, capsys):
-    source = plain_set(tmp_path / "a")
-    assert convert("to-coco", source, tmp_path / "out") == 0
-    assert convert("to-coco", source, tmp_path / "out") == 1
-    assert "--overwrite" in capsys.readouterr().err
-    assert convert("to-coco", source, tmp_path / "out", "--overwrite") == 0
-    assert len(list((tmp_path / "out" / "annotations").iterdir())) == 4
