@@ -18,6 +18,8 @@ from data.coco.findings import MAX_PLACES, Finding, examples
 
 NO_CLASS = -1
 _FAULTY: Any = object()
+_OF_IMAGES = ("image_ids", "widths", "heights")
+_OF_ANNOTATIONS = ("boxes_xywh", "areas", "labels", "crowd", "ignore", "annotation_ids")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,18 +144,11 @@ class CocoAnnotations:
         name_lengths = np.diff(self.file_name_offsets)
         return replace(
             self,
-            image_ids=self.image_ids[keep_image],
-            widths=self.widths[keep_image],
-            heights=self.heights[keep_image],
+            **{name: getattr(self, name)[keep_image] for name in _OF_IMAGES},
+            **{name: getattr(self, name)[keep] for name in _OF_ANNOTATIONS},
             file_name_bytes=self.file_name_bytes[np.repeat(keep_image, name_lengths)],
             file_name_offsets=_offsets(name_lengths[keep_image]),
             offsets=_offsets(counts),
-            boxes_xywh=self.boxes_xywh[keep],
-            areas=self.areas[keep],
-            labels=self.labels[keep],
-            crowd=self.crowd[keep],
-            ignore=self.ignore[keep],
-            annotation_ids=self.annotation_ids[keep],
         )
 
     def digest(self) -> str:
@@ -351,24 +346,15 @@ def _with_classes(annotations: CocoAnnotations, wanted: Sequence[str], allow_oth
 
 
 def _pack(annotations: CocoAnnotations) -> Packed:
-    values = {field.name: getattr(annotations, field.name) for field in fields(annotations)}
-    facts = {
-        "category_ids": annotations.category_ids,
-        "class_names": annotations.class_names,
-        "findings": [finding.to_dict() for finding in annotations.findings],
-    }
-    return Packed({name: value for name, value in values.items() if isinstance(value, np.ndarray)}, facts)
+    facts = dict(vars(annotations), findings=[finding.to_dict() for finding in annotations.findings])
+    arrays = {name: facts.pop(name) for name, value in vars(annotations).items() if isinstance(value, np.ndarray)}
+    return Packed(arrays, facts)
 
 
 def _unpack(source: str, packed: Packed) -> CocoAnnotations:
-    findings = [Finding(**{**fact, "places": tuple(fact["places"])}) for fact in packed.facts["findings"]]
-    return CocoAnnotations(
-        source=source,
-        category_ids=tuple(packed.facts["category_ids"]),
-        class_names=tuple(packed.facts["class_names"]),
-        findings=tuple(findings),
-        **packed.arrays,
-    )
+    facts: dict[str, Any] = {name: tuple(values) for name, values in packed.facts.items() if name != "source"}
+    facts["findings"] = tuple(Finding(**{**fact, "places": tuple(fact["places"])}) for fact in facts["findings"])
+    return CocoAnnotations(source=source, **(facts | packed.arrays))
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

@@ -12,8 +12,14 @@ import numpy as np
 from data.loading.batch import BatchPlan, RawBatch
 from data.loading.dataset import CocoDataset
 from data.loading.read_batch import OnUnreadable
-from data.loading.repeat_factors import epoch_length, repeat_factors
-from data.loading.sampler import evaluation_batches, iterations_per_epoch, plan_epoch, repeat_numbers
+from data.loading.sampler import (
+    epoch_length,
+    evaluation_batches,
+    iterations_per_epoch,
+    plan_epoch,
+    repeat_factors,
+    repeat_numbers,
+)
 from data.loading.shape_buckets import bucket_of, shape_buckets
 from data.loading.workers import WorkerPool
 from data.transforms.augmentation import Augmentation
@@ -37,7 +43,7 @@ class TrainLoader:
 
     min_size, max_size: the keep-ratio resize, see geometry.py, where augmentation chooses no other. augmentation:
     what is done at random, an image that comes again in an epoch being another draw. repeat_threshold: images of
-    classes that are in a smaller part of the images come several times an epoch, see repeat_factors.py.
+    classes that are in a smaller part of the images come several times an epoch, see sampler.py.
 
     few_shapes: padded sizes are of shape_buckets.py, for code that is compiled for each size. pin: hand over
     page-locked memory (for GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: an image that
@@ -67,8 +73,11 @@ class TrainLoader:
         assert 0 <= rank < world_size and min(batch_size, accumulate) >= 1
         self.dataset = dataset
         self.global_batch_size = world_size * batch_size * accumulate
-        self.repeat_factors = None if repeat_threshold is None else _repeat_factors(dataset, repeat_threshold)
+        self.repeat_factors: np.ndarray | None = None
         """float64 [N] of the images, where there is a threshold"""
+        if repeat_threshold is not None:
+            images = np.repeat(np.arange(len(dataset)), dataset.box_counts)
+            self.repeat_factors = repeat_factors(images, dataset.labels, len(dataset), repeat_threshold)
         self.images_per_epoch = len(dataset) if self.repeat_factors is None else epoch_length(self.repeat_factors)
         """Before the last batch is filled up; limit_batches has no part in it"""
         self.iterations_per_epoch = iterations_per_epoch(self.images_per_epoch, self.global_batch_size)
@@ -226,11 +235,6 @@ class EvalLoader:
             sample_keys=none,
             num_box_rows=_box_rows(dataset.box_counts[indices]),
         )
-
-
-def _repeat_factors(dataset: CocoDataset, threshold: float) -> np.ndarray:
-    images = np.repeat(np.arange(len(dataset)), dataset.box_counts)
-    return repeat_factors(images, dataset.labels, len(dataset), threshold)
 
 
 def _box_rows(box_counts: np.ndarray) -> int:

@@ -129,6 +129,7 @@ def run_program(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_program_writes_json_images_and_a_report_with_the_worst_images(case, tmp_path):
     pytest.importorskip("matplotlib")
     images = tmp_path / "images"
@@ -148,6 +149,7 @@ def test_the_program_writes_json_images_and_a_report_with_the_worst_images(case,
     assert "note: AP of class 'bird' is not defined" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_program_ends_with_one_line_about_what_is_wrong(case, tmp_path):
     missing = run_program("--annotations", case[0], "--results", tmp_path / "none.json")
     assert missing.returncode == 2 and "no such results file" in missing.stderr and "Traceback" not in missing.stderr

@@ -247,3 +247,37 @@ def test_results_read_back_are_double_precision_so_that_close_scores_do_not_tie(
     assert len(np.unique(read_results(tmp_path / "r.json").scores)) == 2
     metrics = CocoEvaluator(annotations).evaluate(read_results(tmp_path / "r.json"), image_ids=[1])
     assert metrics["per_class"]["cat"] == pytest.approx(1)
+
+
+CURVE_CASE = [
+    (1, 1, [10, 10, 40, 40], 0.9),  # cat, found exactly
+    (2, 1, [100, 100, 40, 40], 0.8),  # no cat there
+    (1, 5, [10, 100, 40, 40], 0.7),  # dog, found exactly
+    (2, 5, [10, 10, 40, 30], 0.6),  # dog, at IoU 0.75
+]
+
+
+@pytest.fixture
+def curves_evaluator(tmp_path):
+    boxes = [(1, 1, [10, 10, 40, 40]), (1, 1, [100, 10, 40, 40]), (1, 5, [10, 100, 40, 40]), (2, 5, [10, 10, 40, 40])]
+    annotations = [annotation(number, *box) for number, box in enumerate(boxes, start=1)]
+    categories = {1: "cat", 5: "dog", 7: "cow"}
+    return CocoEvaluator(write_annotations(tmp_path / "a.json", annotations, image_ids=(1, 2), categories=categories))
+
+
+def test_the_area_under_a_curve_is_the_average_precision(curves_evaluator):
+    metrics = curves_evaluator.evaluate(detections_of(CURVE_CASE))
+    curves = curves_evaluator.curves
+    assert set(curves) == {"all/IoU 0.50", "all/IoU 0.75", "class/cat", "class/dog"}
+    assert curves["all/IoU 0.50"][0].mean() == pytest.approx(metrics["mAP_50"])
+    assert curves["all/IoU 0.75"][0].mean() == pytest.approx(metrics["mAP_75"])
+    precision, recall = curves["class/cat"]
+    assert recall[0] == 1 and recall[-1] == 0
+    np.testing.assert_allclose(precision, np.where(recall <= 0.5, 1.0, 0.0))
+
+
+def test_only_the_last_evaluation_counts_and_without_boxes_there_is_no_curve(curves_evaluator):
+    assert curves_evaluator.curves == {}
+    curves_evaluator.evaluate(detections_of(CURVE_CASE))
+    curves_evaluator.evaluate(detections_of(CURVE_CASE[3:]), image_ids=[2])
+    assert set(curves_evaluator.curves) == {"all/IoU 0.50", "all/IoU 0.75", "class/dog"}

@@ -17,23 +17,8 @@ from PIL import Image
 
 from data import AnnotationError, CocoAnnotations, CocoDataset, DatasetError, check_pair, check_split, read_coco
 from data.coco.annotations import find_fatal
+from tests.data.coco.valid import VALID
 from tests.fuzzing import examples
-
-VALID: dict[str, Any] = {
-    "images": [
-        {"id": 7, "file_name": "a.jpg", "width": 64, "height": 48},
-        {"id": 3, "file_name": "sub/b ü.png", "width": 48, "height": 64.0},
-    ],
-    "annotations": [
-        {"id": 1, "image_id": 3, "category_id": 9, "bbox": [1, 2, 30, 40], "area": 1100.5, "iscrowd": 0},
-        {"id": 2, "image_id": 7, "category_id": 4, "bbox": [0.5, 0.25, 10, 12], "area": 120, "iscrowd": 0},
-        {
-            "id": 5, "image_id": 3, "category_id": 4, "bbox": [5, 5, 20, 20], "area": 300, "iscrowd": 1,
-            "segmentation": {"size": [64, 48], "counts": [10, 300, 2762]},
-        },
-    ],
-    "categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}],
-}  # fmt: skip
 
 # Written as text of its own into the JSON: json.dumps refuses them.
 RAW = {"<deep>": "[" * 100_000, "<deep closed>": "[" * 3000 + "]" * 3000, "<digits>": "7" * 5000, "<bare>": "NaNa"}
@@ -138,6 +123,7 @@ def judge(file: Path, images: Path) -> None:
 CHANGES = st.tuples(st.sampled_from(PLACES), ODD_VALUES | st.just(DELETE) | st.just(TWICE))
 
 
+@pytest.mark.slow
 @examples(300)
 @given(changes=st.lists(CHANGES, min_size=1, max_size=4), cut=st.none() | st.none() | st.none() | st.integers(0, 900))
 def test_odd_values_anywhere_give_sound_arrays_or_the_readers_own_error(
@@ -148,6 +134,7 @@ def test_odd_values_anywhere_give_sound_arrays_or_the_readers_own_error(
     judge(file, images)
 
 
+@pytest.mark.slow
 @examples(200)
 @given(
     damage=st.lists(

@@ -6,26 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.coco.annotations import NO_CLASS, AnnotationError, CocoAnnotations, read_coco
+from data.coco.annotations import NO_CLASS, AnnotationError, CocoAnnotations, find_fatal, read_coco
+from tests.data.coco.valid import VALID
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "pipeline"
 REFERENCE_CLASSES = ["person", "bicycle", "car"]
-
-VALID = {
-    "images": [
-        {"id": 7, "file_name": "a.jpg", "width": 64, "height": 48},
-        {"id": 3, "file_name": "sub/b ü.png", "width": 48, "height": 64.0},
-    ],
-    "annotations": [
-        {"id": 1, "image_id": 3, "category_id": 9, "bbox": [1, 2, 30, 40], "area": 1100.5, "iscrowd": 0},
-        {"id": 2, "image_id": 7, "category_id": 4, "bbox": [0.5, 0.25, 10, 12], "area": 120, "iscrowd": 0},
-        {
-            "id": 5, "image_id": 3, "category_id": 4, "bbox": [5, 5, 20, 20], "area": 300, "iscrowd": 1,
-            "segmentation": {"size": [64, 48], "counts": [10, 300, 2762]},
-        },
-    ],
-    "categories": [{"id": 9, "name": "dog"}, {"id": 4, "name": "cat"}],
-}  # fmt: skip
 
 
 def read(tmp_path, content, **options):
@@ -260,6 +245,7 @@ def test_what_cannot_be_used_is_one_message_with_file_record_and_remedy(tmp_path
     for part in parts:
         assert part in message
     assert len(message) < 500 + len(str(tmp_path))
+    assert message.rstrip(".") in [finding.text for finding in find_fatal(tmp_path / "instances.json")]
 
 
 def test_names_with_dots_or_colons_that_stay_inside_are_fine(tmp_path):

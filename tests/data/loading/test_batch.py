@@ -2,19 +2,19 @@
 
 import dataclasses
 import pickle
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data.loading.batch import BatchPlan, DeviceBatch, RawBatch, assemble
+from data.loading.batch import ON_DEVICE, BatchPlan, RawBatch, assemble
 from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
 from data.loading.prefetcher import DevicePrefetcher
 from data.transforms.augmentation import Augmentation
+from tests.data.batches import train_loader
 
 
 @pytest.fixture
@@ -23,8 +23,7 @@ def dataset(make_dataset: Callable[..., CocoDataset]) -> CocoDataset:
 
 
 def loader(dataset: CocoDataset, **options: object) -> TrainLoader:
-    settings = {"min_size": 64, "max_size": 112, "batch_size": 3, "seed": 0} | options
-    return TrainLoader(dataset, **settings)
+    return train_loader(dataset, **({"batch_size": 3} | options))
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
@@ -83,28 +82,6 @@ def test_a_batch_survives_the_way_between_processes(dataset: CocoDataset) -> Non
         assert np.array_equal(getattr(copy.plan, field.name), getattr(raw.plan, field.name)), field.name
 
 
-def test_the_prefetcher_hands_on_every_batch_and_tells_how_long_it_waited(dataset: CocoDataset) -> None:
-    def slow(batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
-        for batch in batches:
-            time.sleep(0.05)
-            yield batch
-
-    prefetcher = DevicePrefetcher(slow(loader(dataset).batches(0, 4)), "cpu")
-    iterations = []
-    before = time.perf_counter()
-    for batch in prefetcher:
-        iterations.append(batch.iteration)
-        assert 0.05 <= prefetcher.data_seconds <= time.perf_counter() - before
-        before = time.perf_counter()
-    assert iterations == [0, 1, 2, 3]
-
-
-def same(a: DeviceBatch, b: DeviceBatch) -> bool:
-    tensors = ("sizes", "boxes_xyxy", "labels", "valid", "places", "sample_keys", "scale_factors")
-    pixels = (a.pixels.cpu().int() - b.pixels.cpu().int()).abs().max() <= 1
-    return bool(pixels) and all(torch.equal(getattr(a, n).cpu(), getattr(b, n).cpu()) for n in tensors)
-
-
 @pytest.mark.cuda
 def test_the_gpu_gets_the_batches_of_the_cpu_without_a_synchronization(dataset: CocoDataset) -> None:
     expected = [assemble(raw, "cpu") for raw in loader(dataset).batches(0, 6)]
@@ -114,6 +91,7 @@ def test_the_gpu_gets_the_batches_of_the_cpu_without_a_synchronization(dataset: 
         batches = list(DevicePrefetcher(iter(raws), "cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(batches) == len(expected)
-    assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
+    for batch, of_cpu in zip(batches, expected, strict=True):
+        assert (batch.pixels.cpu().int() - of_cpu.pixels.int()).abs().max() <= 1
+        assert all(torch.equal(getattr(batch, name).cpu(), getattr(of_cpu, name)) for name in ON_DEVICE)
     assert all(batch.pixels.is_contiguous(memory_format=torch.channels_last) for batch in batches)

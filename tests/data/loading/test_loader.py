@@ -6,7 +6,6 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,97 +13,13 @@ import pytest
 import torch
 
 from data.images.decode import ImageError
-from data.loading.batch import DeviceBatch, RawBatch
 from data.loading.dataset import CocoDataset
-from data.loading.loader import EvalLoader, TrainLoader
-
-SIZES = [
-    (64, 48),
-    (50, 60),
-    (90, 40),
-    (48, 64),
-    (70, 70),
-    (33, 64),
-    (64, 33),
-    (40, 44),
-    (44, 40),
-    (60, 50),
-    (41, 40),
-]
-TENSORS = (
-    "pixels",
-    "sizes",
-    "boxes_xyxy",
-    "labels",
-    "valid",
-    "image_ids",
-    "places",
-    "sample_keys",
-    "scale_factors",
-)
-
-MakeDataset = Callable[..., CocoDataset]
-
-
-def train_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
-    return TrainLoader(dataset, **({"min_size": 64, "max_size": 112, "batch_size": 2, "seed": 3} | options))
+from data.loading.loader import EvalLoader
+from tests.data.batches import SIZES, MakeDataset, facts, train_loader
 
 
 def eval_loader(dataset: CocoDataset, **options: object) -> EvalLoader:
     return EvalLoader(dataset, **({"min_size": 64, "max_size": 112, "batch_size": 2} | options))
-
-
-def facts(batch: RawBatch | DeviceBatch) -> list:
-    tensors = [getattr(batch, name).tolist() for name in TENSORS]
-    return [batch.iteration, batch.epoch, batch.native_sizes, batch.resized_sizes, batch.flips, *tensors]
-
-
-def joined(batches: Iterable[DeviceBatch]) -> dict[str, torch.Tensor]:
-    batches = list(batches)
-    return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in TENSORS}
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "world_size", "accumulate"), [(2, 2, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)]
-)
-def test_processes_and_micro_steps_only_divide_the_tensors_of_a_global_batch(
-    make_dataset: MakeDataset, batch_size: int, world_size: int, accumulate: int
-) -> None:
-    dataset = make_dataset(SIZES)
-    whole = [raw.to("cpu") for raw in train_loader(dataset, batch_size=4).batches(0, 7)]
-    ranks = []
-    for rank in range(world_size):
-        loader = train_loader(dataset, batch_size=batch_size, world_size=world_size, accumulate=accumulate, rank=rank)
-        assert loader.iterations_per_epoch == 3
-        ranks.append([raw.to("cpu") for raw in loader.batches(0, 7)])
-        assert len(ranks[-1]) == 7 * accumulate
-    for iteration, batch in enumerate(whole):
-        assert batch.iteration == iteration
-        parts = [
-            ranks[rank][iteration * accumulate + micro_step]
-            for micro_step in range(accumulate)
-            for rank in range(world_size)
-        ]
-        assert {(part.iteration, part.epoch) for part in parts} == {(iteration, iteration // 3)}
-        together = joined(parts)
-        for name in TENSORS:
-            assert torch.equal(together[name], getattr(batch, name)), name
-        assert [flip for part in parts for flip in part.flips] == batch.flips
-
-
-@pytest.mark.parametrize("first", [0, 1, 5, 6, 11])
-def test_a_resume_continues_the_stream_and_loads_nothing_of_before(
-    make_dataset: MakeDataset, first: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = make_dataset(SIZES)
-    whole = [facts(raw) for raw in train_loader(dataset).batches(0, 13)]
-    loaded = []
-    image = CocoDataset.image
-    monkeypatch.setattr(
-        CocoDataset, "image", lambda self, index, out: (loaded.append(index), image(self, index, out))[1]
-    )
-    assert [facts(raw) for raw in train_loader(dataset).batches(first, 13)] == whole[first:]
-    assert len(loaded) == 2 * (13 - first)
 
 
 def test_workers_change_nothing_and_serve_several_passes(make_dataset: MakeDataset) -> None:
@@ -287,6 +202,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 3])
 def test_workers_end_when_the_main_process_is_killed(make_dataset: MakeDataset, tmp_path: Path, late: float) -> None:
     """Also one that begins its work only when the main process is gone already."""

@@ -2,21 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from data.loading.batch import DeviceBatch, RawBatch
-from data.loading.dataset import CocoDataset
-from data.loading.loader import TrainLoader
 from data.loading.prefetcher import DevicePrefetcher
-
-MakeDataset = Callable[..., CocoDataset]
-
-
-def loader(dataset: CocoDataset) -> TrainLoader:
-    return TrainLoader(dataset, min_size=64, max_size=112, batch_size=2, seed=0)
+from tests.data.batches import MakeDataset, train_loader
 
 
 class FakeGpu:
@@ -65,7 +58,7 @@ def test_a_gpu_is_idle_only_for_as_long_as_the_workers_keep_it_waiting(
     make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch, load_seconds: float
 ) -> None:
     gpu = FakeGpu()
-    raws = list(loader(make_dataset([(64, 48)] * 8)).batches(0, 4))
+    raws = list(train_loader(make_dataset([(64, 48)] * 8)).batches(0, 4))
 
     def loaded() -> Iterator[RawBatch]:
         for raw in raws:
@@ -87,14 +80,16 @@ def test_a_gpu_is_idle_only_for_as_long_as_the_workers_keep_it_waiting(
     assert prefetcher.load_times.num_images == 8
 
 
-def test_on_the_cpu_the_idle_time_is_the_wait_for_a_batch(make_dataset: MakeDataset) -> None:
+def test_on_the_cpu_every_batch_is_handed_on_and_the_idle_time_is_the_wait_for_it(make_dataset: MakeDataset) -> None:
     def slow(batches: Iterator[RawBatch]) -> Iterator[RawBatch]:
         for raw in batches:
             time.sleep(0.02)
             yield raw
 
-    prefetcher = DevicePrefetcher(slow(loader(make_dataset([(64, 48)] * 8)).batches(0, 4)), "cpu")
-    next(prefetcher)
-    assert 0.02 <= prefetcher.take_idle_seconds() <= prefetcher.data_seconds
-    assert prefetcher.take_idle_seconds() == 0
-    assert 0 < prefetcher.load_times.cpu_seconds <= prefetcher.load_times.seconds * 1.5
+    prefetcher = DevicePrefetcher(slow(train_loader(make_dataset([(64, 48)] * 8)).batches(0, 4)), "cpu")
+    for iteration, batch in enumerate(prefetcher):
+        assert batch.iteration == iteration
+        assert 0.02 <= prefetcher.take_idle_seconds() <= prefetcher.data_seconds
+        assert prefetcher.take_idle_seconds() == 0
+    assert iteration == 3
+    assert prefetcher.load_times.cpu_seconds > 0

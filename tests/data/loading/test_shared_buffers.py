@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +14,13 @@ import torch
 from PIL import Image
 
 import data.loading.workers
-from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
 from data.loading.shared_buffers import SharedBuffers
+from tests.data.batches import MakeDataset, train_loader
 
-MakeDataset = Callable[..., CocoDataset]
 needs_fork = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="buffers are shared with forked workers only"
 )
-
-
-def train_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
-    return TrainLoader(dataset, **({"min_size": 64, "max_size": 112, "batch_size": 2, "seed": 3} | options))
 
 
 def pixels_of(loader: TrainLoader, last: int) -> list[torch.Tensor]:
@@ -188,7 +182,6 @@ def test_a_worker_that_dies_is_an_error_and_no_wait_without_end(make_dataset: Ma
 KILLED = """
 import os, signal, sys
 from data.coco.annotations import read_coco
-from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
 dataset = CocoDataset(sys.argv[1], read_coco(sys.argv[1] + "/annotations.json"), training=True)
 loader = TrainLoader(dataset, min_size=64, max_size=112, batch_size=2, seed=0, workers=2)
@@ -197,6 +190,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
 def test_a_killed_process_leaves_nothing_in_shared_memory(make_dataset: MakeDataset, tmp_path: Path) -> None:
@@ -208,6 +202,7 @@ def test_a_killed_process_leaves_nothing_in_shared_memory(make_dataset: MakeData
     assert not list(Path("/dev/shm").glob(f"torch_{process.pid}_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [None, "spawn"])
 def test_workers_that_are_not_forked_deliver_the_same(
     make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch, method: str | None

@@ -1,37 +1,26 @@
 """Images that break in mid-run: replaced the same way on any number of processes and workers, and named."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 
 from data.images.decode import ImageError
-from data.loading.batch import RawBatch
 from data.loading.dataset import CocoDataset
 from data.loading.loader import EvalLoader, TrainLoader
 from data.loading.unreadable import fitted_size, replacement_candidates
-
-MakeDataset = Callable[..., CocoDataset]
+from tests.data.batches import MakeDataset, facts, train_loader
 
 # Two groups: portrait are the indices 1, 3, 6 (ids 101, 103, 106).
 SIZES = [(64, 48), (50, 60), (90, 40), (48, 64), (70, 70), (64, 33), (40, 44), (60, 50)]
 
 
-def train_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
-    settings = {"min_size": 64, "max_size": 112, "batch_size": 2, "seed": 3, "max_bad_images": 10}
-    return TrainLoader(dataset, **(settings | options))
+def mended_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
+    return train_loader(dataset, **({"max_bad_images": 10} | options))
 
 
 def spoil(dataset: CocoDataset, *indices: int) -> None:
     for index in indices:
         dataset.path(index).write_bytes(b"\xff\xd8 no image any more")
-
-
-def summary(batch: RawBatch) -> list:
-    tensors = (batch.image_ids, batch.sizes, batch.boxes_xyxy, batch.labels, batch.valid, batch.scale_factors)
-    faults = [(fault.image_id, fault.place, fault.replacement_id) for fault in batch.unreadable]
-    return [batch.native_sizes, batch.flips, faults, *(tensor.tolist() for tensor in tensors)]
 
 
 def test_the_next_image_of_the_group_that_has_room_comes_in_its_place() -> None:
@@ -51,9 +40,9 @@ def test_a_replacement_fits_into_what_was_planned() -> None:
 
 def test_a_broken_image_is_replaced_and_named(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
-    whole = list(train_loader(dataset).batches(0, 8))
+    whole = list(mended_loader(dataset).batches(0, 8))
     spoil(dataset, 3)
-    mended = list(train_loader(dataset).batches(0, 8))
+    mended = list(mended_loader(dataset).batches(0, 8))
     assert [batch.padded_size for batch in mended] == [batch.padded_size for batch in whole]
     faults = [fault for batch in mended for fault in batch.unreadable]
     assert len(faults) >= 2  # two epochs
@@ -77,12 +66,12 @@ def test_a_broken_image_is_replaced_and_named(make_dataset: MakeDataset) -> None
 def test_processes_workers_and_a_resume_find_the_same_replacements(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     spoil(dataset, 0, 2, 3)
-    whole = list(train_loader(dataset, batch_size=4).batches(0, 6))
-    with_workers = list(train_loader(dataset, batch_size=4, workers=2).batches(0, 6))
-    assert [summary(batch) for batch in with_workers] == [summary(batch) for batch in whole]
-    resumed = list(train_loader(dataset, batch_size=4).batches(4, 6))
-    assert [summary(batch) for batch in resumed] == [summary(batch) for batch in whole[4:]]
-    halves = [list(train_loader(dataset, rank=rank, world_size=2).batches(0, 6)) for rank in range(2)]
+    whole = list(mended_loader(dataset, batch_size=4).batches(0, 6))
+    with_workers = list(mended_loader(dataset, batch_size=4, workers=2).batches(0, 6))
+    assert [facts(batch) for batch in with_workers] == [facts(batch) for batch in whole]
+    resumed = list(mended_loader(dataset, batch_size=4).batches(4, 6))
+    assert [facts(batch) for batch in resumed] == [facts(batch) for batch in whole[4:]]
+    halves = [list(mended_loader(dataset, rank=rank, world_size=2).batches(0, 6)) for rank in range(2)]
     for iteration, batch in enumerate(whole):
         parts = [half[iteration] for half in halves]
         assert sum((part.image_ids.tolist() for part in parts), []) == batch.image_ids.tolist()
@@ -96,7 +85,7 @@ def test_processes_workers_and_a_resume_find_the_same_replacements(make_dataset:
 def test_a_whole_folder_gone_gives_black_images_and_no_endless_search(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     spoil(dataset, *range(8))
-    batch = next(train_loader(dataset, max_bad_images=2, batch_size=1).batches(0, 1))
+    batch = next(mended_loader(dataset, max_bad_images=2, batch_size=1).batches(0, 1))
     assert len(batch.unreadable) == 3  # one more than the limit, which ends a run
     assert batch.unreadable[0].place == 0 and batch.unreadable[1].place is None
     assert all(fault.replacement_id is None for fault in batch.unreadable)
@@ -106,7 +95,7 @@ def test_a_whole_folder_gone_gives_black_images_and_no_endless_search(make_datas
 def test_a_image_of_another_size_counts_as_unreadable(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     dataset.path(3).write_bytes(dataset.path(2).read_bytes())
-    faults = [fault for batch in train_loader(dataset).batches(0, 4) for fault in batch.unreadable]
+    faults = [fault for batch in mended_loader(dataset).batches(0, 4) for fault in batch.unreadable]
     assert {fault.image_id for fault in faults} == {103}
     assert "is 90x40 pixels" in faults[0].message
 

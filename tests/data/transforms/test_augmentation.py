@@ -1,7 +1,7 @@
 """Random scale, crop and flips: boxes follow the pixels, and nothing depends on processes, workers or the past."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.coco.annotations import read_coco
-from data.loading.batch import RawBatch
 from data.loading.dataset import CocoDataset
-from data.loading.loader import TrainLoader
 from data.transforms.augmentation import Augmentation, LargeScaleJitter, ScaleSampling
 from data.transforms.color import ColorJitter, PhotometricDistortion
 from data.transforms.geometry import crop_boxes, flip_boxes, resized_size
+from tests.data.batches import SIZES, TENSORS, MakeDataset, facts, train_loader
 
-MakeDataset = Callable[..., CocoDataset]
 WORDS = np.arange(6000)
 EVERYTHING = {
     "multi-scale": Augmentation(
@@ -34,12 +32,7 @@ EVERYTHING = {
         color=PhotometricDistortion(),
     ),
 }
-SIZES = [(64, 48), (50, 60), (90, 40), (48, 64), (70, 70), (33, 64), (64, 33), (40, 44), (44, 40), (60, 50), (41, 40)]
-EXACT = ("pixels", "sizes", "boxes_xyxy", "labels", "valid", "image_ids", "places", "sample_keys", "scale_factors")
-
-
-def train_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
-    return TrainLoader(dataset, **({"min_size": 64, "max_size": 112, "batch_size": 4, "seed": 3} | options))
+PLAIN = {"plain": Augmentation()}
 
 
 @pytest.fixture
@@ -124,7 +117,7 @@ def test_a_crop_is_a_window_of_the_one_resized_image(make_dataset: MakeDataset) 
     dataset = make_dataset(SIZES)
     cropped = 0
     augmentation = Augmentation(jitter=LargeScaleJitter(64, 0.4, 2.5), vertical_flip_probability=0.5)
-    for raw in train_loader(dataset, augmentation=augmentation).batches(0, 3):
+    for raw in train_loader(dataset, augmentation=augmentation, batch_size=4).batches(0, 3):
         batch = raw.to("cpu")
         assert batch.pixels.shape == (4, 3, 64, 64)
         for i, image_id in enumerate(raw.image_ids.tolist()):
@@ -141,38 +134,36 @@ def test_a_crop_is_a_window_of_the_one_resized_image(make_dataset: MakeDataset) 
     assert cropped > 3
 
 
-@pytest.mark.parametrize("augmentation", EVERYTHING.values(), ids=EVERYTHING)
-@pytest.mark.parametrize(("batch_size", "world_size", "accumulate"), [(2, 2, 1), (1, 4, 1), (1, 2, 2)])
-def test_processes_and_micro_steps_see_the_pixels_and_boxes_that_one_process_sees(
+@pytest.mark.parametrize("augmentation", (PLAIN | EVERYTHING).values(), ids=PLAIN | EVERYTHING)
+@pytest.mark.parametrize(("batch_size", "world_size", "accumulate"), [(2, 2, 1), (1, 4, 1), (1, 1, 4), (1, 2, 2)])
+def test_processes_and_micro_steps_only_divide_the_tensors_of_a_global_batch(
     make_dataset: MakeDataset, augmentation: Augmentation, batch_size: int, world_size: int, accumulate: int
 ) -> None:
     dataset = make_dataset(SIZES)
-    options = {"augmentation": augmentation, "repeat_threshold": 0.9}
-    whole = [raw.to("cpu") for raw in train_loader(dataset, **options).batches(0, 5)]
+    options = {"augmentation": augmentation, "repeat_threshold": None if augmentation == Augmentation() else 0.9}
+    loader = train_loader(dataset, batch_size=4, **options)
+    whole = [raw.to("cpu") for raw in loader.batches(0, 7)]
+    assert loader.iterations_per_epoch < 7
     options |= {"batch_size": batch_size, "accumulate": accumulate, "world_size": world_size}
     ranks = [
-        [raw.to("cpu") for raw in train_loader(dataset, rank=rank, **options).batches(0, 5)]
+        [raw.to("cpu") for raw in train_loader(dataset, rank=rank, **options).batches(0, 7)]
         for rank in range(world_size)
     ]
     for iteration, batch in enumerate(whole):
         parts = [ranks[rank][iteration * accumulate + step] for step in range(accumulate) for rank in range(world_size)]
-        for name in EXACT:
+        position = (iteration, iteration // loader.iterations_per_epoch)
+        assert {(part.iteration, part.epoch) for part in [*parts, batch]} == {position}
+        for name in TENSORS:
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
+        assert [flip for part in parts for flip in part.flips] == batch.flips
 
 
-def facts(raw: RawBatch) -> list:
-    plan = raw.plan
-    arrays = [plan.scaled_sizes, plan.offsets, plan.sizes, plan.flips, plan.vertical_flips]
-    arrays += [getattr(raw, name) for name in EXACT]
-    return [plan.colors, plan.padded_size, *(array.tolist() for array in arrays)]
-
-
-@pytest.mark.parametrize("augmentation", EVERYTHING.values(), ids=EVERYTHING)
+@pytest.mark.parametrize("augmentation", (PLAIN | EVERYTHING).values(), ids=PLAIN | EVERYTHING)
 def test_a_resume_inside_an_epoch_and_any_number_of_workers_change_nothing(
     make_dataset: MakeDataset, augmentation: Augmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = make_dataset(SIZES)
-    options = {"augmentation": augmentation, "repeat_threshold": 0.9}
+    options = {"augmentation": augmentation, "repeat_threshold": 0.9, "batch_size": 4}
     whole = [facts(raw) for raw in train_loader(dataset, **options).batches(0, 8)]
     assert len({str(fact) for fact in whole}) == 8
     with_workers = train_loader(dataset, workers=2, **options)
@@ -205,13 +196,14 @@ def test_the_padded_size_is_that_of_the_global_batch(make_dataset: MakeDataset) 
         seen.add(parts[0].padded_size)
     assert len(seen) > 2
     jitter = Augmentation(jitter=LargeScaleJitter(70, 0.1, 2.0))
-    assert {plan.padded_size for plan in train_loader(dataset, augmentation=jitter).plans(0, 9)} == {(96, 96)}
+    loader = train_loader(dataset, augmentation=jitter, batch_size=4)
+    assert {plan.padded_size for plan in loader.plans(0, 9)} == {(96, 96)}
 
 
 def test_a_image_that_loses_all_its_boxes_stays_as_one_without_boxes(rectangles: CocoDataset) -> None:
     jitter = Augmentation(jitter=LargeScaleJitter(40, 2.5, 4.0))
     without = 0
-    for raw in train_loader(rectangles, augmentation=jitter).batches(0, 6):
+    for raw in train_loader(rectangles, augmentation=jitter, batch_size=4).batches(0, 6):
         assert len(raw) == 4
         gone = ~raw.valid.any(dim=1)
         without += int(gone.sum())
@@ -225,7 +217,7 @@ def test_an_unreadable_image_is_replaced_inside_what_the_crop_left_it(
     dataset = make_dataset([(64, 48)] * 4)
     (tmp_path / "001.jpg").write_bytes(b"")
     jitter = Augmentation(jitter=LargeScaleJitter(64, 2.0, 2.0))
-    (raw,) = train_loader(dataset, augmentation=jitter, max_bad_images=2).batches(0, 1)
+    (raw,) = train_loader(dataset, augmentation=jitter, batch_size=4, max_bad_images=2).batches(0, 1)
     place = [fault.place for fault in raw.unreadable][0]
     assert place is not None and raw.plan.offsets[place].tolist() == [0, 0]
     assert raw.plan.scaled_sizes[place].tolist() == raw.plan.sizes[place].tolist() == [48, 64]
