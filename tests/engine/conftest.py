@@ -16,10 +16,18 @@ import torch
 from data import make_shapes
 from detection.config import parse_arguments
 from detection.engine import run
-from tests.engine.tiny_model import make_known
+from detection.engine.trainer import Trainer
+from tests.engine.tiny_model import Killed, make_known
 
 FOLDER = Path(__file__).parent
 TIMINGS = ("images_per_second", "data_seconds", "idle_share", "seconds")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that train are slow, wherever they stand in this folder."""
+    for item in items:
+        if {"start", "program"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -119,6 +127,26 @@ def same_state() -> Callable[[Any, Any], None]:
             assert one == other, place
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def start_and_kill(start: Callable[..., int]) -> Callable[..., None]:
+    """start_and_kill(iteration, output folder, *more): a training that is gone before it does this iteration."""
+
+    def begin(iteration: int, output: Path, *more: str) -> None:
+        plain = Trainer.train_step
+
+        def train_step(self: Trainer, batches: Any) -> None:
+            if self.state.progress.iteration == iteration:
+                raise Killed
+            plain(self, batches)
+
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(Trainer, "train_step", train_step)
+            with pytest.raises(Killed):
+                start(output, *more)
+
+    return begin
 
 
 @pytest.fixture(scope="session")

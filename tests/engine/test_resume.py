@@ -11,25 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from detection.engine import RunError
 from detection.engine.evaluator import Evaluator
 from detection.engine.metrics.logger import MetricLogger
-from detection.engine.trainer import Trainer
 from detection.reporting import TensorBoardLog
+from tests.engine.tiny_model import Killed
 
 MIXED = ["--max-epochs", "1", "--amp", "bf16", "--ema", "0.9", "--accumulate", "2", "--checkpoint-iterations", "1"]
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program may catch it."""
-
-
-def kill_at(monkeypatch, iteration: int) -> None:
-    plain = Trainer.train_step
-
-    def train_step(self, batches):
-        if self.state.progress.iteration == iteration:
-            raise Killed
-        plain(self, batches)
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
 def steps(output: Path, tag: str) -> list[int]:
@@ -61,13 +46,10 @@ def same_run(records_of, load, same_state):
     ids=["after an epoch", "in mid-epoch", "an iteration after the last save"],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
-    killed_at, saved_each, resumed_at, start, finished, tmp_path, monkeypatch, same_run, capsys
+    killed_at, saved_each, resumed_at, start, start_and_kill, finished, tmp_path, same_run, capsys
 ):
     arguments = ["--checkpoint-iterations", saved_each]
-    with monkeypatch.context() as context:
-        kill_at(context, killed_at)
-        with pytest.raises(Killed):
-            start(tmp_path / "run", *arguments)
+    start_and_kill(killed_at, tmp_path / "run", *arguments)
     capsys.readouterr()
     assert start(tmp_path / "run", *arguments, "--resume") == 0
     assert f"resumed   at iteration {resumed_at} " in capsys.readouterr().out
@@ -76,12 +58,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert [begun["iteration"] for begun in starts] == [0, resumed_at]
 
 
-def test_mixed_precision_average_and_accumulation_resume_to_the_same_bits(start, tmp_path, monkeypatch, same_run):
+def test_mixed_precision_average_and_accumulation_resume_to_the_same_bits(start, start_and_kill, tmp_path, same_run):
     assert start(tmp_path / "whole", *MIXED) == 0
-    with monkeypatch.context() as context:
-        kill_at(context, 2)
-        with pytest.raises(Killed):
-            start(tmp_path / "run", *MIXED)
+    start_and_kill(2, tmp_path / "run", *MIXED)
     assert start(tmp_path / "run", *MIXED, "--resume") == 0
     same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -129,13 +108,10 @@ def test_a_finished_run_resumes_to_nothing_left_to_do(start, finished, tmp_path,
     same_run(tmp_path / "run", finished)
 
 
-def test_resuming_an_older_file_sets_the_later_future_aside(start, finished, tmp_path, same_run, load, monkeypatch):
+def test_resuming_an_older_file_sets_the_later_future_aside(start, start_and_kill, finished, tmp_path, same_run, load):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    kill_at(monkeypatch, 4)
-    with pytest.raises(Killed):
-        start(output, "--resume", output / "checkpoints" / "epoch_0001.pt")
-    monkeypatch.undo()
+    start_and_kill(4, output, "--resume", output / "checkpoints" / "epoch_0001.pt")
     # The abandoned future does not come back by itself, and is not lost.
     assert load(output / "checkpoints" / "last.pt")["iteration"] == 3
     (aside,) = (output / "checkpoints").glob("set_aside_*")
@@ -270,7 +246,7 @@ def test_other_annotations_of_the_same_classes_are_named(start, finished, shapes
 
 
 def test_a_resume_completes_what_tensorboard_lacks_before_its_checkpoint(
-    start, finished, tmp_path, monkeypatch, same_run
+    start, start_and_kill, finished, tmp_path, monkeypatch, same_run
 ):
     """Its files could not be written for a while, and the process was killed before they could again."""
     plain = TensorBoardLog.train
@@ -282,9 +258,7 @@ def test_a_resume_completes_what_tensorboard_lacks_before_its_checkpoint(
 
     with monkeypatch.context() as context:
         context.setattr(TensorBoardLog, "train", full_at_iteration_4)
-        kill_at(context, 5)
-        with pytest.raises(Killed):
-            start(tmp_path / "run", "--checkpoint-iterations", "1")
+        start_and_kill(5, tmp_path / "run", "--checkpoint-iterations", "1")
     assert steps(tmp_path / "run", "train/loss") == [0, 1, 2, 3]
     assert start(tmp_path / "run", "--resume") == 0
     same_run(tmp_path / "run", finished)

@@ -12,16 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection.engine.trainer import Trainer
-
 COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++"]
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile wants a C++ compiler")
 
 LOSSES = ("loss", "loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "grad_norm")
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program may catch it."""
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +61,11 @@ def compiled(train, tmp_path_factory, cache) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed(start, recipe, cache, tmp_path_factory) -> Path:
+def killed(start_and_kill, recipe, cache, tmp_path_factory) -> Path:
     """The compiled training, ended in the middle of its second epoch; every iteration was saved."""
-    plain = Trainer.train_step
-
-    def train_step(self, batches):
-        iteration = self.state.progress.iteration
-        if iteration == 5:
-            raise Killed
-        plain(self, batches)
-
     torch._dynamo.reset()
     output = tmp_path_factory.mktemp("killed") / "run"
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(Trainer, "train_step", train_step)
-        with pytest.raises(Killed):
-            start(output, *recipe, "--compile", "--limit-val-batches", "9", "--checkpoint-iterations", "1")
+    start_and_kill(5, output, *recipe, "--compile", "--limit-val-batches", "9", "--checkpoint-iterations", "1")
     return output
 
 

@@ -12,7 +12,6 @@ from data import Augmentation, ColorJitter, LargeScaleJitter, PhotometricDistort
 from detection.config import parse_arguments
 from detection.config.augmentation import AugmentationConfig
 from detection.engine.inputs.augmentation import augmentation_of
-from detection.engine.trainer import Trainer
 
 EVERYTHING = [
     *("--lsj", "80", "--lsj-range", "0.3", "2.0", "--lsj-min-visibility", "0.2", "--vertical-flip-probability", "0.5"),
@@ -51,13 +50,8 @@ def test_options_become_the_augmentation_they_name(words: str, expected: Augment
     assert asked_for(words) == expected
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program may catch it."""
-
-
-@pytest.mark.slow
 def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says_what_differs(
-    start, tmp_path, monkeypatch, load, same_state, records_of, capsys
+    start, start_and_kill, tmp_path, load, same_state, records_of, capsys
 ) -> None:
     arguments = [*EVERYTHING, "--checkpoint-iterations", "1"]
     assert start(tmp_path / "whole", *arguments) == 0
@@ -66,18 +60,7 @@ def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says
     assert "flip probability: horizontal 0.5, vertical 0.5" in shown
     assert "photometric distortion" in shown and "repeat factors for classes in less than 0.9" in shown
 
-    plain = Trainer.train_step
-
-    def train_step(self, batches):
-        iteration = self.state.progress.iteration
-        if iteration == 4:
-            raise Killed
-        plain(self, batches)
-
-    with monkeypatch.context() as context:
-        context.setattr(Trainer, "train_step", train_step)
-        with pytest.raises(Killed):
-            start(tmp_path / "run", *arguments)
+    start_and_kill(4, tmp_path / "run", *arguments)
     capsys.readouterr()
     others = ["--lsj", "64", "--photometric-distortion", "--repeat-threshold", "0.9", "--dry-run", "--resume"]
     assert start(tmp_path / "run", *others) == 0
@@ -98,7 +81,6 @@ def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says
     assert records_of(tmp_path / "whole") == records_of(tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_the_images_at_the_start_are_the_augmented_ones(start, tmp_path) -> None:
     mosaics = {}
     for name, options in (("plain", []), ("dark", ["--color-jitter", "0", "0", "1", "0"]), ("lsj", ["--lsj", "64"])):
@@ -113,7 +95,6 @@ def test_the_images_at_the_start_are_the_augmented_ones(start, tmp_path) -> None
     assert mosaics["lsj"].shape != mosaics["plain"].shape or np.abs(mosaics["lsj"] - mosaics["plain"]).mean() > 5
 
 
-@pytest.mark.slow
 def test_a_checkpoint_from_before_there_was_a_choice_is_one_without(start, tmp_path, load, capsys) -> None:
     assert start(tmp_path / "run", "--max-epochs", "1") == 0
     file = Path(tmp_path / "run" / "checkpoints" / "last.pt")
