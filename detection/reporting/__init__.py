@@ -13,8 +13,7 @@ from detection.reporting.run_comparison import (
     plot_runs,
     read_runs,
 )
-from detection.reporting.sparkline import sparkline
-from detection.reporting.tables import summary_table, validation_table
+from detection.reporting.tables import sparkline, summary_table, validation_table
 from detection.reporting.tensorboard import TensorBoardLog
 from detection.reporting.words import counted, duration
 

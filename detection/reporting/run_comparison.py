@@ -14,7 +14,6 @@ from detection.reporting.tables import FIGURES, UNDEFINED, aligned, figure
 
 NUM_LAST_LOSSES = 100  # the loss of a table is the mean over so many of the last records
 SMOOTHING_FRACTION = 0.02  # a loss curve is averaged over this part of it
-_ABSENT = object()
 
 
 class RunsError(DetectionError):
@@ -74,12 +73,11 @@ def configuration_differences(runs: Sequence[Run]) -> str:
     When and with which command a run was started (`starts`) is no setting.
     """
     flat = [_flattened({key: value for key, value in run.config.items() if key != "starts"}) for run in runs]
-    keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [["setting", *(run.name for run in runs)]]
-    for key in keys:
-        values = [settings.get(key, _ABSENT) for settings in flat]
-        if any(value != values[0] for value in values):
-            rows.append([key, *("-" if value is _ABSENT else json.dumps(value) for value in values)])
+    for key in dict.fromkeys(key for settings in flat for key in settings):
+        values = [settings.get(key, "-") for settings in flat]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
     if len(rows) == 1:
         return "no setting differs"
     return "\n".join(aligned(rows, left_columns=set(range(len(rows[0])))))
@@ -123,12 +121,8 @@ def _read_run(path: Path, name: str) -> Run:
         config = json.loads(config_file.read_text()) if config_file.is_file() else {}
     except ValueError as error:
         raise RunsError(f"{config_file}: not valid JSON ({error})") from error
-    return Run(
-        name,
-        config,
-        [record for record in records if record.get("kind") == "train"],
-        [record for record in records if record.get("kind") == "val"],
-    )
+    train, val = ([record for record in records if record.get("kind") == kind] for kind in ("train", "val"))
+    return Run(name, config, train, val)
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -141,22 +135,23 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return ["/".join(path.parts[-num_parts:]) for path in resolved]
 
 
-def _flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted key -> value as JSON."""
+    flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
             flat |= _flattened(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}"] = json.dumps(value)
     return flat
 
 
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Iterations int64 [n] and values float64 [n] of the records where the figure is there, finite and defined."""
-    points = [(record["iteration"], record[name]) for record in records if record.get(name) is not None]
-    points = [point for point in points if np.isfinite(point[1]) and point[1] != UNDEFINED]
-    iterations = np.array([point[0] for point in points], dtype=np.int64)
-    return iterations, np.array([point[1] for point in points], dtype=np.float64)
+    iterations = np.array([record["iteration"] for record in records], dtype=np.int64)
+    values = np.array([record.get(name) for record in records], dtype=np.float64)  # NaN where there is none
+    shown = np.isfinite(values) & (values != UNDEFINED)
+    return iterations[shown], values[shown]
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
