@@ -32,6 +32,7 @@ from detection.engine.checkpoint import (
 from detection.engine.distributed.comm import Processes
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.train_state import TrainState
+from detection.reporting import sync_folder
 
 
 class CheckpointStore:
@@ -96,7 +97,7 @@ class CheckpointStore:
     def _write(self, state: dict[str, Any], names: list[str]) -> None:
         if not self.directory.is_dir():
             self.directory.mkdir(parents=True)
-            _sync_folder(self.directory.parent)
+            sync_folder(self.directory.parent)
         temporary = self.directory / ".writing"
         # What a killed run left: it may be another name of last.pt, which must not be written into, and takes room.
         for left in (temporary, *self.directory.glob(".*.new")):
@@ -115,7 +116,7 @@ class CheckpointStore:
                 _link(temporary, self.directory / name)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(self.directory)
+        sync_folder(self.directory)
         for old in _epoch_files(self.directory)[: -self.keep]:
             old.unlink(missing_ok=True)
 
@@ -221,7 +222,7 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint, best: Best | None) 
                 if is_of_best(path, best):
                     _link(path, target)
                     break
-        _sync_folder(directory)
+        sync_folder(directory)
     except OSError as error:
         raise CheckpointError(f"{directory}: checkpoints cannot be written there: {error}") from error
     return Continued(aside if moved else None, target.exists())
@@ -273,15 +274,6 @@ def _link(source: Path, target: Path) -> None:
             os.fsync(stream.fileno())
     staging.replace(target)
     staging.unlink(missing_ok=True)  # renaming one name of a file to another name of it does nothing
-
-
-def _sync_folder(folder: Path) -> None:
-    # The names themselves must reach the disk too.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _copy_to_cpu(value: Any) -> Any:

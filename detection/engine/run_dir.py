@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from detection.errors import DetectionError
-from detection.reporting import check_writable
+from detection.reporting import check_writable, write_whole
 
 
 class RunDirError(DetectionError):
@@ -180,6 +180,4 @@ def _launcher() -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n")
-    temporary.replace(path)
+    write_whole(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())

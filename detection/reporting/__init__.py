@@ -1,7 +1,7 @@
 """What a run leaves behind for people: TensorBoard, metrics.jsonl, the console and train.log, images."""
 
 from detection.reporting.console import Console, ProgressBar
-from detection.reporting.disk import check_writable, write_whole
+from detection.reporting.disk import check_writable, sync_folder, write_whole
 from detection.reporting.forecast import Forecast
 from detection.reporting.images import class_color, draw_boxes, mosaic, save_png, side_by_side
 from detection.reporting.metrics_log import MetricsError, MetricsLog, read_metrics
@@ -41,6 +41,7 @@ __all__ = [
     "side_by_side",
     "sparkline",
     "summary_table",
+    "sync_folder",
     "validation_table",
     "write_whole",
 ]
