@@ -290,6 +290,7 @@ def mutated(draw):
     return text.encode("utf-8", "surrogatepass")
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(content=mutated())
 def test_a_mutated_file_gives_a_schedule_or_a_schedule_error(tmp_path_factory, content):

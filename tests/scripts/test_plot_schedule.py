@@ -17,6 +17,7 @@ def run(*arguments, cwd):
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_table_holds_every_iteration_exactly_and_the_image_opens(tmp_path):
     pytest.importorskip("matplotlib")
     done = run(

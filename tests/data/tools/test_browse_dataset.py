@@ -20,6 +20,7 @@ def browse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return importlib.import_module("browse_dataset").main
 
 
+@pytest.mark.slow
 def test_the_images_are_those_of_the_training_batches_with_boxes_drawn(
     make_dataset: Callable[..., CocoDataset], tmp_path: Path, browse: Callable[..., int]
 ) -> None:

@@ -126,6 +126,7 @@ def test_the_script_says_what_is_shown_and_what_is_wrong(small_set, tmp_path, br
     assert "choose another name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page in")
 def test_a_browser_draws_the_boxes_and_filters_by_class_and_text(small_set, tmp_path):
     write_gallery(tmp_path / "g.html", tmp_path, small_set, colors=COLORS)

@@ -59,6 +59,7 @@ def label_files(root: Path) -> None:
     (root / "my_yolo" / "data.yaml").write_text(yaml_text(list(CLASS_NAMES), {"train": "images"}))
 
 
+@pytest.mark.slow
 def test_every_command_of_the_guide_does_what_it_says(tmp_path, monkeypatch, capsys):
     label_files(tmp_path)
     make_known()
