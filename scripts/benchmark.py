@@ -8,7 +8,6 @@ import sys
 
 import checkout  # noqa: F401
 from benchmarks.machine import full_record, headline, write_json
-from benchmarks.timing import BenchmarkError
 
 BENCHMARKS = {
     "train": "the training step (and inference) beside torchvision's Faster R-CNN",
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(f"benchmarks.{arguments.benchmark}")
     try:
         figures, text = module.run(arguments, lambda line: print(f"... {line}", file=sys.stderr, flush=True))
-    except (BenchmarkError, ValueError) as error:
+    except ValueError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
     record = full_record(arguments.benchmark, vars(arguments), figures, figures["device"])

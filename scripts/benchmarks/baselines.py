@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import checkout  # noqa: F401
-from benchmarks.timing import BenchmarkError
 from data import CocoDataset
 from data.loading.batch import BatchPlan
+from data.transforms.geometry import flip_boxes
 
 try:
     import cv2
@@ -42,32 +42,29 @@ class Sample(NamedTuple):
 
 
 class Chain(Dataset):
-    """What a worker makes of the images of some plans; item i is the i-th image of all of them."""
+    """What a worker makes of the images of some plans; item i is the i-th image of all of them.
+
+    As it stands here it is Pillow's decoding alone.
+    """
 
     def __init__(self, dataset: CocoDataset, plans: Sequence[BatchPlan]) -> None:
         self.dataset = dataset
-        self.indices = np.concatenate([plan.indices for plan in plans])
-        self.flips = np.concatenate([plan.flips for plan in plans])
-        self.sizes = np.concatenate([plan.sizes for plan in plans])
-        self.batches = [list(part) for part in np.split(np.arange(len(self.indices)), _starts(plans))]
+        self.indices, self.flips, self.sizes = (
+            np.concatenate([getattr(plan, name) for plan in plans]) for name in ("indices", "flips", "sizes")
+        )
+        starts = np.cumsum([len(plan.indices) for plan in plans])[:-1]
+        self.batches = [list(part) for part in np.split(np.arange(len(self.indices)), starts)]
         """Which items make a batch"""
-
-    def __getitem__(self, item: int) -> Sample:
-        raise NotImplementedError
-
-    def on_device(self, batch: Sequence[Sample]) -> Any:
-        """What the peer does to a whole batch in its model; here on the CPU."""
-        return batch
-
-
-class PillowDecode(Chain):
-    """Pillow's decoding alone."""
 
     def __getitem__(self, item: int) -> Sample:
         boxes, labels = self.dataset.boxes(self.indices[item])
         with Image.open(self.dataset.path(self.indices[item])) as file:
-            pixels = np.array(file if file.mode == "RGB" else file.convert("RGB"))
+            pixels = np.array(file.convert("RGB"))
         return Sample(torch.from_numpy(pixels), torch.from_numpy(boxes), torch.from_numpy(labels))
+
+    def on_device(self, batch: Sequence[Sample]) -> Any:
+        """What the peer does to a whole batch in its model; here on the CPU."""
+        return batch
 
 
 class TorchvisionReference(Chain):
@@ -80,12 +77,13 @@ class TorchvisionReference(Chain):
         self._transform = GeneralizedRCNNTransform(min_size, max_size, means, stds)
 
     def __getitem__(self, item: int) -> Sample:
-        boxes, labels = (torch.from_numpy(array) for array in self.dataset.boxes(self.indices[item]))
+        boxes, labels = self.dataset.boxes(self.indices[item])
         with Image.open(self.dataset.path(self.indices[item])) as file:
             pixels = TF.pil_to_tensor(file.convert("RGB"))
         if self.flips[item]:
-            pixels, boxes = TF.hflip(pixels), _flipped(boxes, pixels.shape[-1])
-        return Sample(TF.convert_image_dtype(pixels, torch.float), boxes, labels)
+            pixels, boxes = TF.hflip(pixels), flip_boxes(boxes, pixels.shape[-1])
+        floats = TF.convert_image_dtype(pixels, torch.float)
+        return Sample(floats, torch.from_numpy(boxes), torch.from_numpy(labels))
 
     def on_device(self, batch: Sequence[Sample]) -> Any:
         targets = [{"boxes": sample.boxes_xyxy, "labels": sample.labels} for sample in batch]
@@ -100,12 +98,6 @@ class MMDetection3(Chain):
     channels-first copy, which is faster.
     """
 
-    def __init__(self, dataset: CocoDataset, plans: Sequence[BatchPlan]) -> None:
-        if cv2 is None:
-            raise BenchmarkError("MMDetection's chain needs OpenCV: pip install opencv-python-headless")
-        super().__init__(dataset, plans)
-        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-
     def resized(self, item: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """uint8 [h, w, 3] BGR, boxes and labels."""
         cv2.setNumThreads(1)
@@ -118,8 +110,7 @@ class MMDetection3(Chain):
         boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
         if self.flips[item]:
-            pixels = np.flip(pixels, axis=1)
-            boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+            pixels, boxes = np.flip(pixels, axis=1), flip_boxes(boxes, width)
         return pixels, boxes, labels
 
     def __getitem__(self, item: int) -> Sample:
@@ -131,8 +122,8 @@ class MMDetection3(Chain):
         return Sample(tensor, torch.from_numpy(boxes), torch.from_numpy(labels))
 
     def on_device(self, batch: Sequence[Sample]) -> Tensor:
-        images = [(sample.pixels[[2, 1, 0]].float() - self._mean) / self._std for sample in batch]
-        return _padded(images)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        return _padded([(sample.pixels[[2, 1, 0]].float() - mean) / std for sample in batch])
 
 
 class MMDetection2(MMDetection3):
@@ -159,11 +150,3 @@ def _padded(images: Sequence[Tensor]) -> Tensor:
     for target, image in zip(batch, images, strict=True):
         target[:, : image.shape[1], : image.shape[2]] = image
     return batch
-
-
-def _flipped(boxes_xyxy: Tensor, width: int) -> Tensor:
-    return torch.stack([width - boxes_xyxy[:, 2], boxes_xyxy[:, 1], width - boxes_xyxy[:, 0], boxes_xyxy[:, 3]], dim=1)
-
-
-def _starts(plans: Sequence[BatchPlan]) -> np.ndarray:
-    return np.cumsum([len(plan.indices) for plan in plans])[:-1]

@@ -1,4 +1,4 @@
-"""What a figure is worth nothing without: hardware, versions, date, commit and command; and the JSON file of it all."""
+"""What stands beside every figure: hardware, versions, date, commit, command; and the JSON file of it all."""
 
 from __future__ import annotations
 
@@ -17,18 +17,10 @@ from typing import Any
 
 from checkout import ROOT
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "pillow",
-    "simplejpeg",
-    "opencv-python-headless",
-    "opencv-python",
-    "pycocotools",
-    "hotcoco",
-    "faster-coco-eval",
-)
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "opencv-python",
+            "pycocotools", "hotcoco", "faster-coco-eval")  # fmt: skip
+_MATRIX_FEATURES = {"avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "amx_fp16"}
+"""Those that decide how fast a CPU multiplies matrices."""
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, repeats: int) -> None:
@@ -39,9 +31,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, repeats: int) -> No
 def machine_record(device: str = "cpu") -> dict[str, Any]:
     """The machine as it is now; load_average tells whether others were using it."""
     record: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cpu_features": _cpu_features(),
+        "cpu_features": sorted(_MATRIX_FEATURES & set(_cpu_field("flags").split())),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
@@ -50,55 +42,32 @@ def machine_record(device: str = "cpu") -> dict[str, Any]:
         import torch
 
         properties = torch.cuda.get_device_properties(0)
-        record["gpu"] = properties.name
-        record["gpu_memory_gb"] = round(properties.total_memory / 2**30, 1)
-        record["gpu_multiprocessors"] = properties.multi_processor_count
-        record["cuda"] = torch.version.cuda
-        record["cudnn"] = torch.backends.cudnn.version()
-        record["tf32"] = {
-            "matmul": torch.backends.cuda.matmul.allow_tf32,
-            "convolution": torch.backends.cudnn.allow_tf32,
+        record |= {
+            "gpu": properties.name,
+            "gpu_memory_gb": round(properties.total_memory / 2**30, 1),
+            "gpu_multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32": {
+                "matmul": torch.backends.cuda.matmul.allow_tf32,
+                "convolution": torch.backends.cudnn.allow_tf32,
+            },
         }
     return record
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def command_line() -> str:
-    """The command of this process, with paths inside the checkout relative to it."""
+def full_record(benchmark: str, settings: Mapping[str, Any], figures: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Everything that goes into the JSON file."""
     program = Path(sys.argv[0])
     if program.is_absolute() and program.is_relative_to(ROOT):
         program = program.relative_to(ROOT)
-    return shlex.join(["python", str(program), *sys.argv[1:]])
-
-
-def commit() -> dict[str, Any]:
-    """Commit of this checkout, and whether the files differ from it. Empty where there is no git."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"commit": head, "modified": bool(changed)}
-
-
-def full_record(benchmark: str, settings: Mapping[str, Any], figures: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Everything that goes into the JSON file."""
     return {
         "benchmark": benchmark,
-        "command": command_line(),
+        "command": shlex.join(["python", str(program), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "git": commit(),
+        "git": _commit(),
         "hardware": machine_record(device),
-        "versions": versions(),
+        "versions": _versions(),
         "settings": dict(settings),
         **figures,
     }
@@ -110,8 +79,7 @@ def headline(record: Mapping[str, Any]) -> str:
     name = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['cpu_cores']} cores"
     state = f"commit {git['commit'][:10]}{' (modified)' if git['modified'] else ''}" if git else "no commit"
     packages = ", ".join(f"{key} {value}" for key, value in record["versions"].items() if key.startswith("torch"))
-    load = hardware["load_average"][0]
-    return f"{name}; {packages}\n{record['date']}, {state}, load average {load}"
+    return f"{name}; {packages}\n{record['date']}, {state}, load average {hardware['load_average'][0]}"
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
@@ -120,14 +88,26 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     target.write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 
-def _cpu_model() -> str:
-    return _cpu_field("model name") or platform.processor() or platform.machine()
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
-def _cpu_features() -> list[str]:
-    """Those that decide how fast matrices are multiplied."""
-    flags = set(_cpu_field("flags").split())
-    return sorted(flags & {"avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "amx_fp16"})
+def _commit() -> dict[str, Any]:
+    """Commit of this checkout, and whether its files differ from it; empty where there is no git."""
+    try:
+        head, changed = (
+            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": head, "modified": bool(changed)}
 
 
 def _cpu_field(name: str) -> str:
@@ -136,8 +116,3 @@ def _cpu_field(name: str) -> str:
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ import numpy as np
 import checkout  # noqa: F401
 from benchmarks.machine import add_common_arguments
 from benchmarks.scenes import draw_sizes
-from benchmarks.timing import format_table
+from benchmarks.timing import Say, format_table
 from data import plan_epoch, read_coco, resized_sizes
 from data.loading.shape_buckets import bucket_of, shape_buckets
 from data.transforms.geometry import padded_size
@@ -22,7 +20,7 @@ TRAIN2017_IMAGES = 117_266  # those with boxes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, repeats=1)
-    parser.add_argument("--annotations", metavar="FILE", help="sizes of this COCO-format file, instead of made-up ones")
+    parser.add_argument("--annotations", metavar="FILE", help="sizes of this COCO-format file, instead of drawn ones")
     parser.add_argument(
         "--pictures", type=int, help="how many sizes to draw, from the file's where one is given [all of it, 117266]"
     )
@@ -34,44 +32,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     """The figures for the JSON file, and the table. Nothing is timed: every figure is a count."""
-    if arguments.annotations is not None:
+    if arguments.annotations is None:
+        widths, heights = np.array(draw_sizes(arguments.pictures or TRAIN2017_IMAGES, arguments.seed)).T
+    else:
         annotations = read_coco(arguments.annotations)
         widths, heights = annotations.widths, annotations.heights
         if arguments.pictures is not None:
             drawn = np.random.default_rng(arguments.seed).integers(len(widths), size=arguments.pictures)
             widths, heights = widths[drawn], heights[drawn]
-    else:
-        widths, heights = np.array(draw_sizes(arguments.pictures or TRAIN2017_IMAGES, arguments.seed)).T
     sizes = resized_sizes(widths, heights, min_size=arguments.min_size, max_size=arguments.max_size)
     buckets = shape_buckets(arguments.min_size, arguments.max_size)
-    rows = []
+    rows, cells = [], []
     for batch_size in arguments.batch_sizes:
         plan = plan_epoch(widths, heights, seed=arguments.seed, epoch=0, global_batch_size=batch_size)
         natural = [(int(height), int(width)) for height, width in padded_size(sizes[plan])]
-        inside = int(sizes[plan].prod(axis=-1).sum())
-        rows.append(
-            {
-                "batch_size": batch_size,
-                "natural": _figures(natural, inside, batch_size),
-                "buckets": _figures([bucket_of(size, buckets) for size in natural], inside, batch_size),
-            }
-        )
+        row: dict[str, Any] = {"batch_size": batch_size}
+        for kind, shapes in (("natural", natural), ("buckets", [bucket_of(size, buckets) for size in natural])):
+            pixels = sum(height * width for height, width in shapes) * batch_size
+            padding = 1 - int(sizes[plan].prod(axis=-1).sum()) / pixels
+            row[kind] = {"shapes": len(set(shapes)), "pixels": pixels, "padding": padding}
+        rows.append(row)
+        counts = [f"{row[kind]['shapes']} / {row[kind]['padding']:.1%}" for kind in ("natural", "buckets")]
+        cells.append([str(batch_size), *counts, f"{row['buckets']['pixels'] / row['natural']['pixels'] - 1:+.1%}"])
     figures = {"device": "cpu", "images": len(widths), "buckets": [list(bucket) for bucket in buckets], "padding": rows}
-    cells = [
-        [
-            str(row["batch_size"]),
-            *(f"{row[kind]['shapes']} / {row[kind]['padding']:.1%}" for kind in ("natural", "buckets")),
-            f"{row['buckets']['pixels'] / row['natural']['pixels'] - 1:+.1%}",
-        ]
-        for row in rows
-    ]
     headers = ["global batch", "as they come: sizes / padding", "buckets: sizes / padding", "pixels computed"]
     listed = ", ".join(f"{height}x{width}" for height, width in buckets)
     return figures, f"{len(widths)} images; buckets {listed}\n\n{format_table(headers, cells)}"
-
-
-def _figures(shapes: list[tuple[int, int]], inside: int, batch_size: int) -> dict[str, Any]:
-    pixels = sum(height * width for height, width in shapes) * batch_size
-    return {"shapes": len(Counter(shapes)), "pixels": pixels, "padding": 1 - inside / pixels}

@@ -1,296 +1,183 @@
-"""What a step consists of: time by stage, synchronizations, FLOPs, a matrix multiplication to compare with, traces."""
+"""What a step consists of, as torch.profiler tells it: time by stage, synchronizations, a GPU's kernels; and FLOPs."""
 
 from __future__ import annotations
 
+import bisect
 import collections
-import functools
 import gzip
+import inspect
 import json
-import statistics
+import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.ops import boxes
+from torchvision.models.detection import anchor_utils, backbone_utils, faster_rcnn, roi_heads, rpn, transform
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+from torchvision.ops import MultiScaleRoIAlign
 
-from detection.models import uses_triton
-from detection.models.ops.cpu import conv as cpu_conv
+from benchmarks.steps import TorchvisionStep
+from data import DevicePrefetcher
+from detection.engine.metrics.step_metrics import StepMetrics
+from detection.engine.optim.amp import Precision, gradient_norm
+from detection.engine.optim.optimizer import set_learning_rate
+from detection.models import FasterRCNN
+from detection.models.anchors import AnchorGenerator
+from detection.models.ops.feature_table import cell_table, take_rows, windows_3x3
+from detection.models.ops.roi_align import RoIAlign, roi_levels
+from detection.models.roi_head import BoxHead, roi_losses, sample_rois
+from detection.models.rpn import RPNHead, anchor_targets, rpn_losses, select_proposals
 
-REST = "rest"
+INPUT, FEATURES, RPN_HEAD, PROPOSALS = "input", "backbone and FPN", "RPN head", "proposals and NMS"
+ASSIGNMENT, ROI_ALIGN, BOX_HEAD = "assignment and sampling", "RoIAlign", "box head"
+LOSSES, BACKWARD, OPTIMIZER, REST = "losses", "backward", "optimizer", "rest"
+STAGES = (INPUT, FEATURES, RPN_HEAD, PROPOSALS, ASSIGNMENT, ROI_ALIGN, BOX_HEAD, LOSSES, BACKWARD, OPTIMIZER, REST)
+READING = "reading of the losses"
+"""At logging steps only, so that its synchronizations are not a step's."""
+
+OUR_FUNCTIONS: dict[str, Sequence[Callable[..., Any]]] = {
+    INPUT: (DevicePrefetcher.__next__, DevicePrefetcher.prepare),
+    FEATURES: (FasterRCNN.extract_features,),
+    RPN_HEAD: (RPNHead.forward, RPNHead.at_anchors, windows_3x3, take_rows),
+    PROPOSALS: (AnchorGenerator.__call__, select_proposals),
+    ASSIGNMENT: (anchor_targets, sample_rois),
+    # The table of all levels' cells serves the sampled anchors and RoIAlign alike.
+    ROI_ALIGN: (cell_table, roi_levels, RoIAlign.__call__),
+    BOX_HEAD: (BoxHead.forward,),
+    LOSSES: (rpn_losses, roi_losses),
+    BACKWARD: (Precision.backward,),
+    OPTIMIZER: (set_learning_rate, torch.optim.Optimizer.zero_grad, gradient_norm, Precision.step),
+    READING: (StepMetrics.read,),
+}
+"""Stage -> the functions whose time it is, less that of other stages' functions that they call."""
+THEIR_FUNCTIONS: dict[str, Sequence[Callable[..., Any]]] = {
+    INPUT: (TorchvisionStep.take_input, transform.GeneralizedRCNNTransform.forward),
+    FEATURES: (backbone_utils.BackboneWithFPN.forward,),
+    RPN_HEAD: (rpn.RPNHead.forward,),
+    PROPOSALS: (anchor_utils.AnchorGenerator.forward, BoxCoder.decode, rpn.RegionProposalNetwork.filter_proposals),
+    ASSIGNMENT: (
+        rpn.RegionProposalNetwork.assign_targets_to_anchors,
+        roi_heads.RoIHeads.select_training_samples,
+        BalancedPositiveNegativeSampler.__call__,
+    ),
+    ROI_ALIGN: (MultiScaleRoIAlign.forward,),
+    BOX_HEAD: (faster_rcnn.TwoMLPHead.forward, faster_rcnn.FastRCNNPredictor.forward),
+    LOSSES: (rpn.RegionProposalNetwork.compute_loss, roi_heads.fastrcnn_loss),
+    BACKWARD: (Precision.backward,),
+    OPTIMIZER: (torch.optim.Optimizer.zero_grad, Precision.step),
+}
+
 # Operators whose result the host must see before it can go on, and how they show in the counts.
 _WAITING_OPERATORS = {
-    "aten.nonzero": "nonzero",
-    "aten.masked_select": "masked_select",
-    "aten._unique": "unique",
-    "aten._unique2": "unique",
-    "aten.unique_dim": "unique",
-    "aten._local_scalar_dense": "scalar read by the host",
-    "aten.is_nonzero": "scalar read by the host",
-    "torchvision.nms": "nms",
+    "aten::nonzero": "nonzero",
+    "aten::masked_select": "masked_select",
+    "aten::_unique2": "unique",
+    "aten::_local_scalar_dense": "scalar read by the host",
+    "torchvision::nms": "nms",
     # Without Triton it asks a GPU once whether suppression has settled.
-    "detection.suppress_within_levels": "nms",
+    "detection::suppress_within_levels": "nms",
 }
+_GPU_WORK, _RUNTIME = ("kernel", "gpu_memcpy", "gpu_memset"), ("cuda_runtime", "cuda_driver")
 _MATMUL_SIDES = {"cpu": 2048, "cuda": 8192}
-_MATMUL_SECONDS = 1.0
-_GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+
+Event = dict[str, Any]
 
 
-class StageClock:
-    """Time by stage; what a stage spends in stages inside it counts for these only.
-
-    On a GPU, time between events on its stream: waiting for the host counts for the stage that waits. On the CPU, by
-    `ticks` (time.perf_counter, time.process_time).
-    """
-
-    def __init__(self, device: torch.device, ticks: Callable[[], float] = time.perf_counter) -> None:
-        self._device, self._ticks = device, ticks
-        self._open: list[tuple[str, int]] = []
-        self._marks: list[Any] = []
-        self._spans: list[tuple[str, int, int, str]] = []
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = self._mark()
-        parent = self._open[-1][0] if self._open else ""
-        self._open.append((name, start))
-        try:
-            yield
-        finally:
-            self._open.pop()
-            self._spans.append((name, start, self._mark(), parent))
-
-    def seconds(self) -> dict[str, float]:
-        """Exclusive seconds of each stage so far."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        total: dict[str, float] = collections.defaultdict(float)
-        for name, start, end, parent in self._spans:
-            duration = self._between(start, end)
-            total[name] += duration
-            if parent:
-                total[parent] -= duration
-        return dict(total)
-
-    def _mark(self) -> int:
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(self._ticks())
-        return len(self._marks) - 1
-
-    def _between(self, start: int, end: int) -> float:
-        first, last = self._marks[start], self._marks[end]
-        return first.elapsed_time(last) / 1e3 if self._device.type == "cuda" else last - first
-
-
-@contextmanager
-def wrapped(clock: StageClock, places: Sequence[tuple[Any, str, str]]) -> Iterator[list[str]]:
-    """While inside, calls of each (owner, attribute) count for its stage. Yields the attributes that do not exist."""
-    missing, restore = [], []
-    for owner, attribute, stage in places:
-        if not hasattr(owner, attribute):
-            missing.append(f"{getattr(owner, '__name__', type(owner).__name__)}.{attribute}")
-            continue
-        had = vars(owner).get(attribute)
-        _put(owner, attribute, _timed(clock, stage, getattr(owner, attribute)))
-        restore.append((owner, attribute, had))
-    try:
-        yield missing
-    finally:
-        for owner, attribute, had in reversed(restore):
-            if had is not None:
-                _put(owner, attribute, had)
-            elif isinstance(owner, torch.nn.Module):
-                vars(owner).pop(attribute)
-            else:
-                delattr(owner, attribute)
-
-
-def _put(owner: Any, attribute: str, value: Any) -> None:
-    if isinstance(owner, torch.nn.Module):
-        # Beside the submodule of that name, which stays where it is: this dictionary is looked at first.
-        vars(owner)[attribute] = value
-    else:
-        setattr(owner, attribute, value)
-
-
-def _timed(clock: StageClock, stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    if isinstance(call, torch.nn.Module):
-        return _TimedModule(clock, stage, call)
-
-    @functools.wraps(call)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        with clock.stage(stage), torch.profiler.record_function(stage):
-            return call(*args, **kwargs)
-
-    return timed
-
-
-class _TimedModule:
-    """Stands in for a module, compiled or not: its calls are timed, all else is the module's own."""
-
-    def __init__(self, clock: StageClock, stage: str, module: torch.nn.Module) -> None:
-        self._clock, self._stage, self._module = clock, stage, module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._clock.stage(self._stage), torch.profiler.record_function(self._stage):
-            return self._module(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-class _WaitCounter(TorchDispatchMode):
-    """Counts operators that make the host wait for a GPU, wherever they run: downward for results that the host needs,
-    upward for numbers that it hands over."""
-
-    def __init__(self, downward: collections.Counter[str], upward: collections.Counter[str]) -> None:
-        super().__init__()
-        self.downward, self.upward = downward, upward
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = str(func).rsplit(".", 1)[0]
-        if name == "detection.suppress_within_levels" and uses_triton(args[0].device):
-            pass
-        elif name in _WAITING_OPERATORS:
-            self.downward[_WAITING_OPERATORS[name]] += 1
-        elif name in ("aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"):
-            by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-            of_one_number = name != "aten.index" and args[2].dim() == 0
-            # One number through a mask is a masked fill, which waits for nothing.
-            if by_mask and not of_one_number:
-                self.downward["index by a boolean mask"] += 1
-            elif of_one_number and not by_mask:
-                self.upward["one number assigned by index"] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class _CopyCounter(TorchFunctionMode):
-    """Counts tensors made on a device from Python numbers: copies that a GPU's host waits for."""
-
-    def __init__(self, counts: collections.Counter[str]) -> None:
-        super().__init__()
-        self.counts = counts
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        made = func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
-        moved = func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor) and args[0].dim() == 0
-        if made or moved:
-            self.counts["tensor made from Python numbers"] += 1
-        return func(*args, **kwargs)
-
-
-def count_waits(run: Callable[[], object]) -> dict[str, Any]:
-    """Synchronizations of one run by kind: {"device_to_host": {kind: number}, "host_to_device": {kind: number}}.
-
-    Counted by operator, as they would be on a GPU: a run on the CPU gives about the same. Code that is compiled runs
-    uncompiled here.
-    """
-    downward: collections.Counter[str] = collections.Counter()
-    upward: collections.Counter[str] = collections.Counter()
-    # Which way torchvision and we take depends on the device; these are the ones of the GPU.
-    as_on_gpu = mock.patch.object(boxes, "_batched_nms_vanilla", boxes._batched_nms_coordinate_trick)
-    no_cpu_convolutions = mock.patch.object(cpu_conv, "_applies", lambda *arguments: False)
-    with (
-        as_on_gpu,
-        no_cpu_convolutions,
-        torch.compiler.set_stance("force_eager"),
-        _CopyCounter(upward),
-        _WaitCounter(downward, upward),
-    ):
-        run()
-    return {"device_to_host": dict(downward), "host_to_device": dict(upward)}
-
-
-def count_cuda_waits(run: Callable[[], object]) -> int:
-    """Synchronizations that the CUDA runtime itself reports for one run."""
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    # Switching the mode on warns too, once a process: that it does not see all "synchronizing operations".
-    return sum("called a synchronizing" in str(warning.message) for warning in caught)
-
-
-def count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of matrix multiplications and convolutions in one run, forward and backward."""
-    counter = FlopCounterMode(display=False)
-    with torch.compiler.set_stance("force_eager"), counter:
-        run()
-    return counter.get_total_flops()
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """FLOP per second of `clock` of a large square matrix multiplication, with this process's threads; the median of
-    about a second."""
-    side = _MATMUL_SIDES[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    rates: list[float] = []
-    begin = time.perf_counter()
-    while len(rates) < 4 or time.perf_counter() - begin < _MATMUL_SECONDS:
-        synchronize(device)
-        start = clock()
-        calls = 1 if device.type == "cpu" else 20
-        for _ in range(calls):
-            a @ b
-        synchronize(device)
-        rates.append(2 * side**3 * calls / (clock() - start))
-    return statistics.median(rates[1:])
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def write_trace(run: Callable[[], object], file: Path, device: torch.device) -> None:
-    """A Chrome trace (chrome://tracing, ui.perfetto.dev) of one run."""
+def profile(run: Callable[[], object], device: torch.device, file: str | Path | None = None) -> list[Event]:
+    """The events of one run in the order of their starts; `file` keeps the Chrome trace (ui.perfetto.dev) of it."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=activities, with_stack=True) as profiler:
         run()
         synchronize(device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(file))
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+        trace = Path(file or Path(folder) / "trace.json")
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+        return read_trace(trace)
 
 
-def gpu_figures(trace: Path, num_steps: int) -> dict[str, float]:
-    """From a Chrome trace (.json, or .json.gz): kernels, launches and copies a step, seconds a step in which the GPU
-    worked, and the share of the time between its first and last work in which it had nothing to do."""
+def read_trace(trace: Path) -> list[Event]:
+    """What a Chrome trace (.json or .json.gz) has of events with a duration, in the order of their starts."""
     content = gzip.decompress(trace.read_bytes()) if trace.suffix == ".gz" else trace.read_bytes()
     events = [event for event in json.loads(content)["traceEvents"] if event.get("ph") == "X"]
-    work = sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events if e.get("cat") in _GPU_WORK)
+    return sorted(events, key=lambda event: (event["ts"], -event["dur"]))
+
+
+class StageSpans:
+    """When which stage was under way, by the Python functions that a profile saw."""
+
+    def __init__(self, events: Sequence[Event], functions: Mapping[str, Sequence[Callable[..., Any]]]) -> None:
+        stages = {_place(function): stage for stage, some in functions.items() for function in some}
+        calls = [event for event in events if event.get("cat") == "python_function"]
+        named = [(event, stages.get("/".join(event["name"].rsplit("/", 2)[-2:]))) for event in calls]
+        self.spans = [(event["ts"], event["ts"] + event["dur"], stage) for event, stage in named if stage is not None]
+        self._starts = [start for start, _, _ in self.spans]
+
+    def at(self, time: float) -> str:
+        """The innermost stage then."""
+        for start, end, stage in self.spans[bisect.bisect(self._starts, time) - 1 :: -1] if self.spans else ():
+            if start <= time < end:
+                return stage
+        return REST
+
+    def seconds(self, events: Sequence[Event]) -> dict[str, float]:
+        """Host time of each stage, less that of stages inside it; on a GPU the time of the work that it launched."""
+        total: dict[str, float] = collections.Counter(dict.fromkeys(STAGES, 0.0))
+        work = [event for event in events if event.get("cat") in _GPU_WORK]
+        if work:
+            launches = {_correlation(event): event["ts"] for event in events if event.get("cat") in _RUNTIME}
+            for event in work:
+                total[self.at(launches.get(_correlation(event), -1))] += event["dur"] / 1e6
+            return dict(total)
+        last = max(event["ts"] + event["dur"] for event in events)
+        marks = sorted({events[0]["ts"], last, *(time for start, end, _ in self.spans for time in (start, end))})
+        for start, end in zip(marks, marks[1:], strict=False):
+            total[self.at(start)] += (end - start) / 1e6
+        return dict(total)
+
+
+def _place(function: Callable[..., Any]) -> str:
+    """How a profile names a Python function, without the upper folders of its file."""
+    code = inspect.unwrap(function).__code__
+    return f"{'/'.join(Path(code.co_filename).parts[-2:])}({code.co_firstlineno}): {code.co_name}"
+
+
+def _correlation(event: Event) -> int:
+    return event.get("args", {}).get("correlation", -1)
+
+
+def count_waits(events: Sequence[Event], spans: StageSpans, num_steps: int) -> dict[str, float]:
+    """Synchronizations a step by kind: on a GPU those of the CUDA runtime, else operators that would wait for one."""
+    counts: collections.Counter[str] = collections.Counter()
+    on_gpu = any(event.get("cat") in _GPU_WORK for event in events)
+    counted_until = 0.0
+    for event in events:
+        name, category = event.get("name", ""), event.get("cat")
+        if category in _RUNTIME and "Synchronize" in name and name != "cudaDeviceSynchronize":
+            kind = "CUDA runtime"
+        elif category == "cpu_op" and name in _WAITING_OPERATORS and event["ts"] >= counted_until and not on_gpu:
+            kind = _WAITING_OPERATORS[name]
+            counted_until = event["ts"] + event["dur"]  # operators inside it are its own
+        else:
+            continue
+        if spans.at(event["ts"]) != READING:
+            counts[kind] += 1
+    return {kind: number / num_steps for kind, number in counts.items()}
+
+
+def gpu_figures(events: Sequence[Event], num_steps: int) -> dict[str, float]:
+    """Kernels, launches and copies a step, seconds a step in which the GPU worked, and the share of the time between
+    its first and last work in which it had nothing to do."""
+    work = [(event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in _GPU_WORK]
     kernels = sum(event.get("cat") == "kernel" for event in events)
-    launches = sum(
-        event.get("cat") in ("cuda_runtime", "cuda_driver") and "Launch" in event.get("name", "") for event in events
-    )
-    figures = {
-        "kernels_per_step": kernels / num_steps,
-        "launches_per_step": launches / num_steps,
-        "copies_per_step": (len(work) - kernels) / num_steps,
-    }
+    launches = sum(event.get("cat") in _RUNTIME and "Launch" in event.get("name", "") for event in events)
+    counts = {"kernels": kernels, "launches": launches, "copies": len(work) - kernels}
+    figures = {f"{name}_per_step": number / num_steps for name, number in counts.items()}
     if work:
         busy, reached = 0.0, work[0][0]
         for start, end in work:
@@ -299,3 +186,28 @@ def gpu_figures(trace: Path, num_steps: int) -> dict[str, float]:
         figures["gpu_busy_seconds_per_step"] = busy / 1e6 / num_steps
         figures["gpu_idle_share"] = 1 - busy / (reached - work[0][0])
     return figures
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of matrix multiplications and convolutions in one run, forward and backward."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, ticks: Callable[[], float] = time.perf_counter) -> float:
+    """FLOP per second of a large square matrix multiplication, with this process's threads; the median of a second.
+
+    Args:
+        ticks: the clock of a CPU.
+    """
+    side = _MATMUL_SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    clock = {"timer": ticks} if device.type == "cpu" else {}
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads(), **clock)
+    return 2 * side**3 / timer.blocked_autorange(min_run_time=1.0).median
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

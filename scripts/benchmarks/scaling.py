@@ -1,96 +1,122 @@
-"""Scaling of the training step: N processes together, beside one of them alone, in the same run."""
+"""Scaling of the training: train.py in N processes together, beside one of them alone, in the same run."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
 import statistics
-import time
-from collections.abc import Callable
-from functools import partial
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-import checkout  # noqa: F401
-from benchmarks.multiprocess import measure_together
-from benchmarks.profilers import synchronize
-from benchmarks.steps import OurStep
-from benchmarks.timing import format_table, spread
-from benchmarks.variants import Variant, Work
-from detection.engine.distributed.comm import Processes, without_gradient_exchange
+import checkout
+from benchmarks.steps import Variant, load_work
+from benchmarks.timing import BenchmarkError, Say, figure_rows, figure_table, rotated, spread
 
 ALONE, APART, TOGETHER = "one process alone", "all, gradients kept apart", "all, gradients exchanged"
+_WARM_ITERATIONS, _TIMED_ITERATIONS = 2, 5
 
 
 def measure_scaling(
-    arguments: argparse.Namespace, device: torch.device, say: Callable[[str], None]
+    arguments: argparse.Namespace, variant: Variant, device: torch.device, folder: Path, say: Say
 ) -> tuple[dict[str, Any], str]:
-    """Seconds of a step of `--nproc` processes, each with `--batch-size` images, and of one of them alone.
+    """Seconds of an iteration of `--nproc` processes, each with `--batch-size` images, and of one of them alone.
 
-    Always on the wall clock: waiting for the others is what is to be seen.
+    Each is a training of its own; its metrics.jsonl tells the seconds. Always on the wall clock: waiting for the others
+    is what is to be seen. Gradients kept apart: as many trainings of one process side by side. On the CPU each process
+    has `--threads` threads, or its share of the cores.
     """
-    (figures,) = measure_together(arguments, device, say, [_measure])
-    return figures, _table(figures)
-
-
-def _measure(processes: Processes, work: Work, variant: Variant, arguments: argparse.Namespace) -> dict[str, Any]:
-    device, batches = work.device, work.batches
-    shared = OurStep(variant, work, processes)
-    single = OurStep(variant, work) if processes.is_main else None
-
-    def apart() -> None:
-        with without_gradient_exchange(shared.gradients.model):
-            shared.train(batches)
-
-    runs: dict[str, Callable[[], None]] = {ALONE: lambda: None, APART: apart, TOGETHER: partial(shared.train, batches)}
-    if variant.graphs:  # their exchange is the loop's own, after the passes
-        del runs[APART]
-    if single is not None:
-        runs[ALONE] = partial(single.train, batches)
-    shared.settle(runs[TOGETHER])
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(arguments.repeats + 1):
-        for name, run in runs.items():
-            processes.barrier()
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            slowest = max(processes.gather_objects(time.perf_counter() - start))
-            if number:  # the first round is not counted
-                seconds[name].append(slowest / len(batches))
-    gradients = sum(p.numel() * p.element_size() for p in shared.model.parameters() if p.requires_grad)
-    pairs = zip(seconds[ALONE], seconds[TOGETHER], strict=True)
-    return {
+    number = arguments.nproc
+    if number < 2:
+        raise BenchmarkError("--nproc: scaling takes 2 processes at least")
+    if device.type == "cuda" and number > torch.cuda.device_count():
+        raise BenchmarkError(f"--nproc {number}: there are {torch.cuda.device_count()} GPUs")
+    if variant.owner != "ours" or len(arguments.variants or [1]) > 1:
+        raise BenchmarkError("--nproc: one variant of ours at a time")
+    train = _train_command(arguments, variant, device, folder)
+    threads = arguments.threads or max(1, len(os.sched_getaffinity(0)) // number)
+    together = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    runs: dict[str, list[list[str]]] = {ALONE: [train], APART: [train] * number, TOGETHER: [together + train]}
+    samples: dict[str, dict[str, list[float]]] = {name: {"seconds": []} for name in runs}
+    for round_number, names in enumerate(rotated(list(runs), arguments.repeats), start=1):
+        for name in names:
+            outputs = [folder / f"run_{place}" for place in range(len(runs[name]))]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            trainings = []
+            for place, (command, output) in enumerate(zip(runs[name], outputs, strict=True)):
+                if name == APART and device.type == "cuda":
+                    environment["CUDA_VISIBLE_DEVICES"] = str(place)
+                words = [sys.executable, *command, "--output-dir", str(output)]
+                trainings.append(
+                    subprocess.Popen(
+                        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                    )
+                )
+            for training in trainings:
+                _, said = training.communicate()
+                if training.returncode != 0:
+                    raise BenchmarkError(f"a training of {name} failed:\n{said[-2000:]}")
+            images = arguments.batch_size * (number if name == TOGETHER else 1)
+            samples[name]["seconds"].append(max(images / _images_per_second(output) for output in outputs))
+            for output in outputs:
+                shutil.rmtree(output)
+        say(f"round {round_number} of {arguments.repeats}")
+    rows = figure_rows(samples, [], "seconds")
+    for row in rows:
+        row["images_per_second"] = arguments.batch_size * (1 if row["name"] == ALONE else number)
+        row["images_per_second"] /= row["seconds"]["median"]
+    pairs = zip(samples[ALONE]["seconds"], samples[TOGETHER]["seconds"], strict=True)
+    efficiency = spread([alone / all_ranks for alone, all_ranks in pairs])
+    figures = {
         "device": device.type,
         "variant": variant.name,
-        "processes": processes.world_size,
-        "threads": torch.get_num_threads(),
+        "processes": number,
+        "threads": threads,
         "batch_size": arguments.batch_size,
-        "shapes": [list(batch.padded_size) for batch in batches],
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "gradient_mb": gradients / 1e6,
-        "scaling_efficiency": spread([alone / run_on_all_ranks for alone, run_on_all_ranks in pairs]),
+        "scaling": rows,
+        "scaling_efficiency": efficiency,
     }
-
-
-def _table(figures: dict[str, Any]) -> str:
-    cells = []
-    for name, seconds in figures["seconds"].items():
-        images = figures["batch_size"] * (1 if name == ALONE else figures["processes"])
-        middle = statistics.median(seconds["values"])
-        cells.append(
-            [name, f"{middle * 1e3:.1f}", f"{seconds['min'] * 1e3:.1f}..{seconds['max'] * 1e3:.1f}"]
-            + [f"{images / middle:.2f}"]
-        )
-    efficiency = figures["scaling_efficiency"]
-    threads = f", {figures['threads']} threads each" if figures["device"] == "cpu" else ""
-    return "\n".join(
-        [
-            f"{figures['variant']}: {figures['processes']} processes{threads}, {figures['batch_size']} images each, "
-            f"{figures['gradient_mb']:.0f} MB of gradients a step",
-            "",
-            format_table(["", "ms a step (wall)", "min..max", "images/s"], cells),
-            "",
-            f"scaling efficiency {efficiency['median']:.0%} ({efficiency['min']:.0%}..{efficiency['max']:.0%})",
-        ]
+    rate = {"images/s": lambda row: f"{row['images_per_second']:.2f}"}
+    threads_of_each = f", {threads} threads each" if device.type == "cpu" else ""
+    return figures, (
+        f"{variant.name}: {number} processes{threads_of_each}, {arguments.batch_size} images each\n\n"
+        f"{figure_table(rows, 'seconds', 'ms a step (wall)', 1e3, **rate)}\n\n"
+        f"scaling efficiency {efficiency['median']:.0%} ({efficiency['min']:.0%}..{efficiency['max']:.0%})"
     )
+
+
+def _train_command(arguments: argparse.Namespace, variant: Variant, device: torch.device, folder: Path) -> list[str]:
+    """train.py and its arguments, on a set that lasts for the iterations."""
+    num_iterations = _WARM_ITERATIONS + _TIMED_ITERATIONS
+    pictures = num_iterations * arguments.nproc * arguments.batch_size
+    work = load_work(argparse.Namespace(**{**vars(arguments), "pictures": pictures}), folder, torch.device("cpu"))
+    settings = {
+        "--schedule": "1x",
+        "--train-images": arguments.images or folder,
+        "--train-annotations": arguments.annotations or folder / "annotations.json",
+        "--model": arguments.model,
+        "--weights": work.weights,
+        "--device": device.type,
+        "--amp": variant.amp,
+        "--min-size": work.min_size,
+        "--max-size": work.max_size,
+        "--batch-size": arguments.batch_size,
+        "--max-epochs": 1,
+        "--limit-train-batches": num_iterations,
+        "--log-interval": 1,
+    }
+    words = [str(checkout.ROOT / "train.py"), *(str(word) for pair in settings.items() for word in pair)]
+    words += [] if variant.channels_last else ["--no-channels-last"]
+    return words + ["--compile"] * variant.compiled + ["--cuda-graphs"] * variant.graphs
+
+
+def _images_per_second(output: Path) -> float:
+    """Of a training's later iterations, in the median."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rates = [record["images_per_second"] for record in records if record["kind"] == "train"]
+    return statistics.median(rates[_WARM_ITERATIONS:])

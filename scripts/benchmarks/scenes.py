@@ -1,27 +1,26 @@
-"""Images and boxes drawn like COCO's: sizes, counts, and textures that compress as photographs do."""
+"""The set of images that a benchmark is fed: a COCO-format one of one's own, or one drawn like COCO.
+
+Sizes, numbers and places of boxes are COCO's, and textures compress as photographs do.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+import checkout  # noqa: F401
+from benchmarks.timing import BenchmarkError
+from data import CocoDataset, read_coco
+
 # Roughly COCO train2017: (width, height) and the share of images of about that size.
-COCO_SIZES = (
-    ((640, 480), 0.36),
-    ((640, 427), 0.25),
-    ((480, 640), 0.13),
-    ((427, 640), 0.09),
-    ((500, 375), 0.05),
-    ((640, 360), 0.04),
-    ((640, 640), 0.03),
-    ((375, 500), 0.03),
-    ((640, 512), 0.02),
-)
+COCO_SIZES = (((640, 480), 0.36), ((640, 427), 0.25), ((480, 640), 0.13), ((427, 640), 0.09), ((500, 375), 0.05),
+              ((640, 360), 0.04), ((640, 640), 0.03), ((375, 500), 0.03), ((640, 512), 0.02))  # fmt: skip
 NUM_CLASSES = 80
 MAX_BOXES = 93
 # Log-normal with a median of 4 and a mean of 7 boxes an image, as COCO's counts.
@@ -32,6 +31,32 @@ _NATIVE_SHARE = 0.6  # 640x480 images are resized by 1.67 to 800 pixels
 _JPEG_QUALITY = 88
 
 
+def add_image_arguments(parser: argparse.ArgumentParser, *, num_images: int) -> None:
+    parser.add_argument("--images", metavar="DIR", help="images of a COCO-format set, instead of generated ones")
+    parser.add_argument("--annotations", metavar="FILE", help="its annotations; needed with --images")
+    parser.add_argument("--pictures", type=int, default=num_images, help=f"how many to generate [{num_images}]")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other images, boxes and order")
+
+
+def open_images(
+    arguments: argparse.Namespace, folder: Path, *, network_size: tuple[int, int] | None = None
+) -> CocoDataset:
+    """The set that the arguments ask for, generated into `folder` where they name none.
+
+    Args:
+        network_size: (height, width) of all generated images after the usual resize; None draws sizes as COCO's.
+    """
+    if (arguments.images is None) != (arguments.annotations is None):
+        raise BenchmarkError("--images DIR and --annotations FILE go together")
+    if arguments.images is not None:
+        return CocoDataset(arguments.images, read_coco(arguments.annotations), training=True)
+    sizes = draw_sizes(arguments.pictures, arguments.seed)
+    if network_size is not None:
+        height, width = network_size
+        sizes = [(round(width * _NATIVE_SHARE), round(height * _NATIVE_SHARE))] * arguments.pictures
+    return CocoDataset(folder, read_coco(write_images(folder, sizes, arguments.seed)), training=True)
+
+
 def draw_sizes(number: int, seed: int) -> list[tuple[int, int]]:
     """(width, height) of `number` images, distributed as COCO's."""
     sizes, shares = zip(*COCO_SIZES, strict=True)
@@ -39,43 +64,42 @@ def draw_sizes(number: int, seed: int) -> list[tuple[int, int]]:
     return [sizes[index] for index in chosen]
 
 
-def native_size(height: int, width: int) -> tuple[int, int]:
-    """(width, height) of stored images that the usual factor of COCO's brings to a network size."""
-    return round(width * _NATIVE_SHARE), round(height * _NATIVE_SHARE)
-
-
 def write_images(folder: Path, sizes: Sequence[tuple[int, int]], seed: int) -> Path:
-    """JPEGs of the given (width, height) with annotations in `folder`; the path of the annotation file.
-
-    Each image has at least one box, so that training takes every one.
-    """
+    """JPEGs of the given (width, height) with annotations in `folder`; the path of the annotation file."""
     folder.mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    for number, (width, height) in enumerate(sizes, start=1):
+        pixels = texture(np.random.default_rng([seed, 4, number]), width, height)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=_JPEG_QUALITY)
+    write_annotations(folder / "annotations.json", sizes, seed)
+    return folder / "annotations.json"
+
+
+def write_annotations(
+    file: Path,
+    sizes: Sequence[tuple[int, int]],
+    seed: int,
+    *,
+    crowd_share: float = 0.0,
+    file_name: Callable[[int], str] = "{}.jpg".format,
+    **of_each: Any,
+) -> dict[str, Any]:
+    """COCO annotations of images with the given (width, height), numbered from 1; what was written into `file`.
+
+    Each image has at least one box, so that training takes every one. of_each: more fields of every annotation.
+    """
+    images, annotations = [], []
     for number, (width, height) in enumerate(sizes, start=1):
         rng = np.random.default_rng([seed, 2, number])
-        name = f"{number:06d}.jpg"
-        Image.fromarray(texture(rng, width, height)).save(folder / name, quality=_JPEG_QUALITY)
-        images.append({"id": number, "file_name": name, "width": width, "height": height})
+        images.append({"id": number, "file_name": file_name(number), "width": width, "height": height})
         boxes = draw_boxes(rng, width, height)
-        for box, category in zip(boxes.tolist(), rng.integers(1, NUM_CLASSES + 1, len(boxes)).tolist(), strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": category,
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": 0,
-                }
-            )
-    file = folder / "annotations.json"
-    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories()}))
-    return file
-
-
-def categories() -> list[dict[str, Any]]:
-    return [{"id": number, "name": f"class {number}"} for number in range(1, NUM_CLASSES + 1)]
+        labels, crowds = rng.integers(1, NUM_CLASSES + 1, len(boxes)), rng.random(len(boxes)) < crowd_share
+        for box, label, crowd in zip(boxes.tolist(), labels.tolist(), crowds.tolist(), strict=True):
+            record = {"id": len(annotations) + 1, "image_id": number, "category_id": label, "bbox": box}
+            annotations.append(record | {"area": round(box[2] * box[3], 2), "iscrowd": int(crowd)} | of_each)
+    categories = [{"id": number, "name": f"class {number}"} for number in range(1, NUM_CLASSES + 1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    file.write_text(json.dumps(content))
+    return content
 
 
 def texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -85,13 +109,10 @@ def texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
-    planes = []
-    for _ in range(3):
-        phase = rng.uniform(0, 2 * np.pi, frequency.shape)
-        planes.append(np.fft.irfft2(np.exp(1j * phase) / frequency, s=(height, width)))
+    phases = rng.uniform(0, 2 * np.pi, (3, *frequency.shape))
+    planes = np.fft.irfft2(np.exp(1j * phases) / frequency, s=(height, width))
     # Colors are mostly shared between the channels.
-    shared = planes[0] + planes[1] + planes[2]
-    pixels = np.stack([shared + 0.5 * plane for plane in planes], axis=-1)
+    pixels = np.moveaxis(planes.sum(axis=0) + 0.5 * planes, 0, -1)
     pixels = (pixels - pixels.mean()) / pixels.std()
     return np.clip(pixels * 55 + 115, 0, 255).astype(np.uint8)
 

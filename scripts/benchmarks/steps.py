@@ -1,147 +1,345 @@
-"""This project's training step, with the loop's own pieces, and the way from a variant to its step."""
+"""The steps compared: this project's training step and torchvision's, on the same batches and starting weights."""
 
 from __future__ import annotations
 
+import argparse
+import math
+import re
+import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection as torchvision_detection
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import checkout  # noqa: F401
-from benchmarks.ablation import FUSED_OPTIMIZER, KEPT_MEMORY, OPTIMIZATIONS
+from benchmarks.scenes import open_images
 from benchmarks.timing import BenchmarkError
-from benchmarks.torchvision_peer import TorchvisionStep
-from benchmarks.variants import (
-    ASSIGNMENT,
-    BACKWARD,
-    BOX_HEAD,
-    FEATURES,
-    INPUT,
-    LOSSES,
-    OPTIMIZER,
-    PROPOSALS,
-    ROI_ALIGN,
-    RPN_HEAD,
-    HostMemory,
-    Place,
-    Step,
-    Variant,
-    Work,
-    to_host,
-)
-from data import DevicePrefetcher, RawBatch
-from detection.engine.accelerate.compile import compile_for_training
+from data import DevicePrefetcher, RawBatch, TrainLoader
+from detection.engine.accelerate.allocator import keep_freed_memory, return_freed_memory
+from detection.engine.accelerate.compile import compile_for_training, prepare_compiler
 from detection.engine.accelerate.cuda_graphs import cuda_step_graphs
+from detection.engine.checkpoint import CheckpointStore
 from detection.engine.distributed.comm import Processes
-from detection.engine.metrics.step_metrics import StepMetrics
-from detection.engine.optim import update
+from detection.engine.inputs.bad_images import BadImages
+from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
-from detection.engine.optim.gradients import GradientComputer
-from detection.engine.optim.nonfinite import KeepEveryStep
-from detection.engine.optim.optimizer import build_optimizer, trained_parameters
-from detection.engine.optim.update import ParameterUpdate
-from detection.models import FasterRCNN, ImageBatch, build_model, faster_rcnn, load_weights
+from detection.engine.optim.optimizer import build_optimizer
+from detection.engine.signals import StopRequest
+from detection.engine.trainer import SavePlan, Trainer
+from detection.models import FasterRCNN, ImageBatch, build_model, load_weights, model_config
+from detection.reporting import Console
 from schedules import load_schedule
 
+Inputs = tuple[list[Tensor], list[dict[str, Tensor]]]
+"""Images and targets as torchvision takes them."""
+DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FUSED_OPTIMIZER, KEPT_MEMORY = "fused-optimizer", "kept-memory"
+SWITCHES = {FUSED_OPTIMIZER: "fused SGD", KEPT_MEMORY: "freed memory stays with the process (CPU only)"}
+"""What a variant of ours can be "-without", and what that is."""
 _LEARNING_RATE_ITERATION = 0  # the first of the warmup: small enough for random weights to stay finite
+_TORCHVISION_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+_RESIDUAL_SCALE = 0.3  # of each block's last norm, so that random weights give activations of ordinary size
+_LOGIT_STD = 1.0  # lets about 2 of 100 class scores pass the score threshold, as after training
 _SETTLING_RUNS = 3  # the second still had 59,000 page faults, the third 60 (R50, 800x1088, batch 2)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the steps compared, e.g. "ours-bf16-cl-compile": whose, precision, memory format, compiled or not, in CUDA
+    graphs or not."""
+
+    name: str
+    owner: str
+    amp: str
+    channels_last: bool
+    compiled: bool
+    graphs: bool = False
+    without: str | None = None
+    """Of ours: the one of SWITCHES that is off."""
+
+    @staticmethod
+    def parse(name: str) -> Variant:
+        match = re.fullmatch(
+            r"(ours|torchvision)-(fp32|bf16|fp16)(-cl)?(-compile)?(-graphs)?(?:-without-([a-z0-9-]+))?", name
+        )
+        if match is None:
+            raise BenchmarkError(
+                f"variant {name!r}: write ours or torchvision, then -fp32, -bf16 or -fp16, then -cl (channels last) "
+                "and -compile as wanted, e.g. torchvision-bf16-cl"
+            )
+        owner, precision, channels_last, compiled, graphs, without = match.groups()
+        if graphs is not None and owner != "ours":
+            raise BenchmarkError(f"variant {name!r}: -graphs goes with ours")
+        if without is not None and (owner != "ours" or without not in SWITCHES):
+            raise BenchmarkError(f"variant {name!r}: -without- goes with ours and one of {', '.join(SWITCHES)}")
+        amp = "off" if precision == "fp32" else precision
+        return Variant(name, owner, amp, channels_last is not None, compiled is not None, graphs is not None, without)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every variant is given."""
+
+    model: str
+    num_classes: int
+    min_size: int
+    max_size: int
+    device: torch.device
+    loader: TrainLoader
+    batches: tuple[RawBatch, ...]
+    """In host memory, pinned for a GPU, as the workers hand them over"""
+    weights: Path
+    """torchvision's state dict that both models start from"""
+
+
+def load_work(arguments: argparse.Namespace, folder: Path, device: torch.device) -> Work:
+    """The work that the arguments of `train` ask for; what it needs is made in `folder` where it is not there yet."""
+    network_size, sizes = None, (arguments.min_size, arguments.max_size)
+    if arguments.height is not None:
+        network_size = arguments.height, arguments.width
+        sizes = min(network_size), max(network_size)
+    made = folder / "annotations.json"
+    if made.exists():
+        arguments = argparse.Namespace(**{**vars(arguments), "images": folder, "annotations": made})
+    dataset = open_images(arguments, folder, network_size=network_size)
+    new_loader = partial(
+        TrainLoader,
+        dataset,
+        min_size=sizes[0],
+        max_size=sizes[1],
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        # The same batches for all variants; more sizes than the buckets would be compiled in vain.
+        few_shapes=arguments.compile or arguments.graphs,
+    )
+    batches = tuple(new_loader().batches(0, arguments.batches))
+    if device.type == "cuda":
+        batches = tuple(batch.pin_memory() for batch in batches)
+    weights, num_classes = folder / "weights.pth", len(dataset.class_names)
+    if not weights.exists():
+        write_starting_weights(weights, arguments.model, num_classes, batches[0])
+    return Work(arguments.model, num_classes, *sizes, device, new_loader(), batches, weights)
+
+
+class Step(Protocol):
+    """A model that can be trained and run on the batches of its work."""
+
+    variant: Variant
+
+    def train(self, batches: Sequence[RawBatch]) -> None:
+        """One optimizer step a batch, from what workers hand over to updated weights."""
+
+    def detect(self, batches: Sequence[RawBatch]) -> None:
+        """Detections of each batch, on the host."""
+
+    def losses(self) -> dict[str, float]:
+        """Those of the latest training step."""
 
 
 def build_step(variant: Variant, work: Work) -> Step:
     return OurStep(variant, work) if variant.owner == "ours" else TorchvisionStep(variant, work)
 
 
-class OurStep:
-    """The parts of Trainer.train_step, with the prefetcher in front of them and the metrics behind them."""
+class HostMemory:
+    """Whether this process keeps what it frees: train.py on the CPU does, torchvision's reference training does not."""
 
-    def __init__(self, variant: Variant, work: Work, processes: Processes | None = None) -> None:
-        self.variant, self.work = variant, work
+    keeps = False
+
+    @classmethod
+    def settle(cls, variant: Variant, run: Callable[[], object]) -> None:
+        """Right before `run` is timed on a CPU: memory as the variant's own program has it."""
+        keep = variant.owner == "ours" and variant.without != KEPT_MEMORY
+        if keep == cls.keeps:
+            return
+        cls.keeps = keep
+        if (keep_freed_memory() if keep else return_freed_memory()) and variant.owner == "ours":
+            # These take their memory from the system, as the first few of a training's thousands of steps do.
+            for _ in range(_SETTLING_RUNS):
+                run()
+
+
+class OurStep:
+    """Trainer.train_iteration itself, with the prefetcher in front of it and the records behind it."""
+
+    def __init__(self, variant: Variant, work: Work) -> None:
+        self.variant, self.device = variant, work.device
         model = build_model(work.model, work.num_classes)
         load_weights(model, str(work.weights))
         self.model: FasterRCNN = model.to(work.device).to(memory_format=variant.memory_format)
         if variant.compiled:
             compile_for_training(self.model)
-        schedule = load_schedule("1x")
-        precision = Precision(variant.amp, work.device)
-        optimizer = build_optimizer(self.model, schedule)
+        self.loop = self._trainer(work, Processes(0, 0, 1, 1, work.device))
         if variant.without == FUSED_OPTIMIZER:
-            for group in optimizer.param_groups:
+            for group in self.loop.optimizer.param_groups:
                 group.update(fused=False, foreach=None)
-        processes = processes or Processes(0, 0, 1, 1, work.device)
-        graphs = cuda_step_graphs(processes, self.model, self._refuse) if variant.graphs else None
-        trained = processes.wrap_ddp(self.model, broadcast_buffers=False) if graphs is None else self.model
-        guard = KeepEveryStep()
-        self.precision, self.optimizer = precision, optimizer
-        self.gradients = GradientComputer(
-            trained, trained_parameters(optimizer), precision, processes, guard, accumulate=1, graphs=graphs
-        )
-        self.update = ParameterUpdate(
-            self.model, optimizer, schedule, precision, guard, iterations_per_epoch=work.loader.iterations_per_epoch
-        )
-        self.metrics = StepMetrics(
-            processes, images_per_iteration=work.loader.global_batch_size, gradient_may_overflow=False
-        )
         self._record: dict[str, Any] = {}
 
-    def settle(self, run: Callable[[], object]) -> None:
-        if self.work.device.type == "cpu" and HostMemory.switch(self.variant.without != KEPT_MEMORY):
-            # These take their memory from the system, as the first few of a training's thousands of steps do. As many
-            # in every process: they may wait for each other.
-            for _ in range(_SETTLING_RUNS):
-                run()
+    def _trainer(self, work: Work, processes: Processes) -> Trainer:
+        """The one place that knows what the engine's loop is made of."""
+        schedule, metric_logger = load_schedule("1x"), MetricLogger(Console(None))
+        graphs = cuda_step_graphs(processes, self.model) if self.variant.graphs else None
+        self._scratch = tempfile.TemporaryDirectory(prefix="benchmark_")
+        return Trainer(
+            model=self.model,
+            graphs=graphs,
+            optimizer=build_optimizer(self.model, schedule),
+            schedule=schedule,
+            loader=work.loader,
+            accumulate=1,
+            precision=Precision(self.variant.amp, work.device),
+            ema=None,
+            processes=processes,
+            metric_logger=metric_logger,
+            store=CheckpointStore(Path(self._scratch.name), keep=1),
+            stop=StopRequest(),
+            log_interval=1,
+            save_plan=SavePlan(),
+            bad_images=BadImages(processes, metric_logger, limit=0),
+            skip_nonfinite=False,
+            validate=None,
+            extra_state={},
+        )
 
     def train(self, batches: Sequence[RawBatch]) -> None:
         self.model.train()
-        prefetcher = DevicePrefetcher(iter(batches), self.work.device)
-        with self._patches():
-            for _ in batches:
-                fed = self.gradients.compute(prefetcher)
-                _, grad_norm = self.update.apply(_LEARNING_RATE_ITERATION)
-                self.metrics.add(fed.losses, grad_norm, fed.image_ids, iteration=0, epoch=0, lr=0.0)
+        prefetcher = DevicePrefetcher(iter(batches), self.device)
+        for _ in batches:
+            self.loop.train_iteration(_LEARNING_RATE_ITERATION, prefetcher)
+        if self.loop.graphs is not None and self.loop.graphs.problem is not None:
+            raise BenchmarkError(f"{self.variant.name}: {self.loop.graphs.problem}")
         # The losses are fetched at the end of the block, as at a logging step.
-        self._record = self.metrics.read()[-1]
-
-    def _refuse(self, problem: str) -> None:
-        raise BenchmarkError(f"{self.variant.name}: {problem}")
-
-    def _patches(self) -> AbstractContextManager[Any]:
-        """While inside, the step does without what its variant says."""
-        optimization = OPTIMIZATIONS.get(self.variant.without or "")
-        if optimization is None or optimization.without is None:
-            return nullcontext()
-        return optimization.without(self.model)
+        self._record = self.loop.records.read()[-1]
 
     def detect(self, batches: Sequence[RawBatch]) -> None:
         self.model.eval()
-        for batch in DevicePrefetcher(iter(batches), self.work.device):
-            with self.precision.autocast():
+        for batch in DevicePrefetcher(iter(batches), self.device):
+            with self.loop.precision.autocast():
                 detections = self.model(ImageBatch(batch.pixels, batch.sizes))
-            for detection in detections:
-                to_host(detection)
+            to_host(detections)
 
     def losses(self) -> dict[str, float]:
         return {name: value for name, value in self._record.items() if name.startswith("loss")}
 
-    def stages(self) -> list[Place]:
-        return [
-            (DevicePrefetcher, "__next__", INPUT),
-            (DevicePrefetcher, "prepare", INPUT),
-            (self.model, "extract_features", FEATURES),
-            (self.model, "_anchors", PROPOSALS),
-            (faster_rcnn, "anchor_targets", ASSIGNMENT),
-            # The table of all levels' cells serves the sampled anchors and RoIAlign alike.
-            (faster_rcnn, "cell_table", ROI_ALIGN),
-            (faster_rcnn, "windows_3x3", RPN_HEAD),
-            (faster_rcnn, "take_rows", RPN_HEAD),
-            (self.model.rpn, "at_anchors", RPN_HEAD),
-            (self.model, "rpn", RPN_HEAD),
-            (faster_rcnn, "rpn_losses", LOSSES),
-            (faster_rcnn, "select_proposals", PROPOSALS),
-            (faster_rcnn, "sample_rois", ASSIGNMENT),
-            (self.model, "_pool", ROI_ALIGN),
-            (self.model, "roi_head", BOX_HEAD),
-            (faster_rcnn, "roi_losses", LOSSES),
-            (self.precision, "backward", BACKWARD),
-            (update, "set_learning_rate", OPTIMIZER),
-            (update, "gradient_norm", OPTIMIZER),
-            (self.precision, "step", OPTIMIZER),
-        ]
+
+class TorchvisionStep:
+    """torchvision's model in the step of its reference training: model, finite check, backward, SGD, losses read.
+
+    It is given float images that are decoded, scaled to 0..1 and flipped already, because its own loader's workers do
+    that; normalization and resize are inside its model.
+    """
+
+    def __init__(self, variant: Variant, work: Work) -> None:
+        self.variant, self.device = variant, work.device
+        self.model = torchvision_model(work.model, work.num_classes, work.min_size, work.max_size)
+        self.model.load_state_dict(torch.load(work.weights, weights_only=True))
+        self.model.to(work.device).to(memory_format=variant.memory_format)
+        if variant.channels_last:
+            batch_images = self.model.transform.batch_images
+            self.model.transform.batch_images = lambda *args, **kwargs: batch_images(*args, **kwargs).contiguous(
+                memory_format=torch.channels_last
+            )
+        if variant.compiled:
+            prepare_compiler()
+            self.model.backbone.compile(dynamic=False)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=2e-5, momentum=0.9, weight_decay=1e-4)
+        self.precision = Precision(variant.amp, work.device)
+        self._decoded: dict[int, tuple[RawBatch, Inputs]] = {}
+        self._losses: dict[str, float] = {}
+
+    def train(self, batches: Sequence[RawBatch]) -> None:
+        self.model.train()
+        for batch in batches:
+            images, targets = self.take_input(batch)
+            with self.precision.autocast():
+                losses = self.model(images, targets)
+                loss = torch.stack(list(losses.values())).sum()
+            if not math.isfinite(loss.item()):
+                raise BenchmarkError(f"{self.variant.name}: the loss is not finite")
+            self.optimizer.zero_grad()
+            self.precision.backward(loss)
+            self.precision.step(self.optimizer)
+            self._losses = {name: value.item() for name, value in losses.items()}
+
+    def take_input(self, batch: RawBatch) -> Inputs:
+        """Images and targets onto the device; what its workers would hand over is made once, in the untimed round."""
+        if id(batch) not in self._decoded:
+            self._decoded[id(batch)] = batch, torchvision_inputs(batch, pin=self.device.type == "cuda")
+        images, targets = self._decoded[id(batch)][1]
+        moved = [{name: value.to(self.device) for name, value in target.items()} for target in targets]
+        return [image.to(self.device) for image in images], moved
+
+    @torch.inference_mode()
+    def detect(self, batches: Sequence[RawBatch]) -> None:
+        self.model.eval()
+        for batch in batches:
+            images, _ = self.take_input(batch)
+            with self.precision.autocast():
+                detections = self.model(images)
+            to_host(detections)
+
+    def losses(self) -> dict[str, float]:
+        return self._losses
+
+
+def torchvision_inputs(batch: RawBatch, *, pin: bool) -> Inputs:
+    """The images of `batch` at native size, float [3, h, w] in 0..1, and their boxes, as torchvision takes them."""
+    images, targets, start = [], [], 0
+    for row, ((height, width), flip) in enumerate(zip(batch.native_sizes, batch.flips, strict=True)):
+        end = start + height * width * 3
+        image = batch.pixels[start:end].view(height, width, 3).permute(2, 0, 1).float() / 255
+        image = (image.flip(-1) if flip else image).contiguous()
+        valid = batch.valid[row]
+        boxes = batch.boxes_xyxy[row, valid] / batch.scale_factors[row].repeat(2)
+        target = {"boxes": boxes, "labels": batch.labels[row, valid] + 1}
+        if pin:
+            image, target = image.pin_memory(), {name: value.pin_memory() for name, value in target.items()}
+        images.append(image)
+        targets.append(target)
+        start = end
+    return images, targets
+
+
+def torchvision_model(name: str, num_classes: int, min_size: int, max_size: int) -> torchvision_detection.FasterRCNN:
+    """What torchvision's fasterrcnn_resnet50_fpn builds around pretrained weights: frozen batch norm, stem and first
+    stage frozen; with the backbone of our model `name`. The weights are random."""
+    backbone_name = model_config(name).backbone
+    if backbone_name not in _TORCHVISION_BACKBONES:
+        raise BenchmarkError(f"--model {name}: torchvision has no detector with {backbone_name} to stand beside it")
+    backbone = resnet_fpn_backbone(backbone_name=backbone_name, weights=None, trainable_layers=3)
+    return torchvision_detection.FasterRCNN(backbone, num_classes + 1, min_size=min_size, max_size=max_size)
+
+
+def write_starting_weights(file: Path, model_name: str, num_classes: int, batch: RawBatch) -> None:
+    """Random weights for torchvision's model, calmed so that activations, proposals and scores are of ordinary size."""
+    torch.manual_seed(0)
+    size = batch.resized_sizes[0]
+    model = torchvision_model(model_name, num_classes, min(size), max(size))
+    for block in model.backbone.body.modules():
+        last_norm = getattr(block, "bn3", None) or getattr(block, "bn2", None)
+        if last_norm is not None:
+            last_norm.weight.fill_(_RESIDUAL_SCALE)
+    classifier = model.roi_heads.box_predictor.cls_score
+    hidden: list[Tensor] = []
+    handle = classifier.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    images, _ = torchvision_inputs(batch, pin=False)
+    with torch.inference_mode():
+        model.eval()(images[:1])
+    handle.remove()
+    length = hidden[0].square().sum(dim=1).mean().sqrt().item()
+    nn.init.normal_(classifier.weight, std=_LOGIT_STD / max(length, 1e-6))
+    torch.save(model.state_dict(), file)
+
+
+def to_host(detections: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: value.cpu() for name, value in one.items()} for one in detections]

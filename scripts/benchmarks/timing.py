@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+"""Tells on stderr how far a benchmark is."""
+Samples = dict[str, dict[str, list[float]]]
+"""name -> quantity ("seconds", "cpu_seconds", ...) -> its value in each round."""
+CLOCKS = {"wall": "seconds", "cpu": "cpu_seconds"}
+"""--clock -> the quantity that ratios are taken of."""
 
 
 class BenchmarkError(ValueError):
     """A benchmark that cannot be run as asked for."""
 
 
-@dataclass
-class Samples:
-    """One variant's seconds by round: on the wall clock, and of all threads of this process together."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    def by(self, clock: str) -> list[float]:
-        """clock: wall or cpu."""
-        return self.wall if clock == "wall" else self.cpu
+def rotated(names: Sequence[str], repeats: int) -> Iterator[list[str]]:
+    """The names once a round, in an order that rotates: what slows the machine for a while slows all of them."""
+    for number in range(repeats):
+        shift = number % len(names)
+        yield [*names[shift:], *names[:shift]]
 
 
 def interleave(
@@ -31,37 +35,38 @@ def interleave(
     repeats: int,
     *,
     wait: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = lambda text: None,
-    settle: Mapping[str, Callable[[Callable[[], object]], None]] | None = None,
-) -> dict[str, Samples]:
+    say: Say = lambda text: None,
+    settle: Callable[[str], object] = lambda name: None,
+) -> Samples:
     """Time each of `runs` once a round, `repeats` rounds, after one untimed round.
 
-    Whatever else slows the machine for a while slows all variants of a round alike, and the order rotates from round
-    to round. `wait` ends when the device has done all it was given. `settle` has, by name, what goes before each
-    timed run and does not count; it is given the run.
+    `wait` ends when the device has done all it was given. `settle(name)` goes before each timed run of that name.
     """
-    names = list(runs)
-    settle = settle or {}
-    samples = {name: Samples() for name in names}
-    for name in names:
+    samples: Samples = {name: {"seconds": [], "cpu_seconds": []} for name in runs}
+    for name, run in runs.items():
         start = time.perf_counter()
-        runs[name]()
+        run()
         wait()
         say(f"warm: {name} ({time.perf_counter() - start:.1f} s)")
-    for number in range(repeats):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+    for number, names in enumerate(rotated(list(runs), repeats), start=1):
+        for name in names:
             gc.collect()
-            if name in settle:
-                settle[name](runs[name])
+            settle(name)
             wait()
             wall, cpu = time.perf_counter(), time.process_time()
             runs[name]()
             wait()
-            samples[name].cpu.append(time.process_time() - cpu)
-            samples[name].wall.append(time.perf_counter() - wall)
-        say(f"round {number + 1} of {repeats}")
+            samples[name]["cpu_seconds"].append(time.process_time() - cpu)
+            samples[name]["seconds"].append(time.perf_counter() - wall)
+        say(f"round {number} of {repeats}")
     return samples
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """The result of a call in a fresh process: its memory and imports are the call's alone."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -74,23 +79,46 @@ def pairwise_ratio(values: Sequence[float], peer: Sequence[float]) -> dict[str, 
     return spread([theirs / ours for ours, theirs in zip(values, peer, strict=True)])
 
 
-def timing_rows(
-    samples: Mapping[str, Samples], peers: Sequence[str], *, units: float, clock: str = "wall"
-) -> list[dict[str, Any]]:
-    """JSON rows: seconds and cpu_seconds a unit (a step, an image, ...; a round holds `units` of them), and the ratio
-    to each of `peers` by `clock`."""
-    rows = []
-    for name, sample in samples.items():
-        seconds = sample.by(clock)
-        rows.append(
-            {
-                "name": name,
-                "seconds": spread([value / units for value in sample.wall]),
-                "cpu_seconds": spread([value / units for value in sample.cpu]),
-                "ratios": {peer: pairwise_ratio(seconds, samples[peer].by(clock)) for peer in peers if peer in samples},
-            }
-        )
+def figure_rows(samples: Samples, peers: Sequence[str], key: str, *, units: float = 1.0) -> list[dict[str, Any]]:
+    """JSON rows: the spread of each quantity, and by `key` the ratio to each of `peers`.
+
+    A round holds `units` (steps, images, ...): quantities in seconds are given for one of them.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, quantities in samples.items():
+        row: dict[str, Any] = {"name": name}
+        for quantity, values in quantities.items():
+            per_unit = units if quantity.endswith("seconds") else 1.0
+            row[quantity] = spread([value / per_unit for value in values])
+        known = [peer for peer in peers if peer in samples]
+        row["ratios"] = {peer: pairwise_ratio(quantities[key], samples[peer][key]) for peer in known}
+        rows.append(row)
     return rows
+
+
+def figure_table(
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
+    heading: str,
+    scale: float = 1.0,
+    **more: Callable[[Mapping[str, Any]], str],
+) -> str:
+    """The rows as a table: median and spread of `key` times `scale`, columns of `more`, ratios to the peers.
+
+    more: heading, with _ for a space, and what makes the cell from the row.
+    """
+    peers = list(rows[0]["ratios"])
+    headers = ["", heading, "min..max", *(name.replace("_", " ") for name in more), *(f"x {peer}" for peer in peers)]
+    cells = []
+    for row in rows:
+        middle, low, high = (row[key][which] * scale for which in ("median", "min", "max"))
+        line = [row["name"], f"{middle:.2f}", f"{low:.2f}..{high:.2f}", *(cell(row) for cell in more.values())]
+        cells.append(line + [ratio_cell(row["ratios"][peer]) for peer in peers])
+    return format_table(headers, cells)
+
+
+def ratio_cell(ratio: Mapping[str, Any], digits: int = 2) -> str:
+    return f"{ratio['median']:.{digits}f} ({ratio['min']:.{digits}f}..{ratio['max']:.{digits}f})"
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -98,30 +126,6 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     lines = []
     for cells in (headers, ["-" * width for width in widths], *rows):
-        first = cells[0].ljust(widths[0])
         rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *rest]).rstrip())
+        lines.append("  ".join([cells[0].ljust(widths[0]), *rest]).rstrip())
     return "\n".join(lines)
-
-
-def timing_table(rows: Sequence[Mapping[str, Any]], *, clock: str = "wall", rate: str = "", units: float = 1.0) -> str:
-    """The rows as a table in milliseconds.
-
-    Args:
-        rate: heading of a column of `units` per second; none without.
-    """
-    key = "seconds" if clock == "wall" else "cpu_seconds"
-    peers = list(rows[0]["ratios"])
-    headers = ["", f"ms ({clock})", "min..max", *([rate] if rate else []), *[f"x {peer}" for peer in peers]]
-    cells = []
-    for row in rows:
-        seconds = row[key]
-        line = [row["name"], f"{seconds['median'] * 1e3:.2f}"]
-        line.append(f"{seconds['min'] * 1e3:.2f}..{seconds['max'] * 1e3:.2f}")
-        if rate:
-            line.append(f"{units / seconds['median']:.2f}")
-        for peer in peers:
-            ratio = row["ratios"][peer]
-            line.append(f"{ratio['median']:.2f} ({ratio['min']:.2f}..{ratio['max']:.2f})")
-        cells.append(line)
-    return format_table(headers, cells)

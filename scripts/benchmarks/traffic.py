@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,13 +21,15 @@ from torch.utils.flop_counter import flop_registry
 
 import checkout  # noqa: F401
 from benchmarks.machine import add_common_arguments
-from benchmarks.timing import BenchmarkError, format_table
-from benchmarks.variants import ASSIGNMENT, BACKWARD, BOX_HEAD, FEATURES, LOSSES, PROPOSALS, ROI_ALIGN, RPN_HEAD
-from detection.models import FasterRCNN, ImageBatch, TargetBatch, backbones, build_model, faster_rcnn, rpn
+from benchmarks.profilers import BACKWARD, LOSSES, OUR_FUNCTIONS, STAGES
+from benchmarks.timing import BenchmarkError, Say, format_table
+from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
 from detection.models.ops import conv, matcher, nms, roi_align
 from gpu_checks.fake_device import is_supported, move, pretend_gpu
 
-_STAGES = (FEATURES, RPN_HEAD, PROPOSALS, ASSIGNMENT, ROI_ALIGN, BOX_HEAD, LOSSES, BACKWARD)
+_STAGE_OF: dict[CodeType, str] = {
+    inspect.unwrap(function).__code__: stage for stage, some in OUR_FUNCTIONS.items() for function in some
+} | {FasterRCNN.forward.__code__: LOSSES}
 # They make no pass over memory.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "device", "_unsafe_view"}
 _ONLY_WRITE = {"zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "arange"}
@@ -41,29 +46,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=600, help="of large products, TFLOP/s [600]")
 
 
-def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     """The figures for the JSON file, and the table. Nothing is timed: bytes and FLOPs are counts, times arithmetic."""
     if not is_supported():
         raise BenchmarkError(f"traffic needs a newer PyTorch than {torch.__version__}")
-    found = {kind: _count(arguments, kind == "kernels", say) for kind in ("operators", "kernels")}
-    table = []
-    for stage in (*_STAGES, None):
-        cells = [stage or "whole step"]
+    found, headers = {}, ["stage"]
+    for kind, title in (("operators", "operators"), ("kernels", "with Triton")):
+        say(f"counting {title}")
+        found[kind] = _count(arguments, kind == "kernels")
+        headers += [f"{title}: calls", "GB", "TFLOP", "ms"]
+    stages = [stage for stage in STAGES if any(stage in traffic for traffic in found.values())]
+    rows = []
+    for stage in (*stages, "whole step"):
+        cells = [stage]
         for traffic in found.values():
-            of_stage = sum((row for name, row in traffic.items() if stage in (None, name)), Traffic())
-            cells += [str(of_stage.calls), f"{of_stage.gigabytes:.1f}", f"{of_stage.teraflops:.2f}"]
-            cells += [f"{of_stage.milliseconds:.1f}"]
-        table.append(cells)
-    headers = ["stage"]
-    for kind in ("operators", "with Triton"):
-        headers += [f"{kind}: calls", "GB", "TFLOP", "ms"]
-    counts = {kind: {stage: vars(row) for stage, row in traffic.items()} for kind, traffic in found.items()}
+            chosen = traffic.values() if stage == "whole step" else [traffic[stage]]
+            calls, *amounts = (sum(column) for column in zip(*map(astuple, chosen), strict=True))
+            cells += [str(calls), *(f"{amount:.{digits}f}" for amount, digits in zip(amounts, (1, 2, 1), strict=True))]
+        rows.append(cells)
     text = (
         f"{arguments.batch_size} images of {arguments.height}x{arguments.width}, bfloat16, uncompiled. Every operator "
         f"reads its inputs and writes its outputs once at {arguments.bandwidth:g} TB/s, or computes at "
-        f"{arguments.rate:g} TFLOP/s."
+        f"{arguments.rate:g} TFLOP/s.\n\n{format_table(headers, rows)}"
     )
-    return {"device": "cpu", "traffic": counts}, f"{text}\n\n{format_table(headers, table)}"
+    counts = {kind: {stage: vars(row) for stage, row in traffic.items()} for kind, traffic in found.items()}
+    return {"device": "cpu", "traffic": counts}, text
 
 
 @dataclass
@@ -75,125 +82,79 @@ class Traffic:
     teraflops: float = 0.0
     milliseconds: float = 0.0
 
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.calls + other.calls,
-            self.gigabytes + other.gigabytes,
-            self.teraflops + other.teraflops,
-            self.milliseconds + other.milliseconds,
-        )
-
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts by stage; `stage` is that of the moment. What lies in caches from one operator to the next counts too."""
+    """Counts by stage, which the Python frames above an operator tell: the backward pass has none of its own.
+
+    What lies in caches from one operator to the next counts too.
+    """
 
     def __init__(self, bandwidth: float, rate: float) -> None:
         super().__init__()
-        self.stage = LOSSES
         self.found: dict[str, Traffic] = collections.defaultdict(Traffic)
         self._bandwidth, self._rate = bandwidth, rate
 
     def add(self, num_bytes: int, flops: int = 0) -> None:
         """One more call."""
-        gigabytes, teraflops = num_bytes / 1e9, flops / 1e12
-        seconds = max(gigabytes / 1e3 / self._bandwidth, teraflops / self._rate)
-        self.found[self.stage] += Traffic(1, gigabytes, teraflops, seconds * 1e3)
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code not in _STAGE_OF:
+            frame = frame.f_back
+        row = self.found[BACKWARD if frame is None else _STAGE_OF[frame.f_code]]
+        row.calls += 1
+        row.gigabytes += num_bytes / 1e9
+        row.teraflops += flops / 1e12
+        row.milliseconds += 1e3 * max(num_bytes / 1e12 / self._bandwidth, flops / 1e12 / self._rate)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         name = packet.__name__
+        if name == "suppress_within_levels":
+            with self:  # its operator has a fake of its own, which would hide what it consists of
+                return nms.suppress(*args)
+        if name in ("is_nonzero", "item", "_local_scalar_dense"):
+            return True  # the rounds of suppression have settled at first; nothing else asks
+        result = func(*args, **(kwargs or {}))
         if func.is_view or name in _FREE or func.namespace == "prim":
             return result
-        read = 0 if name in _ONLY_WRITE else _bytes_of((args, kwargs))
-        if name == "copy_":
-            read = _bytes_of(args[1:])
+        read = 0 if name in _ONLY_WRITE else bytes_of(args[1:] if name == "copy_" else (args, kwargs))
         flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result) if packet in flop_registry else 0
-        self.add(read + _bytes_of(result), flops)
-        if name == "convolution" and args[2] is not None:
-            # On a GPU PyTorch adds the bias in a pass of its own.
-            self.add(2 * _bytes_of(result))
+        self.add(read + bytes_of(result), flops)
+        if name == "convolution":
+            result = result.contiguous(memory_format=torch.channels_last)  # as cuDNN's results of such inputs are
+            if args[2] is not None:
+                self.add(2 * bytes_of(result))  # on a GPU PyTorch adds the bias in a pass of its own
         return result
 
-    @contextlib.contextmanager
-    def of(self, owner: Any, name: str, stage: str) -> Iterator[None]:
-        """Calls of the owner's attribute count for the stage."""
-        call = getattr(owner, name)
 
-        def staged(*args: Any, **kwargs: Any) -> Any:
-            before, self.stage = self.stage, stage
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.stage = before
-
-        with mock.patch.object(owner, name, staged):
-            yield
-
-
-def _bytes_of(values: Any) -> int:
+def bytes_of(values: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def _count(arguments: argparse.Namespace, with_kernels: bool, say: Callable[[str], None]) -> dict[str, Traffic]:
-    say(f"counting {'with' if with_kernels else 'without'} Triton's kernels")
+def _count(arguments: argparse.Namespace, with_kernels: bool) -> dict[str, Traffic]:
     device, mode = pretend_gpu()
     counter = TrafficCounter(arguments.bandwidth, arguments.rate)
-    with mode, contextlib.ExitStack() as stack:
+    number, boxes = arguments.batch_size, arguments.boxes
+    with mode, _kernels(counter) if with_kernels else contextlib.nullcontext():
         model = build_model(arguments.model).train()
         move(model, device)
-        images, targets = _batch(arguments, device)
-        for owner, name, stage in _places(model):
-            stack.enter_context(counter.of(owner, name, stage))
-        # Its operator has a fake of its own, which the counter would not look into.
-        stack.enter_context(mock.patch.object(rpn, "suppress_within_levels", nms.suppress))
-        # Whether the rounds have settled is nothing that shapes could tell.
-        stack.enter_context(mock.patch.object(nms, "_rounds_until_settled", _first_rounds))
-        for patch in _kernels(counter) if with_kernels else ():
-            stack.enter_context(patch)
+        pixels = torch.empty((number, 3, arguments.height, arguments.width), dtype=torch.uint8, device=device)
+        images = ImageBatch(
+            pixels.contiguous(memory_format=torch.channels_last),
+            torch.empty((number, 2), dtype=torch.int64, device=device),
+        )
+        targets = TargetBatch(
+            torch.empty((number, boxes, 4), device=device),
+            torch.empty((number, boxes), dtype=torch.int64, device=device),
+            torch.empty((number, boxes), dtype=torch.bool, device=device),
+            torch.empty(number, dtype=torch.int64, device=device),
+        )
         with counter:
             with torch.autocast(device.type, torch.bfloat16):
                 losses = model(images, targets)
-            counter.stage = BACKWARD
             torch.stack(list(losses.values())).sum().backward()
     return dict(counter.found)
-
-
-def _batch(arguments: argparse.Namespace, device: torch.device) -> tuple[ImageBatch, TargetBatch]:
-    number, boxes = arguments.batch_size, arguments.boxes
-    pixels = torch.empty((number, 3, arguments.height, arguments.width), dtype=torch.uint8, device=device)
-    images = ImageBatch(
-        pixels.contiguous(memory_format=torch.channels_last),
-        torch.empty((number, 2), dtype=torch.int64, device=device),
-    )
-    targets = TargetBatch(
-        torch.empty((number, boxes, 4), device=device),
-        torch.empty((number, boxes), dtype=torch.int64, device=device),
-        torch.empty((number, boxes), dtype=torch.bool, device=device),
-        torch.empty(number, dtype=torch.int64, device=device),
-    )
-    return images, targets
-
-
-def _places(model: FasterRCNN) -> list[tuple[Any, str, str]]:
-    return [
-        (model, "extract_features", FEATURES),
-        (model.rpn, "forward", RPN_HEAD),
-        (model.rpn, "at_anchors", RPN_HEAD),
-        (faster_rcnn, "cell_table", RPN_HEAD),
-        (faster_rcnn, "take_rows", RPN_HEAD),
-        (faster_rcnn, "select_proposals", PROPOSALS),
-        (faster_rcnn, "anchor_targets", ASSIGNMENT),
-        (faster_rcnn, "sample_rois", ASSIGNMENT),
-        (model, "_pool", ROI_ALIGN),
-        (model.roi_head, "forward", BOX_HEAD),
-    ]
-
-
-def _first_rounds(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    return nms._rounds_of_all(boxes, valid, threshold, nms.ROUNDS)[0]
 
 
 class _PooledFromTable(torch.autograd.Function):
@@ -217,59 +178,60 @@ class _Finished(torch.autograd.Function):
         ctx.mark_dirty(out)
         ctx.relu, ctx.count, ctx.has_residual = relu, count, residual is not None
         ctx.bias_shape = None if bias is None else bias.shape
-        count(_bytes_of((out, out, bias, residual)))
+        count(bytes_of((out, out, bias, residual)))
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_input = torch.empty_like(gradient) if ctx.relu else gradient
-        ctx.count(_bytes_of((gradient, gradient, of_input) if ctx.relu else gradient))
+        ctx.count(bytes_of((gradient, gradient, of_input) if ctx.relu else gradient))
         of_bias = gradient.new_empty(ctx.bias_shape, dtype=torch.float32) if ctx.bias_shape is not None else None
         return of_input, of_bias, of_input if ctx.has_residual else None, None, None
 
 
-def _kernels(counter: TrafficCounter) -> Iterator[Any]:
+@contextlib.contextmanager
+def _kernels(counter: TrafficCounter) -> Iterator[None]:
     """Stand-ins for the kernels that count what these read and write; of RoIAlign the table once, whatever its bins."""
 
-    def finished(
-        x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Any = (1, 1), padding: Any = (0, 0), groups: int = 1,
-        relu: bool = False, residual: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        out = torch.nn.functional.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
-        if not relu and bias is None and residual is None:
-            return out
+    def finish_convolution(out: Tensor, bias: Tensor | None, residual: Tensor | None, *, relu: bool) -> Tensor:
         result: Tensor = _Finished.apply(out, bias, residual, relu, counter.add)
         return result
 
     def keep_best(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
         groups, number = valid.shape
         bits = groups * number * number // 8
-        counter.add(_bytes_of((boxes, valid)) + bits)
-        counter.add(bits + 2 * _bytes_of(valid))
+        counter.add(bytes_of((boxes, valid)) + bits)
+        counter.add(bits + 2 * bytes_of(valid))
         return torch.empty_like(valid)
 
     def best_matches(
-        self: matcher.MaxIoUAssigner, gt_boxes: Tensor, gt_valid: Tensor, candidates: Tensor, usable: Tensor | None
-    ) -> matcher.Matches:
-        shape = (len(gt_boxes), candidates.shape[1])
-        best_iou = torch.empty(shape, device=candidates.device)
-        best_index = torch.empty(shape, dtype=torch.int64, device=candidates.device)
-        counter.add(_bytes_of((candidates, usable, best_iou, best_index)))
-        if self.low_quality_iou is None:
-            return matcher.Matches(best_iou, best_index, None)
-        counter.add(_bytes_of((candidates, usable, best_index)))
-        return matcher.Matches(best_iou, best_index, torch.empty_like(best_index))
+        gt_boxes: Tensor, gt_valid: Tensor, candidates: Tensor, usable: Tensor | None, low_quality_iou: float | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        best_iou = torch.empty((len(gt_boxes), candidates.shape[1]), device=candidates.device)
+        best_index = torch.empty_like(best_iou, dtype=torch.int64)
+        counter.add(bytes_of((candidates, usable, best_iou, best_index)))
+        if low_quality_iou is None:
+            return best_iou, best_index, None
+        counter.add(bytes_of((candidates, usable, best_index)))
+        return best_iou, best_index, torch.empty_like(best_index)
 
-    def pool(
-        self: roi_align.RoIAlign, features: Any, boxes: Tensor, levels: Tensor, table: Tensor | None = None
-    ) -> Tensor:
-        assert table is not None
-        pooled = _PooledFromTable.apply(table, levels.numel(), self.output_size)
-        counter.add(_bytes_of((table, pooled)))
+    def pool_from_table(table: Tensor, *geometry: Any, output_size: int, **settings: Any) -> Tensor:
+        levels = geometry[-1]
+        pooled: Tensor = _PooledFromTable.apply(table, levels.numel(), output_size)
+        counter.add(bytes_of((table, pooled)))
         return pooled
 
-    for module in (conv, backbones, rpn):
-        yield mock.patch.object(module, "convolution", finished)
-    yield mock.patch.object(nms, "_rounds_until_settled", keep_best)
-    yield mock.patch.object(matcher.MaxIoUAssigner, "best_in_blocks", best_matches)
-    yield mock.patch.object(roi_align.RoIAlign, "__call__", pool)
+    modules = {
+        f"detection.models.ops.triton.{name}": SimpleNamespace(**{function.__name__: function})
+        for name, function in (
+            ("epilogue", finish_convolution),
+            ("nms", keep_best),
+            ("matcher", best_matches),
+            ("roi_align", pool_from_table),
+        )
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(sys.modules, modules))
+        for module in (conv, matcher, nms, roi_align):
+            stack.enter_context(mock.patch.object(module, "uses_triton", lambda device: True))
+        yield

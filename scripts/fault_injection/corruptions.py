@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fault_injection.comparison import differences
-from fault_injection.training import FaultTestError, Life, Training, finish, newest_on_disk
+from fault_injection.training import FaultTestError, Life, Say, Training, finish, newest_on_disk
 
 KINDS = ("truncated", "bit flipped", "empty", "foreign file", "half-written", "overwritten block")
 
@@ -31,28 +31,17 @@ class Corruption:
     resumed_to_the_end: bool = False
     fault: str = ""
 
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def corrupt_and_resume(
-    training: Training,
-    reference: Path,
-    stopped: Path,
-    work: Path,
-    *,
-    count: int,
-    random_state: random.Random,
-    say: Callable[[str], None],
+    training: Training, reference: Path, stopped: Path, work: Path, count: int, random_state: random.Random, say: Say
 ) -> list[Corruption]:
     """Damage the newest checkpoint of the folder `stopped` in `count` ways; one of each kind is trained to the end."""
     found = []
     for number in range(count):
-        kind = KINDS[number % len(KINDS)]
         output, log = work / f"{number:03d}" / "run", work / f"{number:03d}" / "log.txt"
-        _copy_run(stopped, output)
-        corruption = _damage(output, kind, random_state)
-        corruption.expected = newest_on_disk_among(output, corruption.names)
+        copy_run(stopped, output)
+        corruption = damage(output, KINDS[number % len(KINDS)], random_state)
+        corruption.expected = newest_on_disk(output, corruption.names)[0]
         # The plan says where a run would go on; one of each kind really does.
         corruption.resumed_to_the_end = number < len(KINDS)
         try:
@@ -61,12 +50,17 @@ def corrupt_and_resume(
             corruption.fault = str(error)
         said = log.read_text()
         corruption.named = all(f"skipped: {output / 'checkpoints' / name}" in said for name in corruption.names)
-        corruption.went_on_at = _resumed_at(said)
-        if not corruption.fault:
-            corruption.fault = _fault(corruption)
-        if not corruption.fault and corruption.resumed_to_the_end:
+        resumed = re.search(r"^resumed .*at iteration ([\d,]+)", said, re.MULTILINE)
+        corruption.went_on_at = int(resumed[1].replace(",", "")) if resumed else None
+        if not corruption.fault and corruption.went_on_at != corruption.expected:
+            newest = f"the newest intact checkpoint has {corruption.expected}"
+            corruption.fault = f"went on at {corruption.went_on_at}, {newest}"
+        elif not corruption.fault and not corruption.named:
+            corruption.fault = "the damaged file is not named"
+        elif not corruption.fault and corruption.resumed_to_the_end:
             corruption.fault = "; ".join(differences(reference, output)[:3])
-        say(f"corruption {number + 1}: {kind} ({corruption.how}) {corruption.fault or 'named, skipped'}")
+        outcome = corruption.fault or "named, skipped"
+        say(f"corruption {number + 1}: {corruption.kind} ({corruption.how}) {outcome}")
         if not corruption.fault:
             shutil.rmtree(output.parent)
         found.append(corruption)
@@ -76,7 +70,7 @@ def corrupt_and_resume(
 def all_broken(training: Training, stopped: Path, work: Path) -> str:
     """Every checkpoint empty: the run must refuse and touch nothing. What went wrong; empty if nothing did."""
     output = work / "all_broken" / "run"
-    _copy_run(stopped, output)
+    copy_run(stopped, output)
     files = sorted((output / "checkpoints").glob("*.pt"))
     for path in files:
         path.write_bytes(b"")
@@ -92,97 +86,62 @@ def all_broken(training: Training, stopped: Path, work: Path) -> str:
     return "" if untouched else "files were changed"
 
 
-def newest_on_disk_among(output: Path, damaged: list[str]) -> int:
-    """Iterations of the newest checkpoint that is not damaged."""
-    aside = output.parent / "aside"
-    aside.mkdir()
-    for name in damaged:
-        (output / "checkpoints" / name).rename(aside / name)
-    newest = newest_on_disk(output)[0]
-    for name in damaged:
-        (aside / name).rename(output / "checkpoints" / name)
-    aside.rmdir()
-    return newest
-
-
-def _copy_run(stopped: Path, output: Path) -> None:
+def copy_run(stopped: Path, output: Path) -> None:
     """A copy in which the names of one file stay names of one file."""
     shutil.copytree(stopped, output, ignore=shutil.ignore_patterns("*.pt", ".*"))
     copied: dict[int, Path] = {}
     for path in sorted((stopped / "checkpoints").glob("*.pt")):
         target = output / "checkpoints" / path.name
-        if (first := copied.get(path.stat().st_ino)) is not None:
-            target.hardlink_to(first)
-        else:
+        if (first := copied.setdefault(path.stat().st_ino, target)) is target:
             shutil.copyfile(path, target)
-            copied[path.stat().st_ino] = target
+        else:
+            target.hardlink_to(first)
 
 
-def _damage(output: Path, kind: str, random_state: random.Random) -> Corruption:
+def damage(output: Path, kind: str, random_state: random.Random) -> Corruption:
     """Damage last.pt in place, and so every name that its content has."""
     path = output / "checkpoints" / "last.pt"
     names = [other.name for other in sorted(path.parent.glob("*.pt")) if other.samefile(path)]
-    size = path.stat().st_size
+    content = bytearray(path.read_bytes())
+    size = len(content)
+    if kind == "truncated":
+        length = random_state.randrange(1, size)
+        content, how = content[:length], f"{length} of {size} bytes"
+    elif kind == "bit flipped":
+        place, bit = _covered_place(path, random_state), random_state.randrange(8)
+        content[place] ^= 1 << bit
+        how = f"bit {bit} of byte {place}"
+    elif kind == "empty":
+        content, how = bytearray(), "0 bytes"
+    elif kind == "foreign file":
+        content = bytearray()
+        how = random_state.choice(["text", "random bytes", "a tensor of torch.save", "a dict of torch.save"])
+        if how == "text":
+            content += b"not a checkpoint\n" * random_state.randrange(1, 1000)
+        elif how == "random bytes":
+            content += random_state.randbytes(random_state.randrange(1, 100_000))
+    elif kind == "half-written":
+        # As a power loss leaves a file whose length was written and whose data was not.
+        length = random_state.randrange(1, size)
+        content[length:] = bytes(size - length)
+        how = f"zeros from byte {length} on"
+    else:
+        start = random_state.randrange(0, size - 4096)
+        content[start : start + 4096] = random_state.randbytes(4096)
+        how = f"4096 random bytes at byte {start}"
     with path.open("r+b") as stream:
-        if kind == "truncated":
-            length = random_state.randrange(1, size)
-            stream.truncate(length)
-            how = f"{length} of {size} bytes"
-        elif kind == "bit flipped":
-            place, bit = _covered_place(path, random_state), random_state.randrange(8)
-            stream.seek(place)
-            value = stream.read(1)[0] ^ (1 << bit)
-            stream.seek(place)
-            stream.write(bytes([value]))
-            how = f"bit {bit} of byte {place}"
-        elif kind == "empty":
-            stream.truncate(0)
-            how = "0 bytes"
-        elif kind == "foreign file":
-            stream.truncate(0)
-            how = random_state.choice(["text", "random bytes", "a tensor of torch.save", "a dict of torch.save"])
-            if how == "text":
-                stream.write(b"not a checkpoint\n" * random_state.randrange(1, 1000))
-            elif how == "random bytes":
-                stream.write(random_state.randbytes(random_state.randrange(1, 100_000)))
-            else:
-                torch.save(torch.zeros(9) if "tensor" in how else {"iteration": 10**9, "model": {}}, stream)
-        elif kind == "half-written":
-            # As a power loss leaves a file whose length was written and whose data was not.
-            length = random_state.randrange(1, size)
-            stream.truncate(length)
-            stream.truncate(size)
-            how = f"zeros from byte {length} on"
-        else:
-            start = random_state.randrange(0, size - 4096)
-            stream.seek(start)
-            stream.write(random_state.randbytes(4096))
-            how = f"4096 random bytes at byte {start}"
+        stream.truncate(0)
+        stream.write(content)
+        if "torch.save" in how:
+            torch.save(torch.zeros(9) if "tensor" in how else {"iteration": 10**9, "model": {}}, stream)
     return Corruption(kind, how, names)
 
 
 def _covered_place(path: Path, random_state: random.Random) -> int:
     """A byte of the file's content: padding between the entries of the archive says nothing that could be damaged."""
-    import zipfile
-
     with zipfile.ZipFile(path) as archive:
         entries = [entry for entry in archive.infolist() if entry.file_size]
-        entry = random_state.choices(entries, [entry.file_size for entry in entries])[0]
-        with path.open("rb") as stream:
-            stream.seek(entry.header_offset + 26)
-            lengths = stream.read(4)
+    entry = random_state.choices(entries, [entry.file_size for entry in entries])[0]
+    lengths = path.read_bytes()[entry.header_offset + 26 : entry.header_offset + 30]
     data = entry.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
     return data + random_state.randrange(entry.file_size)
-
-
-def _resumed_at(said: str) -> int | None:
-    for line in said.splitlines():
-        if line.startswith("resumed") and "at iteration" in line:
-            return int(line.split("at iteration")[1].split()[0].replace(",", ""))
-    return None
-
-
-def _fault(corruption: Corruption) -> str:
-    if corruption.went_on_at != corruption.expected:
-        return f"went on at {corruption.went_on_at}, the newest intact checkpoint has {corruption.expected}"
-    return "" if corruption.named else "the damaged file is not named"

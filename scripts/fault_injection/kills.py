@@ -6,22 +6,11 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fault_injection.comparison import differences
-from fault_injection.training import (
-    FaultTestError,
-    Life,
-    Position,
-    Training,
-    newest_on_disk,
-    position,
-    send,
-    starts,
-)
+from fault_injection.training import FaultTestError, Life, Say, Training, newest_on_disk, position, send, starts
 
 WRITING = ".writing"
 MOMENTS = {"start-up": 0.2, "training": 0.3, "validation": 0.15, "save": 0.35}
@@ -58,9 +47,6 @@ class KilledTraining:
     differences: list[str] = field(default_factory=list)
     failure: str = ""
 
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Durations:
@@ -76,11 +62,9 @@ def kill_and_resume(
     reference: Path,
     durations: Durations,
     work: Path,
-    *,
     wanted: int,
     random_state: random.Random,
-    say: Callable[[str], None],
-    keep: bool,
+    say: Say,
 ) -> KilledTraining:
     """Kill a training up to `wanted` times, let it end, compare it with `reference`."""
     output, log = work / "run", work / "log.txt"
@@ -90,9 +74,7 @@ def kill_and_resume(
         while True:
             num_starts = len(starts(output))
             life = Life(training, output, log).start()
-            kill = None
-            if len(result.kills) < wanted:
-                kill = _kill(life, num_starts, durations, random_state)
+            kill = _kill(life, num_starts, durations, random_state) if len(result.kills) < wanted else None
             statuses = life.wait()
             began = starts(output)[num_starts:]
             if pending is not None and began:
@@ -107,7 +89,7 @@ def kill_and_resume(
                 break
             before, newest = newest, newest_on_disk(output)
             kill.newest = newest[0]
-            kill.lost = _loss(kill, before, newest, training.checkpoint_iterations)
+            kill.lost = loss(kill, before, newest, training.checkpoint_iterations)
             result.kills.append(kill)
             pending = kill
             say(
@@ -119,12 +101,12 @@ def kill_and_resume(
         result.failure = str(error)
         if pending is not None and not pending.lost:
             pending.lost = f"the run did not go on: {error}"
-    if not keep and not result.failure and not result.differences:
+    if not result.failure and not result.differences:
         shutil.rmtree(work)
     return result
 
 
-def _loss(kill: Kill, before: tuple[int, bool], after: tuple[int, bool], checkpoint_iterations: int) -> str:
+def loss(kill: Kill, before: tuple[int, bool], after: tuple[int, bool], checkpoint_iterations: int) -> str:
     """Why this kill cost more than the iterations since the last finished save; empty where it did not."""
     if after < before:
         return f"the newest checkpoint was {before}, now {after}"
@@ -141,38 +123,26 @@ def _kill(life: Life, num_starts: int, durations: Durations, random_state: rando
     unfinished = _unfinished(output)
     if not _await(aimed_at, life, num_starts, durations, random_state):
         return None
-    ranks = life.rank_ids()
+    ranks, scope = life.rank_ids(), "all"
     if len(ranks) > 1 and random_state.random() < 0.5:
         victim = random_state.randrange(len(ranks))
         scope = f"rank {victim}"
         send(ranks[victim], signal.SIGKILL)
     else:
-        scope = "all"
         life.kill_all()
     if life.wait() is None:
         raise FaultTestError(f"the other ranks went on for minutes after {scope} was killed\n{life.last_words()}")
     if all(process.returncode == 0 for process in life.processes):
         return None  # it was done already
-    reached = position(output)
+    reached, began = position(output), starts(output)[num_starts:]
     half_written = any(unfinished.get(name) != when for name, when in _unfinished(output).items())
-    began = starts(output)[num_starts:]
-    return Kill(
-        training=life.training.name,
-        aimed_at=aimed_at,
-        hit=_moment(reached, half_written, began[0] if began else None),
-        scope=scope,
-        iterations=reached.iterations,
-        newest=0,
-        half_written=half_written,
-    )
-
-
-def _moment(reached: Position, half_written: bool, began: int | None) -> str:
     if half_written:
-        return "save"
-    if began is None or (reached.iterations == began and not reached.in_validation):
-        return "start-up"
-    return "validation" if reached.in_validation else "training"
+        hit = "save"
+    elif not began or (reached.iterations == began[0] and not reached.in_validation):
+        hit = "start-up"
+    else:
+        hit = "validation" if reached.in_validation else "training"
+    return Kill(life.training.name, aimed_at, hit, scope, reached.iterations, 0, half_written)
 
 
 def _await(moment: str, life: Life, num_starts: int, durations: Durations, random_state: random.Random) -> bool:

@@ -5,22 +5,11 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fault_injection.comparison import differences
-from fault_injection.training import (
-    FaultTestError,
-    Life,
-    Training,
-    finish,
-    newest_on_disk,
-    position,
-    send,
-    starts,
-)
+from fault_injection.training import FaultTestError, Life, Say, Training, finish, newest_on_disk, position, send, starts
 
 STOPPED = 75
 INTERRUPTED_TWICE = 130
@@ -41,9 +30,6 @@ class SignalCase:
     seconds: float | None = None
     fault: str = ""
 
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass
 class SignalledTraining:
@@ -55,70 +41,68 @@ class SignalledTraining:
 
 
 def stop_and_resume(
-    training: Training, reference: Path, work: Path, *, random_state: random.Random, say: Callable[[str], None]
+    training: Training, reference: Path, work: Path, random_state: random.Random, say: Say
 ) -> SignalledTraining:
     """Stop a training by every signal in training and in validation, let it end, compare it with `reference`."""
     output, log = work / "run", work / "log.txt"
     result = SignalledTraining(training.name)
-    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    cases = [(number, moment) for number in signals for moment in ("training", "validation")]
-    for number, moment in cases:
-        rank = random_state.randrange(training.processes)
-        to = f"rank {rank}" if training.processes > 1 else "the process"
-        case = SignalCase(training.name, number.name, moment, to)
-        life = Life(training, output, log, launcher="direct").start()
-        if not _await(moment, life):
-            raise FaultTestError(f"{training.name}: it ended before the {moment} to be stopped\n{life.last_words()}")
-        before = position(output).iterations
-        sent = time.monotonic()
-        send(life.rank_ids()[rank], number)
-        _judge(case, life, before, sent, [STOPPED] * training.processes)
+
+    def note(case: SignalCase) -> None:
         result.cases.append(case)
-        say(f"{training.name}: {case.signal} in {moment}: {case.statuses} {case.fault}")
+        say(f"{training.name}: {case.signal} to {case.to} in {case.moment}: {case.statuses} {case.fault}")
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for moment in ("training", "validation"):
+            rank = random_state.randrange(training.processes)
+            to = f"rank {rank}" if training.processes > 1 else "the process"
+            life = Life(training, output, log, launcher="direct").start()
+            _await(moment, life)
+            case = SignalCase(training.name, number.name, moment, to)
+            note(_send_and_judge(case, life, life.rank_ids()[rank], number, [STOPPED] * training.processes))
     if training.processes > 1:
-        result.cases.append(_through_torchrun(training, output, log))
-        say(f"{training.name}: SIGTERM to torchrun: {result.cases[-1].statuses} {result.cases[-1].fault}")
+        # A scheduler's SIGTERM reaches torchrun alone, which hands it on.
+        life = Life(training, output, log, launcher="torchrun").start()
+        _await("training", life)
+        case = SignalCase(training.name, "SIGTERM", "training", "torchrun")
+        note(_send_and_judge(case, life, life.processes[0].pid, signal.SIGTERM, [1]))
     else:
-        for case in (_in_wait_for_data(training, output, log), _second_interrupt(training, output, log)):
-            result.cases.append(case)
-            say(f"{training.name}: {case.signal} in {case.moment}: {case.statuses} {case.fault}")
+        note(_in_wait_for_data(training, output, log))
+        note(_second_interrupt(training, output, log))
     finish(training, output, log)
     result.differences = differences(reference, output)
     return result
 
 
-def _judge(case: SignalCase, life: Life, before: int, sent: float, expected: list[int]) -> None:
+def _await(moment: str, life: Life) -> None:
+    count = len(starts(life.output))
+    came = life.wait_until(lambda: len(starts(life.output)) > count)
+    first = position(life.output).iterations
+    if moment == "validation":
+        came = came and life.wait_until(lambda: position(life.output).in_validation)
+    else:
+        came = came and life.wait_until(lambda: position(life.output).iterations > first)
+    if not came:
+        raise FaultTestError(f"{life.training.name}: it ended before the {moment} to be stopped\n{life.last_words()}")
+
+
+def _send_and_judge(case: SignalCase, life: Life, pid: int, number: signal.Signals, expected: list[int]) -> SignalCase:
+    before, sent = position(life.output).iterations, time.monotonic()
+    send(pid, number)
+    return _judge(case, life, before, sent, expected)
+
+
+def _judge(case: SignalCase, life: Life, before: int, sent: float, expected: list[int]) -> SignalCase:
     """Statuses as documented, the stop within an iteration of every rank's next look, nothing unsaved."""
     case.statuses = life.wait()
     case.seconds = round(time.monotonic() - sent, 2)
-    reached, newest = position(life.output), newest_on_disk(life.output)
-    case.iterations_after = reached.iterations - before
+    reached, saved = position(life.output).iterations, newest_on_disk(life.output)[0]
+    case.iterations_after = reached - before
     if case.statuses != expected:
         case.fault = f"statuses {case.statuses}, expected {expected}: {life.last_words()}"
-    elif newest[0] != reached.iterations:
-        case.fault = f"{reached.iterations} iterations recorded, {newest[0]} saved"
+    elif saved != reached:
+        case.fault = f"{reached} iterations recorded, {saved} saved"
     elif case.iterations_after > 2:  # the one under way, and the one at whose start all ranks agree
         case.fault = f"{case.iterations_after} iterations after the signal"
-
-
-def _await(moment: str, life: Life) -> bool:
-    count = len(starts(life.output))
-    if not life.wait_until(lambda: len(starts(life.output)) > count):
-        return False
-    first = position(life.output).iterations
-    if moment == "validation":
-        return life.wait_until(lambda: position(life.output).in_validation)
-    return life.wait_until(lambda: position(life.output).iterations > first)
-
-
-def _through_torchrun(training: Training, output: Path, log: Path) -> SignalCase:
-    """A scheduler's SIGTERM reaches torchrun alone, which hands it on."""
-    case = SignalCase(training.name, "SIGTERM", "training", "torchrun")
-    life = Life(training, output, log, launcher="torchrun").start()
-    _await("training", life)
-    before, sent = position(output).iterations, time.monotonic()
-    send(life.processes[0].pid, signal.SIGTERM)
-    _judge(case, life, before, sent, [1])
     return case
 
 
@@ -132,14 +116,13 @@ def _in_wait_for_data(training: Training, output: Path, log: Path) -> SignalCase
         send(pid, signal.SIGSTOP)
     time.sleep(2.5)  # batches that were ready are used up
     before, sent = position(output).iterations, time.monotonic()
-    send(life.processes[0].pid, signal.SIGTERM)
+    life.send(signal.SIGTERM)
     time.sleep(1)
     if life.is_over:
         case.fault = "it did not wait for the data"
     for pid in loaders:
         send(pid, signal.SIGCONT)
-    _judge(case, life, before, sent, [STOPPED])
-    return case
+    return _judge(case, life, before, sent, [STOPPED])
 
 
 def _second_interrupt(training: Training, output: Path, log: Path) -> SignalCase:
@@ -150,14 +133,13 @@ def _second_interrupt(training: Training, output: Path, log: Path) -> SignalCase
     life = Life(training, output.with_name("interrupted_twice"), log, more=slow, resume=False).start()
     if not life.wait_until(lambda: len(starts(life.output)) > 0):
         raise FaultTestError(f"{training.name}: it ended before the iteration to be interrupted\n{life.last_words()}")
-    pid = life.processes[0].pid
-    send(pid, signal.SIGINT)
+    life.send(signal.SIGINT)
     time.sleep(0.1)
     # However fast the device is: the two seconds between the interrupts fall into one iteration.
-    send(pid, signal.SIGSTOP)
+    life.send(signal.SIGSTOP)
     time.sleep(SECONDS_BETWEEN_INTERRUPTS)
-    send(pid, signal.SIGINT)
-    send(pid, signal.SIGCONT)
+    life.send(signal.SIGINT)
+    life.send(signal.SIGCONT)
     sent = time.monotonic()
     case.statuses = life.wait()
     case.seconds = round(time.monotonic() - sent, 2)

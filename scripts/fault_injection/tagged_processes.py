@@ -13,13 +13,10 @@ def marked_processes(variable: str, value: str) -> list[int]:
     """Process ids of everything that was started with variable=value, orphans included; needs Linux."""
     wanted = f"{variable}={value}".encode()
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except OSError:  # ended meanwhile, or another user's
-                continue
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
     return found
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,20 @@ from typing import Any
 import torch
 
 from checkout import ROOT
-from fault_injection.tagged_processes import marked_processes
+from fault_injection.tagged_processes import kill_marked, marked_processes
 
 ITERATIONS_PER_EPOCH = 10
+SMALL_MODEL = (
+    *("fpn_channels=16", "roi_hidden_channels=32", "roi_samples_per_image=32", "rpn_nms_pre_train=100"),
+    *("rpn_nms_pre_test=50", "rpn_proposals_train=60", "rpn_proposals_test=30", "detections_per_image=10"),
+)
 MARK = "FAULT_TEST_LIFE"
 POLL_SECONDS = 0.004
 PATIENCE = 300.0
 """Seconds after which a process that should have done something counts as hung."""
+
+Say = Callable[[str], None]
+"""Tells on stderr what has happened."""
 
 
 class FaultTestError(RuntimeError):
@@ -46,16 +53,6 @@ class Training:
 
     def command(self, output: Path, *more: str, resume: bool = True) -> list[str]:
         """train.py and its arguments."""
-        small = {
-            "fpn_channels": 16,
-            "roi_hidden_channels": 32,
-            "roi_samples_per_image": 32,
-            "rpn_nms_pre_train": 100,
-            "rpn_nms_pre_test": 50,
-            "rpn_proposals_train": 60,
-            "rpn_proposals_test": 30,
-            "detections_per_image": 10,
-        }
         settings = {
             "--data-path": self.data,
             "--output-dir": output,
@@ -74,7 +71,7 @@ class Training:
         }
         given = [*self.options, *more]
         words = [str(word) for pair in settings.items() if pair[0] not in given for word in pair]
-        words += [word for key, value in small.items() for word in ("--model-set", f"{key}={value}")]
+        words += [word for setting in SMALL_MODEL for word in ("--model-set", setting)]
         words += ["--deterministic"] if self.device != "cpu" else []
         return [str(ROOT / "train.py"), *words, *given, *(["--resume", "auto"] if resume else [])]
 
@@ -120,13 +117,15 @@ def starts(output: Path) -> list[int]:
         return []
 
 
-def newest_on_disk(output: Path) -> tuple[int, bool]:
+def newest_on_disk(output: Path, without: Collection[str] = ()) -> tuple[int, bool]:
     """(iterations, everything validated) of the checkpoint that is furthest on; (0, False) without any.
 
-    Reads the files by itself: the program's own choice is what is tested.
+    Reads the files by itself: the program's own choice is what is tested. Files named in `without` do not count.
     """
     found = (0, False)
     for path in (output / "checkpoints").glob("*.pt"):
+        if path.name in without:
+            continue
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # whatever a broken file raises; files that should not be broken are found missing
@@ -173,15 +172,10 @@ class Life:
 
     def _popen(self, words: list[str], environment: dict[str, str]) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as stream:
+        command = [*self.prefix, sys.executable, *words]
+        with self.log.open("ab") as out:
             self.processes.append(
-                subprocess.Popen(
-                    [*self.prefix, sys.executable, *words],
-                    env=environment,
-                    stdout=stream,
-                    stderr=stream,
-                    start_new_session=True,
-                )  # fmt: skip
+                subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
             )
 
     @property
@@ -214,21 +208,26 @@ class Life:
         """Process ids of the ranks; empty while torchrun has not started them."""
         if len(self.processes) > 1 or self.training.processes == 1:
             return [process.pid for process in self.processes]
-        agent = self.processes[0].pid
-        return sorted(pid for pid in self.all_ids() if _parent(pid) == agent and _command(pid).count("train.py"))
+        agent, found = str(self.processes[0].pid), []
+        for pid in self.all_ids():
+            with contextlib.suppress(OSError):  # ended meanwhile
+                parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
+                if parent == agent and "train.py" in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append(pid)
+        return sorted(found)
 
     def all_ids(self) -> list[int]:
         """Process ids of everything that belongs to this life, orphans included."""
         return marked_processes(MARK, self.mark)
 
+    def send(self, number: signal.Signals) -> None:
+        """A signal to every rank."""
+        for pid in self.rank_ids():
+            send(pid, number)
+
     def kill_all(self) -> None:
         """SIGKILL to every process of this life, until none is left."""
-        while left := self.all_ids():
-            for pid in left:
-                send(pid, signal.SIGKILL)
-            for process in self.processes:
-                process.poll()
-            time.sleep(POLL_SECONDS)
+        kill_marked(MARK, self.mark)
         for process in self.processes:
             process.wait()
 
@@ -242,7 +241,7 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def finish(training: Training, output: Path, log: Path, **options: Any) -> list[int]:
+def finish(training: Training, output: Path, log: Path, **options: Any) -> None:
     """Let a training run to its end.
 
     Raises:
@@ -251,23 +250,4 @@ def finish(training: Training, output: Path, log: Path, **options: Any) -> list[
     life = Life(training, output, log, **options).start()
     statuses = life.wait()
     if statuses is None or any(statuses):
-        raise FaultTestError(f"{training.name}: the training ended with {statuses}:\n{life.last_words()}")
-    return statuses
-
-
-def _stat(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return ["", "0"]
-
-
-def _parent(pid: int) -> int:
-    return int(_stat(pid)[1])
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+        raise FaultTestError(f"{training.name}: the training ended with {statuses}:\n{life.last_words(30)}")

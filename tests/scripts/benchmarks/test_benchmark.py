@@ -6,20 +6,16 @@ import json
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from detection.engine.distributed.comm import Processes
-from detection.models import ImageBatch, TargetBatch, build_model
-
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 RECORD_KEYS = {"benchmark", "command", "date", "git", "hardware", "versions", "settings", "device"}
-TOY = ["--min-size", "64", "--max-size", "96", "--batch-size", "1", "--threads", "1", "--repeats", "1"]
+SMALL = ["--min-size", "64", "--max-size", "96", "--batch-size", "1", "--repeats", "1"]
+TOY = [*SMALL, "--threads", "1"]
 
 
 @pytest.fixture
@@ -44,11 +40,8 @@ def measured(script, tmp_path):
     return run
 
 
-def test_train_measures_both_steps_and_takes_them_apart(measured, script, capsys, tmp_path, monkeypatch):
-    benchmark = script("benchmarks.train")
-    in_own_processes = benchmark.peak_memory_on_cpu
-    # Ours alone: a process takes some seconds to start.
-    monkeypatch.setattr(benchmark, "peak_memory_on_cpu", lambda found, work: in_own_processes(found[1:], work))
+@pytest.mark.slow
+def test_train_measures_both_steps_and_takes_them_apart(measured, capsys, tmp_path):
     trace = tmp_path / "trace.json"
     variants = ["torchvision-fp32", "ours-bf16-cl"]
     options = [*TOY, "--device", "cpu", "--variants", *variants, "--inference", "--profile", trace]
@@ -59,55 +52,31 @@ def test_train_measures_both_steps_and_takes_them_apart(measured, script, capsys
         assert row["ratios"].keys() == {"torchvision-fp32"}
         assert row["images_per_second"] > 0
     assert all(np.isfinite(list(row["losses"].values())).all() and row["losses"] for row in record["train"])
-    stages = record["stage_seconds"]["ours-bf16-cl"]
-    # A stage at zero is one whose code has moved, so that its time hides in another's.
-    assert record["stages_not_found"] == []
-    assert all(seconds > 0 for seconds in stages.values())
-    waits = {name: sum(kinds["device_to_host"].values()) for name, kinds in record["waits"].items()}
+    for stages in record["stage_seconds"].values():
+        # A stage at zero is one whose functions are not called any more, so that its time hides in another's.
+        assert all(seconds > 0 for seconds in stages.values()), stages
+    waits = {name: sum(kinds.values()) for name, kinds in record["waits"].items()}
     assert waits["ours-bf16-cl"] < waits["torchvision-fp32"]
     assert record["gflop_per_image"].keys() == {"torchvision", "ours"}
     assert record["utilization"].keys() == set(variants)
     if Path("/proc/self/status").exists():
-        assert record["peak_memory_gb"].keys() == {"ours-bf16-cl"}
         # Weights, gradients and momentum of a ResNet-18 detector are 0.3 GB alone.
-        assert 0.3 < record["peak_memory_gb"]["ours-bf16-cl"] < 3
+        assert all(0.3 < record["peak_memory_gb"][name] < 3 for name in variants)
     assert {"traceEvents"} <= json.loads(trace.read_text()).keys()
     assert "x torchvision-fp32" in capsys.readouterr().out
 
 
-PEAK = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from types import SimpleNamespace
-import torch
-from benchmarks import peak_memory
-
-open("/proc/self/clear_refs", "w").write("5")
-sizes = [900, 300, 300]
-
-def touch(megabytes):
-    torch.ones(megabytes * 2**20, dtype=torch.uint8)
-
-def build(variant, work):
-    kept = torch.ones(100 * 2**20, dtype=torch.uint8)  # as weights are
-    return SimpleNamespace(settle=lambda run: run(), train=lambda batches: touch(sizes.pop(0)), kept=kept)
-
-peak_memory.build_step = build
-work = SimpleNamespace(batches=(), device=torch.device("cpu"))
-print(peak_memory._bytes_added(None, work, 1) / 2**20, len(sizes))
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, which tells the peak")
-def test_peak_memory_is_what_a_step_adds_and_not_what_its_first_run_took():
-    # A process of its own, as the benchmark has: what others have freed in this one may serve a step.
-    done = subprocess.run([sys.executable, "-c", PEAK, str(SCRIPTS)], capture_output=True, text=True, check=False)
-    if "PermissionError" in done.stderr:
-        pytest.skip("the system does not let a process reset its peak")
-    assert done.returncode == 0, done.stderr
-    added, left = done.stdout.split()
-    assert left == "0"
-    assert 390 < float(added) < 480
+@pytest.mark.slow
+def test_an_ablation_turns_one_setting_after_the_other_off(measured):
+    record = measured("train", "--model", "faster_rcnn_r18_fpn", *TOY, "--device", "cpu", "--ablation")
+    without = {row["variant"]: row["without"] for row in record["ablation"]}
+    assert list(without)[:2] == ["ours-fp32-cl", "ours-bf16"]
+    assert without["ours-bf16-cl-without-fused-optimizer"] == "fused SGD"
+    for row, timed in zip(record["ablation"], record["train"][1:], strict=True):
+        expected = timed["seconds"]["median"] / record["train"][0]["seconds"]["median"]
+        assert row["ratio"]["median"] == pytest.approx(expected)
+    losses = [row["losses"]["loss"] for row in record["train"]]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=0.05)
 
 
 def test_padding_counts_sizes_and_pixels_with_and_without_buckets(measured, script, tmp_path):
@@ -122,8 +91,9 @@ def test_padding_counts_sizes_and_pixels_with_and_without_buckets(measured, scri
     assert [row["batch_size"] for row in record["padding"]] == [1, 4]
 
 
+@pytest.mark.slow
 def test_data_measures_each_way_alone_and_through_a_worker(measured):
-    record = measured("data", *TOY, "--pictures", 3)
+    record = measured("data", *SMALL, "--pictures", 3)
     rows = {row["name"]: row for row in record["chains"]}
     assert {"ours, Pillow, worker", "torchvision reference, worker + device", "Pillow, decode alone"} <= rows.keys()
     assert all(row["images_per_second"] > 0 for row in rows.values())
@@ -135,10 +105,11 @@ def test_data_measures_each_way_alone_and_through_a_worker(measured):
         assert "all of torchvision reference" in row["ratios"]
 
 
+@pytest.mark.slow
 def test_data_takes_a_set_of_ones_own(measured, script, tmp_path):
     annotations = script("benchmarks.scenes").write_images(tmp_path / "own", [(64, 48), (48, 64)], seed=5)
     source = ["--images", tmp_path / "own", "--annotations", annotations]
-    record = measured("data", *TOY, *source, "--workers", 0)
+    record = measured("data", *SMALL, *source)
     assert record["images"] == 2
 
 
@@ -167,10 +138,11 @@ def test_the_peers_chains_give_the_batches_of_the_trainings_they_stand_for(scrip
             assert torch.allclose(theirs, rows[valid], atol=0.01)
 
 
-def test_memory_is_watched_epoch_by_epoch(measured, script):
-    if script("benchmarks.processes").memory_of(1 << 30) is None and not Path("/proc/self/smaps_rollup").exists():
+@pytest.mark.slow
+def test_memory_is_watched_epoch_by_epoch(measured):
+    if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("the system does not tell the memory of processes")
-    record = measured("memory", "--epochs", 2, "--workers", 1, "--listed", 40, "--pictures", 3)
+    record = measured("memory", "--epochs", 2, "--workers", 1, "--listed", 40)
     for name in ("ours", "a list of dicts"):
         epochs = record[name]["epochs"]
         assert [len(one["workers"]) for one in epochs] == [1, 1]
@@ -178,6 +150,7 @@ def test_memory_is_watched_epoch_by_epoch(measured, script):
     assert record["ours"]["seconds_to_first_batch"] > 0
 
 
+@pytest.mark.slow
 def test_eval_compares_all_twelve_figures_with_pycocotools(measured):
     record = measured("eval", "--images", 12, "--detections", 20)
     rows = {row["name"]: row for row in record["backends"]}
@@ -190,22 +163,25 @@ def test_eval_compares_all_twelve_figures_with_pycocotools(measured):
     assert judge["results_file_cpu_seconds"]["median"] > 0
 
 
-def test_startup_measures_the_way_to_the_first_iteration_and_reading_annotations(measured, script, monkeypatch):
-    startup = script("benchmarks.startup")
-    # Processes would take most of a minute on a small machine.
-    commands = []
-    monkeypatch.setattr(startup, "_finished", lambda command: commands.append(command) or startup.Duration(1.0, 0.5))
-    monkeypatch.setattr(
-        startup, "_first_record", lambda command, output: commands.append(command) or startup.Duration(2.0, 0.5)
-    )
-    monkeypatch.setattr(startup, "_in_own_process", startup.read_once)
-    record = measured("startup", "--repeats", 2, "--annotation-images", 40)
-    assert len(commands) == 8
-    assert [row["seconds"]["median"] for row in record["startup"]] == [1.0, 1.0, 1.0, 2.0]
-    assert [row["cpu_seconds"]["median"] for row in record["startup"]] == [0.5] * 4
+@pytest.mark.slow
+def test_startup_measures_the_way_to_the_first_iteration_and_reading_annotations(measured):
+    record = measured("startup", "--repeats", 1, "--annotation-images", 40)
+    assert len(record["startup"]) == 4
     readers = {row["name"] for row in record["annotations"]["readers"]}
     assert readers == {"json.loads", "pycocotools.COCO", "ours, first start", "ours, later starts"}
+    for row in [*record["startup"], *record["annotations"]["readers"]]:
+        assert row["seconds"]["median"] > 0 and row["cpu_seconds"]["median"] > 0
     assert record["annotations"]["boxes"] >= 40
+
+
+@pytest.mark.slow
+def test_scaling_compares_processes_together_with_one_alone(measured):
+    options = ["--nproc", 2, "--model", "faster_rcnn_r18_fpn", "--height", 64, "--width", 96, "--batch-size", 1]
+    record = measured("train", *options, "--repeats", 1, "--threads", 1, "--device", "cpu")
+    alone, apart, together = record["scaling"]
+    assert alone["name"] == "one process alone" and together["name"] == "all, gradients exchanged"
+    expected = alone["seconds"]["median"] / together["seconds"]["median"]
+    assert record["scaling_efficiency"]["median"] == pytest.approx(expected)
 
 
 def test_variants_alternate_and_the_order_rotates_after_a_first_round_that_does_not_count(script):
@@ -213,7 +189,7 @@ def test_variants_alternate_and_the_order_rotates_after_a_first_round_that_does_
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
     samples = script("benchmarks.timing").interleave(runs, 2)
     assert "".join(order) == "abc" + "abc" + "bca"
-    assert all(len(sample.wall) == len(sample.cpu) == 2 for sample in samples.values())
+    assert all(len(sample["seconds"]) == len(sample["cpu_seconds"]) == 2 for sample in samples.values())
 
 
 def test_ratios_come_from_pairs_of_one_round(script):
@@ -221,42 +197,46 @@ def test_ratios_come_from_pairs_of_one_round(script):
     assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)
 
 
-def test_a_stage_inside_another_counts_once_and_wrapping_leaves_nothing_behind(script):
-    probes = script("benchmarks.profilers")
-    now = [0.0]
+def inner():
+    pass
 
-    def pass_time(seconds):
-        now[0] += seconds
 
-    owner = SimpleNamespace(inner=lambda: pass_time(3.0))
-    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    module.bias = torch.nn.Identity()
-    before = dict(vars(module)), owner.inner
-    clock = probes.StageClock(torch.device("cpu"), lambda: now[0])
-    places = [(owner, "inner", "inner"), (module, "bias", "module"), (owner, "gone", "nowhere")]
-    with probes.wrapped(clock, places) as missing, clock.stage("outer"):
-        pass_time(1.0)
-        owner.inner()
-        pass_time(1.0)
-        assert module.bias(torch.ones(2)).sum() == 2
-    seconds = clock.seconds()
-    assert missing == ["SimpleNamespace.gone"]
-    assert seconds == {"inner": 3.0, "outer": 2.0, "module": 0.0}
-    assert (dict(vars(module)), owner.inner) == before
+def outer():
+    pass
+
+
+def test_a_stage_inside_another_counts_once_and_a_gpus_work_for_the_stage_that_launched_it(script):
+    profilers = script("benchmarks.profilers")
+    file = f"tests/{Path(__file__).parent.name}/{Path(__file__).name}"
+    calls = [
+        event("python_function", f"{file}({outer.__code__.co_firstlineno}): outer", 10, 40),
+        event("python_function", f"{file}({inner.__code__.co_firstlineno}): inner", 20, 10),
+        event("cpu_op", "aten::add", 60, 10),
+    ]
+    functions = {"outer": (outer,), "inner": (inner,)}
+    seconds = profilers.StageSpans(calls, functions).seconds(calls)
+    assert (seconds["outer"], seconds["inner"], seconds["rest"]) == pytest.approx((30e-6, 10e-6, 20e-6))
+    launch = event("cuda_runtime", "cudaLaunchKernel", 25, 1) | {"args": {"correlation": 7}}
+    kernel = event("kernel", "add", 300, 50) | {"args": {"correlation": 7}}
+    events = [*calls, launch, kernel]
+    seconds = profilers.StageSpans(events, functions).seconds(events)
+    assert seconds["inner"] == pytest.approx(50e-6) and "outer" not in seconds
 
 
 def test_waits_are_counted_by_kind(script):
+    profilers = script("benchmarks.profilers")
+
     def run():
         values = torch.arange(6.0)
         values[values > 2]
         values.nonzero()
         values.sum().item()
-        values[values > 2] = 0.0
-        torch.tensor([1.0], device="cpu")
 
-    counts = script("benchmarks.profilers").count_waits(run)
-    assert counts["device_to_host"] == {"index by a boolean mask": 1, "nonzero": 1, "scalar read by the host": 1}
-    assert counts["host_to_device"] == {"tensor made from Python numbers": 1}
+    events = profilers.profile(run, torch.device("cpu"))
+    counts = profilers.count_waits(events, profilers.StageSpans(events, {}), 1)
+    assert counts == {"nonzero": 2, "scalar read by the host": 1}
+    on_gpu = [event("kernel", "add", 0, 5), event("cuda_runtime", "cudaStreamSynchronize", 1, 5)]
+    assert profilers.count_waits(on_gpu, profilers.StageSpans(on_gpu, {}), 1) == {"CUDA runtime": 1}
 
 
 def event(category, name, start, duration):
@@ -296,166 +276,13 @@ def test_gpu_figures_read_kernels_launches_and_idle_time_from_a_trace(script, tm
     trace = tmp_path / name
     content = json.dumps(TRACE).encode()
     trace.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert script("benchmarks.profilers").gpu_figures(trace, 2) == pytest.approx(FROM_TRACE)
+    profilers = script("benchmarks.profilers")
+    assert profilers.gpu_figures(profilers.read_trace(trace), 2) == pytest.approx(FROM_TRACE)
 
 
-def test_a_trace_without_gpu_work_gives_counts_of_zero(script, tmp_path):
-    trace = tmp_path / "trace.json"
-    trace.write_text(json.dumps({"traceEvents": [event("cpu_op", "aten::add", 0, 1)]}))
-    assert script("benchmarks.profilers").gpu_figures(trace, 1) == {
-        "kernels_per_step": 0,
-        "launches_per_step": 0,
-        "copies_per_step": 0,
-    }
-
-
-class PretendedGpu:
-    """What the benchmark asks torch.cuda for, answered as one would that holds 3 GiB and has a peak of 5."""
-
-    def __init__(self, monkeypatch):
-        self.calls = []
-        answers = {
-            "synchronize": None,
-            "reset_peak_memory_stats": None,
-            "memory_allocated": 3 * 2**30,
-            "max_memory_allocated": 5 * 2**30,
-            "get_sync_debug_mode": 0,
-        }
-        for name, answer in answers.items():
-            monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
-        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set_sync_debug_mode)
-        monkeypatch.setattr(torch.cuda, "Event", self.event)
-        self.mode = 0
-
-    def set_sync_debug_mode(self, mode):
-        if mode == "warn" and not self.calls:
-            warnings.warn(
-                "Synchronization debug mode ... does not yet detect all synchronizing operations", stacklevel=2
-            )
-        self.mode = mode
-        self.calls.append(mode)
-
-    def synchronizes(self):
-        if self.mode == "warn":
-            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
-
-    @staticmethod
-    def event(enable_timing):
-        assert enable_timing
-        return SimpleNamespace(record=lambda: None, elapsed_time=lambda other: 2.0)
-
-
-class PretendedStep:
-    """A step of two synchronizations, and one more where a block ends."""
-
-    def __init__(self, script, name, gpu):
-        self.variant = script("benchmarks.steps").Variant.parse(name)
-        self.gpu = gpu
-
-    def settle(self, run):
-        pass
-
-    def train(self, batches):
-        for _ in batches:
-            self.gpu.synchronizes()
-            self.gpu.synchronizes()
-        self.gpu.synchronizes()
-
-    def losses(self):
-        return {"loss": 1.0}
-
-    def stages(self):
-        return [(self, "settle", "input")]
-
-
-def test_what_only_a_gpu_shows_is_in_the_record_and_the_table(script, monkeypatch, tmp_path):
-    benchmark, steps = script("benchmarks.train"), script("benchmarks.steps")
-    gpu = PretendedGpu(monkeypatch)
-    monkeypatch.setattr(benchmark, "matmul_rate", lambda *args: 1e12)
-    traced = []
-
-    def write_trace(run, file, device):
-        run()
-        traced.append((file, device.type))
-        file.write_text(json.dumps(TRACE))
-
-    monkeypatch.setattr(benchmark, "write_trace", write_trace)
-    annotations = script("benchmarks.scenes").write_images(tmp_path / "set", [(64, 48)] * 2, seed=5)
-    data = script("data")
-    dataset = data.CocoDataset(tmp_path / "set", data.read_coco(annotations), training=True)
-    loader = data.TrainLoader(dataset, min_size=64, max_size=96, batch_size=1, seed=1)
-    device = torch.device("cuda", 0)
-    work = steps.Work("tiny", 1, 64, 96, device, loader, tuple(loader.batches(0, 2)), tmp_path / "none")
-    compared = {name: PretendedStep(script, name, gpu) for name in ("torchvision-fp32", "ours-bf16-cl")}
-    arguments = SimpleNamespace(repeats=1, clock="wall", inference=False, no_probes=False, profile=None)
-    resident = dict.fromkeys(compared, 2**30)
-    figures, text = benchmark._measure(arguments, work, compared, resident, lambda line: None)
-    assert figures["peak_memory_gb"] == dict.fromkeys(compared, 3.0)
-    assert [kinds["cuda_runtime"] for kinds in figures["waits"].values()] == [2, 2]
-    assert gpu.mode == 0
-    assert figures["stage_seconds"]["ours-bf16-cl"]["rest"] == pytest.approx(1e-3)  # 2 ms, two batches
-    ((file, place),) = traced
-    assert place == "cuda" and not file.exists()
-    assert figures["gpu"]["variant"] == "ours-bf16-cl"
-    for name, value in FROM_TRACE.items():
-        assert figures["gpu"][name] == pytest.approx(value)
-    assert 0 <= figures["gpu"]["idle_share"] <= 1
-    assert "ours-bf16-cl 3.00 GB" in text
-    assert "1 kernels, 1 launches, 1 copies, busy 0.0 ms; idle " in text
-
-
-def test_a_step_without_one_of_the_optimizations_has_the_same_losses(script):
-    optimizations = script("benchmarks.ablation").OPTIMIZATIONS
-    small = {"fpn_channels": 16, "roi_hidden_channels": 16, "roi_samples_per_image": 16, "rpn_proposals_train": 50}
-    torch.manual_seed(0)
-    model = build_model("faster_rcnn_r18_fpn", 3, **small).train().to(memory_format=torch.channels_last)
-    pixels = torch.rand(2, 3, 64, 96).mul(255).contiguous(memory_format=torch.channels_last)
-    images = ImageBatch(pixels, torch.tensor([[64, 96], [60, 90]]))
-    boxes = torch.tensor([[[8.0, 8.0, 40.0, 40.0]], [[20.0, 10.0, 80.0, 60.0]]])
-    labels, keys = torch.tensor([[1], [2]]), torch.tensor([11, 12])
-    targets = TargetBatch(boxes, labels, torch.ones(2, 1, dtype=torch.bool), keys)
-
-    def losses_and_norm():
-        model.zero_grad()
-        losses = model(images, targets)
-        sum(losses.values()).backward()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        return [*(loss.item() for loss in losses.values()), torch.nn.utils.get_total_norm(gradients).item()]
-
-    full = losses_and_norm()
-    for name, optimization in optimizations.items():
-        if optimization.without is not None:
-            with optimization.without(model):
-                assert losses_and_norm() == pytest.approx(full, rel=1e-3), name
-    assert losses_and_norm() == pytest.approx(full, rel=1e-6)
-
-
-def test_a_step_of_several_processes_is_wrapped_for_their_exchange(script, monkeypatch):
-    steps, wrapped = script("benchmarks.steps"), []
-    monkeypatch.setattr(steps, "load_weights", lambda model, path: None)
-    processes = Processes(0, 0, 2, 2, torch.device("cpu"))
-    monkeypatch.setattr(Processes, "wrap_ddp", lambda self, model, **_: wrapped.append((self, model)) or model)
-    loader = SimpleNamespace(iterations_per_epoch=1, global_batch_size=4, seed=0, batch_size=2)
-    work = SimpleNamespace(
-        model="faster_rcnn_r18_fpn", num_classes=3, device=processes.device, weights="", loader=loader
-    )
-    step = steps.OurStep(steps.Variant.parse("ours-fp32-cl"), work, processes)
-    assert wrapped == [(processes, step.model)]
-
-
-def test_settings_of_the_gradient_exchange_reach_torch_and_one_of_them_is_the_engines(script, monkeypatch):
-    exchange, given = script("benchmarks.exchange"), []
-
-    class Recorded:
-        def __init__(self, module, device_ids=None, gradient_as_bucket_view=False, static_graph=False, **kwargs):
-            given.append((gradient_as_bucket_view, static_graph))
-
-    monkeypatch.setattr(exchange, "DistributedDataParallel", Recorded)
-    monkeypatch.setattr(exchange, "OurStep", lambda variant, work, all_: all_.wrap_ddp(None, broadcast_buffers=False))
-    two = exchange.Processes(0, 0, 2, 2, torch.device("cpu"))
-    for name in exchange.SETTINGS:
-        assert isinstance(exchange._step(name, None, None, two), Recorded)
-    assert given == [(True, False), (False, False), (True, True)]
+def test_a_trace_without_gpu_work_gives_counts_of_zero(script):
+    counts = script("benchmarks.profilers").gpu_figures([event("cpu_op", "aten::add", 0, 1)], 1)
+    assert counts == {"kernels_per_step": 0, "launches_per_step": 0, "copies_per_step": 0}
 
 
 def test_generated_images_are_textured_and_their_boxes_lie_inside(script):
@@ -478,6 +305,7 @@ def test_generated_images_are_textured_and_their_boxes_lie_inside(script):
         (["train", "--variants", "theirs-fp32"], "theirs-fp32"),
         (["train", "--variants", "ours-fp32-without-wheels"], "wheels"),
         (["train", "--nproc", "1"], "2 processes"),
+        (["train", "--nproc", "2", "--ablation"], "leave --nproc away"),
         (["train", "--height", "320"], "--width"),
         (["train", "--model", "faster_rcnn_x101_32x4d_fpn", *TOY], "resnext101_32x4d"),
         (["data", "--images", "somewhere"], "--annotations"),
@@ -488,6 +316,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(script, capsys, argv, words
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_traffic_counts_a_steps_bytes_with_and_without_kernels():
     # A process of its own: the device that is pretended stays with the process.
     options = ["--model", "faster_rcnn_r18_fpn", "--batch-size", "2", "--height", "256", "--width", "320"]

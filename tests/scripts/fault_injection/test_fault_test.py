@@ -7,6 +7,7 @@ import importlib
 import json
 import random
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def other_detections(folder: Path) -> None:
         (changed_weight, "last.pt/model/weight"),
         (missing_checkpoint, "epoch_0001.pt"),
         (changed_record, "metrics.jsonl/2/mAP"),
-        (doubled_record, "metrics.jsonl: 3 and 4 entries"),
+        (doubled_record, "metrics.jsonl: 3 entries and 4 entries"),
         (doubled_point, "train/loss has step 1 twice"),
         (other_detections, "detections_val.json"),
     ],
@@ -124,18 +125,18 @@ def test_whatever_differs_is_found_and_named(script, output, twin, change, named
 def test_a_kill_is_lost_where_less_is_on_the_disk_than_must_be(script, iterations, before, after, is_lost):
     kills = script("fault_injection.kills")
     kill = kills.Kill("name", "training", "training", "all", iterations, 0, False)
-    assert bool(kills._loss(kill, before, after, 2)) == is_lost
+    assert bool(kills.loss(kill, before, after, 2)) == is_lost
 
 
 def test_every_kind_of_damage_hits_all_names_of_the_newest_file_and_makes_it_unreadable(script, output, tmp_path):
     corruptions = script("fault_injection.corruptions")
     for number, kind in enumerate(corruptions.KINDS * 3):
         copy = tmp_path / f"copy_{number}"
-        corruptions._copy_run(output, copy)
+        corruptions.copy_run(output, copy)
         assert load_checkpoint(copy / "checkpoints" / "last.pt").state["iteration"] == 2
-        damage = corruptions._damage(copy, kind, random.Random(number))
+        damage = corruptions.damage(copy, kind, random.Random(number))
         assert damage.names == ["epoch_0001.pt", "last.pt"]
-        assert corruptions.newest_on_disk_among(copy, damage.names) == 1
+        assert corruptions.newest_on_disk(copy, damage.names)[0] == 1
         for name in damage.names:
             with pytest.raises(CheckpointError):
                 load_checkpoint(copy / "checkpoints" / name)
@@ -149,9 +150,9 @@ def test_the_report_counts_every_fault_and_keeps_what_stands_above_its_mark(scri
     bad = kills.KilledTraining("1 process", [kills.Kill("1 process", "save", "save", "all", 9, 0, True, lost="gone")])
     bad.differences = ["last.pt/model/weight: another tensor"]
     record = {"command": "python x", "corruptions": [], "all_broken": "", "signals": [], "disk": []}
-    assert report.num_faults(record | {"trainings": [good.record()]}) == 0
-    faulty = record | {"trainings": [good.record(), bad.record()]}
-    assert report.num_faults(faulty) == 2
+    assert report.faults(record | {"trainings": [asdict(good)]}) == []
+    faulty = record | {"trainings": [asdict(good), asdict(bad)]}
+    assert len(report.faults(faulty)) == 2
     text = report.page(faulty, "a machine")
     assert "## 2 kills: 1 lost, 1 different" in text
     assert "another tensor" in text
