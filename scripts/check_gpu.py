@@ -52,13 +52,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty or new folder for the results")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[cuda]")
-    parser.add_argument("--short", action="store_true", help="at toy size: shows that the parts work, measures nothing")
-    parser.add_argument("--data-path", type=Path, metavar="DIR", help="COCO's layout, for the training [generated]")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all parts together [{MINUTES}]")
-    parser.add_argument("--parts", nargs="+", metavar="NAME", choices=PARTS, help=f"only these of {', '.join(PARTS)}")
-    parser.add_argument("--list", action="store_true", help="print the parts, their time limits and commands")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="an empty or new folder for the results")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="[cuda]")
+    add("--short", action="store_true", help="at toy size: shows that the parts work, measures nothing")
+    add("--data-path", type=Path, metavar="DIR", help="COCO's layout, for the training [generated]")
+    add("--minutes", type=float, default=MINUTES, help=f"for all parts together [{MINUTES}]")
+    add("--parts", nargs="+", metavar="NAME", choices=PARTS, help=f"only these of {', '.join(PARTS)}")
+    add("--list", action="store_true", help="print the parts, their time limits and commands")
     return parser
 
 
@@ -115,9 +116,8 @@ def _state(outcome: Outcome) -> str:
 
 
 def _table(outcomes: Sequence[Outcome]) -> str:
-    return format_table(
-        ["part", "state", "seconds"], [[entry.name, entry.state, f"{entry.seconds:.0f}"] for entry in outcomes]
-    )
+    rows = [[entry.name, entry.state, f"{entry.seconds:.0f}"] for entry in outcomes]
+    return format_table(["part", "state", "seconds"], rows)
 
 
 def _write(outcomes: Sequence[Outcome], arguments: argparse.Namespace, out: Path, gpu: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from checkout import ROOT
 
 OK, FAILED, TIMED_OUT, NOT_RUN = "ok", "failed", "timed out", "not run"
+PARTS = ("tests", "train", "training", "compiled", "few-images", "ablation", "faults", "deterministic")
 
 
 @dataclass(frozen=True)
@@ -39,97 +41,51 @@ class Outcome:
     figures: Any = None
 
 
-PARTS = ("tests", "train", "training", "compiled", "few-images", "ablation", "faults", "deterministic")
-
-
 def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
     """The parts, those first that tell most. `work` is a folder for what is not kept."""
     on_gpu, short = arguments.device == "cuda", arguments.short
-    device = ("--device", arguments.device)
     # A C++ compiler would take minutes for what a GPU's takes seconds for.
-    compiled = ("--compile",) if on_gpu else ()
-    graphs = ("--graphs",) if on_gpu else ()
-    toy: tuple[str, ...] = (
-        "--model",
-        "faster_rcnn_r18_fpn",
-        "--min-size",
-        "64",
-        "--max-size",
-        "96",
-        "--batch-size",
-        "1",
-    )
-    toy += ("--batches", "1", "--repeats", "1")
-    usual: tuple[str, ...] = toy if short else ("--batch-size", "16", "--batches", "5", "--repeats", "3")
+    compiled, graphs = ("--compile", "--graphs") if on_gpu else ("", "")
+    benchmark = "scripts/benchmark.py train"
+    usual = "--batch-size 16 --batches 5 --repeats 3"
     # One padded size: each takes the compiler a minute.
-    of_one_size: tuple[str, ...] = toy if short else ("--batch-size", "16", "--batches", "1", "--repeats", "7")
-    of_one_size += () if short else ("--height", "800", "--width", "1088")
+    one_size, few = "--batch-size 16 --batches 1 --repeats 7 --height 800 --width 1088", "--batch-size 2"
+    training, num_kills = "scripts/gpu_checks/training.py", 4
+    if short:
+        usual = one_size = (
+            "--model faster_rcnn_r18_fpn --min-size 64 --max-size 96 --batch-size 1 --batches 1 --repeats 1"
+        )
+        training, num_kills, few = f"{training} --short", 1, ""
+    if arguments.data_path is not None:
+        # The parts run in the checkout's folder, wherever this program was started.
+        training += f" --data-path {shlex.quote(str(arguments.data_path.resolve()))}"
     # torchvision's float32 step and graphs, which keep their memory, do not fit into a GPU together.
-    variants = (
-        "torchvision-bf16-cl",
-        "torchvision-bf16-cl-compile",
-        "ours-bf16-cl",
-        "ours-bf16-cl-compile",
-        "ours-bf16-cl-compile-graphs",
+    variants = "--variants torchvision-bf16-cl torchvision-bf16-cl-compile ours-bf16-cl ours-bf16-cl-compile"
+    variants = f"{variants} ours-bf16-cl-compile-graphs" if on_gpu else ""
+    place, trace = shlex.quote(str(work)), shlex.quote(str(out / "trace.json.gz"))
+    kills = f"--kills {num_kills} --corruptions 0 --no-signals --no-disk --epochs 2 --processes 1"
+    few_text = (
+        "training step with the few images that the schedule has on each of eight GPUs: the host launches too slowly"
     )
-    of_one_precision = ("--variants", *variants) if on_gpu else ()
-    # The parts run in the checkout's folder, wherever this program was started.
-    data = ("--data-path", str(arguments.data_path.resolve())) if arguments.data_path is not None else ()
-    length = ("--short",) if short else ()
-    kills = ("--kills", "1" if short else "4", "--corruptions", "0", "--no-signals", "--no-disk", "--epochs", "2")
-    commands: dict[str, tuple[str, float, tuple[str, ...]]] = {
-        "tests": ("tests that need a GPU", 90, ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda")),
-        "train": (
-            "training step and inference beside torchvision's, COCO's sizes",
-            150,
-            ("scripts/benchmark.py", "train", *device, *usual, "--inference"),
-        ),
-        "training": (
-            "a training in bf16, killed, stopped and resumed",
-            150,
-            ("scripts/check_gpu_training.py", *device, *length, *data, "--work-dir", str(work / "training")),
-        ),
-        "compiled": (
-            "training step, compiled too, and what the GPU does in it",
-            240,
-            ("scripts/benchmark.py", "train", *device, *of_one_size, *compiled, *graphs, *of_one_precision)
-            + ("--profile", str(out / "trace.json.gz")),
-        ),
-        "few-images": (
-            "training step with as few images as the schedule has on eight GPUs, where the host launches too slowly",
-            90,
-            ("scripts/benchmark.py", "train", *device, *of_one_size, *graphs, "--no-probes")
-            + (() if short else ("--batch-size", "2")),
-        ),
-        "ablation": (
-            "each optimization taken out in turn",
-            120,
-            ("scripts/benchmark.py", "train", *device, *of_one_size, *compiled, "--ablation"),
-        ),
-        "faults": (
-            "kills at random moments, bit-equal ends",
-            150,
-            ("scripts/fault_test.py", *device, "--processes", "1", *kills),
-        ),
-        "deterministic": (
-            "bit-equal repeats (--deterministic), at the size of a real training",
-            90,
-            ("scripts/check_gpu_training.py", *device, *length, *data, "--repeat-deterministic")
-            + ("--work-dir", str(work / "deterministic")),
-        ),
-    }
-    parts = []
-    for name, (text, limit, words) in commands.items():
-        record = None if name == "tests" else work / f"{name}.json"
-        if record is None:
-            words += tuple(_files_with_gpu_tests())
-        else:
-            words += ("--json", str(record))
-        parts.append(Part(name, text, (sys.executable, *words), limit, record))
-    return parts
-
-
-def _files_with_gpu_tests() -> list[str]:
+    rows = (
+        ("train", "training step and inference beside torchvision's, COCO's sizes", 150,
+         f"{benchmark} {usual} --inference"),
+        ("training", "a training in bf16, killed, stopped and resumed", 150, f"{training} --work-dir {place}/training"),
+        ("compiled", "training step, compiled too, and what the GPU does in it", 240,
+         f"{benchmark} {one_size} {compiled} {graphs} {variants} --profile {trace}"),
+        ("few-images", few_text, 90, f"{benchmark} {one_size} {graphs} --no-probes {few}"),
+        ("ablation", "each setting turned off in turn", 120, f"{benchmark} {one_size} {compiled} --ablation"),
+        ("faults", "kills at random moments, bit-equal ends", 150, f"scripts/fault_test.py {kills}"),
+        ("deterministic", "bit-equal repeats (--deterministic), at the size of a real training", 90,
+         f"{training} --repeat-deterministic --work-dir {place}/deterministic"),
+    )  # fmt: skip
     # Named one by one: files without such tests may want packages that a GPU machine does not have.
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(ROOT)) for file in files if "mark.cuda" in file.read_text()]
+    tests = [str(file.relative_to(ROOT)) for file in files if "mark.cuda" in file.read_text()]
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda", *tests)
+    parts = [Part("tests", "tests that need a GPU", pytest, 90)]
+    for name, text, limit, command in rows:
+        record = work / f"{name}.json"
+        own = (sys.executable, *shlex.split(command), "--device", arguments.device, "--json", str(record))
+        parts.append(Part(name, text, own, limit, record))
+    return parts

@@ -81,7 +81,7 @@ def _benchmark_train(words: list[str]) -> str:
     added = "--model faster_rcnn_r18_fpn --height 64 --width 96 --batch-size 1 --repeats 1 --threads 1 --no-probes"
     if {"--ablation", "--compile"} <= set(words) and "--variants" not in words:
         # Every one of them is taken out by the command without --compile.
-        added += " --variants ours-bf16-cl ours-bf16-cl-without-fused-optimiser"
+        added += " --variants ours-bf16-cl ours-bf16-cl-without-fused-optimizer"
     return added
 
 
@@ -110,7 +110,7 @@ ADDED: dict[str, str | Callable[[list[str]], str]] = {
     "scripts/benchmark.py startup": "--repeats 1 --annotation-images 50",
     "scripts/benchmark.py traffic": "--model faster_rcnn_r18_fpn --batch-size 1 --height 64 --width 96",
     "scripts/benchmark.py train": _benchmark_train,
-    "scripts/check_gpu_training.py": "--short --work-dir check_gpu_training_{port}",
+    "scripts/gpu_checks/training.py": "--short --work-dir check_gpu_training_{port}",
     "scripts/check_gpu.py": "--device cpu --short --parts tests",
     "scripts/predict.py": "--device cpu --limit 2",
     "scripts/reproduce_coco.sh": _reproduce,

@@ -28,7 +28,7 @@ def parser_of(script, program: str) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(exit_on_error=False)
         script("benchmarks.train").add_arguments(parser.add_subparsers().add_parser("train"))
         return parser
-    return script(Path(program).stem)._parser()
+    return script(program.removeprefix("scripts/").removesuffix(".py").replace("/", "."))._parser()
 
 
 @pytest.mark.parametrize("words", [[], ["--device", "cpu", "--short"], ["--data-path", "coco"]], ids=" ".join)
@@ -55,7 +55,7 @@ def test_the_commands_of_all_parts_fit_their_programs(script, tmp_path, words):
 
 def test_the_list_of_parts_runs_nothing_and_makes_no_folder(script, tmp_path, capsys):
     assert script("check_gpu").main(["--out", str(tmp_path / "out"), "--list"]) == 0
-    assert "scripts/fault_test.py --device cuda" in capsys.readouterr().out
+    assert "scripts/fault_test.py --kills 4" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
