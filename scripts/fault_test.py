@@ -186,7 +186,7 @@ def _kill_all(
     started = 0
     with concurrent.futures.ThreadPoolExecutor(max(arguments.jobs, 1)) as pool:
         while (left := arguments.kills - sum(len(result.kills) for result in results)) > 0:
-            pending = []
+            pending: list[concurrent.futures.Future[KilledTraining]] = []
             while left > 0 and len(pending) < max(arguments.jobs, 1):
                 kind, wanted = started % len(trainings), min(at_most, left)
                 random_state = random.Random(f"{arguments.seed} kills {started}")

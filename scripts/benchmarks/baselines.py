@@ -81,7 +81,7 @@ class TorchvisionReference(Chain):
         with Image.open(self.dataset.path(self.indices[item])) as file:
             pixels = TF.pil_to_tensor(file.convert("RGB"))
         if self.flips[item]:
-            pixels, boxes = TF.hflip(pixels), flip_boxes(boxes, pixels.shape[-1])
+            pixels, boxes = TF.hflip(pixels), flip_boxes(boxes, pixels.shape[-1], axis=0)
         floats = TF.convert_image_dtype(pixels, torch.float)
         return Sample(floats, torch.from_numpy(boxes), torch.from_numpy(labels))
 
@@ -110,7 +110,7 @@ class MMDetection3(Chain):
         boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
         if self.flips[item]:
-            pixels, boxes = np.flip(pixels, axis=1), flip_boxes(boxes, width)
+            pixels, boxes = np.flip(pixels, axis=1), flip_boxes(boxes, width, axis=0)
         return pixels, boxes, labels
 
     def __getitem__(self, item: int) -> Sample:

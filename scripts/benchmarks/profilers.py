@@ -127,7 +127,7 @@ class StageSpans:
 
     def seconds(self, events: Sequence[Event]) -> dict[str, float]:
         """Host time of each stage, less that of stages inside it; on a GPU the time of the work that it launched."""
-        total: dict[str, float] = collections.Counter(dict.fromkeys(STAGES, 0.0))
+        total: dict[str, float] = collections.defaultdict(float, dict.fromkeys(STAGES, 0.0))
         work = [event for event in events if event.get("cat") in _GPU_WORK]
         if work:
             launches = {_correlation(event): event["ts"] for event in events if event.get("cat") in _RUNTIME}
@@ -196,15 +196,16 @@ def count_flops(run: Callable[[], object]) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, ticks: Callable[[], float] = time.perf_counter) -> float:
-    """FLOP per second of a large square matrix multiplication, with this process's threads; the median of a second.
-
-    Args:
-        ticks: the clock of a CPU.
-    """
+    """FLOP per second by `ticks` of a large square matrix multiplication, with this process's threads; the median of a
+    second."""
     side = _MATMUL_SIDES[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    clock = {"timer": ticks} if device.type == "cpu" else {}
-    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads(), **clock)
+
+    def multiply() -> None:
+        a @ b
+        synchronize(device)
+
+    timer = Timer("run()", globals={"run": multiply}, num_threads=torch.get_num_threads(), timer=ticks)
     return 2 * side**3 / timer.blocked_autorange(min_run_time=1.0).median
 
 

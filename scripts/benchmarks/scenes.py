@@ -87,7 +87,8 @@ def write_annotations(
 
     Each image has at least one box, so that training takes every one. of_each: more fields of every annotation.
     """
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, (width, height) in enumerate(sizes, start=1):
         rng = np.random.default_rng([seed, 2, number])
         images.append({"id": number, "file_name": file_name(number), "width": width, "height": height})

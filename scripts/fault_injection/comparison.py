@@ -71,8 +71,9 @@ def _unequal(one: Any, other: Any, place: str) -> list[str]:
     found = []
     for name in ours.keys() & theirs.keys():
         if ours[name] != theirs[name]:
-            is_tensor = isinstance(ours[name], bytes) or isinstance(theirs[name], bytes)
-            found.append(f"{name}: {'another tensor' if is_tensor else f'{ours[name]} and {theirs[name]}'}")
+            one, other = ours[name], theirs[name]
+            is_told = isinstance(one, str) and isinstance(other, str)
+            found.append(f"{name}: {one!s} and {other!s}" if is_told else f"{name}: another tensor")
     return sorted(found) + [f"{name}: in one only" for name in sorted(ours.keys() ^ theirs.keys())]
 
 
