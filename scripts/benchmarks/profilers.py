@@ -23,8 +23,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from benchmarks.steps import TorchvisionStep
 from data import DevicePrefetcher
 from detection.engine.metrics.step_metrics import StepMetrics
-from detection.engine.optim.amp import Precision, gradient_norm
-from detection.engine.optim.optimizer import set_learning_rate
+from detection.engine.optim.amp import Precision
+from detection.engine.optim.update import ParameterUpdate
 from detection.models import FasterRCNN
 from detection.models.anchors import AnchorGenerator
 from detection.models.ops.feature_table import cell_table, take_rows, windows_3x3
@@ -50,7 +50,7 @@ OUR_FUNCTIONS: dict[str, Sequence[Callable[..., Any]]] = {
     BOX_HEAD: (BoxHead.forward,),
     LOSSES: (rpn_losses, roi_losses),
     BACKWARD: (Precision.backward,),
-    OPTIMIZER: (set_learning_rate, torch.optim.Optimizer.zero_grad, gradient_norm, Precision.step),
+    OPTIMIZER: (ParameterUpdate.apply,),
     READING: (StepMetrics.read,),
 }
 """Stage -> the functions whose time it is, less that of other stages' functions that they call."""

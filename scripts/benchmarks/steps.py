@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +23,14 @@ from data import DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine.accelerate.allocator import keep_freed_memory, return_freed_memory
 from detection.engine.accelerate.compile import compile_for_training, prepare_compiler
 from detection.engine.accelerate.cuda_graphs import cuda_step_graphs
-from detection.engine.checkpoint import CheckpointStore
 from detection.engine.distributed.comm import Processes
-from detection.engine.inputs.bad_images import BadImages
-from detection.engine.metrics.logger import MetricLogger
+from detection.engine.metrics.step_metrics import StepMetrics
 from detection.engine.optim.amp import Precision
-from detection.engine.optim.optimizer import build_optimizer
-from detection.engine.signals import StopRequest
-from detection.engine.trainer import SavePlan, Trainer
+from detection.engine.optim.gradients import GradientComputer
+from detection.engine.optim.nonfinite import KeepEveryStep
+from detection.engine.optim.optimizer import build_optimizer, trained_parameters
+from detection.engine.optim.update import ParameterUpdate
 from detection.models import FasterRCNN, ImageBatch, build_model, load_weights, model_config
-from detection.reporting import Console
 from schedules import load_schedule
 
 Inputs = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -169,7 +166,7 @@ class HostMemory:
 
 
 class OurStep:
-    """Trainer.train_iteration itself, with the prefetcher in front of it and the records behind it."""
+    """The parts of Trainer.train_step, with the prefetcher in front of them and the metrics behind them."""
 
     def __init__(self, variant: Variant, work: Work) -> None:
         self.variant, self.device = variant, work.device
@@ -178,52 +175,45 @@ class OurStep:
         self.model: FasterRCNN = model.to(work.device).to(memory_format=variant.memory_format)
         if variant.compiled:
             compile_for_training(self.model)
-        self.loop = self._trainer(work, Processes(0, 0, 1, 1, work.device))
+        schedule, guard, processes = load_schedule("1x"), KeepEveryStep(), Processes(0, 0, 1, 1, work.device)
+        optimizer = build_optimizer(self.model, schedule)
         if variant.without == FUSED_OPTIMIZER:
-            for group in self.loop.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 group.update(fused=False, foreach=None)
+        self.precision = Precision(variant.amp, work.device)
+        graphs = cuda_step_graphs(processes, self.model, self._refuse) if variant.graphs else None
+        self.gradients = GradientComputer(
+            self.model, trained_parameters(optimizer), self.precision, processes, guard, accumulate=1, graphs=graphs
+        )
+        self.update = ParameterUpdate(
+            self.model,
+            optimizer,
+            schedule,
+            self.precision,
+            guard,
+            iterations_per_epoch=work.loader.iterations_per_epoch,
+        )
+        images = work.loader.global_batch_size
+        self.metrics = StepMetrics(processes, images_per_iteration=images, gradient_may_overflow=False)
         self._record: dict[str, Any] = {}
 
-    def _trainer(self, work: Work, processes: Processes) -> Trainer:
-        """The one place that knows what the engine's loop is made of."""
-        schedule, metric_logger = load_schedule("1x"), MetricLogger(Console(None))
-        graphs = cuda_step_graphs(processes, self.model) if self.variant.graphs else None
-        self._scratch = tempfile.TemporaryDirectory(prefix="benchmark_")
-        return Trainer(
-            model=self.model,
-            graphs=graphs,
-            optimizer=build_optimizer(self.model, schedule),
-            schedule=schedule,
-            loader=work.loader,
-            accumulate=1,
-            precision=Precision(self.variant.amp, work.device),
-            ema=None,
-            processes=processes,
-            metric_logger=metric_logger,
-            store=CheckpointStore(Path(self._scratch.name), keep=1),
-            stop=StopRequest(),
-            log_interval=1,
-            save_plan=SavePlan(),
-            bad_images=BadImages(processes, metric_logger, limit=0),
-            skip_nonfinite=False,
-            validate=None,
-            extra_state={},
-        )
+    def _refuse(self, problem: str) -> None:
+        raise BenchmarkError(f"{self.variant.name}: {problem}")
 
     def train(self, batches: Sequence[RawBatch]) -> None:
         self.model.train()
         prefetcher = DevicePrefetcher(iter(batches), self.device)
         for _ in batches:
-            self.loop.train_iteration(_LEARNING_RATE_ITERATION, prefetcher)
-        if self.loop.graphs is not None and self.loop.graphs.problem is not None:
-            raise BenchmarkError(f"{self.variant.name}: {self.loop.graphs.problem}")
+            fed = self.gradients.compute(prefetcher)
+            _, grad_norm = self.update.apply(_LEARNING_RATE_ITERATION)
+            self.metrics.add(fed.losses, grad_norm, fed.image_ids, iteration=0, epoch=0, lr=0.0)
         # The losses are fetched at the end of the block, as at a logging step.
-        self._record = self.loop.records.read()[-1]
+        self._record = self.metrics.read()[-1]
 
     def detect(self, batches: Sequence[RawBatch]) -> None:
         self.model.eval()
         for batch in DevicePrefetcher(iter(batches), self.device):
-            with self.loop.precision.autocast():
+            with self.precision.autocast():
                 detections = self.model(ImageBatch(batch.pixels, batch.sizes))
             to_host(detections)
 
