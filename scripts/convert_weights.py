@@ -1,8 +1,9 @@
-"""Converts detector weights between this project, MMDetection and torchvision.
+r"""Converts detector weights between this project, MMDetection and torchvision.
 
-    python scripts/convert_weights.py runs/mine/checkpoints/best.pt --to ours --output detector.pt python
-    scripts/convert_weights.py detector.pt --to mmdet --output mmdet.pth python scripts/convert_weights.py
-    fasterrcnn_coco.pth --to ours --categories instances_val2017.json --output detector.pt
+    python scripts/convert_weights.py runs/mine/checkpoints/best.pt --to ours --output detector.pt
+    python scripts/convert_weights.py detector.pt --to mmdet --output mmdet.pth
+    python scripts/convert_weights.py fasterrcnn_coco.pth --to ours --categories instances_val2017.json \
+        --output detector.pt
 
 Reads our checkpoints (their EMA weights where they have them) and stripped files, torchvision's and
 MMDetection's files, and Detectron2's R50-FPN .pkl. "ours" writes a stripped file for scripts/predict.py and
