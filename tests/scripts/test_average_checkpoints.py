@@ -1,43 +1,32 @@
 """scripts/average_checkpoints.py: the mean of what the files hold, of one model only."""
 
-import dataclasses
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
-from detection.models import build_model, load_detector
-from detection.models.weights.stored import stripped_file
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from detection.models import load_detector
 
 
 @pytest.fixture
-def average(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    main = importlib.import_module("average_checkpoints").main
-    return lambda *arguments: main(list(map(str, arguments)))
+def average(program):
+    return lambda *arguments: program("average_checkpoints", *arguments)
 
 
-def small_file(seed, **changes):
-    torch.manual_seed(seed)
-    model = build_model("faster_rcnn_r18_fpn", 2, fpn_channels=8, roi_hidden_channels=16, norm="bn")
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.num_batches_tracked.fill_(100 + seed)
-    content = stripped_file(
-        model.state_dict(),
-        model_config=dataclasses.asdict(model.config),
-        class_names=["a", "b"],
-        category_ids=[1, 5],
-        preprocessing={"min_size": 64, "max_size": 96},
-    )
-    return {**content, **changes}
+@pytest.fixture
+def small_file(detector_content):
+    def content(seed):
+        small = {"fpn_channels": 8, "roi_hidden_channels": 16, "norm": "bn"}
+        found = detector_content("faster_rcnn_r18_fpn", seed, ["a", "b"], [1, 5], **small)
+        for name, value in found["model"].items():
+            if name.endswith("running_mean"):
+                value.normal_()
+            elif name.endswith("num_batches_tracked"):
+                value.fill_(100 + seed)
+        return found
+
+    return content
 
 
-def test_the_output_is_the_mean_and_a_detector(average, tmp_path, capsys):
+def test_the_output_is_the_mean_and_a_detector(average, small_file, tmp_path, capsys):
     contents = [small_file(seed) for seed in range(3)]
     files = [tmp_path / f"{seed}.pt" for seed in range(3)]
     for content, file in zip(contents, files, strict=True):
@@ -56,7 +45,7 @@ def test_the_output_is_the_mean_and_a_detector(average, tmp_path, capsys):
     }
 
 
-def test_of_a_checkpoint_the_moving_average_counts_and_a_mixture_is_told(average, tmp_path, capsys):
+def test_of_a_checkpoint_the_moving_average_counts_and_a_mixture_is_told(average, small_file, tmp_path, capsys):
     plain, other = small_file(0), small_file(1)
     torch.save(plain, tmp_path / "plain.pt")
     torch.save({**plain, "format": "detection-checkpoint", "ema": other["model"]}, tmp_path / "ema.pt")
@@ -77,7 +66,9 @@ def test_of_a_checkpoint_the_moving_average_counts_and_a_mixture_is_told(average
         ({"model": "nan"}, "holds NaN or infinity"),
     ],
 )
-def test_files_that_do_not_fit_together_are_refused_in_one_line(average, tmp_path, capsys, changes, message):
+def test_files_that_do_not_fit_together_are_refused(
+    average, small_file, tmp_path, capsys, changes, message
+):
     torch.save(small_file(0), tmp_path / "one.pt")
     other = small_file(1)
     bias = other["model"]["rpn.conv.bias"]
@@ -92,7 +83,7 @@ def test_files_that_do_not_fit_together_are_refused_in_one_line(average, tmp_pat
     assert not (tmp_path / "average.pt").exists()
 
 
-def test_an_existing_output_stays_unless_overwriting_is_asked_for(average, tmp_path, capsys):
+def test_an_existing_output_stays_unless_overwriting_is_asked_for(average, small_file, tmp_path, capsys):
     for seed in range(2):
         torch.save(small_file(seed), tmp_path / f"{seed}.pt")
     output = tmp_path / "0.pt"

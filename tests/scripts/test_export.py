@@ -1,6 +1,5 @@
 """scripts/export.py: what is written, what it is compared with, and what is refused."""
 
-import dataclasses
 import importlib
 import json
 import shutil
@@ -13,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from detection.models import build_model, load_detector
-from detection.models.weights.stored import stripped_file
+from detection.models import load_detector
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CLASS_NAMES = ["person", "race car", "cat"]
@@ -34,39 +32,23 @@ print(json.dumps([names, boxes[0, :count].tolist(), scores[0, :count].tolist()])
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def weights(tmp_path_factory, detector_content):
     """A checkpoint with an average, of torchvision's recipe."""
-    torch.manual_seed(0)
     small = {"fpn_channels": 32, "roi_hidden_channels": 64, "rpn_nms_pre_test": 100, "rpn_proposals_test": 50}
-    model = build_model("fasterrcnn_resnet18_fpn", num_classes=3, detections_per_image=20, **small)
-    content = stripped_file(
-        model.state_dict(),
-        model_config=dataclasses.asdict(model.config),
-        class_names=CLASS_NAMES,
-        category_ids=[1, 3, 17],
-        preprocessing={"min_size": 64, "max_size": 96},
-    )
-    average = {
-        name: tensor * 1.01 if tensor.is_floating_point() else tensor for name, tensor in content["model"].items()
-    }
+    content = detector_content("fasterrcnn_resnet18_fpn", 0, CLASS_NAMES, [1, 3, 17], detections_per_image=20, **small)
+    average = {name: value * 1.01 if value.is_floating_point() else value for name, value in content["model"].items()}
     path = tmp_path_factory.mktemp("weights") / "best.pt"
     torch.save({**content, "format": "detection-checkpoint", "ema": average, "optimizer": {"state": {}}}, path)
     return path
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("export")
-
-
-@pytest.fixture
-def export(script, weights):
-    return lambda *arguments: script.main(["--weights", str(weights), *map(str, arguments)])
+def export(program, weights):
+    return lambda *arguments: program("export", "--weights", weights, *arguments)
 
 
 @pytest.fixture(scope="module")
-def program(weights, tmp_path_factory):
+def exported(weights, tmp_path_factory):
     """A .pt2 for images of 60 x 80 pixels, and what was said."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
@@ -78,15 +60,15 @@ def program(weights, tmp_path_factory):
 
 
 @pytest.fixture
-def reuse_program(script, program, monkeypatch):
+def reuse_program(script, exported, monkeypatch):
     """Exporting again would take seconds and give the same file."""
-    monkeypatch.setattr(script, "save_program", lambda detector, shape, path: shutil.copy(program, path))
+    monkeypatch.setattr(script("export"), "save_program", lambda detector, shape, path: shutil.copy(exported, path))
 
 
-def test_a_program_runs_without_this_project_and_finds_the_same(program, weights, tmp_path):
+def test_a_program_runs_without_this_project_and_finds_the_same(exported, weights, tmp_path):
     pixels = np.random.default_rng(3).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     np.save(tmp_path / "pixels.npy", pixels)
-    command = [sys.executable, "-I", "-W", "ignore", "-c", STRANGER, program, tmp_path / "pixels.npy"]
+    command = [sys.executable, "-I", "-W", "ignore", "-c", STRANGER, exported, tmp_path / "pixels.npy"]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     names, boxes, scores = json.loads(output.splitlines()[-1])
     expected = load_detector(weights).predict(pixels)

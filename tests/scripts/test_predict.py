@@ -1,9 +1,6 @@
 """scripts/predict.py with a small detector of random weights: what is written, and what is refused."""
 
-import dataclasses
-import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,36 +8,24 @@ import torch
 from PIL import Image
 
 from data import read_coco
-from detection.models import build_model, load_detector
-from detection.models.weights.stored import stripped_file
+from detection.models import load_detector
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 CLASS_NAMES = ["person", "race car", "cat"]
 CATEGORY_IDS = [1, 3, 17]
+SMALL = {"fpn_channels": 32, "roi_hidden_channels": 64, "rpn_nms_pre_test": 100, "rpn_proposals_test": 50}
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    small = {"fpn_channels": 32, "roi_hidden_channels": 64, "rpn_nms_pre_test": 100, "rpn_proposals_test": 50}
-    model = build_model("faster_rcnn_r18_fpn", num_classes=3, detections_per_image=20, **small)
-    content = stripped_file(
-        model.state_dict(),
-        model_config=dataclasses.asdict(model.config),
-        class_names=CLASS_NAMES,
-        category_ids=CATEGORY_IDS,
-        preprocessing={"min_size": 64, "max_size": 96},
-    )
+def weights(tmp_path_factory, detector_content):
     path = tmp_path_factory.mktemp("weights") / "detector.pt"
+    content = detector_content("faster_rcnn_r18_fpn", 0, CLASS_NAMES, CATEGORY_IDS, detections_per_image=20, **SMALL)
     torch.save(content, path)
     return path
 
 
 @pytest.fixture
-def predict(weights, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    main = importlib.import_module("predict").main
-    return lambda *arguments: main(["--weights", str(weights), *map(str, arguments)])
+def predict(weights, program):
+    return lambda *arguments: program("predict", "--weights", weights, *arguments)
 
 
 @pytest.fixture

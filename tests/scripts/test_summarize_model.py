@@ -1,15 +1,10 @@
 """scripts/summarize_model.py: its figures against counts by hand."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
 from detection.models import build_model
 from detection.models.summary import summarize_model
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +55,14 @@ def test_neither_the_model_nor_the_random_state_changes(model):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_table_ends_with_totals_and_an_unknown_model_is_one_line(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    main = importlib.import_module("summarize_model").main
+def test_the_table_ends_with_totals_and_an_unknown_model_is_one_line(program, capsys):
     sizes = ["--height", "64", "--width", "64", "--num-classes", "2"]
-    assert main(["--model", "faster_rcnn_r18_fpn", *sizes]) == 0
+    assert program("summarize_model", "--model", "faster_rcnn_r18_fpn", *sizes) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[0] == "part" and len({len(line) for line in lines[1:8]}) == 1
     columns = [[float(cell.replace(",", "")) for cell in line.split()[1:]] for line in lines[2:8]]
     assert lines[7].startswith("total")
     assert columns[-1][:2] == [sum(row[0] for row in columns[:-1]), sum(row[1] for row in columns[:-1])]
-    assert main(["--model", "faster_rcnn_r19_fpn"]) == 2
+    assert program("summarize_model", "--model", "faster_rcnn_r19_fpn") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "faster_rcnn_r18_fpn" in error

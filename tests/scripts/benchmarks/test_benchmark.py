@@ -1,7 +1,6 @@
 """scripts/benchmark.py runs at toy size and writes what its readers rely on. No test judges how long anything took."""
 
 import gzip
-import importlib
 import json
 import subprocess
 import sys
@@ -16,13 +15,6 @@ SCRIPTS = Path(__file__).parents[3] / "scripts"
 RECORD_KEYS = {"benchmark", "command", "date", "git", "hardware", "versions", "settings", "device"}
 SMALL = ["--min-size", "64", "--max-size", "96", "--batch-size", "1", "--repeats", "1"]
 TOY = [*SMALL, "--threads", "1"]
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Modules of scripts/ by name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 The whole program, with real kills, is a step of .ci/run.
 """
 
-import importlib
 import json
 import random
 import shutil
@@ -16,15 +15,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from detection.engine.checkpoint import FORMAT, VERSION, CheckpointError, load_checkpoint
 from detection.engine.train_state import REQUIRED
-
-SCRIPTS = Path(__file__).parents[3] / "scripts"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Modules of scripts/ by name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module
 
 
 def state(iteration: int, weight: float, output_dir: str) -> dict:

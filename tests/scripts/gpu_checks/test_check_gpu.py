@@ -4,7 +4,6 @@ The whole of it at toy size: python scripts/check_gpu.py --device cpu --short --
 """
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -14,13 +13,6 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Modules of scripts/ by name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module
 
 
 def parser_of(script, program: str) -> argparse.ArgumentParser:
