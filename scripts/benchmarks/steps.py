@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,25 +128,6 @@ def load_work(arguments: argparse.Namespace, folder: Path, device: torch.device)
     return Work(arguments.model, num_classes, *sizes, device, new_loader(), batches, weights)
 
 
-class Step(Protocol):
-    """A model that can be trained and run on the batches of its work."""
-
-    variant: Variant
-
-    def train(self, batches: Sequence[RawBatch]) -> None:
-        """One optimizer step a batch, from what workers hand over to updated weights."""
-
-    def detect(self, batches: Sequence[RawBatch]) -> None:
-        """Detections of each batch, on the host."""
-
-    def losses(self) -> dict[str, float]:
-        """Those of the latest training step."""
-
-
-def build_step(variant: Variant, work: Work) -> Step:
-    return OurStep(variant, work) if variant.owner == "ours" else TorchvisionStep(variant, work)
-
-
 class HostMemory:
     """Whether this process keeps what it frees: train.py on the CPU does, torchvision's reference training does not."""
 
@@ -201,6 +182,7 @@ class OurStep:
         raise BenchmarkError(f"{self.variant.name}: {problem}")
 
     def train(self, batches: Sequence[RawBatch]) -> None:
+        """One optimizer step a batch, from what workers hand over to updated weights."""
         self.model.train()
         prefetcher = DevicePrefetcher(iter(batches), self.device)
         for _ in batches:
@@ -211,6 +193,7 @@ class OurStep:
         self._record = self.metrics.read()[-1]
 
     def detect(self, batches: Sequence[RawBatch]) -> None:
+        """Detections of each batch, on the host."""
         self.model.eval()
         for batch in DevicePrefetcher(iter(batches), self.device):
             with self.precision.autocast():
@@ -218,6 +201,7 @@ class OurStep:
             to_host(detections)
 
     def losses(self) -> dict[str, float]:
+        """Those of the latest training step."""
         return {name: value for name, value in self._record.items() if name.startswith("loss")}
 
 
@@ -329,6 +313,14 @@ def write_starting_weights(file: Path, model_name: str, num_classes: int, batch:
     length = hidden[0].square().sum(dim=1).mean().sqrt().item()
     nn.init.normal_(classifier.weight, std=_LOGIT_STD / max(length, 1e-6))
     torch.save(model.state_dict(), file)
+
+
+Step = OurStep | TorchvisionStep
+"""A model that can be trained and run on the batches of its work."""
+
+
+def build_step(variant: Variant, work: Work) -> Step:
+    return OurStep(variant, work) if variant.owner == "ours" else TorchvisionStep(variant, work)
 
 
 def to_host(detections: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -33,6 +33,7 @@ from benchmarks.timing import (
     ratio_cell,
     spread,
 )
+from data import RawBatch
 
 _GPU_BLOCKS = 2  # untimed passes over the batches before anything is measured on a GPU
 # Defaults that give a table in a couple of minutes on two cores, and that fill a GPU.
@@ -75,14 +76,10 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         if arguments.nproc is not None:
             return measure_scaling(arguments, variants[-1], device, Path(folder), say)
-        work = load_work(arguments, Path(folder), device)
-        steps, peaks = _build(variants, work, say)
-        if ablated:
-            figures, texts = _times(arguments, work, steps, names[:1], say)
-            figures["ablation"] = _ablation_rows(figures["train"], ablated)
-            cells = [[row["without"], ratio_cell(row["ratio"], 3)] for row in figures["ablation"]]
-            return figures, "\n\n".join([*texts, format_table(["without", "x time of the whole"], cells)])
-        return _compare(arguments, work, steps, peaks, say)
+        comparison = Comparison(arguments, variants, load_work(arguments, Path(folder), device), say)
+        figures, texts = comparison.training()
+        more = comparison.ablation(figures["train"], ablated) if ablated else comparison.everything_else(figures)
+        return figures | more[0], "\n\n".join([*texts, *more[1]])
 
 
 def _device(arguments: argparse.Namespace) -> torch.device:
@@ -132,114 +129,163 @@ def _ablation_variants(arguments: argparse.Namespace, device: torch.device) -> d
     return found
 
 
-def _ablation_rows(rows: Sequence[Mapping[str, Any]], ablated: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Each row's time over the first's, round by round: above 1, what it does without is worth having."""
-    found = []
-    for row in rows[1:]:
-        (of_first,) = row["ratios"].values()
-        ratio = spread([1 / value for value in of_first["values"]])
-        found.append({"variant": row["name"], "without": ablated.get(row["name"], row["name"]), "ratio": ratio})
-    return found
+Found = tuple[dict[str, Any], list[str]]
+"""Figures for the JSON file, and the texts that show them."""
 
 
-def _build(variants: Sequence[Variant], work: Work, say: Say) -> tuple[dict[str, Step], dict[str, float]]:
-    """The steps; and on a GPU the GB at the highest point of a step, had the variant the GPU to itself."""
-    steps, peaks = {}, {}
-    for variant in variants:
-        say(f"building {variant.name}")
-        before = torch.cuda.memory_allocated() if work.device.type == "cuda" else 0
-        step = steps[variant.name] = build_step(variant, work)
-        if work.device.type == "cuda":
-            for _ in range(_GPU_BLOCKS):
+class Comparison:
+    """Variants of the training step on the same work."""
+
+    def __init__(self, arguments: argparse.Namespace, variants: Sequence[Variant], work: Work, say: Say) -> None:
+        self.arguments, self.work, self.say = arguments, work, say
+        self.on_gpu = work.device.type == "cuda"
+        self.key = CLOCKS[arguments.clock]
+        self.steps: dict[str, Step] = {}
+        self.peaks: dict[str, float] = {}
+        """GB at the highest point of a step, had the variant the machine to itself"""
+        for variant in variants:
+            say(f"building {variant.name}")
+            before = torch.cuda.memory_allocated() if self.on_gpu else 0
+            step = self.steps[variant.name] = build_step(variant, work)
+            if self.on_gpu:
+                for _ in range(_GPU_BLOCKS):
+                    step.train(work.batches)
+                torch.cuda.reset_peak_memory_stats()
                 step.train(work.batches)
-            torch.cuda.reset_peak_memory_stats()
-            step.train(work.batches)
-            torch.cuda.synchronize()
-            peaks[variant.name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return steps, peaks
+                torch.cuda.synchronize()
+                self.peaks[variant.name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        torchvisions = [variant.name for variant in variants if variant.owner == "torchvision"]
+        self.peers = [variants[0].name] if arguments.ablation else torchvisions
 
+    def settle(self, name: str, run: Callable[[], object]) -> None:
+        """Memory of the CPU as the variant's own program has it."""
+        if not self.on_gpu:
+            HostMemory.settle(self.steps[name].variant, run)
 
-def _times(
-    arguments: argparse.Namespace, work: Work, steps: Mapping[str, Step], peers: Sequence[str], say: Say
-) -> tuple[dict[str, Any], list[str]]:
-    """Seconds of the training steps, in an interleaved run."""
-    batches, batch_size = work.batches, len(work.batches[0])
-    rows, table = _interleaved(arguments, work, {name: partial(step.train, batches) for name, step in steps.items()},
-                               steps, len(batches), batch_size, peers, say)  # fmt: skip
-    for row in rows:
-        row["losses"] = steps[row["name"]].losses()
-    inside = sum(height * width for batch in batches for height, width in batch.resized_sizes)
-    computed = batch_size * sum(batch.padded_size[0] * batch.padded_size[1] for batch in batches)
-    figures: dict[str, Any] = {
-        "device": work.device.type,
-        "threads": torch.get_num_threads(),
-        "clock": arguments.clock,
-        "batch_size": batch_size,
-        "shapes": [list(batch.padded_size) for batch in batches],
-        "padding_share": 1 - inside / computed,
-        "boxes_per_image": sum(int(batch.valid.sum()) for batch in batches) / (batch_size * len(batches)),
-        "train": rows,
-    }
-    shapes = ", ".join(sorted({f"{height}x{width}" for height, width in figures["shapes"]}))
-    place = f"{figures['threads']} threads" if figures["device"] == "cpu" else "GPU"
-    text = (
-        f"training step, {place}, batch {batch_size}, padded to {shapes} "
-        f"({figures['padding_share']:.0%} padding), {figures['boxes_per_image']:.1f} boxes an image"
-    )
-    return figures, [text, table]
+    def interleaved(
+        self, runs: Mapping[str, Callable[[], None]], batches: Sequence[RawBatch]
+    ) -> tuple[list[dict[str, Any]], str]:
+        """The rows with images/s, and their table; a run goes over all of `batches`."""
+        samples = interleave(
+            runs,
+            self.arguments.repeats,
+            wait=partial(synchronize, self.work.device),
+            say=self.say,
+            settle=lambda name: self.settle(name, runs[name]),
+        )
+        rows = figure_rows(samples, self.peers, self.key, units=len(batches))
+        for row in rows:
+            row["images_per_second"] = len(batches[0]) / row[self.key]["median"]
+        rate = {"images/s": lambda row: f"{row['images_per_second']:.2f}"}
+        return rows, figure_table(rows, self.key, f"ms ({self.arguments.clock})", 1e3, **rate)
 
+    def training(self) -> Found:
+        """Seconds of the training steps."""
+        batches, batch_size = self.work.batches, len(self.work.batches[0])
+        rows, table = self.interleaved(
+            {name: partial(step.train, batches) for name, step in self.steps.items()}, batches
+        )
+        for row in rows:
+            row["losses"] = self.steps[row["name"]].losses()
+        inside = sum(height * width for batch in batches for height, width in batch.resized_sizes)
+        computed = batch_size * sum(batch.padded_size[0] * batch.padded_size[1] for batch in batches)
+        figures: dict[str, Any] = {
+            "device": self.work.device.type,
+            "threads": torch.get_num_threads(),
+            "clock": self.arguments.clock,
+            "batch_size": batch_size,
+            "shapes": [list(batch.padded_size) for batch in batches],
+            "padding_share": 1 - inside / computed,
+            "boxes_per_image": sum(int(batch.valid.sum()) for batch in batches) / (batch_size * len(batches)),
+            "train": rows,
+        }
+        shapes = ", ".join(sorted({f"{height}x{width}" for height, width in figures["shapes"]}))
+        place = "GPU" if self.on_gpu else f"{figures['threads']} threads"
+        text = (
+            f"training step, {place}, batch {batch_size}, padded to {shapes} "
+            f"({figures['padding_share']:.0%} padding), {figures['boxes_per_image']:.1f} boxes an image"
+        )
+        return figures, [text, table]
 
-def _interleaved(
-    arguments: argparse.Namespace,
-    work: Work,
-    runs: Mapping[str, Callable[[], None]],
-    steps: Mapping[str, Step],
-    num_batches: int,
-    batch_size: int,
-    peers: Sequence[str],
-    say: Say,
-) -> tuple[list[dict[str, Any]], str]:
-    """The rows with images/s, and their table."""
+    def ablation(self, rows: Sequence[Mapping[str, Any]], ablated: Mapping[str, str]) -> Found:
+        """Each row's time over the first's, round by round: above 1, what it does without is worth having."""
+        found = []
+        for row in rows[1:]:
+            ratio = spread([1 / value for value in row["ratios"][self.peers[0]]["values"]])
+            found.append({"variant": row["name"], "without": ablated.get(row["name"], row["name"]), "ratio": ratio})
+        cells = [[row["without"], ratio_cell(row["ratio"], 3)] for row in found]
+        return {"ablation": found}, [format_table(["without", "x time of the whole"], cells)]
 
-    def settle(name: str) -> None:
-        if work.device.type == "cpu":
-            HostMemory.settle(steps[name].variant, runs[name])
+    def everything_else(self, figures: Mapping[str, Any]) -> Found:
+        """Peak memory, inference, and what the profiler tells."""
+        arguments, texts = self.arguments, []
+        found: dict[str, Any] = {}
+        if not self.on_gpu and not arguments.no_probes:
+            self.say("peak memory")
+            for name, step in self.steps.items():
+                # The system may kill a process that takes too much: that one has no figure.
+                with contextlib.suppress(BrokenProcessPool):
+                    added = in_own_process(bytes_added, step.variant, self.work, torch.get_num_threads())
+                    self.peaks[name] = added / 2**30
+        if self.peaks:
+            found["peak_memory_gb"] = self.peaks
+            texts.append("peak memory: " + ", ".join(f"{name} {peak:.2f} GB" for name, peak in self.peaks.items()))
+        if arguments.inference:
+            found["inference"] = {}
+            # Images/s at the batch size, and the latency of one image: from decoded pixels to detections on the host.
+            one = argparse.Namespace(**{**vars(arguments), "batch_size": 1})
+            single = load_work(one, self.work.weights.parent, self.work.device).batches
+            for title, batches in (("batch", self.work.batches), ("one_image", single)):
+                runs = {name: partial(step.detect, batches) for name, step in self.steps.items()}
+                found["inference"][title], table = self.interleaved(runs, batches)
+                texts.append(f"inference, images at a time: {len(batches[0])}\n{table}")
+        if not arguments.no_probes:
+            self.say("probes")
+            found |= self.probes(figures["train"])
+            texts += _probe_tables(found)
+        elif arguments.profile:
+            profilers.profile(partial(list(self.steps.values())[-1].train, self.work.batches), self.work.device,
+                              arguments.profile)  # fmt: skip
+        return found, texts
 
-    key = CLOCKS[arguments.clock]
-    wait = partial(synchronize, work.device)
-    samples = interleave(runs, arguments.repeats, wait=wait, say=say, settle=settle)
-    rows = figure_rows(samples, peers, key, units=num_batches)
-    for row in rows:
-        row["images_per_second"] = batch_size / row[key]["median"]
-    rate = {"images/s": lambda row: f"{row['images_per_second']:.2f}"}
-    return rows, figure_table(rows, key, f"ms ({arguments.clock})", 1e3, **rate)
-
-
-def _compare(
-    arguments: argparse.Namespace, work: Work, steps: Mapping[str, Step], peaks: dict[str, float], say: Say
-) -> tuple[dict[str, Any], str]:
-    """All figures of some variants, with torchvision's as the peers."""
-    peers = [name for name, step in steps.items() if step.variant.owner == "torchvision"]
-    figures, texts = _times(arguments, work, steps, peers, say)
-    if work.device.type == "cpu" and not arguments.no_probes:
-        say("peak memory")
-        for name, step in steps.items():
-            # The system may kill a process that takes too much: that one has no figure.
-            with contextlib.suppress(BrokenProcessPool):
-                peaks[name] = in_own_process(bytes_added, step.variant, work, torch.get_num_threads()) / 2**30
-    if peaks:
-        figures["peak_memory_gb"] = peaks
-        texts.append("peak memory: " + ", ".join(f"{name} {peak:.2f} GB" for name, peak in peaks.items()))
-    if arguments.inference:
-        figures["inference"], more = _inference(arguments, work, steps, peers, say)
-        texts += more
-    if not arguments.no_probes:
-        say("probes")
-        figures |= _probes(arguments, work, steps, figures["train"])
-        texts += _probe_tables(figures)
-    elif arguments.profile:
-        profilers.profile(partial(list(steps.values())[-1].train, work.batches), work.device, arguments.profile)
-    return figures, "\n\n".join(texts)
+    def probes(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Stages, synchronizations and the GPU's work from a profile of each variant; FLOPs and the share reached."""
+        arguments, work, steps = self.arguments, self.work, self.steps
+        stages, waits, gpu = {}, {}, {}
+        flops: dict[str, float] = {}
+        for row in rows:
+            name, step = row["name"], steps[row["name"]]
+            run = partial(step.train, work.batches)
+            self.settle(name, run)
+            events = profilers.profile(run, work.device, arguments.profile if name == rows[-1]["name"] else None)
+            ours = step.variant.owner == "ours"
+            spans = profilers.StageSpans(events, profilers.OUR_FUNCTIONS if ours else profilers.THEIR_FUNCTIONS)
+            if not step.variant.graphs:  # a replay calls nothing that belongs to a stage
+                seconds = spans.seconds(events)
+                stages[name] = {stage: seconds[stage] / len(work.batches) for stage in STAGES}
+                waits[name] = profilers.count_waits(events, spans, len(work.batches))
+            if self.on_gpu:
+                gpu[name] = profilers.gpu_figures(events, len(work.batches))
+                # Under the profiler, which slows the host, it is idle for longer.
+                busy = gpu[name].get("gpu_busy_seconds_per_step", 0.0)
+                gpu[name]["idle_share"] = max(0.0, 1 - busy / row["seconds"]["median"])
+            # Ours does less work for the same losses (the RPN learns at its samples only), so each owner's is counted.
+            if step.variant.owner not in flops:
+                flops[step.variant.owner] = profilers.count_flops(run) / sum(map(len, work.batches))
+        ticks = time.perf_counter if arguments.clock == "wall" else time.process_time
+        precisions = sorted({step.variant.amp for step in steps.values()})
+        rates = {amp: profilers.matmul_rate(work.device, DTYPES[amp], ticks) for amp in precisions}
+        return {
+            "stage_seconds": stages,
+            "waits": waits,
+            "gpu": gpu,
+            "gflop_per_image": {owner: number / 1e9 for owner, number in flops.items()},
+            "matmul_gflops": {"fp32" if amp == "off" else amp: rate / 1e9 for amp, rate in rates.items()},
+            "utilization": {
+                name: flops[step.variant.owner] * row["images_per_second"] / rates[step.variant.amp]
+                for (name, step), row in zip(steps.items(), rows, strict=True)
+            },
+        }
 
 
 def bytes_added(variant: Variant, work: Work, threads: int) -> int:
@@ -263,63 +309,6 @@ def bytes_added(variant: Variant, work: Work, threads: int) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak becomes the present size
     run()
     return 1024 * (kilobytes("VmHWM") - before - (kilobytes("RssFile") - files_before))
-
-
-def _inference(
-    arguments: argparse.Namespace, work: Work, steps: Mapping[str, Step], peers: Sequence[str], say: Say
-) -> tuple[dict[str, Any], list[str]]:
-    """Images/s at the batch size, and the latency of one image: from decoded pixels to detections on the host."""
-    one = argparse.Namespace(**{**vars(arguments), "batch_size": 1})
-    single = load_work(one, work.weights.parent, work.device).batches
-    results, texts = {}, []
-    for title, batches in (("batch", work.batches), ("one_image", single)):
-        number = len(batches[0])
-        runs = {name: partial(step.detect, batches) for name, step in steps.items()}
-        results[title], table = _interleaved(arguments, work, runs, steps, len(batches), number, peers, say)
-        texts.append(f"inference, {number} image{'s' if number > 1 else ''} at a time\n{table}")
-    return results, texts
-
-
-def _probes(
-    arguments: argparse.Namespace, work: Work, steps: Mapping[str, Step], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Stages, synchronizations and the GPU's work from a profile of each variant; FLOPs and the share reached."""
-    stages, waits, gpu = {}, {}, {}
-    flops: dict[str, float] = {}
-    for row in rows:
-        name, step = row["name"], steps[row["name"]]
-        run = partial(step.train, work.batches)
-        if work.device.type == "cpu":
-            HostMemory.settle(step.variant, run)
-        events = profilers.profile(run, work.device, arguments.profile if name == rows[-1]["name"] else None)
-        ours = step.variant.owner == "ours"
-        spans = profilers.StageSpans(events, profilers.OUR_FUNCTIONS if ours else profilers.THEIR_FUNCTIONS)
-        if not step.variant.graphs:  # a replay calls nothing that belongs to a stage
-            seconds = spans.seconds(events)
-            stages[name] = {stage: seconds[stage] / len(work.batches) for stage in STAGES}
-            waits[name] = profilers.count_waits(events, spans, len(work.batches))
-        if work.device.type == "cuda":
-            gpu[name] = profilers.gpu_figures(events, len(work.batches))
-            # Under the profiler, which slows the host, it is idle for longer.
-            busy = gpu[name].get("gpu_busy_seconds_per_step", 0.0)
-            gpu[name]["idle_share"] = max(0.0, 1 - busy / row["seconds"]["median"])
-        # Ours does less work for the same losses (the RPN learns at its samples only), so each owner's is counted.
-        if step.variant.owner not in flops:
-            flops[step.variant.owner] = profilers.count_flops(run) / sum(map(len, work.batches))
-    ticks = time.perf_counter if arguments.clock == "wall" else time.process_time
-    precisions = sorted({step.variant.amp for step in steps.values()})
-    rates = {amp: profilers.matmul_rate(work.device, DTYPES[amp], ticks) for amp in precisions}
-    return {
-        "stage_seconds": stages,
-        "waits": waits,
-        "gpu": gpu,
-        "gflop_per_image": {owner: number / 1e9 for owner, number in flops.items()},
-        "matmul_gflops": {"fp32" if amp == "off" else amp: rate / 1e9 for amp, rate in rates.items()},
-        "utilization": {
-            name: flops[step.variant.owner] * row["images_per_second"] / rates[step.variant.amp]
-            for (name, step), row in zip(steps.items(), rows, strict=True)
-        },
-    }
 
 
 def _probe_tables(figures: Mapping[str, Any]) -> list[str]:
