@@ -7,7 +7,7 @@ import importlib
 import sys
 
 import checkout  # noqa: F401
-from benchmarks.machine import full_record, headline, write_json
+from benchmarks.figures import full_record, headline, write_json
 
 BENCHMARKS = {
     "train": "the training step (and inference) beside torchvision's Faster R-CNN",

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import full_record, headline, write_json
-from benchmarks.timing import format_table
+from benchmarks.figures import format_table, full_record, headline, write_json
 from checkout import ROOT
 from fault_injection.tagged_processes import kill_marked
 from gpu_checks.parts import FAILED, NOT_RUN, OK, PARTS, TIMED_OUT, Outcome, Part, plan

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
-from benchmarks.machine import full_record, headline, write_json
+from benchmarks.figures import full_record, headline, write_json
 from data import make_shapes
 from fault_injection.corruptions import all_broken, corrupt_and_resume
 from fault_injection.disk import fill_and_resume

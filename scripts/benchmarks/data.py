@@ -20,18 +20,18 @@ from torch.utils.data import DataLoader
 
 import checkout  # noqa: F401
 from benchmarks.baselines import Chain, MMDetection2, MMDetection3, TorchvisionReference, cv2
-from benchmarks.machine import add_common_arguments
-from benchmarks.scenes import add_image_arguments, open_images
-from benchmarks.timing import (
+from benchmarks.figures import (
     BenchmarkError,
     Samples,
     Say,
+    add_common_arguments,
     figure_rows,
     figure_table,
     interleave,
     pairwise_ratio,
     rotated,
 )
+from benchmarks.scenes import add_image_arguments, open_images
 from data import CocoDataset, TrainLoader, assemble
 from data.images import decode
 from data.loading.batch import BatchPlan

@@ -18,9 +18,16 @@ from typing import Any
 import numpy as np
 
 import checkout  # noqa: F401
-from benchmarks.machine import add_common_arguments
+from benchmarks.figures import (
+    BenchmarkError,
+    Samples,
+    Say,
+    add_common_arguments,
+    figure_rows,
+    figure_table,
+    in_own_process,
+)
 from benchmarks.scenes import MAX_BOXES, NUM_CLASSES, draw_boxes, draw_sizes, write_annotations
-from benchmarks.timing import BenchmarkError, Samples, Say, figure_rows, figure_table, in_own_process
 from detection.evaluation import METRIC_NAMES, CocoEvaluator, Detections, write_results
 
 JUDGE = "pycocotools"

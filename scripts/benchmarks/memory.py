@@ -16,9 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import checkout  # noqa: F401
-from benchmarks.machine import add_common_arguments
+from benchmarks.figures import BenchmarkError, Say, add_common_arguments, format_table
 from benchmarks.scenes import write_annotations, write_images
-from benchmarks.timing import BenchmarkError, Say, format_table
 from data import CocoDataset, TrainLoader, read_coco
 
 OURS, PEER = "ours", "a list of dicts"

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 import checkout  # noqa: F401
-from benchmarks.machine import add_common_arguments
+from benchmarks.figures import Say, add_common_arguments, format_table
 from benchmarks.scenes import draw_sizes
-from benchmarks.timing import Say, format_table
 from data import plan_epoch, read_coco, resized_sizes
 from data.loading.shape_buckets import bucket_of, shape_buckets
 from data.transforms.geometry import padded_size

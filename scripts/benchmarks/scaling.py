@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import checkout
+from benchmarks.figures import BenchmarkError, Say, figure_rows, figure_table, rotated, spread
 from benchmarks.steps import Variant, load_work
-from benchmarks.timing import BenchmarkError, Say, figure_rows, figure_table, rotated, spread
 
 ALONE, APART, TOGETHER = "one process alone", "all, gradients kept apart", "all, gradients exchanged"
 _WARM_ITERATIONS, _TIMED_ITERATIONS = 2, 5

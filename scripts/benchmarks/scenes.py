@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import checkout  # noqa: F401
-from benchmarks.timing import BenchmarkError
+from benchmarks.figures import BenchmarkError
 from data import CocoDataset, read_coco
 
 # Roughly COCO train2017: (width, height) and the share of images of about that size.

@@ -15,9 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import checkout
-from benchmarks.machine import add_common_arguments
+from benchmarks.figures import (
+    BenchmarkError,
+    Samples,
+    Say,
+    add_common_arguments,
+    figure_rows,
+    figure_table,
+    in_own_process,
+)
 from benchmarks.scenes import draw_sizes, write_annotations, write_images
-from benchmarks.timing import BenchmarkError, Samples, Say, figure_rows, figure_table, in_own_process
 
 _POLYGON = [[round(7.3 * number % 400, 2) for number in range(48)]]
 """Of every box: 24 points, so that a file is as large as train2017's."""

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import checkout  # noqa: F401
-from benchmarks.machine import add_common_arguments
+from benchmarks.figures import BenchmarkError, Say, add_common_arguments, format_table
 from benchmarks.profilers import BACKWARD, LOSSES, OUR_FUNCTIONS, STAGES
-from benchmarks.timing import BenchmarkError, Say, format_table
 from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
-from detection.models.ops import conv, matcher, nms, roi_align
+from detection.models.ops import nms
+from detection.models.ops.backend import TRITON, implementation
 from gpu_checks.fake_device import is_supported, move, pretend_gpu
 
 _STAGE_OF: dict[CodeType, str] = {
@@ -230,8 +230,5 @@ def _kernels(counter: TrafficCounter) -> Iterator[None]:
             ("roi_align", pool_from_table),
         )
     }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(sys.modules, modules))
-        for module in (conv, matcher, nms, roi_align):
-            stack.enter_context(mock.patch.object(module, "uses_triton", lambda device: True))
+    with mock.patch.dict(sys.modules, modules), implementation(**TRITON):
         yield

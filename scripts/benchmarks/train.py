@@ -16,15 +16,11 @@ import torch
 
 import checkout  # noqa: F401
 from benchmarks import profilers
-from benchmarks.machine import add_common_arguments
-from benchmarks.profilers import STAGES, synchronize
-from benchmarks.scaling import measure_scaling
-from benchmarks.scenes import add_image_arguments
-from benchmarks.steps import DTYPES, SWITCHES, HostMemory, Step, Variant, Work, build_step, load_work
-from benchmarks.timing import (
+from benchmarks.figures import (
     CLOCKS,
     BenchmarkError,
     Say,
+    add_common_arguments,
     figure_rows,
     figure_table,
     format_table,
@@ -33,6 +29,10 @@ from benchmarks.timing import (
     ratio_cell,
     spread,
 )
+from benchmarks.profilers import STAGES, synchronize
+from benchmarks.scaling import measure_scaling
+from benchmarks.scenes import add_image_arguments
+from benchmarks.steps import DTYPES, SWITCHES, HostMemory, Step, Variant, Work, build_step, load_work
 from data import RawBatch
 
 _GPU_BLOCKS = 2  # untimed passes over the batches before anything is measured on a GPU
@@ -121,9 +121,9 @@ def _ablation_variants(arguments: argparse.Namespace, device: torch.device) -> d
     if precision != "fp32":
         found["ours-fp32-cl"] = f"{precision} (float32 instead)"
     found[f"ours-{precision}"] = "channels-last"
-    found |= {
-        f"{full}-without-{name}": text for name, text in SWITCHES.items() if device.type == "cpu" or "CPU" not in text
-    }
+    for name, switch in SWITCHES.items():
+        if switch.device in (None, device.type):
+            found[f"{full}-without-{name}"] = switch.text
     if arguments.compile:
         found[f"{full}-compile"] = "(with --compile added)"
     return found

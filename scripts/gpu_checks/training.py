@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where checkout.py and the other parts are
 
 import checkout
-from benchmarks.machine import full_record, headline, write_json
+from benchmarks.figures import full_record, headline, write_json
 from data import make_shapes
 from fault_injection.comparison import differences
 from fault_injection.signals import STOPPED

@@ -66,9 +66,7 @@ def test_of_a_checkpoint_the_moving_average_counts_and_a_mixture_is_told(average
         ({"model": "nan"}, "holds NaN or infinity"),
     ],
 )
-def test_files_that_do_not_fit_together_are_refused(
-    average, small_file, tmp_path, capsys, changes, message
-):
+def test_files_that_do_not_fit_together_are_refused(average, small_file, tmp_path, capsys, changes, message):
     torch.save(small_file(0), tmp_path / "one.pt")
     other = small_file(1)
     bias = other["model"]["rpn.conv.bias"]

@@ -177,13 +177,13 @@ def test_scaling_compares_processes_together_with_one_alone(measured):
 def test_variants_alternate_and_the_order_rotates_after_a_first_round_that_does_not_count(script):
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples = script("benchmarks.timing").interleave(runs, 2)
+    samples = script("benchmarks.figures").interleave(runs, 2)
     assert "".join(order) == "abc" + "abc" + "bca"
     assert all(len(sample["seconds"]) == len(sample["cpu_seconds"]) == 2 for sample in samples.values())
 
 
 def test_ratios_come_from_pairs_of_one_round(script):
-    ratio = script("benchmarks.timing").pairwise_ratio([1.0, 10.0, 2.0], [2.0, 30.0, 8.0])
+    ratio = script("benchmarks.figures").pairwise_ratio([1.0, 10.0, 2.0], [2.0, 30.0, 8.0])
     assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)
 
 
