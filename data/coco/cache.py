@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAGIC = b"packed annotations 2\n"  # another number whenever what is stored changes its meaning
+MAGIC = b"packed annotations 3\n"  # another number whenever what is stored changes its meaning
 ALIGNMENT = 64
 
 

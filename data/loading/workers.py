@@ -59,7 +59,7 @@ class WorkerPool:
         self._jobs = _Jobs()
         self._pin = pin
         self._buffers: SharedBuffers | None = None
-        if workers > 0 and _worker_context() == "fork":
+        if workers > 0 and worker_context() == "fork":
             number = workers * PLANS_AHEAD_PER_WORKER + BATCHES_IN_USE
             self._buffers = SharedBuffers(number, _buffer_size(dataset, batch_size))
         # A generator of its own: a DataLoader draws from the global one at each pass otherwise.
@@ -70,8 +70,8 @@ class WorkerPool:
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=PLANS_AHEAD_PER_WORKER if workers > 0 else None,
-            worker_init_fn=functools.partial(_start_worker, main_pid=os.getpid()),
-            multiprocessing_context=_worker_context() if workers > 0 else None,
+            worker_init_fn=functools.partial(start_worker, main_pid=os.getpid()),
+            multiprocessing_context=worker_context() if workers > 0 else None,
             generator=torch.Generator(),
         )
 
@@ -110,12 +110,12 @@ def _buffer_size(dataset: CocoDataset, batch_size: int) -> int:
     return batch_size * int(min(sizes.max(), LARGEST_BUFFER * sizes.mean()))
 
 
-def _worker_context() -> str | None:
+def worker_context() -> str | None:
     # A forked worker has the annotations at once and shares their pages; it never touches a GPU.
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 
-def _start_worker(worker_id: int, main_pid: int) -> None:
+def start_worker(worker_id: int, main_pid: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group, and so do the SIGHUP of a closed terminal and the SIGTERM of torchrun or a
     # batch system. The main process decides what becomes of the run, and may still want batches: only its own SIGTERM

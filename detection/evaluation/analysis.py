@@ -70,14 +70,14 @@ def analyze_results(
     shown &= outcomes.kinds != Outcome.IGNORED
     return {
         "metrics": metrics,
-        "classes": _class_rows(truth, num_boxes, accumulated, outcomes, operating),
+        "classes": _class_rows(outcomes, accumulated, operating),
         "precision_recall": _curves(truth, accumulated),
-        "errors": error_split(truth, detections, outcomes),
+        "errors": error_split(outcomes),
         "confusion_matrix": {
             "labels": [*truth.class_names, "background"],
-            "matrix": confusion_matrix(truth, detections, outcomes, shown).tolist(),
+            "matrix": confusion_matrix(outcomes, shown).tolist(),
         },
-        "worst_images": _worst_images(truth, detections, outcomes, shown, num_worst_images),
+        "worst_images": _worst_images(outcomes, shown, num_worst_images),
     }
 
 
@@ -128,18 +128,19 @@ def best_f1(
     }
 
 
-def error_split(truth: GroundTruth, detections: Detections, outcomes: Outcomes) -> dict[str, Any]:
+def error_split(outcomes: Outcomes) -> dict[str, Any]:
     """How many errors there are of each kind, and what AP_50 would gain without them, as TIDE defines it.
 
     Mending a class or localisation error makes the surest detection of each unmatched box correct and
     removes the others; both, duplicate and background errors are removed; missed boxes are no longer asked
     for. A gain below 0, which interpolation can give, counts as 0.
     """
+    truth, detections = outcomes.truth, outcomes.detections
     num_boxes = _count(truth, ~truth.crowd)
     base = _mean_ap(detections, outcomes.labels, outcomes.kinds, num_boxes)
     counts: dict[str, int] = {}
     gains: dict[str, float] = {}
-    surest_answers = _surest_answers(detections, outcomes)
+    surest_answers = _surest_answers(outcomes)
     for error in ERRORS:
         is_error = outcomes.kinds == error
         mended = surest_answers[is_error[surest_answers]]
@@ -154,9 +155,7 @@ def error_split(truth: GroundTruth, detections: Detections, outcomes: Outcomes) 
     return {"AP_50": base, "counts": counts, "AP_50_gain": {kind: max(0.0, gain) for kind, gain in gains.items()}}
 
 
-def confusion_matrix(
-    truth: GroundTruth, detections: Detections, outcomes: Outcomes, shown: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.int64]:
+def confusion_matrix(outcomes: Outcomes, shown: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """int64 [K + 1, K + 1]: boxes of class (row) found as class (column); the last row and column are
     background.
 
@@ -164,15 +163,15 @@ def confusion_matrix(
     answers to, surest first, if that is still free. What is left is background found as something, or a box
     found as background, that is missed. Detections on crowds are in no cell.
     """
+    truth, labels = outcomes.truth, outcomes.labels
     num_classes = len(truth.category_ids)
-    labels = outcomes.labels
     matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
     free = ~truth.crowd
     correct = np.flatnonzero(shown & (outcomes.kinds == Outcome.CORRECT))
     np.add.at(matrix, (labels[correct], labels[correct]), 1)
     free[outcomes.targets[correct]] = False
     wrong = np.flatnonzero(shown & (outcomes.kinds != Outcome.CORRECT) & (outcomes.kinds != Outcome.IGNORED))
-    for row in wrong[np.argsort(-detections.scores[wrong], kind="stable")].tolist():
+    for row in wrong[np.argsort(-outcomes.detections.scores[wrong], kind="stable")].tolist():
         box = outcomes.targets[row]
         if outcomes.kinds[row] == Outcome.CLASS and free[box]:
             free[box] = False
@@ -183,11 +182,11 @@ def confusion_matrix(
     return matrix
 
 
-def _surest_answers(detections: Detections, outcomes: Outcomes) -> npt.NDArray[np.int64]:
+def _surest_answers(outcomes: Outcomes) -> npt.NDArray[np.int64]:
     """For each unmatched box that class or localisation errors answer to, the row of the surest of them."""
     rows = np.flatnonzero((outcomes.kinds == Outcome.CLASS) | (outcomes.kinds == Outcome.LOCALISATION))
     rows = rows[~outcomes.matched[outcomes.targets[rows]]]
-    rows = rows[np.argsort(-detections.scores[rows], kind="stable")]
+    rows = rows[np.argsort(-outcomes.detections.scores[rows], kind="stable")]
     return rows[np.unique(outcomes.targets[rows], return_index=True)[1]]
 
 
@@ -223,38 +222,27 @@ def _mean_ap(
 
 
 def _class_rows(
-    truth: GroundTruth,
-    num_boxes: npt.NDArray[np.int64],
-    accumulated: Accumulated,
-    outcomes: Outcomes,
-    operating: list[dict[str, float] | None],
+    outcomes: Outcomes, accumulated: Accumulated, operating: list[dict[str, float] | None]
 ) -> list[dict[str, Any]]:
-    precision, recall = accumulated.precision, accumulated.recall
+    truth, precision, recall = outcomes.truth, accumulated.precision, accumulated.recall
     ap = per_class_ap(accumulated)
-    num_missed = _count(truth, outcomes.missed)
+    num_boxes, num_missed = _count(truth, ~truth.crowd), _count(truth, outcomes.missed)
     rows = []
     for k, (name, category) in enumerate(zip(truth.class_names, truth.category_ids.tolist(), strict=True)):
         kinds = outcomes.kinds[outcomes.labels == k]
         point = operating[k] or dict.fromkeys(("f1", "threshold", "precision", "recall"))
+        errors = {error.name.lower(): int((kinds == error).sum()) for error in ERRORS}
+        counts = {"num_boxes": int(num_boxes[k]), "num_detections": len(kinds)}
         rows.append(
             {
-                "name": name,
-                "category_id": category,
-                "num_boxes": int(num_boxes[k]),
-                "num_detections": len(kinds),
-                "AP": ap[k],
+                **{"name": name, "category_id": category, **counts, "AP": ap[k]},
                 "AP_50": float(precision[IOU_50, :, k, 0, 2].mean()),
                 "AP_75": float(precision[IOU_75, :, k, 0, 2].mean()),
                 **{f"AP_{size}": float(precision[:, :, k, 1 + i, 2].mean()) for i, size in enumerate(SIZES)},
                 "AR_100": float(recall[:, k, 0, 2].mean()),
-                "best_f1": point["f1"],
-                "best_f1_threshold": point["threshold"],
-                "precision": point["precision"],
-                "recall": point["recall"],
-                "errors": {
-                    **{error.name.lower(): int((kinds == error).sum()) for error in ERRORS},
-                    "missed": int(num_missed[k]),
-                },
+                **{"best_f1": point["f1"], "best_f1_threshold": point["threshold"]},
+                **{"precision": point["precision"], "recall": point["recall"]},
+                "errors": errors | {"missed": int(num_missed[k])},
             }
         )
     return rows
@@ -275,14 +263,9 @@ def _curves(truth: GroundTruth, accumulated: Accumulated) -> dict[str, Any]:
     }
 
 
-def _worst_images(
-    truth: GroundTruth,
-    detections: Detections,
-    outcomes: Outcomes,
-    shown: npt.NDArray[np.bool_],
-    num_images: int,
-) -> list[dict[str, Any]]:
+def _worst_images(outcomes: Outcomes, shown: npt.NDArray[np.bool_], num_images: int) -> list[dict[str, Any]]:
     """Images with most errors (wrong detections shown and boxes not found by a shown one), most first."""
+    truth = outcomes.truth
     correct = shown & (outcomes.kinds == Outcome.CORRECT)
     found = np.zeros(truth.num_boxes, bool)
     found[outcomes.targets[correct]] = True
@@ -305,19 +288,16 @@ def _worst_images(
                 "wrong": int(num_wrong[i]),
                 "missed": int(num_lost[i]),
                 "f1": float(2 * num_correct[i] / (2 * num_correct[i] + num_errors[i])),
-                "boxes": _boxes_of_image(truth, detections, outcomes, shown & (places == i), lost & (box_places == i)),
+                "boxes": _boxes_of_image(outcomes, shown & (places == i), lost & (box_places == i)),
             }
         )
     return worst
 
 
 def _boxes_of_image(
-    truth: GroundTruth,
-    detections: Detections,
-    outcomes: Outcomes,
-    shown: npt.NDArray[np.bool_],
-    lost: npt.NDArray[np.bool_],
+    outcomes: Outcomes, shown: npt.NDArray[np.bool_], lost: npt.NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
+    truth, detections = outcomes.truth, outcomes.detections
     names = truth.class_names
     boxes: list[dict[str, Any]] = []
     for row in np.flatnonzero(lost).tolist():

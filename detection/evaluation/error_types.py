@@ -38,7 +38,7 @@ ERRORS = (Outcome.CLASS, Outcome.LOCALISATION, Outcome.BOTH, Outcome.DUPLICATE, 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Rows are those of the detections and of the ground truth that were compared.
+    """Detections (n) compared with the ground truth (M boxes).
 
     Attributes:
         images, labels: int64 [n], the place of each detection's image and category in the ground truth.
@@ -49,6 +49,8 @@ class Outcomes:
         missed: bool [M], boxes (crowds aside) that no detection is even a class or localisation error of.
     """
 
+    truth: GroundTruth
+    detections: Detections
     images: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     kinds: npt.NDArray[np.int8]
@@ -94,7 +96,8 @@ def sort_outcomes(truth: GroundTruth, detections: Detections, *, high: float = 0
         matched[boxes[found[found >= 0]]] = True
     answered = np.zeros(truth.num_boxes, bool)
     answered[targets[(kinds == Outcome.CLASS) | (kinds == Outcome.LOCALISATION)]] = True
-    return Outcomes(images, labels, kinds, targets, matched, missed=~(matched | answered | truth.crowd))
+    missed = ~(matched | answered | truth.crowd)
+    return Outcomes(truth, detections, images, labels, kinds, targets, matched, missed)
 
 
 def _surest_first_by_image(

@@ -17,8 +17,7 @@ FAR = [400, 300, 50, 50]
 
 def outcomes_of(tmp_path, annotations, rows):
     truth = CocoEvaluator(write_annotations(tmp_path / "a.json", annotations)).truth
-    detections = detections_of(rows)
-    return truth, detections, sort_outcomes(truth, detections)
+    return sort_outcomes(truth, detections_of(rows))
 
 
 @pytest.mark.parametrize(
@@ -35,21 +34,21 @@ def outcomes_of(tmp_path, annotations, rows):
     ],
 )
 def test_overlap_and_class_decide_the_kind(tmp_path, category, box, expected):
-    _, _, outcomes = outcomes_of(tmp_path, [annotation(1, 1, CAT, BOX)], [(1, category, box, 0.9)])
+    outcomes = outcomes_of(tmp_path, [annotation(1, 1, CAT, BOX)], [(1, category, box, 0.9)])
     assert outcomes.kinds.tolist() == [expected]
     assert outcomes.targets.tolist() == [-1 if expected == Outcome.BACKGROUND else 0]
 
 
 def test_the_less_sure_of_two_on_one_box_is_a_duplicate(tmp_path):
     rows = [(1, CAT, BOX, 0.5), (1, CAT, [105, 100, 100, 100], 0.9)]
-    _, _, outcomes = outcomes_of(tmp_path, [annotation(1, 1, CAT, BOX)], rows)
+    outcomes = outcomes_of(tmp_path, [annotation(1, 1, CAT, BOX)], rows)
     assert outcomes.kinds.tolist() == [Outcome.DUPLICATE, Outcome.CORRECT]
 
 
 def test_a_second_box_close_by_turns_a_duplicate_into_a_match(tmp_path):
     boxes = [annotation(1, 1, CAT, BOX), annotation(2, 1, CAT, [110, 100, 100, 100])]
     rows = [(1, CAT, BOX, 0.5), (1, CAT, BOX, 0.9)]
-    _, _, outcomes = outcomes_of(tmp_path, boxes, rows)
+    outcomes = outcomes_of(tmp_path, boxes, rows)
     assert outcomes.kinds.tolist() == [Outcome.CORRECT, Outcome.CORRECT]
     assert outcomes.targets.tolist() == [1, 0]
 
@@ -57,7 +56,7 @@ def test_a_second_box_close_by_turns_a_duplicate_into_a_match(tmp_path):
 def test_detections_in_a_crowd_of_their_class_are_ignored_and_of_another_class_are_not(tmp_path):
     crowd = annotation(1, 1, CAT, [0, 0, 300, 300], iscrowd=1)
     rows = [(1, CAT, [20, 20, 30, 30], 0.9), (1, DOG, [20, 20, 30, 30], 0.8)]
-    _, _, outcomes = outcomes_of(tmp_path, [crowd], rows)
+    outcomes = outcomes_of(tmp_path, [crowd], rows)
     assert outcomes.kinds.tolist() == [Outcome.IGNORED, Outcome.BACKGROUND]
     assert not outcomes.missed.any()
 
@@ -65,7 +64,7 @@ def test_detections_in_a_crowd_of_their_class_are_ignored_and_of_another_class_a
 def test_only_the_hundred_surest_of_an_image_and_class_count(tmp_path):
     scores = np.random.default_rng(0).permutation(130) / 130
     rows = [(1, CAT, FAR, float(s)) for s in scores] + [(2, CAT, FAR, 0.0), (1, DOG, FAR, 0.0)]
-    _, _, outcomes = outcomes_of(tmp_path, [annotation(1, 1, CAT, BOX)], rows)
+    outcomes = outcomes_of(tmp_path, [annotation(1, 1, CAT, BOX)], rows)
     counted = outcomes.kinds != Outcome.IGNORED
     np.testing.assert_array_equal(counted[:130], scores >= np.sort(scores)[30])
     assert counted[130:].all()
@@ -74,7 +73,7 @@ def test_only_the_hundred_surest_of_an_image_and_class_count(tmp_path):
 def test_a_box_is_missed_when_no_detection_even_answers_to_it(tmp_path):
     boxes = [annotation(i, i, CAT, BOX) for i in (1, 2, 3)]
     rows = [(1, DOG, BOX, 0.9), (2, CAT, [150, 100, 100, 100], 0.9), (3, DOG, [150, 100, 100, 100], 0.9)]
-    _, _, outcomes = outcomes_of(tmp_path, boxes, rows)
+    outcomes = outcomes_of(tmp_path, boxes, rows)
     assert outcomes.missed.tolist() == [False, False, True]
 
 
@@ -87,7 +86,7 @@ def test_ap_50_of_the_split_is_cocoevals(tmp_path, block):
         if not evaluator.has_boxes:
             continue
         outcomes = sort_outcomes(evaluator.truth, detections)
-        split = error_split(evaluator.truth, detections, outcomes)
+        split = error_split(outcomes)
         assert split["AP_50"] == pytest.approx(evaluator.evaluate(detections)["mAP_50"], abs=1e-12), seed
         checked += 0 < split["AP_50"] < 1
     assert checked >= 5
@@ -105,7 +104,7 @@ def test_counts_and_gains_are_tides_as_hotcoco_computes_them(tmp_path):
         truth = CocoEvaluator(tmp_path / "a.json").truth
         if not truth.num_boxes or not len(detections):
             continue
-        ours = error_split(truth, detections, sort_outcomes(truth, detections))
+        ours = error_split(sort_outcomes(truth, detections))
         loaded = hotcoco.COCO(str(tmp_path / "a.json"))
         rows = np.column_stack(
             [detections.image_ids, detections.boxes_xywh, detections.scores, detections.category_ids]
@@ -129,8 +128,8 @@ def test_mending_everything_of_one_kind_gains_what_it_costs(tmp_path):
         ((2, CAT, [150, 100, 100, 100], 0.9), "localisation"),
         ((2, DOG, [150, 100, 100, 100], 0.1), "missed"),
     ]:
-        truth, detections, outcomes = outcomes_of(tmp_path, boxes, [correct, row])
-        split = error_split(truth, detections, outcomes)
+        outcomes = outcomes_of(tmp_path, boxes, [correct, row])
+        split = error_split(outcomes)
         assert split["AP_50"] < 1
         assert split["AP_50"] + split["AP_50_gain"][kind] == pytest.approx(1), kind
 
@@ -145,8 +144,8 @@ def test_the_confusion_matrix_counts_each_box_once(tmp_path):
         (3, CAT, FAR, 0.5),  # background found as cat; the dog is missed
         (3, DOG, BOX, 0.1),  # not shown
     ]
-    truth, detections, outcomes = outcomes_of(tmp_path, boxes, rows)
-    matrix = confusion_matrix(truth, detections, outcomes, detections.scores > 0.2)
+    outcomes = outcomes_of(tmp_path, boxes, rows)
+    matrix = confusion_matrix(outcomes, outcomes.detections.scores > 0.2)
     assert matrix.tolist() == [[1, 1, 0], [0, 0, 1], [1, 2, 0]]
 
 
@@ -154,7 +153,7 @@ def test_rows_of_the_confusion_matrix_add_up_to_the_boxes_and_columns_to_the_det
     detections = random_case(np.random.default_rng(2), tmp_path / "a.json", crowds=False)
     truth = CocoEvaluator(tmp_path / "a.json").truth
     outcomes = sort_outcomes(truth, detections)
-    matrix = confusion_matrix(truth, detections, outcomes, np.ones(len(detections), bool))
+    matrix = confusion_matrix(outcomes, np.ones(len(detections), bool))
     for k, category in enumerate(truth.category_ids):
         assert matrix[k].sum() == (truth.box_labels == k).sum()
         assert matrix[:, k].sum() == (detections.category_ids == category).sum()

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,7 @@ def eval_loader(dataset: CocoDataset, **options: object) -> EvalLoader:
 def test_workers_change_nothing_and_serve_several_passes(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     expected = [facts(raw) for raw in train_loader(dataset).batches(0, 14)]
-    loader = train_loader(dataset, workers=2)
-    try:
+    with closing(train_loader(dataset, workers=2)) as loader:
         assert [facts(raw) for raw in loader.batches(0, 14)] == expected
         workers = {process.pid for process in multiprocessing.active_children()}
         assert len(workers) == 2
@@ -39,8 +39,6 @@ def test_workers_change_nothing_and_serve_several_passes(make_dataset: MakeDatas
         assert {process.pid for process in multiprocessing.active_children()} == workers
         assert num_open_files() <= handles
         del abandoned
-    finally:
-        loader.close()
     assert not multiprocessing.active_children()
 
 
@@ -105,15 +103,12 @@ def test_a_broken_image_ends_the_stream_with_its_name_and_no_workers_traceback(
     dataset = make_dataset(SIZES)
     file = tmp_path / "005.jpg"
     file.write_bytes(file.read_bytes()[:700])
-    loader = train_loader(dataset, workers=workers)
-    try:
+    with closing(train_loader(dataset, workers=workers)) as loader:
         with pytest.raises(ImageError) as caught:
             list(loader.batches(0, 6))
         assert str(caught.value).startswith(f"{file}: cannot be decoded")
         assert "Traceback" not in str(caught.value)
         assert "\n" not in str(caught.value)
-    finally:
-        loader.close()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -160,16 +155,13 @@ def test_like_shapes_are_evaluated_together(make_dataset: MakeDataset) -> None:
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "USR1"])
 def test_workers_go_on_after_a_signal_to_the_whole_group(name: str, make_dataset: MakeDataset) -> None:
-    loader = train_loader(make_dataset(SIZES), workers=1)
-    try:
+    with closing(train_loader(make_dataset(SIZES), workers=1)) as loader:
         batches = loader.batches(0, 20)
         next(batches)
         (worker,) = multiprocessing.active_children()
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # as torchrun: not from the main process
         assert len(list(batches)) == 19
         assert worker.is_alive()
-    finally:
-        loader.close()
 
 
 def test_workers_end_when_the_main_process_terminates_them(make_dataset: MakeDataset) -> None:
@@ -189,11 +181,11 @@ from data.coco.annotations import read_coco
 from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
 folder = sys.argv[1]
-start = workers._start_worker
+start = workers.start_worker
 def start_late(worker_id, **facts):
     time.sleep(worker_id * float(sys.argv[2]))
     start(worker_id, **facts)
-workers._start_worker = start_late
+workers.start_worker = start_late
 dataset = CocoDataset(folder, read_coco(folder + "/annotations.json"), training=True)
 loader = TrainLoader(dataset, min_size=64, max_size=112, batch_size=2, seed=0, workers=2)
 next(loader.batches(0, 1000))

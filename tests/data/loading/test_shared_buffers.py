@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,7 @@ def test_what_a_forked_process_writes_is_read_here() -> None:
 def test_batches_that_are_kept_stay_as_they_are(make_dataset: MakeDataset, taken: list[int]) -> None:
     dataset = make_dataset([(64, 48)] * 40)
     expected = pixels_of(train_loader(dataset), 20)
-    loader = train_loader(dataset, workers=1)
-    try:
+    with closing(train_loader(dataset, workers=1)) as loader:
         kept = [raw.pixels for raw in loader.batches(0, 20)]
         assert all(map(torch.equal, kept, expected))
         # While so many are in use, the rest come in another way.
@@ -87,35 +87,27 @@ def test_batches_that_are_kept_stay_as_they_are(make_dataset: MakeDataset, taken
         gc.collect()
         assert all(map(torch.equal, pixels_of(loader, 20), expected))
         assert len(taken) == 20
-    finally:
-        loader.close()
 
 
 @needs_fork
 def test_passes_that_are_given_up_leave_no_buffer_in_use(make_dataset: MakeDataset, taken: list[int]) -> None:
     dataset = make_dataset([(64, 48)] * 40)
     expected = pixels_of(train_loader(dataset), 20)
-    loader = train_loader(dataset, workers=2)
-    try:
+    with closing(train_loader(dataset, workers=2)) as loader:
         for _ in range(8):
             next(loader.batches(0, 20))
         taken.clear()
         assert all(map(torch.equal, pixels_of(loader, 20), expected))
         assert len(taken) == 20
-    finally:
-        loader.close()
 
 
 @needs_fork
 def test_a_image_too_large_for_the_buffers_comes_in_another_way(make_dataset: MakeDataset, taken: list[int]) -> None:
     dataset = make_dataset([(40, 40)] * 20 + [(400, 400)] * 2)
     expected = pixels_of(train_loader(dataset), 11)
-    loader = train_loader(dataset, workers=1)
-    try:
+    with closing(train_loader(dataset, workers=1)) as loader:
         assert all(map(torch.equal, pixels_of(loader, 11), expected))
         assert 9 <= len(taken) <= 10
-    finally:
-        loader.close()
 
 
 @needs_fork
@@ -132,12 +124,9 @@ def test_pixels_need_no_file_in_shared_memory(
     monkeypatch.setattr(data.loading.workers, "LARGEST_BUFFER", 1.0)
     dataset = make_dataset([(40, 40)] * 8 + [(80, 80)] * 8)
     expected = pixels_of(train_loader(dataset), 8)
-    loader = train_loader(dataset, workers=1)
-    try:
+    with closing(train_loader(dataset, workers=1)) as loader:
         assert all(map(torch.equal, pixels_of(loader, 8), expected))
         assert 0 < len(taken) < 8
-    finally:
-        loader.close()
 
 
 @needs_fork
@@ -145,11 +134,8 @@ def test_a_replaced_image_of_another_size_is_delivered_whole(make_dataset: MakeD
     dataset = make_dataset([(64, 48), (60, 40), (80, 60), (72, 50), (64, 64), (90, 48)])
     (tmp_path / "002.jpg").write_bytes(b"")
     alone = train_loader(dataset, max_bad_images=3)
-    with_worker = train_loader(dataset, max_bad_images=3, workers=1)
-    try:
+    with closing(train_loader(dataset, max_bad_images=3, workers=1)) as with_worker:
         assert all(map(torch.equal, pixels_of(with_worker, 9), pixels_of(alone, 9)))
-    finally:
-        with_worker.close()
 
 
 @needs_fork
@@ -159,11 +145,8 @@ def test_pillows_images_go_into_the_buffers_too(make_dataset: MakeDataset, tmp_p
         image.convert("L").save(tmp_path / "001.jpg")
         image.convert("P").save(tmp_path / "002.jpg", format="PNG")
     expected = pixels_of(train_loader(dataset), 2)
-    loader = train_loader(dataset, workers=1)
-    try:
+    with closing(train_loader(dataset, workers=1)) as loader:
         assert all(map(torch.equal, pixels_of(loader, 2), expected))
-    finally:
-        loader.close()
 
 
 @needs_fork
@@ -182,6 +165,7 @@ def test_a_worker_that_dies_is_an_error_and_no_wait_without_end(make_dataset: Ma
 KILLED = """
 import os, signal, sys
 from data.coco.annotations import read_coco
+from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
 dataset = CocoDataset(sys.argv[1], read_coco(sys.argv[1] + "/annotations.json"), training=True)
 loader = TrainLoader(dataset, min_size=64, max_size=112, batch_size=2, seed=0, workers=2)
@@ -209,11 +193,8 @@ def test_workers_that_are_not_forked_deliver_the_same(
 ) -> None:
     if method is None and "fork" in multiprocessing.get_all_start_methods():
         pytest.skip("the default of this system is fork")
-    monkeypatch.setattr(data.loading.workers, "_worker_context", lambda: method)
+    monkeypatch.setattr(data.loading.workers, "worker_context", lambda: method)
     dataset = make_dataset([(64, 48)] * 8)
     expected = pixels_of(train_loader(dataset), 4)
-    loader = train_loader(dataset, workers=1)
-    try:
+    with closing(train_loader(dataset, workers=1)) as loader:
         assert all(map(torch.equal, pixels_of(loader, 4), expected))
-    finally:
-        loader.close()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -166,11 +167,8 @@ def test_a_resume_inside_an_epoch_and_any_number_of_workers_change_nothing(
     options = {"augmentation": augmentation, "repeat_threshold": 0.9, "batch_size": 4}
     whole = [facts(raw) for raw in train_loader(dataset, **options).batches(0, 8)]
     assert len({str(fact) for fact in whole}) == 8
-    with_workers = train_loader(dataset, workers=2, **options)
-    try:
+    with closing(train_loader(dataset, workers=2, **options)) as with_workers:
         assert [facts(raw) for raw in with_workers.batches(2, 8)] == whole[2:]
-    finally:
-        with_workers.close()
     loaded = []
     image = CocoDataset.image
     monkeypatch.setattr(CocoDataset, "image", lambda self, *of: (loaded.append(of[0]), image(self, *of))[1])
