@@ -20,20 +20,17 @@ from tqdm import tqdm
 
 import checkout  # noqa: F401
 from data import (
-    AnnotationError,
     CocoDataset,
     DatasetError,
     DeviceBatch,
     EvalLoader,
-    ImageError,
-    MissingDataset,
-    ShapesError,
     TrainLoader,
     coco_layout,
     make_shapes,
     read_coco,
 )
-from data.tools.gallery import GalleryError, write_gallery
+from data.errors import DataError
+from data.tools.gallery import write_gallery
 from detection.config.arg_types import positive_int
 from detection.config.augmentation import AugmentationConfig, add_augmentation_options, check_effect
 from detection.config.settings import ConfigError, filled
@@ -41,9 +38,6 @@ from detection.engine.inputs.augmentation import augmentation_of
 from detection.reporting.images import class_color, draw_boxes, mosaic, save_png
 
 GALLERY_COUNT, PNG_COUNT = 200, 32
-USER_ERRORS = (
-    *(AnnotationError, ConfigError, DatasetError, GalleryError, ImageError, MissingDataset, OSError, ShapesError),
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             return write_html(images, annotations, arguments)
         dataset = CocoDataset(images, read_coco(annotations), training=arguments.split == "train")
         count = browse(dataset, arguments)
-    except USER_ERRORS as error:
+    except (DataError, ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{count} images in {arguments.output_dir / 'mosaic.png' if arguments.mosaic else arguments.output_dir}")
@@ -153,16 +147,17 @@ def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
     else:
         batches = EvalLoader(dataset, **scale, batch_size=arguments.batch_size).batches()
     images = ((batch, place) for batch in (raw.to("cpu") for raw in batches) for place in range(len(batch)))
-    shown = itertools.islice(images, arguments.count or PNG_COUNT)
-    if arguments.mosaic:
-        cells = [drawn(batch, place, dataset.class_names) for batch, place in shown]
-        save_png(arguments.output_dir / "mosaic.png", mosaic(cells))
-        return len(cells)
-    count = 0
-    for batch, place in shown:
-        name = f"{batch.iteration:06d}_{place:02d}_id{int(batch.image_ids[place])}.png"
-        save_png(arguments.output_dir / name, drawn(batch, place, dataset.class_names))
+    cells, count = [], 0
+    for batch, place in itertools.islice(images, arguments.count or PNG_COUNT):
+        image = drawn(batch, place, dataset.class_names)
         count += 1
+        if arguments.mosaic:
+            cells.append(image)
+        else:
+            name = f"{batch.iteration:06d}_{place:02d}_id{int(batch.image_ids[place])}.png"
+            save_png(arguments.output_dir / name, image)
+    if arguments.mosaic:
+        save_png(arguments.output_dir / "mosaic.png", mosaic(cells))
     return count
 
 

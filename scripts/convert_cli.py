@@ -12,7 +12,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 import checkout
-from data import AnnotationError, ImageError, read_coco
+from data import read_coco
 from data.coco.findings import by_severity
 from data.convert.conversion import (
     COCO_TEXTS,
@@ -24,10 +24,10 @@ from data.convert.conversion import (
 )
 from data.convert.splits import split_by_seed
 from data.convert.write import WrittenSplit, write_coco_set
+from data.errors import DataError
 from detection.config.arg_types import inner_fraction
 
 Way = Callable[[argparse.Namespace], int]
-USER_ERRORS = (AnnotationError, ConversionError, ImageError, OSError)
 DEFAULT_VAL_FRACTION = 0.1
 MAX_CLASSES_SHOWN = 40
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Goes the way that was asked for; the exit status."""
     try:
         return arguments.convert(arguments)
-    except USER_ERRORS as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

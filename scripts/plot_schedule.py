@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import checkout  # noqa: F401
+from detection.config.arg_types import positive_int
 from schedules import LinearLR, MultiStepLR, Schedule, ScheduleError, load_schedule, with_overrides
 
 
@@ -42,14 +43,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--schedule", default="1x", metavar="NAME|FILE", help="1x, 2x, 20e, or a schedule file")
     result.add_argument(
         "--iterations-per-epoch",
-        type=positive,
+        type=positive_int,
         default=7330,
         metavar="N",
         help="optimizer steps in an epoch (default 7330: COCO train2017 at a global batch of 16)",
     )
     result.add_argument(
         "--batch-size-total",
-        type=positive,
+        type=positive_int,
         metavar="N",
         help="images per optimizer step over all processes: scales the learning rate by N / base_batch_size",
     )
@@ -64,12 +65,6 @@ def parser() -> argparse.ArgumentParser:
         help="override, as in train.py",
     )
     return result
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text}")
-    return int(text)
 
 
 def assignment(text: str) -> tuple[str, str]:
@@ -146,13 +141,12 @@ def draw(path: Path, schedule: Schedule, rates: list[float], iterations_per_epoc
 
 def milestones(schedule: Schedule, iterations_per_epoch: int) -> list[float]:
     """The milestones inside the run, in epochs."""
-    found: set[float] = set()
+    found = set()
     for scheduler in schedule.param_schedulers:
         if isinstance(scheduler, MultiStepLR):
             unit = 1 if scheduler.by_epoch else iterations_per_epoch
-            end = schedule.max_epochs if scheduler.end is None else scheduler.end / unit
-            epochs = [(scheduler.begin + milestone) / unit for milestone in scheduler.milestones]
-            found.update(epoch for epoch in epochs if epoch < min(end, schedule.max_epochs))
+            end = min(schedule.max_epochs, (scheduler.end or schedule.max_epochs * unit) / unit)
+            found |= {epoch for m in scheduler.milestones if (epoch := (scheduler.begin + m) / unit) < end}
     return sorted(found)
 
 
@@ -161,7 +155,7 @@ def warmup_iterations(schedule: Schedule, total: int, iterations_per_epoch: int)
     for scheduler in schedule.param_schedulers:
         if isinstance(scheduler, LinearLR) and scheduler.begin == 0 and scheduler.start_factor < scheduler.end_factor:
             unit = iterations_per_epoch if scheduler.by_epoch else 1
-            return min(total, total if scheduler.end is None else int(scheduler.end * unit))
+            return min(total, int((scheduler.end or total) * unit))
     return 0
 
 
