@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.convert.conversion import ConversionError, LabeledImage, read_text
+from data.convert.conversion import ConversionError, LabeledImage
+from data.convert.files import read_text
 
 SPLIT_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Names of folders and lists that say which split their images are of."""

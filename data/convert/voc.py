@@ -35,8 +35,8 @@ from data.convert.conversion import (
     image_facts,
     nearest,
     to_stored,
-    walk,
 )
+from data.convert.files import walk
 from data.convert.voc_xml import XmlError, parse_xml
 from data.images.decode import ImageError
 from data.images.files import IMAGE_SUFFIXES

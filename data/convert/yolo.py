@@ -36,8 +36,8 @@ from data.convert.conversion import (
     image_facts,
     to_displayed,
     to_stored,
-    walk,
 )
+from data.convert.files import walk
 from data.convert.splits import SPLIT_OF_FOLDER
 from data.convert.yolo_config import CLASS_FILES, YoloSettings, read_settings
 from data.images.decode import ImageError

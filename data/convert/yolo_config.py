@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.convert.conversion import ConversionError, checked_class_names, read_class_file, read_text
+from data.convert.conversion import ConversionError
+from data.convert.files import checked_class_names, read_class_file, read_text
 
 CLASS_FILES = ("classes.txt", "obj.names", "labels.txt", "_darknet.labels")
 PLAIN_KEY = re.compile(r"""^(?P<key>"[^"]*"|'[^']*'|[^\s:#'"\[\]{},][^:#]*?)\s*:(?:\s+(?P<value>.*))?$""")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.convert.conversion import ConversionError, LabeledBox, LabeledImage, Remarks, derived_classes, read_class_file
+from data.convert.conversion import ConversionError, LabeledBox, LabeledImage, Remarks, derived_classes
+from data.convert.files import read_class_file
 from data.convert.voc import VOC_TEXTS, VocReader, VocSet, find_voc
 from data.convert.voc_xml import XmlError, parse_xml, voc_xml
 

@@ -1,0 +1,54 @@
+"""Files of other formats: folders looked through, texts and lists of class names read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from data.convert.conversion import ConversionError
+
+
+def walk(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Files below a folder by suffix, sorted; hidden ones and a Mac's shadow files are left out."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
+
+
+def read_text(file: Path, remedy: str) -> str:
+    """The text of a file. Raises ConversionError, with the remedy, where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{file}: cannot be read: {error}. {remedy}") from None
+
+
+def read_class_file(file: Path) -> list[str]:
+    """Class names, one a line; of CVAT's labelmap.txt ("name:color:parts:actions") the names but background.
+
+    Raises ConversionError for a file that cannot be read, is empty, or names a class twice.
+    """
+    lines = read_text(file, "Give a text file with a class name a line").rstrip().splitlines()
+    names = [line.strip() for line in lines]
+    if any(line.startswith("# label:") for line in names):
+        names = [line.split(":")[0] for line in names if not line.startswith("#")]
+        names = [name for name in names if name != "background"]
+    return checked_class_names(names, lambda number: f"{file}, line {number + 1}:", file)
+
+
+def checked_class_names(names: list[str], place: Callable[[int], str], file: Path) -> list[str]:
+    """The names. Raises ConversionError where there are none, one is empty, or one is there twice.
+
+    place: says where in `file` the name of this number (from 0) is.
+    """
+    for number, name in enumerate(names):
+        if not name:
+            raise ConversionError(f"{place(number)} has no name, and classes count by place. Name it, or delete it")
+        if name in names[:number]:
+            raise ConversionError(f"{place(number)} {name!r} is named twice. Rename or delete one")
+    if not names:
+        raise ConversionError(f"{file}: names no class. Write one name a line")
+    return names
