@@ -77,7 +77,7 @@ def preflight(config: RunConfig, output: RunDir) -> tuple[LoadedCheckpoint | Non
     model_config(config.model.model, num_classes=1, **settings)
     lines = prepare_files(config.data, mode=config.mode)
     if is_restart:
-        lines.append("started again by torchrun: the run goes on from its own newest checkpoint")
+        lines.append("started again by torchrun: the run resumes from its own newest checkpoint")
     if resume is None:
         prefetch_weights(config.model.weights, config.model.model)
     # The output directory comes last: a run that cannot begin leaves it as it was.

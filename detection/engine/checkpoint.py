@@ -155,7 +155,7 @@ def _refuse_to_judge(path: Path, error: Exception) -> None:
     if is_systems or wants_memory or isinstance(error, MemoryError):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointOutOfReach(
-            f"{path}: cannot be read now ({reason}). Try again when it can be; to go on from an "
+            f"{path}: cannot be read now ({reason}). Try again when it can be; to resume from an "
             "earlier checkpoint instead, give it with --resume FILE, or move this one away."
         ) from error
 

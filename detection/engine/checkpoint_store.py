@@ -110,8 +110,7 @@ class CheckpointStore:
             last = self.directory / LAST
             if LAST in names and last.exists():
                 _link(last, self.directory / PREVIOUS)
-            # A kill between two names: a resume goes on from the furthest file, whatever its name, and takes best.pt as
-            # it is.
+            # After a kill between two names a resume takes the furthest file, whatever its name, and keeps best.pt.
             for name in sorted(names, key=lambda name: (name != BEST, name == LAST)):
                 _link(temporary, self.directory / name)
         finally:
@@ -160,7 +159,7 @@ class Checkpointer:
         self._logger.flush()
         problem = self._store.save(state.state_dict(), names)
         if problem is not None:
-            self._logger.warn(f"{problem}\nThe run goes on, and tries again at the next checkpoint.")
+            self._logger.warn(f"{problem}\nThe run continues, and tries again at the next checkpoint.")
 
     def advice(self) -> str:
         """What to do about a training that is no longer finite."""
@@ -168,7 +167,7 @@ class Checkpointer:
             kept, again = "No checkpoint was written yet.", "then start anew with --overwrite"
         else:
             kept = f"{self._store.directory / LAST} is from before it (after {self.saved_iteration} iterations)."
-            again = "then go on with --resume"
+            again = "then resume with --resume"
         return (
             f"{kept} Lower --lr (or give --auto-scale-lr: the schedule's learning rate is meant for its own batch "
             "size), add --clip-grad 35, or use --amp bf16 instead of fp16; where single images do it, "

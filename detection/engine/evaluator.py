@@ -122,7 +122,7 @@ class Evaluator:
             if self.split == "test":
                 raise RunDirError(problem) from error
             # A full disk does not end a training; the metrics need no file.
-            self._logger.warn(f"{problem}; the run goes on")
+            self._logger.warn(f"{problem}; the run continues")
         if self.coco is None:
             return None
         metrics = self.coco.evaluate(detections, image_ids.tolist())

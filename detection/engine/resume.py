@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint, and what the command line changes in it."""
+"""Whether a checkpoint can be resumed, and what the command line changes in the run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_resumable(checkpoint: LoadedCheckpoint, facts: Facts, num_iterations: 
             f"{path} was trained with a global batch of {before['global_batch_size']} images on "
             f"{counted(before['world_size'], 'process', 'processes')}; this run has {now['global_batch_size']} "
             f"({counted(now['world_size'], 'process', 'processes')} x {per_process}), with "
-            "which epochs, learning rate and image order would not go on where they were. Give "
+            "which epochs, learning rate and image order would not continue where they were. Give "
             f"--global-batch-size {before['global_batch_size']}, or --batch-size and --accumulate so that processes x "
             f"batch size x accumulate is {before['global_batch_size']}."
         )

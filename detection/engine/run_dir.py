@@ -44,7 +44,7 @@ class RunDir:
 
         Args:
             overwrite: an earlier run in the folder is moved aside, into a folder beside it.
-            resume: an earlier run in the folder is gone on with.
+            resume: an earlier run in the folder is continued.
 
         Returns:
             A line saying where an earlier run was moved to; None where there was none.
@@ -71,7 +71,7 @@ class RunDir:
             return False
 
     def mark_as_begun(self) -> None:
-        """Note which torchrun's run this is, once its first checkpoint, if it goes on from one, is in the folder."""
+        """Note which torchrun's run this is, once its first checkpoint, if it resumes from one, is in the folder."""
         self._begun_by.write_text(_launcher() or "")
 
     def lock(self) -> None:
@@ -94,7 +94,7 @@ class RunDir:
             raise RunDirError(f"{self.path}: cannot be used as output directory: {error}") from error
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
-        """Raises RunDirError where the folder holds a run and is to be neither gone on with nor moved."""
+        """Raises RunDirError where the folder holds a run that is to be neither resumed nor moved."""
         if self.holds_a_run and not (resume or overwrite):
             raise RunDirError(
                 f"{self.path} already holds a run. Go on with it: --resume. Start anew, the old one moved aside: "

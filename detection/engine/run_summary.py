@@ -132,7 +132,7 @@ def closing_summary(
     validated: SplitFiles | None,
     can_be_analyzed: bool,
 ) -> str:
-    """The table of the run's validations, where everything is, and commands to go on with, ready to paste."""
+    """The table of the run's validations, where everything is, and commands for what comes next."""
     lines = ["", metric_logger.summary(progress.best_epoch), ""]
     if progress.skipped_steps:
         lines.append(f"{progress.skipped_steps} of {progress.iteration} iterations were not finite and made no step")

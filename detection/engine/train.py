@@ -72,7 +72,7 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
     except Stopped as stopped:
         status = STOPPED_EXIT_CODE
         by = context.stop.signal_name or "a signal to another process"
-        console.say(f"stopped by {by} {stopped} (exit status {status}); go on with --resume")
+        console.say(f"stopped by {by} {stopped} (exit status {status}); continue with --resume")
     except (NonFiniteLoss, TooManyBadImages) as error:  # every process has it
         raise RunError(str(error)) from error
     else:
@@ -292,5 +292,5 @@ def _describe(context: RunContext, schedule: Schedule, configuration: str, board
 def _require_saved(problem: str | None) -> None:
     if problem is not None:
         raise CheckpointError(
-            f"{problem}\nThe newest state of the run is NOT saved; make room and go on with --resume."
+            f"{problem}\nThe newest state of the run is NOT saved; make room and continue with --resume."
         )

@@ -112,7 +112,7 @@ class TrainState:
         if self.ema is not None and state["ema"] is None:
             lines.append("--ema: the checkpoint has no averaged weights, the average begins with its weights")
         elif self.ema is None and state["ema"] is not None:
-            lines.append("the checkpoint has averaged weights, which this run does not go on with: give --ema to do so")
+            lines.append("the checkpoint has averaged weights, which this run drops: give --ema to keep averaging")
         return lines
 
 

@@ -20,7 +20,7 @@ _MOST_SHAPES = 32
 
 
 def compile_for_training(model: FasterRCNN) -> None:
-    """Compiles the dense parts, each padded size by itself when it first comes up.
+    """Compiles the dense parts, each padded size when it first occurs.
 
     The data side keeps the sizes few (data.loading.shape_buckets).
     """

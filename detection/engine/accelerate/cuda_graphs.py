@@ -42,7 +42,7 @@ class GraphBackend(Protocol):
 class StepGraphs:
     """Runs forward and backward passes, from the third batch of a size on by replaying a recording.
 
-    Where they cannot be recorded, `warn` is told once, and passes run as they are written from then on.
+    Where recording fails, `warn` is called once, and all later passes run eagerly.
     """
 
     def __init__(self, backend: GraphBackend, warn: Callable[[str], None]) -> None:
@@ -78,7 +78,7 @@ class StepGraphs:
             cause = error.__context__ or error
             self._gave_up = True
             problem = (str(cause).splitlines() or [""])[0]
-            self._warn(f"CUDA graphs cannot be recorded here, the run goes on without: {problem}")
+            self._warn(f"CUDA graphs cannot be recorded here, the run continues without: {problem}")
         else:
             self._graphs[size] = graph
         return losses

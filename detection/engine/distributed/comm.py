@@ -30,7 +30,7 @@ from detection.errors import DetectionError
 CONTROL_TIMEOUT = timedelta(hours=3)
 """How long the others wait for what the main process does alone: as long as the longest evaluation may take."""
 _GRACE = timedelta(minutes=1)
-"""The backends' own timeouts come after the roll call's, which says who is missing."""
+"""The backends' own timeouts come after the heartbeat's, which names the missing process."""
 
 
 class DeviceError(DetectionError):
@@ -61,8 +61,8 @@ class Processes:
             self.heartbeat.at(place)
 
     def waiting(self, what: str, limit: timedelta | None = None) -> AbstractContextManager[Any]:
-        """Inside, this process waits for the others; in vain for too long (`limit`, or the run's timeout), and it ends
-        with a message that names them."""
+        """Inside, this process waits for the others. If that takes longer than `limit` (default: the run's timeout), it
+        ends with a message that names them."""
         return self.heartbeat.waiting(what, limit) if self.heartbeat is not None else nullcontext()
 
     def barrier(self) -> None:
@@ -141,7 +141,7 @@ class Processes:
     def all_reduce_max_async(self, value: int) -> PendingMax:
         """Start finding the largest `value` over the processes; `.result()` waits for it.
 
-        Between the two calls the process goes on: asked for one iteration later, the answer is already there.
+        The process does not wait between the two calls: an iteration later the answer is already there.
         """
         box = torch.tensor([value], dtype=torch.int64)
         work = dist.all_reduce(box, dist.ReduceOp.MAX, self.control_group, True) if self.world_size > 1 else None
@@ -189,7 +189,7 @@ class PendingMax:
 
     def result(self) -> int:
         if self.work is not None:
-            with self.processes.waiting("every process to come as far"):
+            with self.processes.waiting("every process to reach this iteration"):
                 self.work.wait()
         return int(self.box)
 

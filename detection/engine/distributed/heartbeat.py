@@ -1,8 +1,8 @@
-"""Who is still there: what each process of a run is doing, known to the others when one of them is lost or stuck.
+"""Signs of life: each process of a run knows what the others are doing when one of them is lost or stuck.
 
-A collective that fails says "connection reset by peer" or "timed out", and not by whom. So each process leaves a sign
-of life in the run's key-value store every second, with what it is at, and looks after itself: where it waits for the
-others longer than it should, it says who is missing and what it waited for, and ends.
+A collective that fails says "connection reset by peer" or "timed out", but not which process failed. So each process
+writes a sign of life and what it is doing into the run's key-value store every second. A process that waits too long
+for the others says who is missing and what it waited for, and ends.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Heartbeat:
         self._beats = 0
         self._last_words: str | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat_on, daemon=True, name="roll call")
+        self._thread = threading.Thread(target=self._beat_on, daemon=True, name="heartbeat")
         self._sign()
         self._thread.start()
 
@@ -83,7 +83,7 @@ class Heartbeat:
         self._waits_for = None
 
     def report(self, reason: str) -> str:
-        """What to say when the wait is in vain; takes a few seconds, in which signs of the others are looked for."""
+        """The message of a wait that failed. Takes a few seconds, to look for signs of the others."""
         waits_for = self._waits_for
         before = self._signs()
         for _ in range(_PATIENCE_BEATS):
@@ -105,13 +105,14 @@ class Heartbeat:
             elif waits_for is not None and new["waits_for"] != waits_for:
                 doing = f"waits for {new['waits_for']}" if new["waits_for"] else "does not wait"
                 elsewhere.append(f"{who} is alive and elsewhere: {new['at']}, {doing}")
-        lines = [f"process {self._rank}, {self._at}, waited for {waits_for or 'the others'} in vain: {reason}"]
+        lines = [
+            f"process {self._rank}, {self._at}, waited for {waits_for or 'the others'} without an answer: {reason}"
+        ]
         lines += [f"  {line}" for line in missing + elsewhere]
         if not missing and not elsewhere:
             lines.append("  all processes are alive; the network between them may have failed for a moment")
         lines.append(
-            "Its own message stands above, or in its output. Go on with --resume; torchrun --max-restarts=N does so by "
-            "itself."
+            "Its own message stands above, or in its output. Continue with --resume; torchrun --max-restarts=N does so."
         )
         return "\n".join(lines)
 

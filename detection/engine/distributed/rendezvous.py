@@ -1,7 +1,7 @@
 """Where the processes of a run meet: a key-value store that holds nothing of an earlier start.
 
 torchrun keeps one store over its restarts, and PyTorch finds in it the addresses of processes that are dead: a
-restarted run then waits for them in vain. The number of the restart does not tell the starts apart, for a machine that
+restarted run then waits for them forever. The number of the restart does not tell the starts apart, for a machine that
 joined later counts from 0. So process 0 names each start anew, and tells the name to those who ask now.
 """
 

@@ -23,7 +23,7 @@ WINDOW_SECONDS = 30.0
 MINUTES_BETWEEN_WARNINGS = 60.0
 
 _SPARE_PIXELS = 2.0
-"""Stored images that have so many times the pixels that the detector sees are worth making smaller."""
+"""Stored images with more than this times the pixels that the detector sees are worth making smaller."""
 _DISK_SHARE = 0.5
 """Of the time of loading: a process that computes for less of it waits for something else."""
 

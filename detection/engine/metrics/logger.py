@@ -52,7 +52,7 @@ class MetricLogger:
         self._unwritten: list[dict[str, Any]] = []
         self._board_is_broken = False
         self._describe = describe
-        # Where training and validation go on.
+        # The next iterations of training and validation.
         self._next = (board.first_iteration, board.val_from) if board is not None else (0, 0)
         self._on_board(self._complete)
         self._last_validation: dict[str, Any] | None = None
@@ -172,11 +172,13 @@ class MetricLogger:
         except OSError as error:
             # Its thread is dead, and what that had taken and not yet written is gone with it.
             self._board_is_broken = True
-            self.warn(f"TensorBoard's files cannot be written: {error}; the run goes on, and tries at each checkpoint")
+            self.warn(
+                f"TensorBoard's files cannot be written: {error}; the run continues, and tries again at each checkpoint"
+            )
 
     def _mend_board(self) -> None:
-        """Where TensorBoard's files could not be written: go on with them, if that can be done by now. Images and
-        precision-recall curves of that time stay out."""
+        """Complete TensorBoard's files after a failure, if they can be written again. Images and precision-recall curves
+        of the time in between are lost."""
         if self.board is None or not self._board_is_broken or self._unwritten:
             return
         try:
@@ -205,12 +207,12 @@ class MetricLogger:
                 board.validation(record)
 
     def _write(self, write: Callable[[Any], None], record: Any) -> bool:
-        # A full disk must not end a run for the sake of its curves. It is said a few times, not every iteration.
+        # A full disk must not end a run. The warning comes a few times, not every iteration.
         try:
             write(record)
         except OSError as error:
             self._failed_writes += 1
             if self._failed_writes <= _MAX_FAILED_WRITES:
-                self.warn(f"figures could not be written: {error}; the run goes on")
+                self.warn(f"figures could not be written: {error}; the run continues")
             return False
         return True

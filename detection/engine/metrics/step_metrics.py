@@ -102,8 +102,8 @@ class StepMetrics:
     def read(self) -> list[dict[str, Any]]:
         """The records since the last read, losses averaged over the processes; every process must call it.
 
-        "idle_share" is the part of the time since then in which a device had nothing to do for want of a batch: that
-        of the process which waited longest, since the others wait for it when gradients are exchanged.
+        "idle_share" is the part of the time since then in which a device waited for a batch. It is that of the process
+        that waited longest: the others wait for it when gradients are exchanged.
 
         A record has "replaced_images" where images of its iteration could not be used, and with skips_nonfinite
         "skipped_steps", the count so far.

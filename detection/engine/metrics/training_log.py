@@ -49,7 +49,7 @@ class TrainingLog:
         return self.logger.training_bar(total, initial)
 
     def reads_after(self, iterations_done: int) -> bool:
-        """Whether the figures are read once so many iterations are done."""
+        """Whether the figures are read after `iterations_done` iterations."""
         per_epoch = self._loader.iterations_per_epoch
         return iterations_done == 1 or 0 in (iterations_done % self._log_interval, iterations_done % per_epoch)
 

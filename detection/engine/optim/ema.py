@@ -25,7 +25,7 @@ class AveragedModel:
         """Take in the weights of `model` after the optimizer step of `iteration`.
 
         Args:
-            skip: a scalar on the device; where it is not 0, the average stays as it is.
+            skip: a scalar on the device; where it is not 0, the average does not change.
         """
         decay = min(self.decay, (1 + iteration) / (10 + iteration))
         averaged, current = [], []
@@ -37,7 +37,7 @@ class AveragedModel:
             else:
                 value.copy_(state[name])
         if skip is not None:
-            # Between a value and itself lies that value, bit for bit.
+            # lerp(x, x) returns x exactly, so a skipped step leaves the average unchanged.
             stays = skip != 0
             current = [torch.where(stays, old, new) for old, new in zip(averaged, current, strict=True)]
         torch._foreach_lerp_(averaged, current, 1 - decay)

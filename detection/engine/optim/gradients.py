@@ -91,7 +91,7 @@ class GradientComputer:
             fed.losses = {name: fed.losses[name] + value for name, value in losses.items()} if fed.losses else losses
             fed.image_ids += batch.image_ids.tolist()
             fed.unreadable += batch.unreadable
-            # While the device is at work; a validation may come between this batch and the next iteration's.
+            # Load the next batch while the device computes this one.
             batches.prepare()
         self._average()
         return fed

@@ -77,7 +77,7 @@ def test_a_killed_rank_restarts_the_job_from_the_last_checkpoint(
     assert "resumed   at iteration" in said
     assert [r["iteration"] for r in records_of(output, "train")] == list(range(first, 12))
     assert [r["iteration"] for r in records_of(output, "val")] == [5, 11][first // 6 :]
-    assert said.count("started again by torchrun: the run goes on from its own newest checkpoint") == 1
+    assert said.count("started again by torchrun: the run resumes from its own newest checkpoint") == 1
     assert load(output / "checkpoints" / "last.pt")["iteration"] == 12
     # What was moved aside is the old run, and not what this one had done before the kill.
     aside = [(folder / "metrics.jsonl").read_text() for folder in tmp_path.glob("run.before_*")]
