@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from detection.engine.checkpoint import (
 )
 from detection.engine.distributed.comm import Processes
 from detection.engine.metrics.logger import MetricLogger
+from detection.engine.run_dir import unused_path
 from detection.engine.train_state import TrainState
 from detection.reporting import sync_folder
 
@@ -207,7 +207,7 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint, best: Best | None) 
                 is_foreign = True
             if is_foreign and path.resolve() != chosen.path.resolve():
                 moved.append(path)
-        aside = _unused(directory / f"set_aside_{time.strftime('%Y%m%d_%H%M%S')}")
+        aside = unused_path(directory / f"set_aside_{time.strftime('%Y%m%d_%H%M%S')}")
         for path in moved:
             aside.mkdir(exist_ok=True)
             path.rename(aside / path.name)
@@ -225,11 +225,6 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint, best: Best | None) 
     except OSError as error:
         raise CheckpointError(f"{directory}: checkpoints cannot be written there: {error}") from error
     return Continued(aside if moved else None, target.exists())
-
-
-def _unused(path: Path) -> Path:
-    numbered = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
-    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
 def _epoch_files(directory: Path) -> list[Path]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,11 +58,9 @@ class RunDir:
         """
         moved = None
         self.lock()
-        try:
-            if self.holds_a_run and overwrite:
+        if self.holds_a_run and overwrite:
+            with self._must_be_usable():
                 moved = f"the run that was in {self.path} is now in {self._move_aside()}"
-        except OSError as error:
-            raise RunDirError(f"{self.path}: cannot be used as output directory: {error}") from error
         self.check(overwrite=overwrite, resume=resume)
         return moved
 
@@ -80,24 +81,20 @@ class RunDir:
         Raises:
             RunDirError: another process works in the folder, or it cannot be made.
         """
-        try:
+        with self._must_be_usable():
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-        except OSError as error:
-            raise RunDirError(f"{self.path}: cannot be used as output directory: {error}") from error
 
     def check_usable(self) -> None:
         """Raises RunDirError where the folder cannot be written, or not be made; leaves nothing behind."""
-        try:
+        with self._must_be_usable():
             check_writable(self.path)
-        except OSError as error:
-            raise RunDirError(f"{self.path}: cannot be used as output directory: {error}") from error
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
         """Raises RunDirError where the folder holds a run that is to be neither resumed nor moved."""
         if self.holds_a_run and not (resume or overwrite):
             raise RunDirError(
-                f"{self.path} already holds a run. Go on with it: --resume. Start anew, the old one moved aside: "
+                f"{self.path} already holds a run. Continue it: --resume. Start anew, the old one moved aside: "
                 "--overwrite. Or give another --output-dir."
             )
 
@@ -107,6 +104,13 @@ class RunDir:
             self._lock.close()
             self._lock = None
 
+    @contextlib.contextmanager
+    def _must_be_usable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunDirError(f"{self.path}: cannot be used as output directory: {error}") from error
+
     def _move_aside(self) -> Path:
         # Of a link the folder that it means is moved, and the link stays.
         path = self.path.resolve()
@@ -115,12 +119,7 @@ class RunDir:
                 f"{self.path} is the folder that this program works in, which --overwrite would move aside: start it "
                 "from another one, or give another --output-dir"
             )
-        name = f"{path.name}.before_{time.strftime('%Y%m%d_%H%M%S')}"
-        aside = path.with_name(name)
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = path.with_name(f"{name}_{number}")
+        aside = unused_path(path.with_name(f"{path.name}.before_{time.strftime('%Y%m%d_%H%M%S')}"))
         # The old folder's lock is held until the new one's is, so that nobody slips in between.
         old_lock = self._lock
         path.rename(aside)
@@ -181,3 +180,9 @@ def _launcher() -> str | None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all."""
     write_whole(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())
+
+
+def unused_path(path: Path) -> Path:
+    """`path`, or the same with _2, _3, ... behind it: the first that does not exist."""
+    numbered = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())

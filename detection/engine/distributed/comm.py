@@ -125,16 +125,13 @@ class Processes:
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes of `values` (float, any shape, on this process's device); a new tensor."""
         values = values.clone()
-        if self.world_size > 1:
-            with self.waiting("the losses of every process"):
-                dist.all_reduce(values)
-            values /= self.world_size
+        self.average(values, "the losses of every process")
         return values
 
-    def average(self, values: Tensor) -> None:
+    def average(self, values: Tensor, what: str = "the gradients of every process") -> None:
         """Replace `values` (float, any shape, on this process's device) by their mean over the processes."""
         if self.world_size > 1:
-            with self.waiting("the gradients of every process"):
+            with self.waiting(what):
                 dist.all_reduce(values)
             values /= self.world_size
 

@@ -177,8 +177,8 @@ class MetricLogger:
             )
 
     def _mend_board(self) -> None:
-        """Complete TensorBoard's files after a failure, if they can be written again. Images and precision-recall curves
-        of the time in between are lost."""
+        """Complete TensorBoard's files after a failure, if they can be written again. Images and
+        precision-recall curves of the time in between are lost."""
         if self.board is None or not self._board_is_broken or self._unwritten:
             return
         try:

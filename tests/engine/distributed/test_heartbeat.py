@@ -34,7 +34,8 @@ def test_the_others_end_soon_and_name_it(
     assert re.search(said.format(pid=pid), err), err
     assert re.search(
         rf"error: process {1 - lost}, in iteration [12], waited for "
-        r"(the gradients of every process|every process to reach this iteration|the losses of every process) without an answer: ",
+        r"(the gradients of every process|every process to reach this iteration|the losses of every process) "
+        r"without an answer: ",
         err,
     ), err
     assert "--resume" in err
