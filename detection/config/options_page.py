@@ -33,8 +33,7 @@ def _row(key: str, field: Field[Any], option: Option) -> str:
     written = option.flag_for(field)
     if field.default is True:
         written += ", --no-" + written.removeprefix("--")
-    metavar = option.words.get("metavar") or getattr(option.words.get("type"), "metavar", None)
-    value = metavar or "|".join(option.words.get("choices", ()))
+    value = option.words.get("metavar") or "|".join(option.words.get("choices", ()))
     value = value if isinstance(value, str) else " ".join(value)
     value = {"?": f"[{value}]", "+": f"{value} ..."}.get(option.words.get("nargs", ""), value)
     cells = [f"`{written} {value}`".replace(" `", "`"), option.meaning(), option.default(field), f"`{key}`"]

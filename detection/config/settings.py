@@ -32,6 +32,8 @@ class Option:
     def __init__(
         self, help: str, *, flag: str | None = None, unit: str = "", shown: str | None = None, **words: Any
     ) -> None:
+        if isinstance(kind := words.get("type"), Number):
+            words.setdefault("metavar", kind.metavar)
         self.help, self.flag, self.unit, self.shown, self.words = help, flag, unit, shown, words
 
     def flag_for(self, field: Field[Any]) -> str:
@@ -84,8 +86,6 @@ def add_options(group: argparse._ActionsContainer, field: Field[Any]) -> None:
         group = group.add_mutually_exclusive_group()
     for option in options:
         words = option.words
-        if isinstance(words.get("type"), Number):
-            words = {"metavar": words["type"].metavar, **words}
         if isinstance(field.default, bool):
             words = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
         default = option.default(field)

@@ -9,42 +9,40 @@ from detection.inference.exif import AS_STORED, orientation_of, upright
 ORIENTATION_TAG = 0x0112
 
 
+@pytest.fixture
 def photo():
     return np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pixels_are_turned_as_pillow_turns_them(orientation, tmp_path):
-    image = Image.fromarray(photo())
+def save(path, pixels, orientation):
+    image = Image.fromarray(pixels)
     exif = image.getexif()
     exif[ORIENTATION_TAG] = orientation
-    image.save(tmp_path / "photo.png", exif=exif)
-    assert orientation_of(tmp_path / "photo.png") == orientation
-    with Image.open(tmp_path / "photo.png") as stored:
-        expected = np.asarray(ImageOps.exif_transpose(stored))
-    turned = upright(photo(), orientation)
-    np.testing.assert_array_equal(turned, expected)
+    image.save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_are_turned_as_pillow_turns_them(orientation, photo, tmp_path):
+    file = save(tmp_path / "photo.png", photo, orientation)
+    assert orientation_of(file) == orientation
+    turned = upright(photo, orientation)
+    with Image.open(file) as stored:
+        np.testing.assert_array_equal(turned, np.asarray(ImageOps.exif_transpose(stored)))
     assert turned.flags.c_contiguous
 
 
 @pytest.mark.parametrize("value", [0, 9])
-def test_a_tag_without_meaning_asks_for_nothing(value, tmp_path):
-    image = Image.fromarray(photo())
-    exif = image.getexif()
-    exif[ORIENTATION_TAG] = value
-    image.save(tmp_path / "photo.jpg", exif=exif)
-    assert orientation_of(tmp_path / "photo.jpg") == AS_STORED
+def test_a_tag_without_meaning_asks_for_nothing(value, photo, tmp_path):
+    assert orientation_of(save(tmp_path / "photo.jpg", photo, value)) == AS_STORED
 
 
-def test_a_tiff_is_not_turned_twice(tmp_path):
-    image = Image.fromarray(photo())
-    exif = image.getexif()
-    exif[ORIENTATION_TAG] = 6
-    image.save(tmp_path / "photo.tiff", exif=exif)
-    with Image.open(tmp_path / "photo.tiff") as stored:
+def test_a_tiff_is_not_turned_twice(photo, tmp_path):
+    file = save(tmp_path / "photo.tiff", photo, 6)
+    with Image.open(file) as stored:
         stored.load()
         turned_by_pillow = stored.size == (5, 8)
-    assert turned_by_pillow and orientation_of(tmp_path / "photo.tiff") == AS_STORED
+    assert turned_by_pillow and orientation_of(file) == AS_STORED
 
 
 def test_broken_files_ask_for_nothing(tmp_path):
