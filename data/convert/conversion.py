@@ -21,7 +21,6 @@ from PIL import Image
 from data.coco.annotations import NO_CLASS, CocoAnnotations
 from data.coco.findings import MAX_PLACES, Finding, Severity
 from data.errors import DataError
-from data.images.decode import ImageError
 
 EXIF_ORIENTATION = 0x0112
 FORMATS_WITH_ORIENTATION = {"JPEG", "MPO", "TIFF", "WEBP"}
@@ -42,6 +41,14 @@ Corners = tuple[Decimal, Decimal, Decimal, Decimal]
 
 class ConversionError(DataError):
     """A conversion that cannot be done; the message says why, where, and how to mend it."""
+
+
+class LeftOut(ConversionError):
+    """An image or an object that is left out; `code` is the finding's, the message the place."""
+
+    def __init__(self, code: str, place: str) -> None:
+        super().__init__(place)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,9 @@ class Remarks:
         places = self._places.setdefault(code, [])
         if len(places) < MAX_PLACES:
             places.append(place)
+
+    def leave_out(self, reason: LeftOut) -> None:
+        self.add(reason.code, str(reason))
 
     def count(self, code: str) -> int:
         return self._counts[code]
@@ -156,7 +166,7 @@ class ImageFacts:
 
 
 def image_facts(path: Path) -> ImageFacts:
-    """Reads the head of an image file only. Raises ImageError where it is none."""
+    """Reads the head of an image file only. Raises LeftOut where it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -167,7 +177,7 @@ def image_facts(path: Path) -> ImageFacts:
                         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
                 return ImageFacts(image.width, image.height, orientation if orientation in range(1, 9) else 1)
     except Exception as error:  # Pillow raises nearly anything on files that are broken
-        raise ImageError(f"{path}: {error}") from error
+        raise LeftOut("unreadable-image", f"{path}: {error}") from error
 
 
 def to_stored(corners: Corners, facts: ImageFacts) -> Corners:
@@ -279,35 +289,36 @@ def images_of_coco(
     """The images of a COCO-format set with their boxes (those with `ignore` as crowds)."""
     images = []
     for index in range(len(annotations)):
-        name = annotations.file_name(index)
-        path = images_dir / name
-        size = int(annotations.widths[index]), int(annotations.heights[index])
         progress(1)
-        if not path.is_file():
-            remarks.add("missing-image", str(path))
-            continue
         try:
-            facts = image_facts(path)
-        except ImageError as error:
-            remarks.add("unreadable-image", str(error))
-            continue
-        if (facts.width, facts.height) != size:
-            said = f"{facts.width}x{facts.height}, annotated as {size[0]}x{size[1]}"
-            remarks.add("size-differs", f"{path}: {said}")
-            continue
-        image = LabeledImage(str(Path(name).with_suffix("")), path, *size)
-        rows = annotations.rows(index)
-        for row in range(rows.start, rows.stop):
-            if annotations.labels[row] == NO_CLASS:
-                continue
-            place = f"{path}, annotation id {annotations.annotation_ids[row]}"
-            x, y, w, h = (Decimal(repr(value)) for value in annotations.boxes_xywh[row].tolist())
-            corners = fit_box((x, y, x + w, y + h), *size, remarks, place)
-            if corners is not None:
-                crowd = bool(annotations.crowd[row] or annotations.ignore[row])
-                box = LabeledBox(annotations.class_names[annotations.labels[row]], corners, crowd)
-                add_box(image, box, remarks, place)
-        if not image.boxes:
-            remarks.add("empty", str(path))
-        images.append(image)
+            images.append(_image_of_coco(images_dir, annotations, index, remarks))
+        except LeftOut as reason:
+            remarks.leave_out(reason)
     return images
+
+
+def _image_of_coco(images_dir: Path, annotations: CocoAnnotations, index: int, remarks: Remarks) -> LabeledImage:
+    name = annotations.file_name(index)
+    path = images_dir / name
+    size = int(annotations.widths[index]), int(annotations.heights[index])
+    if not path.is_file():
+        raise LeftOut("missing-image", str(path))
+    facts = image_facts(path)
+    if (facts.width, facts.height) != size:
+        said = f"{facts.width}x{facts.height}, annotated as {size[0]}x{size[1]}"
+        raise LeftOut("size-differs", f"{path}: {said}")
+    image = LabeledImage(str(Path(name).with_suffix("")), path, *size)
+    rows = annotations.rows(index)
+    for row in range(rows.start, rows.stop):
+        if annotations.labels[row] == NO_CLASS:
+            continue
+        place = f"{path}, annotation id {annotations.annotation_ids[row]}"
+        x, y, w, h = (Decimal(repr(value)) for value in annotations.boxes_xywh[row].tolist())
+        corners = fit_box((x, y, x + w, y + h), *size, remarks, place)
+        if corners is not None:
+            crowd = bool(annotations.crowd[row] or annotations.ignore[row])
+            box = LabeledBox(annotations.class_names[annotations.labels[row]], corners, crowd)
+            add_box(image, box, remarks, place)
+    if not image.boxes:
+        remarks.add("empty", str(path))
+    return image

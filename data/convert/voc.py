@@ -27,6 +27,7 @@ from data.convert.conversion import (
     ImageFacts,
     LabeledBox,
     LabeledImage,
+    LeftOut,
     Progress,
     Remarks,
     add_box,
@@ -38,7 +39,6 @@ from data.convert.conversion import (
 )
 from data.convert.files import walk
 from data.convert.voc_xml import XmlError, parse_xml
-from data.images.decode import ImageError
 from data.images.files import IMAGE_SUFFIXES
 
 XML_FOLDERS = ("Annotations", "annotations")
@@ -149,55 +149,49 @@ class VocReader:
         for file in files:
             key = file.relative_to(self.folders.xml).with_suffix("").as_posix()
             errors = self.remarks.num_errors
-            image = self._image(file, key)
-            if image is not None and self.remarks.num_errors == errors:
+            image = None
+            try:
+                image = self._image(file, key)
+            except LeftOut as reason:
+                self.remarks.leave_out(reason)
+            if image is None or self.remarks.num_errors > errors:
+                self.result.left_out.add(key)
+            else:
                 self.result.images.append(image)
                 if not image.boxes:
                     self.remarks.add("empty", str(file))
-            else:
-                self.result.left_out.add(key)
             progress(1)
         for path in self._images:
             if path not in self._described:
                 self.remarks.add("image-without-xml", str(path))
         return self.result
 
-    def _image(self, file: Path, key: str) -> LabeledImage | None:
+    def _image(self, file: Path, key: str) -> LabeledImage:
         try:
             root = parse_xml(file)
         except XmlError as error:
-            self.remarks.add("malformed-xml", str(error))
             for namesake in self._by_stem.get(file.stem, []):  # it has an XML file, only not one to read
                 self._described.setdefault(namesake, file)
-            return None
+            raise LeftOut("malformed-xml", str(error)) from None
         if root.tag != "annotation":
-            self.remarks.add("not-annotation", f"{file}: <{root.tag[:40]}>")
-            return None
+            raise LeftOut("not-annotation", f"{file}: <{root.tag[:40]}>")
         path = self._path(file, key, _text(root, "filename"))
-        if path is None:
-            return None
         if path in self._described:
-            self.remarks.add("image-twice", f"{path}: {self._described[path]} and {file}")
-            return None
+            raise LeftOut("image-twice", f"{path}: {self._described[path]} and {file}")
         self._described[path] = file
-        try:
-            facts = image_facts(path)
-        except ImageError as error:
-            self.remarks.add("unreadable-image", str(error))
-            return None
+        facts = image_facts(path)
         displayed = self._is_displayed(file, root, facts)
-        if displayed is None:
-            return None
         one_based = self.coordinates == "one-based" or (self.coordinates == "auto" and _is_of_voc(root))
         self.result.coordinates["one-based" if one_based else "zero-based"] += 1
 
         image = LabeledImage(key, path, facts.width, facts.height)
         for number, element in enumerate(root.findall("object"), 1):
             place = f"{file}, line {getattr(element, 'line', 0)}, object {number}"
-            found = self._object(element, place, one_based)
-            if found is None:
+            try:
+                name, corners, is_difficult = self._object(element, place, one_based)
+            except LeftOut as reason:
+                self.remarks.leave_out(reason)
                 continue
-            name, corners, is_difficult = found
             if displayed:
                 corners = to_stored(corners, facts)
             fitted = fit_box(corners, facts.width, facts.height, self.remarks, f"{place} ({name})")
@@ -206,13 +200,11 @@ class VocReader:
                 add_box(image, LabeledBox(name, fitted, crowd), self.remarks, place)
         return image
 
-    def _object(self, element: Element, place: str, one_based: bool) -> tuple[str, Corners, bool] | None:
-        """Class, corners as drawn, and whether the object is marked difficult; None where it is left out."""
+    def _object(self, element: Element, place: str, one_based: bool) -> tuple[str, Corners, bool]:
+        """Class, corners as drawn, and whether the object is marked difficult. Raises LeftOut."""
         name, box = _text(element, "name"), element.find("bndbox")
         if not name or box is None:
-            said = f"{place} ({name}): no <bndbox>" if name else f"{place}: no <name>"
-            self.remarks.add("faulty-object", said)
-            return None
+            raise LeftOut("faulty-object", f"{place} ({name}): no <bndbox>" if name else f"{place}: no <name>")
         values = []
         for side in ("xmin", "ymin", "xmax", "ymax"):
             text = _text(box, side)
@@ -222,24 +214,22 @@ class VocReader:
                 value = Decimal("NaN")
             if not value.is_finite() or abs(value) > 10**9:
                 shown = f"<{side}> is {text[:40]!r}" if text else f"no <{side}>"
-                self.remarks.add("faulty-object", f"{place} ({name}): {shown}")
-                return None
+                raise LeftOut("faulty-object", f"{place} ({name}): {shown}")
             values.append(value)
         if self.classes is not None and name not in self.classes:
-            self.remarks.add("unknown-class", f"{place}: {name!r}{nearest(name, self.classes)}")
-            return None
+            raise LeftOut("unknown-class", f"{place}: {name!r}{nearest(name, self.classes)}")
         is_difficult = _text(element, "difficult").lower() in ("1", "true", "yes")
+        if is_difficult and self.difficult == "drop":
+            raise LeftOut("difficult", place)
         if is_difficult:
             self.remarks.add("difficult", place)
-            if self.difficult == "drop":
-                return None
         x1, y1, x2, y2 = values
         if x1 > x2 or y1 > y2:
             self.remarks.add("corners-swapped", f"{place} ({name}): {describe((x1, y1, x2, y2))}")
             x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
         return name, (x1 - 1, y1 - 1, x2, y2) if one_based else (x1, y1, x2, y2), is_difficult
 
-    def _path(self, file: Path, key: str, named: str) -> Path | None:
+    def _path(self, file: Path, key: str, named: str) -> Path:
         """The image of an XML file: by <filename> or by the XML's own name, beside it before anywhere else."""
         named = named.replace("\\", "/").rsplit("/", 1)[-1]
         stem = Path(key).name
@@ -251,8 +241,7 @@ class VocReader:
         by_name, by_stem = self._by_name.get(named, []), self._by_stem.get(stem, [])
         found, by_stem = near(by_name)[:1] or by_name, near(by_stem) or by_stem
         if found and by_stem and not set(found) & set(by_stem):
-            self.remarks.add("ambiguous-image", f"{file}: <filename> is {found[0].name}, and there is {by_stem[0]}")
-            return None
+            raise LeftOut("ambiguous-image", f"{file}: <filename> is {found[0].name}, and there is {by_stem[0]}")
         if not found and len(by_stem) == 1:
             # A <filename> without suffix is usual; any other was right once, before the image was renamed.
             if named and Path(named).stem != stem and named != stem:
@@ -260,15 +249,12 @@ class VocReader:
             return by_stem[0]
         if len(found) == 1:
             return found[0]
-        several = found or by_stem
-        if several:
-            self.remarks.add("ambiguous-image", f"{file}: {', '.join(map(str, several[:3]))}")
-        else:
-            self.remarks.add("missing-image", f"{file}: {named or stem!r} is not under {self.folders.images}")
-        return None
+        if several := found or by_stem:
+            raise LeftOut("ambiguous-image", f"{file}: {', '.join(map(str, several[:3]))}")
+        raise LeftOut("missing-image", f"{file}: {named or stem!r} is not under {self.folders.images}")
 
-    def _is_displayed(self, file: Path, root: Element, facts: ImageFacts) -> bool | None:
-        """Whether the boxes refer to the image as EXIF turns it; None where the sizes differ."""
+    def _is_displayed(self, file: Path, root: Element, facts: ImageFacts) -> bool:
+        """Whether the boxes refer to the image as EXIF turns it. Raises LeftOut where the sizes differ."""
         try:
             said = int(float(_text(root, "size/width"))), int(float(_text(root, "size/height")))
         except (ValueError, OverflowError):
@@ -280,16 +266,14 @@ class VocReader:
         elif said not in (stored, facts.displayed_size):
             exchanged = ", sides exchanged" if said == stored[::-1] else ""
             text = f"{file}: says {said[0]}x{said[1]}, the image has {stored[0]}x{stored[1]}{exchanged}"
-            self.remarks.add("size-differs", text)
-            return None
+            raise LeftOut("size-differs", text)
         elif stored == facts.displayed_size:
             displayed = self.exif == "displayed"
         else:
             displayed = said != stored
             if self.exif != "auto" and displayed != (self.exif == "displayed"):
                 text = f"{file}: says {said[0]}x{said[1]}, which is not the image as {self.exif} (--exif auto takes it)"
-                self.remarks.add("size-differs", text)
-                return None
+                raise LeftOut("size-differs", text)
         if turned and displayed:
             self.remarks.add("exif-mapped", str(file))
         elif turned and self.exif == "auto" and (stored == facts.displayed_size or said[0] <= 0):

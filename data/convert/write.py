@@ -26,9 +26,6 @@ class WrittenSplit:
 
     images: Path
     annotations: Path
-    num_images: int
-    num_boxes: int
-    num_empty: int
 
 
 def write_coco_set(
@@ -103,8 +100,7 @@ def write_coco_set(
             except AnnotationError as error:  # such as file names that leave their folder on another system
                 raise ConversionError(f"the result cannot be used: {error}") from error
             images_dir = output_dir / split if copy else roots[split]
-            num_empty = sum(not source.boxes for source in sources)
-            written[split] = WrittenSplit(images_dir, targets[split], len(images), len(annotations), num_empty)
+            written[split] = WrittenSplit(images_dir, targets[split])
     return written
 
 

@@ -29,6 +29,7 @@ from data.convert.conversion import (
     ImageFacts,
     LabeledBox,
     LabeledImage,
+    LeftOut,
     Progress,
     Remarks,
     add_box,
@@ -40,7 +41,6 @@ from data.convert.conversion import (
 from data.convert.files import walk
 from data.convert.splits import SPLIT_OF_FOLDER
 from data.convert.yolo_config import CLASS_FILES, YoloSettings, read_settings
-from data.images.decode import ImageError
 from data.images.files import IMAGE_SUFFIXES
 
 DIGITS = 8
@@ -135,9 +135,11 @@ def read_yolo(
         label_file = find_label_file(path)
         if claimed.setdefault(label_file, path) != path:
             remarks.add("duplicate-stem", f"{claimed[label_file]} and {path} ({label_file})")
-        image = _read_image(path, label_file, class_names, remarks, root, exif)
-        if image is not None and remarks.num_errors == errors:
-            result.append(image)
+        try:
+            image = _read_image(path, label_file, class_names, remarks, root, exif)
+            result += [image] if remarks.num_errors == errors else []
+        except LeftOut as reason:
+            remarks.leave_out(reason)
         progress(1)
     return result
 
@@ -185,15 +187,10 @@ def yolo_lines(image: LabeledImage, class_names: Sequence[str], facts: ImageFact
 
 def _read_image(
     path: Path, label_file: Path, class_names: Sequence[str], remarks: Remarks, root: Path, exif: Exif
-) -> LabeledImage | None:
+) -> LabeledImage:
     if not path.is_file():
-        remarks.add("listed-missing", str(path))
-        return None
-    try:
-        facts = image_facts(path)
-    except ImageError as error:
-        remarks.add("unreadable-image", str(error))
-        return None
+        raise LeftOut("listed-missing", str(path))
+    facts = image_facts(path)
     key = Path(os.path.relpath(path, root)).with_suffix("").as_posix()
     image = LabeledImage(key, path, facts.width, facts.height)
     try:
@@ -202,17 +199,17 @@ def _read_image(
         remarks.add("no-label-file", f"{path}: no {label_file}")
         return image
     except (OSError, UnicodeDecodeError) as error:
-        remarks.add("faulty-line", f"{label_file}: {error}")
-        return None
+        raise LeftOut("faulty-line", f"{label_file}: {error}") from None
     displayed = exif != "stored"
     size = facts.displayed_size if displayed else (facts.width, facts.height)
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             place = f"{label_file}, line {number}"
-            found = _parse_line(line, place, class_names, size, remarks)
-            if found is None:
+            try:
+                name, corners = _parse_line(line, place, class_names, size, remarks)
+            except LeftOut as reason:
+                remarks.leave_out(reason)
                 continue
-            name, corners = found
             if displayed:
                 corners = to_stored(corners, facts)
             fitted = fit_box(corners, facts.width, facts.height, remarks, place)
@@ -232,8 +229,8 @@ def _read_image(
 
 def _parse_line(
     line: str, place: str, class_names: Sequence[str], size: tuple[int, int], remarks: Remarks
-) -> tuple[str, Corners] | None:
-    """Class and corners in pixels of one line, unclipped; None, with a remark, where it is none.
+) -> tuple[str, Corners]:
+    """Class and corners in pixels of one line, unclipped. Raises LeftOut where it is none.
 
     size: width and height that the fractions are of.
     """
@@ -242,21 +239,17 @@ def _parse_line(
     try:
         numbers = [Decimal(word) for word in words]
     except InvalidOperation:
-        remarks.add("faulty-line", f"{place}: {line.strip()[:60]!r}")
-        return None
+        raise LeftOut("faulty-line", f"{place}: {line.strip()[:60]!r}") from None
     is_polygon = len(numbers) >= 7 and len(numbers) % 2 == 1
     if not (len(numbers) == 5 or is_polygon) or not all(number.is_finite() for number in numbers):
         reason = ", a prediction with its score?" if len(numbers) == 6 else ""
-        remarks.add("faulty-line", f"{place}: {line.strip()[:60]!r}{reason}")
-        return None
+        raise LeftOut("faulty-line", f"{place}: {line.strip()[:60]!r}{reason}")
     index, *values = numbers
     if not 0 <= index < len(class_names) or index != int(index):
         last = len(class_names) - 1
-        remarks.add("unknown-class", f"{place}: class {words[0]}, and the class list goes from 0 to {last}")
-        return None
+        raise LeftOut("unknown-class", f"{place}: class {words[0]}, and the class list goes from 0 to {last}")
     if max(map(abs, values)) > MAX_FRACTION:
-        remarks.add("not-fractions", f"{place}: {line.strip()[:60]!r}")
-        return None
+        raise LeftOut("not-fractions", f"{place}: {line.strip()[:60]!r}")
     if is_polygon:
         remarks.add("polygon", place)
         xs, ys = values[0::2], values[1::2]
@@ -264,8 +257,7 @@ def _parse_line(
     else:
         x, y, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
         if w <= 0 or h <= 0:
-            remarks.add("box-dropped", f"{place}: width {words[3]}, height {words[4]}")
-            return None
+            raise LeftOut("box-dropped", f"{place}: width {words[3]}, height {words[4]}")
         corners = x - w / 2, y - h / 2, x + w / 2, y + h / 2
     return class_names[int(index)], corners
 
