@@ -63,9 +63,6 @@ SWITCHES = {
     "sparse-pyramid-gradient": Switch(
         "pyramid's convolutions: no backward work where nothing was learned", "cpu", {"pyramid_gradient": "dense"}
     ),
-    "fused-convolutions": Switch(
-        "convolution and ReLU in one pass, 1x1 weights' gradients as products", "cpu", {"convolution": "torch"}
-    ),
     "triton-nms": Switch("NMS as a Triton kernel, instead of rounds of products", "cuda", {"nms": "rounds"}),
     "joint-nms": Switch(
         "NMS of all images and levels at once, instead of an operator call each", "cuda", {"nms": "per_level"}

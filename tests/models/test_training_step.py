@@ -1,14 +1,18 @@
 import copy
 import dataclasses
 import math
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detection.models import ImageBatch, TargetBatch, build_model, faster_rcnn
+from detection.models import MODELS, ImageBatch, TargetBatch, build_model, faster_rcnn
 from detection.models import rpn as rpn_module
+from detection.models.backbones import NORMS
 from detection.models.ops import nms
 from detection.models.ops.backend import CPU as CPU_NAMES
 from detection.models.ops.backend import DEVICE, implementation
@@ -19,6 +23,7 @@ from detection.models.structures import batch_images, batch_targets
 
 LOSSES = {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 96, 128
 
 
@@ -96,6 +101,34 @@ def test_a_fresh_models_losses_are_those_of_guessing(name):
     losses = step(model, photos((HEIGHT, WIDTH), (HEIGHT, WIDTH)), [target([BOX]), target([BOX])])
     assert losses["loss_rpn_cls"] == pytest.approx(math.log(2), abs=0.05)
     assert losses["loss_cls"] == pytest.approx(math.log(6), abs=0.3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if "18" in name else pytest.mark.slow)
+        for name in MODELS
+        if name.startswith("faster")
+    ],
+)
+def test_every_model_trains_with_every_norm_in_both_precisions(name, norm, precision):
+    model = make_model(name, norm=norm).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        step(model, photos((192, 256)), [target([BOX])])
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_a_frozen_network_in_bf16(tmp_path):
+    data, run = tmp_path / "shapes", tmp_path / "run"
+    options = (
+        f"--schedule 1x --dataset shapes --data-path {data} --model faster_rcnn_r18_fpn --weights none "
+        "--norm frozen_bn --amp bf16 --min-size 192 --max-size 256 --batch-size 1 --max-epochs 1 "
+        f"--limit-train-batches 1 --limit-val-batches 1 --device cpu --workers 1 --output-dir {run}"
+    )
+    subprocess.run([sys.executable, "train.py", *options.split()], cwd=ROOT, check=True)
+    assert (run / "checkpoints" / "last.pt").is_file()
 
 
 @pytest.mark.parametrize("case", EDGE_CASES)

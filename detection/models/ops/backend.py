@@ -4,7 +4,7 @@
     nms                per_level        rounds          triton
     assignment         trimmed          blocks          triton
     roi_align          sparse_matrix    operator        triton
-    convolution        fused            torch           triton (bias, residual and ReLU in one pass)
+    convolution        torch            torch           triton (bias, residual and ReLU in one pass)
     pyramid_gradient   sparse           dense           dense
 
 All of a row give the same results but for rounding.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 CPU = {
-    "nms": "per_level", "assignment": "trimmed", "roi_align": "sparse_matrix", "convolution": "fused",
+    "nms": "per_level", "assignment": "trimmed", "roi_align": "sparse_matrix", "convolution": "torch",
     "pyramid_gradient": "sparse",
 }  # fmt: skip
 DEVICE = {

@@ -26,11 +26,6 @@ def convolution(
     """F.conv2d(x, weight, bias, stride, padding), plus `residual` where one is given, then ReLU if it is asked for."""
     # A compiler fuses what follows a convolution itself.
     name = "torch" if torch.compiler.is_compiling() else implementation_of("convolution", x.device)
-    if name == "fused":
-        out = cpu_conv.convolution(
-            x, weight, bias, stride=stride, padding=padding, groups=groups, relu=relu and residual is None
-        )
-        return out if residual is None else end_of_block(out, residual, relu=relu)
     if name == "triton" and x.dtype != torch.float64 and (bias is not None or relu or residual is not None):
         out = F.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
         if out.is_contiguous(memory_format=torch.channels_last):
