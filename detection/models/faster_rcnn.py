@@ -12,7 +12,7 @@ from detection.models.anchors import AnchorGenerator, AnchorGrid
 from detection.models.backbones import build_backbone
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.fpn import FPN
-from detection.models.ops.feature_table import cell_table, take_rows, windows_3x3
+from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.selfcheck import check_kernels
 from detection.models.postprocess import Detections, select_detections
@@ -99,7 +99,8 @@ class FasterRCNN(nn.Module):
         else:
             candidates = learned.sample.candidate
             windows = windows_3x3(candidates // self.rpn.anchors_per_cell, anchors.layout)
-            table, patches = take_rows(cell_table(features), windows.view(-1))
+            table = cell_table(features)
+            patches = table.index_select(0, windows.view(-1))
             # Before the pass without gradients: autocast keeps the parameters it casts, with their graph or without.
             sampled_logits, sampled_deltas = self.rpn.at_anchors(patches, candidates)
             with torch.no_grad():

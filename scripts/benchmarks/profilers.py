@@ -27,7 +27,7 @@ from detection.engine.optim.amp import Precision
 from detection.engine.optim.update import ParameterUpdate
 from detection.models import FasterRCNN
 from detection.models.anchors import AnchorGenerator
-from detection.models.ops.feature_table import cell_table, take_rows, windows_3x3
+from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.roi_head import BoxHead, roi_losses, sample_rois
 from detection.models.rpn import RPNHead, anchor_targets, rpn_losses, select_proposals
@@ -42,7 +42,7 @@ READING = "reading of the losses"
 OUR_FUNCTIONS: dict[str, Sequence[Callable[..., Any]]] = {
     INPUT: (DevicePrefetcher.__next__, DevicePrefetcher.prepare),
     FEATURES: (FasterRCNN.extract_features,),
-    RPN_HEAD: (RPNHead.forward, RPNHead.at_anchors, windows_3x3, take_rows),
+    RPN_HEAD: (RPNHead.forward, RPNHead.at_anchors, windows_3x3),
     PROPOSALS: (AnchorGenerator.__call__, select_proposals),
     ASSIGNMENT: (anchor_targets, sample_rois),
     # The table of all levels' cells serves the sampled anchors and RoIAlign alike.

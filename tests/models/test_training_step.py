@@ -16,7 +16,7 @@ from detection.models.backbones import NORMS
 from detection.models.ops import nms
 from detection.models.ops.backend import CPU as CPU_NAMES
 from detection.models.ops.backend import DEVICE, implementation
-from detection.models.ops.feature_table import cell_table, take_rows, windows_3x3
+from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.selfcheck import describe_kernels, uses_triton
 from detection.models.rpn import rpn_losses
 from detection.models.structures import batch_images, batch_targets
@@ -172,7 +172,7 @@ def test_the_rpn_learns_the_same_at_its_sampled_anchors_as_from_whole_maps(name)
     anchors = model._anchors(batch, features)
     learned = rpn_module.anchor_targets(model.config, anchors, batch.sizes, truth)
     cells = learned.sample.candidate // model.rpn.anchors_per_cell
-    _, patches = take_rows(cell_table(features), windows_3x3(cells, anchors.layout).view(-1))
+    patches = cell_table(features)[windows_3x3(cells, anchors.layout).view(-1)]
     sampled = model.rpn.at_anchors(patches, learned.sample.candidate)
     dense = [learned.sample.take(each) for each in model.rpn(features)]
     wanted = [*model.rpn.parameters(), *features]

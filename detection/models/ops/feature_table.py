@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,32 +43,3 @@ def windows_3x3(cells: Tensor, layout: Tensor) -> Tensor:
     cells_of_level = height * width
     zeros = num_images * (layout[-1, 0] + layout[-1, 1] * layout[-1, 2])
     return torch.where(inside, num_images * start + image * cells_of_level + y * width + x, zeros)
-
-
-def take_rows(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The table again, and its rows int64 [N]: [N, C].
-
-    Whoever goes on with the returned table spares the backward pass a table of zeros and the sum of two tables: the
-    rows' gradient is added into the one that comes back for the table.
-    """
-    return _TakeRows.apply(table, rows)
-
-
-class _TakeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(rows)
-        ctx.set_materialize_grads(False)
-        ctx.shape = table.shape
-        return table.view_as(table), table.index_select(0, rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_table: Tensor | None, of_rows: Tensor | None) -> tuple[Tensor | None, None]:
-        if of_rows is None:
-            return of_table, None
-        (rows,) = ctx.saved_tensors
-        if of_table is None:
-            of_table = of_rows.new_zeros(ctx.shape)
-        # In place: the table's own gradient was made for this node alone.
-        return of_table.index_add_(0, rows, of_rows), None
