@@ -55,6 +55,17 @@ def same_weights(first, second):
 
 
 @pytest.fixture
+def load(tmp_path):
+    """Saves `content` as model.pth and loads that into `model`."""
+
+    def load(model, content, **settings):
+        torch.save(content, tmp_path / "model.pth")
+        return load_weights(model, tmp_path / "model.pth", **settings)
+
+    return load
+
+
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
     """torch's cache folder of downloads, empty; and a network that is not there."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -72,27 +83,24 @@ def cache(tmp_path, monkeypatch):
     ("model_name", "layout"),
     [("faster_rcnn_r18_fpn", "mmdet"), ("fasterrcnn_resnet18_fpn", "torchvision"), ("faster_rcnn_r18_fpn", "ours")],
 )
-def test_a_whole_model_is_loaded_from_each_layout(model_name, layout, tmp_path):
+def test_a_whole_model_is_loaded_from_each_layout(model_name, layout, load):
     source, model = trained(model_name), small(model_name)
-    path = tmp_path / "model.pth"
     state = export_state_dict(source, layout)
-    torch.save({"meta": {"epoch": 12}, "state_dict": state} if layout == "mmdet" else state, path)
-    report = load_weights(model, path)
+    report = load(model, {"meta": {"epoch": 12}, "state_dict": state} if layout == "mmdet" else state)
     assert same_weights(source, model)
     assert set(report.matched) == set(model.state_dict())
     assert not report.missing and not report.unexpected and not report.reshaped and not report.notes
-    assert str(path) in report.source
+    assert "model.pth" in report.source
 
 
-def test_prefixes_of_ddp_and_compile_do_not_matter(tmp_path):
+def test_prefixes_of_ddp_and_compile_do_not_matter(load):
     source, model = trained(), small()
     state = {f"module._orig_mod.{name}": tensor for name, tensor in source.state_dict().items()}
-    torch.save({"model": state, "optimizer": {}}, tmp_path / "model.pth")
-    assert not load_weights(model, tmp_path / "model.pth").missing
+    assert not load(model, {"model": state, "optimizer": {}}).missing
     assert same_weights(source, model)
 
 
-def test_of_a_checkpoint_the_moving_average_is_taken(tmp_path):
+def test_of_a_checkpoint_the_moving_average_is_taken(load):
     raw, average, model = trained(seed=1), trained(seed=2), small()
     checkpoint = {
         "format": "detection-checkpoint",
@@ -100,20 +108,17 @@ def test_of_a_checkpoint_the_moving_average_is_taken(tmp_path):
         "model": raw.state_dict(),
         "ema": average.state_dict(),
     }
-    torch.save({**checkpoint, "model_config": {}}, tmp_path / "last.pt")
-    report = load_weights(model, tmp_path / "last.pt")
+    report = load(model, {**checkpoint, "model_config": {}})
     assert same_weights(average, model)
     assert any("EMA" in note for note in report.notes)
 
-    torch.save({**checkpoint, "ema": None, "model_config": {}}, tmp_path / "last.pt")
-    report = load_weights(model, tmp_path / "last.pt")
+    report = load(model, {**checkpoint, "ema": None, "model_config": {}})
     assert same_weights(raw, model) and not report.notes
 
 
-def test_weights_of_other_precision_and_memory_format_keep_the_models(tmp_path):
+def test_weights_of_other_precision_and_memory_format_keep_the_models(load):
     source, model = trained(), small().to(memory_format=torch.channels_last)
-    torch.save({name: tensor.half() for name, tensor in source.state_dict().items()}, tmp_path / "half.pth")
-    load_weights(model, tmp_path / "half.pth")
+    load(model, {name: tensor.half() for name, tensor in source.state_dict().items()})
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(model.backbone.conv1.weight, source.backbone.conv1.weight.half().float())
@@ -125,13 +130,12 @@ def test_weights_of_other_precision_and_memory_format_keep_the_models(tmp_path):
     [(5, "faster_rcnn_r18_fpn"), (3, "fasterrcnn_resnet18_fpn")],
 )
 def test_a_head_for_another_number_of_classes_keeps_its_initialization_and_the_report_says_so(
-    file_classes, file_recipe, tmp_path
+    file_classes, file_recipe, load
 ):
     source, model = trained(file_recipe, file_classes), small(num_classes=4)
     before = snapshot(model)
     layout = "torchvision" if file_recipe.startswith("fasterrcnn") else "mmdet"
-    torch.save(export_state_dict(source, layout), tmp_path / "model.pth")
-    report = load_weights(model, tmp_path / "model.pth")
+    report = load(model, export_state_dict(source, layout))
     assert {name for name, *_ in report.reshaped} == HEAD
     assert changed(before, model) == set(before) - HEAD
     assert ("roi_head.classifier.bias", (file_classes + 1,), (5,)) in report.reshaped
@@ -143,65 +147,56 @@ def test_a_head_for_another_number_of_classes_keeps_its_initialization_and_the_r
     ("source_name", "model_name"),
     [("fasterrcnn_resnet18_fpn", "faster_rcnn_r18_fpn"), ("faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn")],
 )
-def test_the_recipes_exchange_weights_although_one_regresses_the_background(source_name, model_name, tmp_path):
+def test_the_recipes_exchange_weights_although_one_regresses_the_background(source_name, model_name, load):
     source, model = trained(source_name), small(model_name)
     before = snapshot(model)
-    torch.save(source.state_dict(), tmp_path / "model.pth")
-    report = load_weights(model, tmp_path / "model.pth")
+    report = load(model, source.state_dict())
     assert not report.missing and not report.reshaped
     regressor = model.roi_head.regressor.weight
     assert torch.equal(regressor[:12], source.roi_head.regressor.weight[:12])
     assert torch.equal(regressor[12:], before["roi_head.regressor.weight"][12:])
 
 
-def test_a_backbone_file_fills_the_backbone_only(tmp_path):
+def test_a_backbone_file_fills_the_backbone_only(load):
     model = small()
     before = snapshot(model)
-    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
-    report = load_weights(model, tmp_path / "resnet18.pth")
+    report = load(model, resnet18().state_dict())
     assert set(report.matched) == {name for name in before if name.startswith("backbone.")}
     assert set(report.missing) == {name for name in before if not name.startswith("backbone.")}
     assert report.unexpected == ("fc.weight", "fc.bias")
     assert all(torch.equal(before[name], model.state_dict()[name]) for name in report.missing)
 
 
-def test_tensors_of_another_shape_are_reported_and_left_alone(tmp_path):
+def test_tensors_of_another_shape_are_reported_and_left_alone(load):
     source, model = trained(fpn_channels=16), small()
     before = snapshot(model)
-    torch.save(source.state_dict(), tmp_path / "model.pth")
-    report = load_weights(model, tmp_path / "model.pth")
+    report = load(model, source.state_dict())
     reshaped = {name: shapes for name, *shapes in report.reshaped}
     assert reshaped["fpn.lateral.0.weight"] == [(16, 64, 1, 1), (32, 64, 1, 1)]
     assert changed(before, model) == set(report.matched) == set(before) - set(reshaped)
 
 
-def test_counters_of_batch_norm_are_never_called_missing_or_unexpected(tmp_path):
-    trained_norm, frozen_norm = trained(norm="bn"), trained()
-    torch.save(trained_norm.state_dict(), tmp_path / "bn.pth")
-    torch.save(frozen_norm.state_dict(), tmp_path / "frozen.pth")
-    report = load_weights(small(), tmp_path / "bn.pth")
-    assert not report.unexpected and not report.missing
-    report = load_weights(small(norm="bn"), tmp_path / "frozen.pth")
-    assert not report.unexpected and not report.missing
+def test_counters_of_batch_norm_are_never_called_missing_or_unexpected(load):
+    for norm, other in (("bn", "frozen_bn"), ("frozen_bn", "bn")):
+        report = load(small(norm=other), trained(norm=norm).state_dict())
+        assert not report.unexpected and not report.missing
 
 
-def test_batch_norms_of_a_file_do_not_get_into_group_norms(tmp_path):
+def test_batch_norms_of_a_file_do_not_get_into_group_norms(load):
     model = small(norm="gn")
     before = snapshot(model)
-    torch.save(trained().state_dict(), tmp_path / "model.pth")
-    report = load_weights(model, tmp_path / "model.pth")
+    report = load(model, trained().state_dict())
     norms = {name for name in before if ".bn" in name or "downsample.1" in name}
     assert changed(before, model) == set(before) - norms
     assert norms <= set(report.unexpected)
     assert any("group norm" in note for note in report.notes)
 
 
-def test_a_file_of_which_nothing_fits_is_an_error_and_changes_nothing(tmp_path):
+def test_a_file_of_which_nothing_fits_is_an_error_and_changes_nothing(load):
     model = small()
     before = snapshot(model)
-    torch.save({"neck.other.weight": torch.zeros(3)}, tmp_path / "model.pth")
     with pytest.raises(WeightsError, match="nothing in .*model.pth.* fits.*neck.other.weight.*backbone.conv1.weight"):
-        load_weights(model, tmp_path / "model.pth")
+        load(model, {"neck.other.weight": torch.zeros(3)})
     assert not changed(before, model)
 
 
@@ -216,10 +211,9 @@ def test_a_file_of_which_nothing_fits_is_an_error_and_changes_nothing(tmp_path):
         ({"model": {"blobs": {}, "x": torch.zeros(1)}}, "Caffe2"),
     ],
 )
-def test_files_without_usable_weights_are_refused(content, message, tmp_path):
-    torch.save(content, tmp_path / "model.pth")
+def test_files_without_usable_weights_are_refused(content, message, load):
     with pytest.raises(WeightsError, match=message):
-        load_weights(small(), tmp_path / "model.pth")
+        load(small(), content)
 
 
 def test_detectron2s_file_is_loaded_and_its_stem_turned(tmp_path):
@@ -250,14 +244,13 @@ def test_detectron2s_file_is_loaded_and_its_stem_turned(tmp_path):
     assert torch.equal(model.backbone.conv1.weight, torch.from_numpy(stem)) and not report.notes
 
 
-def test_mmdetections_caffe_style_is_known_by_the_configuration_in_the_file(tmp_path):
+def test_mmdetections_caffe_style_is_known_by_the_configuration_in_the_file(load):
     source = trained("faster_rcnn_r50_fpn")
     pytorch = "backbone=dict(type='ResNet', style='pytorch'), data_preprocessor=dict(std=[58.395, 57.12, 57.375])"
     caffe = "backbone=dict(type='ResNet', style='caffe'), data_preprocessor=dict(bgr_to_rgb=False, std=[1.0, 1.0, 1.0])"
     for key, text in (("cfg", caffe), ("config", caffe), ("cfg", pytorch)):
-        torch.save({"meta": {key: text}, "state_dict": export_state_dict(source, "mmdet")}, tmp_path / "theirs.pth")
         model = small("faster_rcnn_r50_fpn")
-        report = load_weights(model, tmp_path / "theirs.pth")
+        report = load(model, {"meta": {key: text}, "state_dict": export_state_dict(source, "mmdet")})
         stem = source.backbone.conv1.weight.detach()
         assert torch.equal(model.backbone.conv1.weight, stem_from_bgr(stem) if text == caffe else stem)
         assert any("stride_in_1x1=True" in note for note in report.notes) == (text == caffe)
@@ -288,11 +281,10 @@ def test_torchvisions_published_detectors_set_the_norms_epsilon_to_zero(cache, t
 
 
 @pytest.mark.parametrize("ids", [None, COCO_CATEGORY_IDS])
-def test_torchvisions_head_for_90_ids_gives_cocos_80_categories_their_rows(ids, tmp_path):
+def test_torchvisions_head_for_90_ids_gives_cocos_80_categories_their_rows(ids, load):
     source = trained("fasterrcnn_resnet50_fpn", num_classes=90)
-    torch.save(export_state_dict(source, "torchvision"), tmp_path / "model.pth")
     model = small("fasterrcnn_resnet50_fpn", num_classes=80)
-    report = load_weights(model, tmp_path / "model.pth", category_ids=ids)
+    report = load(model, export_state_dict(source, "torchvision"), category_ids=ids)
     assert not report.missing and not report.reshaped and any("90 ids" in note for note in report.notes)
     head, theirs = model.roi_head, source.roi_head
     for label, number in ((0, 1), (10, 11), (11, 13), (79, 90)):  # person, fire hydrant, stop sign, toothbrush
@@ -301,18 +293,17 @@ def test_torchvisions_head_for_90_ids_gives_cocos_80_categories_their_rows(ids, 
     assert torch.equal(head.classifier.bias[80], theirs.classifier.bias[90])
 
 
-def test_eighty_other_classes_get_a_new_head(tmp_path):
-    torch.save(export_state_dict(trained("fasterrcnn_resnet50_fpn", num_classes=90), "torchvision"), tmp_path / "a.pth")
+def test_eighty_other_classes_get_a_new_head(load):
+    source = trained("fasterrcnn_resnet50_fpn", num_classes=90)
     model = small("fasterrcnn_resnet50_fpn", num_classes=80)
-    report = load_weights(model, tmp_path / "a.pth", category_ids=range(1, 81))
+    report = load(model, export_state_dict(source, "torchvision"), category_ids=range(1, 81))
     assert {name for name, _, _ in report.reshaped} == {*CLASSIFIER, *REGRESSOR}
 
 
-def test_a_checkpoint_brings_the_epsilon_its_model_had(tmp_path):
+def test_a_checkpoint_brings_the_epsilon_its_model_had(load):
     source, model = trained(norm_eps=0.0), small()
     content = {"format": "detector-weights", "model": source.state_dict(), "model_config": {"norm_eps": 0.0}}
-    torch.save(content, tmp_path / "model.pt")
-    load_weights(model, tmp_path / "model.pt")
+    load(model, content)
     assert model.config.norm_eps == model.backbone.bn1.eps == 0.0
 
 
@@ -388,9 +379,8 @@ def test_names_that_mean_nothing_for_the_model_are_refused_with_what_there_is(mo
         load_weights(model, spec)
 
 
-def test_the_table_names_a_few_tensors_and_sums_up_many(tmp_path):
-    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
-    table = load_weights(small(), tmp_path / "resnet18.pth").table()
+def test_the_table_names_a_few_tensors_and_sums_up_many(load):
+    table = load(small(), resnet18().state_dict()).table()
     assert "100 of 130" in table
     assert "fpn.* (16), rpn.* (6), roi_head.* (8)" in table
     assert "fc.weight, fc.bias" in table
