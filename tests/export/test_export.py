@@ -105,6 +105,7 @@ def onnx_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_onnx_file_finds_the_same_in_any_size_and_batch(onnx_file, shape, batch_size):
@@ -116,6 +117,7 @@ def test_an_onnx_file_finds_the_same_in_any_size_and_batch(onnx_file, shape, bat
     assert result.num_matched > 2 and result.within(5e-4, 1e-2), str(result)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_alone_valid_and_knows_its_classes(onnx_file):
     onnx = pytest.importorskip("onnx")
     model = onnx.load(onnx_file)

@@ -14,6 +14,8 @@ from detection.models.rpn import anchor_targets, select_proposals
 from detection.models.structures import batch_images, batch_targets
 from tests.reference.parity import formula
 
+pytestmark = pytest.mark.slow
+
 LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")
 NO_BOXES = {"boxes_xyxy": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
 

@@ -12,6 +12,8 @@ from detection.models import build_model
 from detection.models.config import model_config
 from detection.models.weights.layouts import to_ours
 
+pytestmark = pytest.mark.slow
+
 NUM_CLASSES = 7
 TRAINING_PROPOSALS = 300  # of 2000, because the backward pass of their RoIAlign takes its time
 LOSS_NAMES = {

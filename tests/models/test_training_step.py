@@ -94,6 +94,7 @@ EDGE_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
 def test_a_fresh_models_losses_are_those_of_guessing(name):
     torch.manual_seed(0)
@@ -304,6 +305,7 @@ class TensorsFromNumbers(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [CPU_NAMES, DEVICE], ids=["cpu", "device"])
 @pytest.mark.parametrize("samples", [None, 64])
 def test_a_training_step_asks_the_device_nothing_outside_of_suppression(names, samples):
@@ -329,6 +331,7 @@ def test_suppression_asks_a_device_once_whether_it_has_settled():
     assert numbers.found == [] and count.num_nms == 0
 
 
+@pytest.mark.slow
 def test_the_code_for_other_devices_gives_the_same_losses(model):
     batch = batch_images(photos((HEIGHT, WIDTH), (64, 120)), CPU)
     truth = batch_targets([target([BOX, [0, 0, 30, 40]]), target([[5, 5, 60, 60]])], 5, CPU)
@@ -380,6 +383,7 @@ def test_losses_on_the_gpu_equal_those_on_the_cpu(model):
         assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_compiled_dense_parts_have_no_graph_break_and_the_same_losses_and_names():
     model = make_model()
     names = list(model.state_dict())
@@ -397,6 +401,7 @@ def test_compiled_dense_parts_have_no_graph_break_and_the_same_losses_and_names(
         sum(model(batch, truth).values()).backward()
 
 
+@pytest.mark.slow
 def test_each_padded_size_is_compiled_once_and_gives_the_same_losses_and_gradients():
     model = make_model()
     batches = []
@@ -422,6 +427,7 @@ def test_each_padded_size_is_compiled_once_and_gives_the_same_losses_and_gradien
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
 
 
+@pytest.mark.slow
 def test_a_deep_copy_of_a_compiled_model_is_independent():
     model = make_model()
     model.compile_dense_parts(backend="eager")

@@ -35,17 +35,20 @@ def interpreted() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_kernels_pass_the_check_that_decides_on_their_use_and_broken_ones_do_not(interpreted):
     assert interpreted["kernels_that_differ"] == []
     assert interpreted["broken_kernels_are_found"] == ["suppression", "assignment", "RoIAlign", "ends of convolutions"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["suppression", "assigned"])
 def test_suppression_and_assignment_are_those_of_the_plain_code_to_the_last_box(interpreted, part):
     assert len(interpreted[part]) > 10
     assert [case for case, is_equal in interpreted[part].items() if not is_equal] == []
 
 
+@pytest.mark.slow
 def test_rois_and_their_gradients_are_pooled_as_by_the_sparse_matrix(interpreted):
     found = interpreted["pooled"]
     assert found.pop("levels") == [0, 1, 2, 3]
@@ -54,11 +57,13 @@ def test_rois_and_their_gradients_are_pooled_as_by_the_sparse_matrix(interpreted
         assert values < 1e-5 and gradients < 1e-4
 
 
+@pytest.mark.slow
 def test_bias_residual_and_relu_in_one_pass_are_those_in_several(interpreted):
     assert len(interpreted["ends"]) == 15
     assert {case: worst for case, worst in interpreted["ends"].items() if worst > 1e-4} == {}
 
 
+@pytest.mark.slow
 def test_a_training_step_has_the_losses_and_gradients_it_has_without_kernels(interpreted):
     step = interpreted["training_step"]
     assert step["pooled"] == 1

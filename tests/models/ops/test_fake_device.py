@@ -15,6 +15,8 @@ from detection.engine.metrics.step_metrics import LOSSES
 ROOT = Path(__file__).parents[3]
 DEVICE = "pretended:0"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:

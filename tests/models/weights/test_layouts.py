@@ -38,6 +38,7 @@ def test_mmdetections_names_and_shapes_are_written():
     assert {name: "x".join(map(str, t.shape)) or "scalar" for name, t in exported.items()} == expected
 
 
+@pytest.mark.slow
 def test_torchvisions_names_shapes_and_order_are_written_and_load_strictly():
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5)
     model = randomized(build_model("fasterrcnn_resnet50_fpn", 4))

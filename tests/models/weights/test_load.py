@@ -216,6 +216,7 @@ def test_files_without_usable_weights_are_refused(content, message, load):
         load(small(), content)
 
 
+@pytest.mark.slow
 def test_detectron2s_file_is_loaded_and_its_stem_turned(tmp_path):
     model = small("faster_rcnn_r50_fpn", stride_in_1x1=True)
     stem = np.random.default_rng(0).standard_normal((64, 3, 7, 7)).astype(np.float32)
@@ -244,6 +245,7 @@ def test_detectron2s_file_is_loaded_and_its_stem_turned(tmp_path):
     assert torch.equal(model.backbone.conv1.weight, torch.from_numpy(stem)) and not report.notes
 
 
+@pytest.mark.slow
 def test_mmdetections_caffe_style_is_known_by_the_configuration_in_the_file(load):
     source = trained("faster_rcnn_r50_fpn")
     pytorch = "backbone=dict(type='ResNet', style='pytorch'), data_preprocessor=dict(std=[58.395, 57.12, 57.375])"
@@ -256,6 +258,7 @@ def test_mmdetections_caffe_style_is_known_by_the_configuration_in_the_file(load
         assert any("stride_in_1x1=True" in note for note in report.notes) == (text == caffe)
 
 
+@pytest.mark.slow
 def test_torchvisions_published_detectors_set_the_norms_epsilon_to_zero(cache, tmp_path, monkeypatch):
     source = trained("fasterrcnn_resnet50_fpn")
     state = export_state_dict(source, "torchvision")
@@ -280,6 +283,7 @@ def test_torchvisions_published_detectors_set_the_norms_epsilon_to_zero(cache, t
     assert model.config.norm_eps == model.backbone.bn1.eps == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [None, COCO_CATEGORY_IDS])
 def test_torchvisions_head_for_90_ids_gives_cocos_80_categories_their_rows(ids, load):
     source = trained("fasterrcnn_resnet50_fpn", num_classes=90)
@@ -293,6 +297,7 @@ def test_torchvisions_head_for_90_ids_gives_cocos_80_categories_their_rows(ids, 
     assert torch.equal(head.classifier.bias[80], theirs.classifier.bias[90])
 
 
+@pytest.mark.slow
 def test_eighty_other_classes_get_a_new_head(load):
     source = trained("fasterrcnn_resnet50_fpn", num_classes=90)
     model = small("fasterrcnn_resnet50_fpn", num_classes=80)
