@@ -191,22 +191,36 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem and four stages; make one with `build_backbone`.
+    """Stem and four stages with fresh weights (He normal, fan out; norms at one and zero).
 
-    `out_channels` are the channels of C2..C5. Parts up to `frozen_stages` (0 the stem, 1..4 the stages) have
-    requires_grad False and run without a graph.
+    name: a key of `ARCHITECTURES`. norm: "frozen_bn" (statistics never change), "bn" (plain batch norm,
+    which an engine may turn into synchronized batch norm) or "gn" (32 groups). train_norm_affine: whether a
+    frozen norm's weight and bias are trained; bn and gn always train theirs. frozen_stages: -1 nothing, 0
+    the stem, n the stem and stages 1..n; these parts have requires_grad False and run without a graph. norm_eps:
+    torchvision's COCO_V1 weights want 0. stride_in_1x1: the bottlenecks of Detectron2's and Caffe's models.
+    Raises ValueError for a name, norm or number of stages that does not exist, and for stride_in_1x1 where blocks
+    have no 1x1 convolution to put it into. `out_channels` are the channels of C2..C5.
     """
 
     def __init__(
         self,
         name: str,
+        *,
         norm: str,
         train_norm_affine: bool,
         frozen_stages: int,
-        norm_eps: float,
-        stride_in_1x1: bool,
+        norm_eps: float = 1e-5,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
+        if name not in ARCHITECTURES:
+            raise ValueError(f"backbone {name!r} is not known; choose one of {', '.join(ARCHITECTURES)}")
+        if norm not in NORMS:
+            raise ValueError(f"norm {norm!r} is not known; choose one of {', '.join(NORMS)}")
+        if not -1 <= frozen_stages <= 4:
+            raise ValueError(f"frozen_stages is {frozen_stages}; it goes from -1 (nothing) to 4 (all stages)")
+        if stride_in_1x1 and not ARCHITECTURES[name].bottleneck:
+            raise ValueError(f"stride_in_1x1 has no meaning for {name}: its blocks have 3x3 convolutions only")
         self.name = name
         self.frozen_stages = frozen_stages
         self.stride_in_1x1 = stride_in_1x1
@@ -264,32 +278,3 @@ class ResNet(nn.Module):
             features.append(x)
         c2, c3, c4, c5 = features
         return c2, c3, c4, c5
-
-
-def build_backbone(
-    name: str,
-    *,
-    norm: str,
-    train_norm_affine: bool,
-    frozen_stages: int,
-    norm_eps: float = 1e-5,
-    stride_in_1x1: bool = False,
-) -> ResNet:
-    """A backbone with fresh weights (He normal, fan out; norms at one and zero).
-
-    name: a key of `ARCHITECTURES`. norm: "frozen_bn" (statistics never change), "bn" (plain batch norm,
-    which an engine may turn into synchronized batch norm) or "gn" (32 groups). train_norm_affine: whether a
-    frozen norm's weight and bias are trained; bn and gn always train theirs. frozen_stages: -1 nothing, 0
-    the stem, n the stem and stages 1..n. norm_eps: torchvision's COCO_V1 weights want 0. stride_in_1x1: the
-    bottlenecks of Detectron2's and Caffe's models. Raises ValueError for a name, norm or number of stages
-    that does not exist, and for stride_in_1x1 where blocks have no 1x1 convolution to put it into.
-    """
-    if name not in ARCHITECTURES:
-        raise ValueError(f"backbone {name!r} is not known; choose one of {', '.join(ARCHITECTURES)}")
-    if norm not in NORMS:
-        raise ValueError(f"norm {norm!r} is not known; choose one of {', '.join(NORMS)}")
-    if not -1 <= frozen_stages <= 4:
-        raise ValueError(f"frozen_stages is {frozen_stages}; it goes from -1 (nothing) to 4 (all stages)")
-    if stride_in_1x1 and not ARCHITECTURES[name].bottleneck:
-        raise ValueError(f"stride_in_1x1 has no meaning for {name}: its blocks have 3x3 convolutions only")
-    return ResNet(name, norm, train_norm_affine, frozen_stages, norm_eps, stride_in_1x1)

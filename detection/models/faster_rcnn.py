@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.models.anchors import AnchorGenerator, AnchorGrid
-from detection.models.backbones import build_backbone
+from detection.models.backbones import ResNet
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.fpn import FPN
 from detection.models.ops.feature_table import cell_table, windows_3x3
@@ -38,7 +38,7 @@ class FasterRCNN(nn.Module):
     def __init__(self, config: FasterRCNNConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(
+        self.backbone = ResNet(
             config.backbone,
             norm=config.norm,
             train_norm_affine=config.train_norm_affine,

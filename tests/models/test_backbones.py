@@ -13,7 +13,7 @@ from detection.models.backbones import (
     NORMS,
     Bottleneck,
     FrozenBatchNorm,
-    build_backbone,
+    ResNet,
     conv_norm,
 )
 
@@ -46,7 +46,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_names_and_shapes_are_torchvisions(name):
     with torch.device("meta"):
-        ours = build_backbone(name, norm="frozen_bn", train_norm_affine=True, frozen_stages=1)
+        ours = ResNet(name, norm="frozen_bn", train_norm_affine=True, frozen_stages=1)
         theirs = TORCHVISION[name]()
     expected = {key: shape for key, shape in shapes(theirs).items() if not key.startswith("fc.")}
     assert shapes(ours) == expected
@@ -58,7 +58,7 @@ def test_names_and_shapes_are_torchvisions(name):
 def test_features_equal_torchvisions_in_float64(name, norm):
     theirs = TORCHVISION[name]().double().eval()
     randomize(theirs)
-    ours = build_backbone(name, norm=norm, train_norm_affine=True, frozen_stages=1).double().eval()
+    ours = ResNet(name, norm=norm, train_norm_affine=True, frozen_stages=1).double().eval()
     ours.load_state_dict(theirs.state_dict(), strict=False)
     x = torch.randn(2, 3, 65, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_the_grouped_network_equals_torchvisions():
         base_width=4,
         downsample=nn.Sequential(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256)),
     )
-    backbone = build_backbone("resnext101_32x4d", norm="frozen_bn", train_norm_affine=True, frozen_stages=-1)
+    backbone = ResNet("resnext101_32x4d", norm="frozen_bn", train_norm_affine=True, frozen_stages=-1)
     block = backbone.stages[0][0].double()
     theirs = theirs.double().eval()
     randomize(theirs)
@@ -125,7 +125,7 @@ def test_the_fold_is_rounded_to_bf16_once():
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 2, 4])
 def test_frozen_parts_have_no_gradient_and_the_others_all_have_one(norm, frozen_stages):
-    backbone = build_backbone("resnet18", norm=norm, train_norm_affine=True, frozen_stages=frozen_stages).train()
+    backbone = ResNet("resnet18", norm=norm, train_norm_affine=True, frozen_stages=frozen_stages).train()
     frozen_prefixes = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")[
         : {-1: 0, 0: 2, 2: 4, 4: 6}[frozen_stages]
     ]
@@ -141,13 +141,13 @@ def test_frozen_parts_have_no_gradient_and_the_others_all_have_one(norm, frozen_
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_affine_of_frozen_norms_is_trained_only_on_request(norm):
-    backbone = build_backbone("resnet18", norm=norm, train_norm_affine=False, frozen_stages=-1)
+    backbone = ResNet("resnet18", norm=norm, train_norm_affine=False, frozen_stages=-1)
     affines = [p.requires_grad for name, p in backbone.named_parameters() if "bn" in name or "downsample.1" in name]
     assert set(affines) == {norm != "frozen_bn"}
 
 
 def test_training_mode_changes_no_frozen_statistics_but_gathers_the_others():
-    backbone = build_backbone("resnet18", norm="bn", train_norm_affine=True, frozen_stages=2).train()
+    backbone = ResNet("resnet18", norm="bn", train_norm_affine=True, frozen_stages=2).train()
     before = copy.deepcopy(backbone.state_dict())
     backbone(torch.randn(2, 3, 64, 64))
     after = backbone.state_dict()
@@ -155,14 +155,14 @@ def test_training_mode_changes_no_frozen_statistics_but_gathers_the_others():
     statistics = {name for name in before if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
     assert changed == {name for name in statistics if name.startswith(("layer3.", "layer4."))}
 
-    frozen = build_backbone("resnet18", norm="frozen_bn", train_norm_affine=True, frozen_stages=-1).train()
+    frozen = ResNet("resnet18", norm="frozen_bn", train_norm_affine=True, frozen_stages=-1).train()
     before = copy.deepcopy(frozen.state_dict())
     frozen(torch.randn(2, 3, 64, 64))
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
 
 
 def test_trained_batch_norm_can_become_synchronized():
-    backbone = build_backbone("resnet18", norm="bn", train_norm_affine=True, frozen_stages=0)
+    backbone = ResNet("resnet18", norm="bn", train_norm_affine=True, frozen_stages=0)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
     kinds = {type(module) for name, module in converted.named_modules() if ".bn" in name or "downsample.1" in name}
     assert kinds == {nn.SyncBatchNorm}
@@ -170,7 +170,7 @@ def test_trained_batch_norm_can_become_synchronized():
 
 @pytest.mark.parametrize("norm", ["bn", "gn"])
 def test_residual_blocks_start_as_the_identity_when_trained_from_scratch(norm):
-    backbone = build_backbone("resnet50", norm=norm, train_norm_affine=True, frozen_stages=-1)
+    backbone = ResNet("resnet50", norm=norm, train_norm_affine=True, frozen_stages=-1)
     block = backbone.stages[0][1]
     assert isinstance(block, Bottleneck)
     x = torch.rand(2, 256, 8, 8)
@@ -179,13 +179,13 @@ def test_residual_blocks_start_as_the_identity_when_trained_from_scratch(norm):
 
 def test_fresh_convolutions_are_he_initialized_by_fan_out():
     torch.manual_seed(0)
-    weight = build_backbone("resnet18", norm="bn", train_norm_affine=True, frozen_stages=-1).stages[3][1].conv1.weight
+    weight = ResNet("resnet18", norm="bn", train_norm_affine=True, frozen_stages=-1).stages[3][1].conv1.weight
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
     assert abs(weight.mean().item()) < 1e-4
 
 
 def test_it_compiles_without_a_graph_break():
-    backbone = build_backbone("resnet18", norm="frozen_bn", train_norm_affine=True, frozen_stages=1).train()
+    backbone = ResNet("resnet18", norm="frozen_bn", train_norm_affine=True, frozen_stages=1).train()
     x = torch.randn(1, 3, 64, 64)
     compiled = torch.compile(backbone, backend="eager", fullgraph=True)
     for ours, theirs in zip(compiled(x), backbone(x), strict=True):
@@ -194,15 +194,15 @@ def test_it_compiles_without_a_graph_break():
 
 
 def test_channels_last_input_gives_channels_last_features():
-    backbone = build_backbone("resnet18", norm="frozen_bn", train_norm_affine=True, frozen_stages=1)
+    backbone = ResNet("resnet18", norm="frozen_bn", train_norm_affine=True, frozen_stages=1)
     backbone = backbone.to(memory_format=torch.channels_last)
     features = backbone(torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last))
     assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in features)
 
 
 def test_the_stride_can_sit_in_the_first_1x1():
-    usual = build_backbone("resnet50", norm="frozen_bn", train_norm_affine=True, frozen_stages=1)
-    caffe = build_backbone("resnet50", norm="frozen_bn", train_norm_affine=True, frozen_stages=1, stride_in_1x1=True)
+    usual = ResNet("resnet50", norm="frozen_bn", train_norm_affine=True, frozen_stages=1)
+    caffe = ResNet("resnet50", norm="frozen_bn", train_norm_affine=True, frozen_stages=1, stride_in_1x1=True)
     strides = [(b.stages[1][0].conv1.stride, b.stages[1][0].conv2.stride) for b in (usual, caffe)]
     assert strides == [((1, 1), (2, 2)), ((2, 2), (1, 1))]
     x = torch.randn(1, 3, 64, 96)
@@ -221,4 +221,4 @@ def test_the_stride_can_sit_in_the_first_1x1():
 def test_settings_that_do_not_exist_are_named(arguments, message):
     settings = {"name": "resnet18", "norm": "bn", "train_norm_affine": True, "frozen_stages": 1, **arguments}
     with pytest.raises(ValueError, match=message):
-        build_backbone(settings.pop("name"), **settings)
+        ResNet(settings.pop("name"), **settings)
