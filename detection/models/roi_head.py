@@ -45,7 +45,7 @@ class BoxHead(nn.Module):
         hidden = F.relu_(self.fc2(hidden))
         # bf16 would round a logit of 9 to the next sixteenth, and so the loss by a percent.
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.float()
+            hidden = hidden.to(self.classifier.weight.dtype)
             # shape[0] and not len(): an exported graph keeps the number open.
             return self.classifier(hidden), self.regressor(hidden).view(hidden.shape[0], -1, 4)
 

@@ -188,29 +188,30 @@ def _ask(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
-def test_kernels_that_give_other_results_are_not_used_and_named(a_gpu, monkeypatch):
-    monkeypatch.setattr(selfcheck, "kernels_that_differ", lambda device: ["RoIAlign"])
-    assert not uses_triton(torch.device("cuda"))
-    assert "RoIAlign: other results" in describe_kernels(torch.device("cuda"))
+def without_compiler(device: torch.device) -> list[str]:
+    raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
 
 
-def test_kernels_that_cannot_be_built_are_not_used_and_the_reason_is_told(a_gpu, monkeypatch):
-    def fail(device: torch.device) -> list[str]:
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
-
-    monkeypatch.setattr(selfcheck, "kernels_that_differ", fail)
-    assert not uses_triton(torch.device("cuda"))
-    assert describe_kernels(torch.device("cuda")).endswith("RuntimeError: Failed to find C compiler.")
-    assert a_gpu[-1] == "error"
+def without_triton(device: torch.device) -> list[str]:
+    nms.by_triton(torch.zeros(1, 1, 4), torch.zeros(1, 1), [1], 0.5)
+    return []
 
 
-def test_a_pytorch_without_triton_uses_its_operators(a_gpu, monkeypatch):
+@pytest.mark.parametrize(
+    ("check", "reason"),
+    [
+        (lambda device: ["RoIAlign"], "RoIAlign: other results"),
+        (without_compiler, "RuntimeError: Failed to find C compiler."),
+        (without_triton, "import of triton"),
+    ],
+)
+def test_kernels_that_do_not_work_are_not_used_and_the_reason_is_told(a_gpu, monkeypatch, check, reason):
     monkeypatch.delitem(sys.modules, "detection.models.ops.triton.nms", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    suppress = (torch.zeros(1, 1, 4), torch.zeros(1, 1), [1], 0.5)
-    monkeypatch.setattr(selfcheck, "kernels_that_differ", lambda device: nms.by_triton(*suppress))
+    monkeypatch.setattr(selfcheck, "kernels_that_differ", check)
     assert not uses_triton(torch.device("cuda"))
-    assert "import of triton" in describe_kernels(torch.device("cuda"))
+    assert reason in describe_kernels(torch.device("cuda"))
+    assert a_gpu[-1] == "error"
 
 
 def test_the_environment_turns_the_kernels_off_unasked(a_gpu, monkeypatch):
