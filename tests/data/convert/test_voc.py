@@ -30,7 +30,7 @@ def an_xml(*objects: str, filename: str = "a.png", size: tuple[int, int] = (64, 
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., tuple[VocSet, Remarks]]:
-    """read({"a.xml": text}, images=["a.png"], **options): what read_voc makes of such a folder."""
+    """read({"a.xml": text}, images=["a.png"], **options): what VocReader makes of such a folder."""
 
     def run(files: dict[str, str | bytes], images: tuple[str, ...] = ("a.png",), **options: object):
         for name, content in files.items():
