@@ -13,9 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 import checkout  # noqa: F401
+from data import read_image
 from detection.evaluation import BACKENDS, METRIC_NAMES
 from detection.evaluation.analysis import analyze_results
 from detection.evaluation.html_report import html_report
@@ -68,18 +67,12 @@ def main(argv: list[str] | None = None) -> int:
     folder = arguments.output_dir or Path(arguments.results).with_name(f"{Path(arguments.results).stem}_analysis")
     folder.mkdir(parents=True, exist_ok=True)
 
-    def image_of(file_name: str) -> np.ndarray:
-        from data.images.decode import (
-            read_image,  # brings torch along, which takes seconds: only where images are wanted
-        )
-
-        assert images is not None
-        return read_image(images / file_name)
-
     files = [folder / "analysis.json", folder / "report.html"]
     files[0].write_text(json.dumps(analysis, indent=1) + "\n", encoding="utf-8")
     title = f"{Path(arguments.results).name} on {Path(arguments.annotations).name}"
-    page = html_report(analysis, title=title, image_of=image_of if images is not None else None)
+    page = html_report(
+        analysis, title=title, image_of=None if images is None else lambda name: read_image(images / name)
+    )
     files[1].write_text(page, encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print("no PNG files: they need matplotlib (pip install matplotlib); report.html has the same charts")

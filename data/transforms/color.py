@@ -64,22 +64,10 @@ class PhotometricDistortion:
         """One draw for each image (words int64 [N], see data.transforms.hash_rng.image_words)."""
         # One number each for: five decisions to take a step, contrast early or late, and the five values.
         drawn = hash_uniform(seed, COLOR_STREAM, epoch, words[:, None], np.arange(11))
-        return tuple(self._draw(*row) for row in drawn.tolist())
+        return tuple(map(self._draw, drawn.tolist()))
 
-    def _draw(
-        self,
-        shifts: float,
-        contrasts: float,
-        saturates: float,
-        turns: float,
-        swaps: float,
-        early: float,
-        shift: float,
-        contrast: float,
-        saturation: float,
-        hue: float,
-        channels: float,
-    ) -> Distortion:
+    def _draw(self, drawn: list[float]) -> Distortion:
+        shifts, contrasts, saturates, turns, swaps, early, shift, contrast, saturation, hue, channels = drawn
         factor = _between(self.contrast, contrast) if contrasts < 0.5 else 1.0
         return Distortion(
             shift=_between((-self.shift, self.shift), shift) if shifts < 0.5 else 0.0,

@@ -253,7 +253,7 @@ def test_names_with_dots_or_colons_that_stay_inside_are_fine(tmp_path):
     assert annotations.file_name(0) == "..a/b..jpg 12:30.png"
 
 
-def test_a_missing_file_and_a_folder_and_a_image_are_told_apart(tmp_path):
+def test_a_missing_file_and_a_folder_and_an_image_are_told_apart(tmp_path):
     with pytest.raises(AnnotationError, match="no such file"):
         read_coco(tmp_path / "none.json")
     with pytest.raises(AnnotationError, match="cannot be read"):

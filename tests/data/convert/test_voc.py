@@ -201,7 +201,7 @@ def _turned_image(path: Path, orientation: int) -> None:
     Image.new("RGB", (64, 48)).save(path, exif=exif)
 
 
-def test_boxes_drawn_on_a_image_as_displayed_are_turned_to_the_stored_pixels(read, tmp_path):
+def test_boxes_drawn_on_an_image_as_displayed_are_turned_to_the_stored_pixels(read, tmp_path):
     _turned_image(tmp_path / "JPEGImages" / "a.jpg", 6)
     xml = an_xml(an_object(10, 20, 30, 60), filename="a.jpg", size=(48, 64))
     found, remarks = read({"a.xml": xml}, ())
@@ -276,6 +276,6 @@ def test_names_that_may_be_slips_are_pointed_out(read):
     assert finding.places == ("'WBC', 'wbc'", "'WBCs' (1 boxes), 'WBC' (100 boxes)")
 
 
-def test_a_image_whose_xml_cannot_be_read_is_not_called_unlabeled(read):
+def test_an_image_whose_xml_cannot_be_read_is_not_called_unlabeled(read):
     _, remarks = read({"a.xml": "<annotation>"})
     assert codes(remarks) == {"malformed-xml": 1}

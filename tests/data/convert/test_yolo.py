@@ -117,7 +117,7 @@ def test_two_images_of_one_label_file_are_an_error(tmp_path):
     assert codes(remarks) == {"duplicate-stem": 1}
 
 
-def test_label_files_without_a_image_are_errors_and_other_texts_are_not(tmp_path):
+def test_label_files_without_an_image_are_errors_and_other_texts_are_not(tmp_path):
     for name, text in (("b.txt", "0 0.5 0.5 0.1 0.1"), ("classes.txt", "cat\ndog"), ("c.txt", ""), ("a.txt", "")):
         (tmp_path / name).write_text(text)
     remarks = Remarks(YOLO_TEXTS)
@@ -278,7 +278,7 @@ def test_the_same_folder_for_train_and_val_counts_as_no_split(tmp_path):
     assert list(find_yolo(tmp_path).splits) == ["all"]
 
 
-def test_a_image_in_both_splits_is_refused(tmp_path):
+def test_an_image_in_both_splits_is_refused(tmp_path):
     _touch(tmp_path, "x/a.png", "x/y/b.png")
     (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: x\nval: x/y\n")
     with pytest.raises(ConversionError, match="in train and in val.*--val-fraction"):

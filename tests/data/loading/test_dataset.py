@@ -105,7 +105,9 @@ def test_a_set_without_anything_to_train_on_is_refused(tmp_path: Path, write_set
     assert len(CocoDataset(tmp_path, annotations, training=False)) == 1
 
 
-def test_a_image_of_another_size_than_annotated_is_refused_with_both_sizes(tmp_path: Path, write_set: Callable) -> None:
+def test_an_image_of_another_size_than_annotated_is_refused_with_both_sizes(
+    tmp_path: Path, write_set: Callable
+) -> None:
     dataset = CocoDataset(tmp_path, read_coco(write_set([box([1, 2, 10, 20])])), training=True)
     Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match=r"a\.png: is 640x480 pixels.*says 64x48 for image id 1"):

@@ -102,7 +102,7 @@ def test_passes_that_are_given_up_leave_no_buffer_in_use(make_dataset: MakeDatas
 
 
 @needs_fork
-def test_a_image_too_large_for_the_buffers_comes_in_another_way(make_dataset: MakeDataset, taken: list[int]) -> None:
+def test_an_image_too_large_for_the_buffers_comes_in_another_way(make_dataset: MakeDataset, taken: list[int]) -> None:
     dataset = make_dataset([(40, 40)] * 20 + [(400, 400)] * 2)
     expected = pixels_of(train_loader(dataset), 11)
     with closing(train_loader(dataset, workers=1)) as loader:
@@ -130,23 +130,17 @@ def test_pixels_need_no_file_in_shared_memory(
 
 
 @needs_fork
-def test_a_replaced_image_of_another_size_is_delivered_whole(make_dataset: MakeDataset, tmp_path: Path) -> None:
+def test_images_of_any_kind_and_replaced_ones_of_another_size_are_delivered_whole(
+    make_dataset: MakeDataset, tmp_path: Path
+) -> None:
     dataset = make_dataset([(64, 48), (60, 40), (80, 60), (72, 50), (64, 64), (90, 48)])
+    with Image.open(tmp_path / "000.jpg") as gray, Image.open(tmp_path / "001.jpg") as palette:
+        gray.convert("L").save(tmp_path / "000.jpg")
+        palette.convert("P").save(tmp_path / "001.jpg", format="PNG")
     (tmp_path / "002.jpg").write_bytes(b"")
     alone = train_loader(dataset, max_bad_images=3)
     with closing(train_loader(dataset, max_bad_images=3, workers=1)) as with_worker:
         assert all(map(torch.equal, pixels_of(with_worker, 9), pixels_of(alone, 9)))
-
-
-@needs_fork
-def test_pillows_images_go_into_the_buffers_too(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    dataset = make_dataset([(64, 48)] * 4)
-    with Image.open(tmp_path / "000.jpg") as image:
-        image.convert("L").save(tmp_path / "001.jpg")
-        image.convert("P").save(tmp_path / "002.jpg", format="PNG")
-    expected = pixels_of(train_loader(dataset), 2)
-    with closing(train_loader(dataset, workers=1)) as loader:
-        assert all(map(torch.equal, pixels_of(loader, 2), expected))
 
 
 @needs_fork

@@ -92,7 +92,7 @@ def test_a_whole_folder_gone_gives_black_images_and_no_endless_search(make_datas
     assert not batch.valid.any() and not batch.to("cpu").pixels.any()
 
 
-def test_a_image_of_another_size_counts_as_unreadable(make_dataset: MakeDataset) -> None:
+def test_an_image_of_another_size_counts_as_unreadable(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     dataset.path(3).write_bytes(dataset.path(2).read_bytes())
     faults = [fault for batch in mended_loader(dataset).batches(0, 4) for fault in batch.unreadable]

@@ -76,7 +76,7 @@ def test_the_page_fetches_nothing_and_takes_no_name_for_markup(small_set, tmp_pa
     assert len(data_of(page)["images"]) == 5
 
 
-def test_a_image_of_another_size_is_a_problem_that_the_card_tells(small_set, tmp_path):
+def test_an_image_of_another_size_is_a_problem_that_the_card_tells(small_set, tmp_path):
     Image.new("RGB", (60, 80)).save(tmp_path / "p0.png")
     (tmp_path / "p1.png").unlink()
     write_gallery(tmp_path / "g.html", tmp_path, small_set, colors=COLORS)

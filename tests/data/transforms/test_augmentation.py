@@ -16,7 +16,7 @@ from data.coco.annotations import read_coco
 from data.loading.dataset import CocoDataset
 from data.transforms.augmentation import Augmentation, LargeScaleJitter, ScaleSampling
 from data.transforms.color import ColorJitter, PhotometricDistortion
-from data.transforms.geometry import crop_boxes, flip_boxes, resized_size
+from data.transforms.geometry import crop_boxes, resized_size
 from tests.data.batches import SIZES, TENSORS, MakeDataset, facts, train_loader
 
 WORDS = np.arange(6000)
@@ -198,7 +198,7 @@ def test_the_padded_size_is_that_of_the_global_batch(make_dataset: MakeDataset) 
     assert {plan.padded_size for plan in loader.plans(0, 9)} == {(96, 96)}
 
 
-def test_a_image_that_loses_all_its_boxes_stays_as_one_without_boxes(rectangles: CocoDataset) -> None:
+def test_an_image_that_loses_all_its_boxes_stays_as_one_without_boxes(rectangles: CocoDataset) -> None:
     jitter = Augmentation(jitter=LargeScaleJitter(40, 2.5, 4.0))
     without = 0
     for raw in train_loader(rectangles, augmentation=jitter, batch_size=4).batches(0, 6):
@@ -329,12 +329,6 @@ def test_boxes_of_which_too_small_a_part_is_left_are_dropped_when_that_is_asked_
     assert cropped(boxes, min_visibility=0.52)[1] == [True, False, False, True]
     assert cropped(boxes, min_visibility=0.0)[1] == [True] * 4
     assert cropped(np.zeros((0, 4)), min_visibility=0.5) == ([], [])
-
-
-def test_turning_upside_down_twice_gives_the_boxes_back() -> None:
-    boxes = np.array([[1, 2, 30, 40], [0, 0, 64, 64]], dtype=np.float32)
-    assert flip_boxes(boxes, 64, axis=1).tolist() == [[1, 24, 30, 62], [0, 0, 64, 64]]
-    assert np.array_equal(flip_boxes(flip_boxes(boxes, 64, axis=1), 64, axis=1), boxes)
 
 
 def test_the_two_flips_are_independent_of_each_other_and_as_frequent_as_asked_for() -> None:

@@ -1,6 +1,7 @@
 """Geometry and pixels equal MMDetection's, on the recorded cases."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,25 +79,24 @@ def test_no_boxes_pass_through() -> None:
     assert flip_boxes(resized, 10, axis=0).shape == (0, 4)
 
 
-def test_flipping_twice_gives_the_boxes_back() -> None:
+@pytest.mark.parametrize(("axis", "flipped"), [(0, [34, 2, 63, 40]), (1, [1, 24, 30, 62])])
+def test_a_flip_mirrors_the_boxes_and_a_second_one_gives_them_back(axis: int, flipped: list[int]) -> None:
     boxes = np.array([[1, 2, 30, 40], [0, 0, 64, 64]], dtype=np.float32)
-    assert np.array_equal(flip_boxes(flip_boxes(boxes, 64, axis=0), 64, axis=0), boxes)
+    assert flip_boxes(boxes, 64, axis=axis).tolist() == [flipped, [0, 0, 64, 64]]
+    assert np.array_equal(flip_boxes(flip_boxes(boxes, 64, axis=axis), 64, axis=axis), boxes)
 
 
 def test_flips_are_fair_and_differ_by_epoch_and_seed() -> None:
-    side = np.full(4000, 64)
-
-    def flips(seed: int, epoch: int, words: np.ndarray = np.arange(4000), probability: float = 0.5) -> np.ndarray:  # noqa: B008
-        sides = side[: len(words)]
-        augmentation = Augmentation(flip_probability=probability)
-        of = augmentation.geometry(sides, sides, words=words, seed=seed, epoch=epoch, min_size=64, max_size=64)
-        return of.flips
+    def flips(seed: int, epoch: int, words: Sequence[int] = range(4000), probability: float = 0.5) -> np.ndarray:
+        sides, augmentation = np.full(len(words), 64), Augmentation(flip_probability=probability)
+        given = {"words": np.array(words), "seed": seed, "epoch": epoch, "min_size": 64, "max_size": 64}
+        return augmentation.geometry(sides, sides, **given).flips
 
     first = flips(0, 0)
     assert abs(first.mean() - 0.5) < 0.03
     for other in (flips(0, 1), flips(1, 0)):
         assert abs((first == other).mean() - 0.5) < 0.03
-    assert np.array_equal(flips(0, 0, np.array([5, 17])), first[[5, 17]])
+    assert np.array_equal(flips(0, 0, [5, 17]), first[[5, 17]])
     assert not flips(0, 0, probability=0).any()
     assert flips(0, 0, probability=1).all()
 
