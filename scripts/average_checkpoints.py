@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import checkout  # noqa: F401
+from detection.export.files import whole_file
 from detection.models import WeightsError
 from detection.models.weights.stored import average_weights
 
@@ -27,17 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     arguments = parser.parse_args(argv)
     output: Path = arguments.output
-    partial = output.with_name(f".{output.name}.partial")
     try:
         if output.exists() and not arguments.overwrite:
             raise WeightsError(f"{output} exists; give another --output, or --overwrite")
         content, notes = average_weights(arguments.inputs)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(output) as partial:
             torch.save(content, partial)
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
     except (WeightsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

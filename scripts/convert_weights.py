@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import checkout  # noqa: F401
+from detection.export.files import whole_file
 from detection.models import MODELS, build_model, load_weights
 from detection.models.weights.files import WeightsError
 from detection.models.weights.layouts import CLASSIFIER, LAYOUTS, REGRESSOR, to_layout
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
             state = _foreign(stored, arguments.to)
             count = len(state)
             content = {"meta": _meta(stored), "state_dict": state} if arguments.to == "mmdet" else state
-        _save(content, arguments.output)
+        with whole_file(arguments.output) as partial:
+            torch.save(content, partial)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -151,16 +153,6 @@ def _categories(stored: StoredWeights, file: Path | None, num_classes: int) -> t
     if len(names) != num_classes:
         raise WeightsError(f"there are {len(names)} class names for a head of {num_classes} classes")
     return names, ids
-
-
-def _save(content: dict[str, Any], output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        torch.save(content, partial)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

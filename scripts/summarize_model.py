@@ -18,6 +18,7 @@ import checkout  # noqa: F401
 from detection.config.arg_types import positive_int
 from detection.models import MODELS, ModelError, build_model
 from detection.models.summary import PartSummary, summarize_model
+from detection.reporting.tables import aligned
 
 COLUMNS = ("part", "parameters", "trained", "weights MB", "GFLOP/image", "saved MB/image", "a batch")
 BYTES_PER_VALUE = 4
@@ -27,21 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        default="faster_rcnn_r50_fpn",
-        help=f"one of {', '.join(sorted(MODELS))} (default faster_rcnn_r50_fpn)",
-    )
-    parser.add_argument("--num-classes", metavar="N", type=positive_int, default=80, help="default 80")
-    parser.add_argument("--height", metavar="N", type=positive_int, default=800, help="of the input, default 800")
-    parser.add_argument("--width", metavar="N", type=positive_int, default=1333, help="of the input, default 1333")
-    parser.add_argument(
-        "--batch-size", metavar="N", type=positive_int, default=2, help="images of the training memory (default 2)"
-    )
-    parser.add_argument(
-        "--from-scratch", action="store_true", help="nothing frozen and batch norm trained, as with --weights none"
-    )
+    add, default = parser.add_argument, "faster_rcnn_r50_fpn"
+    add("--model", metavar="NAME", default=default, help=f"one of {', '.join(sorted(MODELS))} (default {default})")
+    add("--num-classes", metavar="N", type=positive_int, default=80, help="default 80")
+    add("--height", metavar="N", type=positive_int, default=800, help="of the input, default 800")
+    add("--width", metavar="N", type=positive_int, default=1333, help="of the input, default 1333")
+    add("--batch-size", metavar="N", type=positive_int, default=2, help="images of the training memory (default 2)")
+    add("--from-scratch", action="store_true", help="nothing frozen and batch norm trained, as with --weights none")
     arguments = parser.parse_args(argv)
     overrides = {"norm": "bn", "frozen_stages": -1} if arguments.from_scratch else {}
     try:
@@ -61,22 +54,14 @@ def table(parts: list[PartSummary]) -> str:
     rows = [COLUMNS]
     for part in (*parts, total):
         parameters, trained, state_bytes, flops, saved_bytes, folded_bytes = _figures(part)
-        rows.append(
-            (
-                part.name,
-                f"{parameters:,}",
-                f"{trained:,}",
-                f"{state_bytes / 1e6:.1f}",
-                f"{flops / 1e9:.2f}",
-                f"{saved_bytes / 1e6:.1f}",
-                f"{folded_bytes / 1e6:.1f}",
-            )
+        sizes = (
+            f"{state_bytes / 1e6:.1f}",
+            f"{flops / 1e9:.2f}",
+            f"{saved_bytes / 1e6:.1f}",
+            f"{folded_bytes / 1e6:.1f}",
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    )
+        rows.append((part.name, f"{parameters:,}", f"{trained:,}", *sizes))
+    return "\n".join(aligned(rows, {0}))
 
 
 def training_memory(parts: list[PartSummary], batch_size: int) -> str:

@@ -74,7 +74,7 @@ def save_program(detector: Detector, shape: InputShape, path: str | Path) -> Non
     nothing of this project is needed.
     """
     program = _exported(detector, shape, suppress_groups)
-    with _whole_file(path) as partial:
+    with whole_file(path) as partial:
         torch.export.save(program, partial, extra_files={METADATA_FILE: json.dumps(_metadata(detector, shape))})
 
 
@@ -102,7 +102,7 @@ def save_onnx(detector: Detector, shape: InputShape, path: str | Path, opset: in
     _name_open_lengths(model.graph, shape)
     for key, value in _metadata(detector, shape).items():
         model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=json.dumps(value)))
-    with _whole_file(path) as partial:
+    with whole_file(path) as partial:
         try:
             onnx.save(model, partial)
         except ValueError as error:
@@ -118,7 +118,7 @@ def save_weights(detector: Detector, path: str | Path) -> None:
         category_ids=detector.category_ids,
         preprocessing={"min_size": detector.min_size, "max_size": detector.max_size},
     )
-    with _whole_file(path) as partial:
+    with whole_file(path) as partial:
         torch.save(content, partial)
 
 
@@ -203,7 +203,7 @@ def _extra(name: str) -> Any:
 
 
 @contextmanager
-def _whole_file(target: str | Path) -> Iterator[Path]:
+def whole_file(target: str | Path) -> Iterator[Path]:
     """A place to write to, moved to `target` where nothing went wrong, else removed."""
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
