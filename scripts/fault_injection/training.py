@@ -53,27 +53,16 @@ class Training:
 
     def command(self, output: Path, *more: str, resume: bool = True) -> list[str]:
         """train.py and its arguments."""
-        settings = {
-            "--data-path": self.data,
-            "--output-dir": output,
-            "--model": "faster_rcnn_r18_fpn",
-            "--weights": "none",
-            "--device": self.device,
-            "--workers": 0,
-            "--min-size": 64,
-            "--max-size": 96,
-            "--batch-size": 1,
-            "--max-epochs": self.epochs,
-            "--limit-train-batches": ITERATIONS_PER_EPOCH,
-            "--log-interval": 1,
-            "--keep-checkpoints": 2,
-            "--checkpoint-iterations": self.checkpoint_iterations,
-        }
-        given = [*self.options, *more]
-        words = [str(word) for pair in settings.items() if pair[0] not in given for word in pair]
+        settings = (
+            "--model faster_rcnn_r18_fpn --weights none --workers 0 --min-size 64 --max-size 96 --batch-size 1 "
+            f"--limit-train-batches {ITERATIONS_PER_EPOCH} --log-interval 1 --keep-checkpoints 2 "
+            f"--device {self.device} --max-epochs {self.epochs} --checkpoint-iterations {self.checkpoint_iterations}"
+        )
+        words = ["--data-path", str(self.data), "--output-dir", str(output), *settings.split()]
         words += [word for setting in SMALL_MODEL for word in ("--model-set", setting)]
         words += ["--deterministic"] if self.device != "cpu" else []
-        return [str(ROOT / "train.py"), *words, *given, *(["--resume", "auto"] if resume else [])]
+        # Of two options of one name the later counts.
+        return [str(ROOT / "train.py"), *words, *self.options, *more, *(["--resume", "auto"] if resume else [])]
 
     @property
     def num_iterations(self) -> int:
