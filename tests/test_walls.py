@@ -113,3 +113,17 @@ def test_a_folder_can_be_read_at_a_glance() -> None:
     folders = {file.parent for name in (*PACKAGES, "scripts", "tests") for file in (ROOT / name).rglob("*.py")}
     full = {str(each.relative_to(ROOT)): len(list(each.glob("*.py"))) for each in folders}
     assert {name: count for name, count in full.items() if count > (24 if name == "scripts" else 14)} == {}
+
+
+def test_no_constructor_of_the_engine_takes_more_than_8_arguments() -> None:
+    found = {}
+    for module in (name for name in FILES if name.startswith("detection.engine")):
+        for node in ast.walk(ast.parse(FILES[module].read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            made = [each.args for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
+            given = [argument for each in made for argument in (*each.args[1:], *each.kwonlyargs)]
+            is_dataclass = any("dataclass" in ast.unparse(each) for each in node.decorator_list)
+            fields = [each for each in node.body if isinstance(each, ast.AnnAssign)] if is_dataclass else []
+            found[f"{module}.{node.name}"] = len(given) + len(fields)
+    assert {name: count for name, count in found.items() if count > 8} == {}
