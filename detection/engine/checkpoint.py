@@ -7,11 +7,11 @@ import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from detection.engine.train_state import REQUIRED
+from detection.engine.train_state import REQUIRED, Progress
 from detection.errors import DetectionError
 
 FORMAT = "detection-checkpoint"
@@ -36,14 +36,6 @@ class LoadedCheckpoint:
     state: dict[str, Any]
     skipped: tuple[str, ...] = ()
     """A line for each newer file that was broken."""
-
-
-class Best(NamedTuple):
-    """The validation with the highest mAP so far."""
-
-    epoch: int
-    """Counted from 1"""
-    map: float
 
 
 def load_checkpoint(path: Path) -> LoadedCheckpoint:
@@ -114,14 +106,15 @@ def newest_checkpoint(directory: Path) -> LoadedCheckpoint | None:
     return None
 
 
-def is_of_best(path: Path, best: Best | None) -> bool:
-    """Whether a file is the state after the validation that was the best."""
-    if best is None or not path.is_file():
+def is_of_best(path: Path, progress: Progress) -> bool:
+    """Whether a file is the state after the validation that is the best of `progress`."""
+    if progress.best_epoch is None or not path.is_file():
         return False
     try:
         state = _glance_at(path)
-        done = int(state["iteration"]) == best.epoch * int(state["iterations_per_epoch"])
-        return done and (state["best_epoch"], state["best_map"]) == best and not state["validation_due"]
+        is_its_end = int(state["iteration"]) == progress.best_epoch * int(state["iterations_per_epoch"])
+        best = (progress.best_epoch, progress.best_map, False)
+        return is_its_end and (state["best_epoch"], state["best_map"], state["validation_due"]) == best
     except Exception:  # whatever a broken file raises
         return False
 

@@ -20,7 +20,6 @@ from detection.engine.checkpoint import (
     LAST,
     PREVIOUS,
     VERSION,
-    Best,
     CheckpointError,
     LoadedCheckpoint,
     checkpoint_files,
@@ -31,7 +30,7 @@ from detection.engine.checkpoint import (
 from detection.engine.distributed.comm import Processes
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.run_dir import unused_path
-from detection.engine.train_state import TrainState
+from detection.engine.train_state import Progress, TrainState
 from detection.reporting import sync_folder
 
 
@@ -182,14 +181,14 @@ class Continued:
     aside: Path | None
     """The folder with what was moved; None where there was nothing to move."""
     has_best: bool
-    """best.pt is there and has the weights that the run takes for its best so far."""
+    """best.pt is there, with the weights of the best validation so far."""
 
 
-def continue_from(directory: Path, chosen: LoadedCheckpoint, best: Best | None) -> Continued:
+def continue_from(directory: Path, chosen: LoadedCheckpoint, progress: Progress) -> Continued:
     """Make `chosen` the newest checkpoint of `directory`, so that the next automatic resume cannot miss it.
 
     Files that are further on (of a future that the run now leaves) or broken are moved into a folder of their own, and
-    a best.pt that is not of the validation that the run takes for its best. Such a one is made of that epoch's file.
+    a best.pt that is not of the best validation of `progress`. The right one is linked from that epoch's file.
 
     Raises:
         CheckpointError: the directory cannot be written.
@@ -203,7 +202,7 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint, best: Best | None) 
                 is_foreign = place_of(path) > here
             except CheckpointError:
                 is_foreign = True
-            if path.name == BEST and not is_of_best(path, best):
+            if path.name == BEST and not is_of_best(path, progress):
                 is_foreign = True
             if is_foreign and path.resolve() != chosen.path.resolve():
                 moved.append(path)
@@ -215,10 +214,10 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint, best: Best | None) 
         if not (last.exists() and last.samefile(chosen.path)):
             _link(chosen.path, last)
         target, source = directory / BEST, chosen.path.parent
-        if best is not None and not target.exists():
-            name = epoch_file(best.epoch)
+        if progress.best_epoch is not None and not target.exists():
+            name = epoch_file(progress.best_epoch)
             for path in (source / name, source / BEST, directory / name):
-                if is_of_best(path, best):
+                if is_of_best(path, progress):
                     _link(path, target)
                     break
         sync_folder(directory)

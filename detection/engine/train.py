@@ -11,7 +11,7 @@ from data import TrainLoader
 from detection.engine.accelerate.compile import compile_for_training, uncompiled
 from detection.engine.accelerate.cuda_graphs import StepGraphs, cuda_step_graphs
 from detection.engine.build import Components
-from detection.engine.checkpoint import Best, CheckpointError, LoadedCheckpoint
+from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.checkpoint_store import Checkpointer, CheckpointStore, continue_from
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
@@ -225,15 +225,13 @@ def _train_loader(context: RunContext, components: Components, *, workers: int) 
 
 
 def _leave_other_future(context: RunContext, checkpoint: LoadedCheckpoint, progress: Progress) -> bool:
-    """Go on from `checkpoint` and from no other: what the folder has beyond it is moved aside, its curves too.
+    """Continue from `checkpoint` alone: what the folder has beyond it is moved aside, its curves too.
 
     Returns:
         Whether the best weights so far, if `progress` knows of any, are there.
     """
-    output, console, best = context.output, context.console, None
-    if progress.best_epoch is not None and progress.best_map is not None:
-        best = Best(progress.best_epoch, progress.best_map)
-    done = continue_from(output.checkpoints, checkpoint, best)
+    output, console = context.output, context.console
+    done = continue_from(output.checkpoints, checkpoint, progress)
     if done.aside is not None:
         try:
             if output.metrics.is_file():

@@ -17,13 +17,12 @@ from detection.engine.checkpoint import (
     BEST,
     LAST,
     PREVIOUS,
-    Best,
     CheckpointError,
     load_checkpoint,
     newest_checkpoint,
 )
 from detection.engine.checkpoint_store import CheckpointStore, continue_from
-from detection.engine.train_state import REQUIRED
+from detection.engine.train_state import REQUIRED, Progress
 
 
 def state_at(iteration: int, *, due: bool = False) -> dict:
@@ -297,7 +296,7 @@ def test_going_on_from_an_older_file_moves_later_and_broken_ones_aside(tmp_path:
     for iteration, name in ((1, "epoch_0001.pt"), (2, "epoch_0002.pt"), (3, "epoch_0003.pt")):
         save(tmp_path, iteration, [LAST, name])
     damage(tmp_path / "epoch_0002.pt", "foreign")
-    aside = continue_from(tmp_path, load_checkpoint(tmp_path / "epoch_0001.pt"), None).aside
+    aside = continue_from(tmp_path, load_checkpoint(tmp_path / "epoch_0001.pt"), Progress()).aside
     assert aside is not None and aside.parent == tmp_path
     assert iterations(tmp_path) == {"epoch_0001.pt": 1, LAST: 1}
     assert {path.name for path in aside.iterdir()} == {LAST, PREVIOUS, "epoch_0002.pt", "epoch_0003.pt"}
@@ -308,8 +307,12 @@ def test_going_on_from_the_newest_file_moves_nothing(tmp_path: Path):
     save(tmp_path, 2, [LAST, "epoch_0002.pt"])
     before = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
     found = newest_checkpoint(tmp_path)
-    assert found is not None and continue_from(tmp_path, found, None).aside is None
+    assert found is not None and continue_from(tmp_path, found, Progress()).aside is None
     assert before == {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+
+
+def best(epoch: int) -> Progress:
+    return Progress(best_epoch=epoch, best_map=0.1 * epoch)
 
 
 def best_state(epoch: int, best_epoch: int) -> dict:
@@ -329,11 +332,11 @@ def three_epochs(tmp_path: Path) -> Path:
 
 def test_going_on_from_before_the_best_epoch_brings_back_the_best_before_it(three_epochs: Path, tmp_path: Path):
     chosen = load_checkpoint(three_epochs / "epoch_0002.pt")
-    done = continue_from(three_epochs, chosen, Best(1, 0.1))
+    done = continue_from(three_epochs, chosen, best(1))
     assert done.has_best
     assert iterations(three_epochs) == {"epoch_0001.pt": 10, "epoch_0002.pt": 20, LAST: 20, BEST: 10, PREVIOUS: 20}
     # In a folder of its own too.
-    assert continue_from(tmp_path / "new", chosen, Best(1, 0.1)).has_best
+    assert continue_from(tmp_path / "new", chosen, best(1)).has_best
     assert iterations(tmp_path / "new") == {LAST: 20, BEST: 10}
 
 
@@ -342,24 +345,24 @@ def test_a_best_of_another_run_or_of_before_a_kill_is_set_aside(three_epochs: Pa
     store = CheckpointStore(tmp_path / "other", 3)
     assert store.save(best_state(1, 1) | {"best_map": 0.9}, [LAST, BEST, "epoch_0001.pt"]) is None
     assert store.close() is None
-    done = continue_from(tmp_path / "other", load_checkpoint(three_epochs / LAST), Best(3, 0.1 * 3))
+    done = continue_from(tmp_path / "other", load_checkpoint(three_epochs / LAST), best(3))
     assert done.has_best and done.aside is not None
     assert iterations(tmp_path / "other")[BEST] == 30 and iterations(done.aside) == {BEST: 10}
     # A best.pt that is older than the best epoch that the run knows of.
     (three_epochs / BEST).unlink()
     shutil.copy(three_epochs / "epoch_0001.pt", three_epochs / BEST)
-    assert continue_from(three_epochs, load_checkpoint(three_epochs / LAST), Best(3, 0.1 * 3)).has_best
+    assert continue_from(three_epochs, load_checkpoint(three_epochs / LAST), best(3)).has_best
     assert iterations(three_epochs)[BEST] == 30
 
 
 def test_a_best_that_is_no_longer_there_is_told(three_epochs: Path):
     (three_epochs / "epoch_0001.pt").unlink()
-    assert not continue_from(three_epochs, load_checkpoint(three_epochs / "epoch_0002.pt"), Best(1, 0.1)).has_best
+    assert not continue_from(three_epochs, load_checkpoint(three_epochs / "epoch_0002.pt"), best(1)).has_best
     assert BEST not in iterations(three_epochs)
 
 
 def test_a_best_that_counts_no_more_is_set_aside(three_epochs: Path):
-    done = continue_from(three_epochs, load_checkpoint(three_epochs / LAST), None)
+    done = continue_from(three_epochs, load_checkpoint(three_epochs / LAST), Progress())
     assert done.aside is not None and iterations(done.aside) == {BEST: 30}
     assert LAST in iterations(three_epochs)
 
@@ -413,7 +416,7 @@ def test_a_broken_last_file_does_not_replace_the_good_one_before_it(tmp_path: Pa
     damage(tmp_path / LAST, "truncated")
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    continue_from(tmp_path, found, None)
+    continue_from(tmp_path, found, Progress())
     save(tmp_path, 3, [LAST])
     assert iterations(tmp_path) == {LAST: 3, PREVIOUS: 1}
 
