@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection.models import MODELS, ImageBatch, TargetBatch, build_model, faster_rcnn
@@ -121,11 +122,12 @@ def test_every_model_trains_with_every_norm_in_both_precisions(name, norm, preci
 
 
 @pytest.mark.slow
-def test_the_command_line_trains_a_frozen_network_in_bf16(tmp_path):
-    data, run = tmp_path / "shapes", tmp_path / "run"
+def test_the_command_line_fine_tunes_a_frozen_network_in_bf16(tmp_path):
+    data, run, weights = tmp_path / "shapes", tmp_path / "run", tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
     options = (
-        f"--schedule 1x --dataset shapes --data-path {data} --model faster_rcnn_r18_fpn --weights none "
-        "--norm frozen_bn --amp bf16 --min-size 192 --max-size 256 --batch-size 1 --max-epochs 1 "
+        f"--schedule 1x --dataset shapes --data-path {data} --model faster_rcnn_r18_fpn "
+        f"--weights {weights} --norm frozen_bn --amp bf16 --min-size 192 --max-size 256 --batch-size 1 --max-epochs 1 "
         f"--limit-train-batches 1 --limit-val-batches 1 --device cpu --workers 1 --output-dir {run}"
     )
     subprocess.run([sys.executable, "train.py", *options.split()], cwd=ROOT, check=True)
