@@ -504,6 +504,7 @@ def killed_while_saving(folder: Path, iteration: int, *, at_step: int) -> bool:
         os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_of_a_save_and_another_in_the_next_one_lose_nothing(tmp_path):
     save(tmp_path / "before", 1, [LAST, "epoch_0001.pt"])
     save(tmp_path / "before", 2, [LAST, "epoch_0002.pt"])

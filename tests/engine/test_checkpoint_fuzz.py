@@ -105,6 +105,7 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and one == other
 
 
+@pytest.mark.slow
 @examples(300)
 @given(damage=DAMAGE)
 def test_damage_is_found_or_harmless_and_the_checkpoint_before_is_used(

@@ -21,6 +21,7 @@ leave(int(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "status", "expected"), [("2", 75, 75), ("2", 0, 0), ("1", 0, -signal.SIGABRT)])
 def test_one_of_several_leaves_with_its_status_and_its_words(world_size: str, status: int, expected: int):
     done = subprocess.run(

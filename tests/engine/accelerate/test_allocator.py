@@ -24,6 +24,7 @@ print(usual, kept, [faults() for _ in range(3)][-1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(allocator._glibc() is None, reason="not the GNU C library")
 def test_a_second_step_finds_the_memory_of_the_first():
     done = subprocess.run([sys.executable, "-c", FAULTS_OF_A_STEP], capture_output=True, text=True, check=True)
