@@ -1,9 +1,9 @@
 """Images and annotations to batches. Knows nothing of models, loops or schedules."""
 
-from data.coco.annotations import NO_CLASS, AnnotationError, CocoAnnotations, read_coco
-from data.coco.checks import check_annotations, check_pair, check_split
+from data.coco.annotations import AnnotationError, CocoAnnotations, read_coco
+from data.coco.checks import check_pair, check_split
 from data.coco.findings import Finding
-from data.coco.layout import CocoLayout, MissingDataset, coco_layout, standard_layout
+from data.coco.layout import coco_layout
 from data.errors import DataError
 from data.images.decode import ImageError, read_image
 from data.loading.batch import DeviceBatch, RawBatch, assemble
@@ -12,19 +12,16 @@ from data.loading.loader import EvalLoader, TrainLoader
 from data.loading.prefetcher import DevicePrefetcher, LoadTimes
 from data.loading.sampler import plan_epoch
 from data.loading.unreadable import UnreadableImage
-from data.tools.shapes import ShapesError, make_shapes
+from data.tools.shapes import make_shapes
 from data.transforms.augmentation import Augmentation, LargeScaleJitter, ScaleSampling
 from data.transforms.color import ColorJitter, PhotometricDistortion
 from data.transforms.geometry import resized_sizes
-from data.transforms.hash_rng import hash_key
 
 __all__ = [
-    "NO_CLASS",
     "AnnotationError",
     "Augmentation",
     "CocoAnnotations",
     "CocoDataset",
-    "CocoLayout",
     "DataError",
     "ColorJitter",
     "DatasetError",
@@ -35,23 +32,18 @@ __all__ = [
     "ImageError",
     "LargeScaleJitter",
     "LoadTimes",
-    "MissingDataset",
     "PhotometricDistortion",
     "RawBatch",
     "ScaleSampling",
-    "ShapesError",
     "TrainLoader",
     "UnreadableImage",
     "assemble",
-    "check_annotations",
     "check_pair",
     "check_split",
     "coco_layout",
-    "hash_key",
     "make_shapes",
     "plan_epoch",
     "read_coco",
     "read_image",
     "resized_sizes",
-    "standard_layout",
 ]

@@ -6,33 +6,16 @@ from schedules.errors import ScheduleError
 from schedules.overrides import with_overrides
 from schedules.paramwise import ParameterFacts, ParamwiseSettings, parameter_multipliers, unmatched_custom_keys
 from schedules.reader import load_schedule, schedule_from_dict
-from schedules.schedule import ClipGrad, OptimizerSettings, Schedule
-from schedules.schedulers import (
-    ConstantLR,
-    CosineAnnealingLR,
-    ExponentialLR,
-    LinearLR,
-    MultiStepLR,
-    PolyLR,
-    Scheduler,
-    StepLR,
-)
+from schedules.schedule import Schedule
+from schedules.schedulers import LinearLR, MultiStepLR
 
 __all__ = [
-    "ClipGrad",
-    "ConstantLR",
-    "CosineAnnealingLR",
-    "ExponentialLR",
     "LinearLR",
     "MultiStepLR",
-    "OptimizerSettings",
     "ParameterFacts",
     "ParamwiseSettings",
-    "PolyLR",
     "Schedule",
     "ScheduleError",
-    "Scheduler",
-    "StepLR",
     "load_schedule",
     "parameter_multipliers",
     "schedule_from_dict",

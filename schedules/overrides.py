@@ -9,7 +9,7 @@ from typing import Any
 
 from schedules.errors import Place, ScheduleError, UnknownKey
 from schedules.literals import read_value
-from schedules.reader import OPTIMIZERS, SCHEDULE_KEYS, schedule_from_values
+from schedules.reader import OPTIMIZERS, SCHEDULE_KEYS, schedule_from_dict
 from schedules.schedule import Schedule, idle_schedulers
 
 SHORT_KEYS = {
@@ -47,7 +47,7 @@ def with_overrides(schedule: Schedule, overrides: Mapping[str, str]) -> tuple[Sc
             lines += _drop(values["optim_wrapper"], "optim_wrapper", ("dtype", "loss_scale"))
     lines += _follow_max_epochs(schedule.max_epochs, values, given_as.keys())
     try:
-        changed = schedule_from_values(values, schedule.name, schedule.source, Place("override"))
+        changed = schedule_from_dict(values, schedule.name, schedule.source, Place("override"))
     except UnknownKey as error:
         if (key := ".".join(error.path)) in given_as:
             raise _unknown(values, given_as[key], key) from None

@@ -75,7 +75,7 @@ def load_schedule(name_or_path: str | os.PathLike[str]) -> Schedule:
         for key, line in (place.lines or {}).items()
         if len(key) == 1 and key[0] in IGNORED_KEYS
     ]
-    schedule = schedule_from_values(values, given if given in NAMES else path.stem, str(path), place)
+    schedule = schedule_from_dict(values, given if given in NAMES else path.stem, str(path), place)
     return replace(schedule, notes=(*notes, *schedule.notes))
 
 
@@ -97,13 +97,13 @@ def _text(path: Path, place: Place) -> str:
         raise place.error("is not UTF-8 text; save it as UTF-8", line) from None
 
 
-def schedule_from_dict(values: Mapping[str, Any], name: str = "schedule", source: str = "") -> Schedule:
-    """The schedule of a dict in the file's vocabulary, such as Schedule.to_dict gives. Raises ScheduleError."""
-    return schedule_from_values(values, name, source, Place(source or name))
-
-
-def schedule_from_values(values: Mapping[str, Any], name: str, source: str, place: Place) -> Schedule:
-    """The Schedule that `values` (a schedule file's keys) describe; raises ScheduleError."""
+def schedule_from_dict(
+    values: Mapping[str, Any], name: str = "schedule", source: str = "", place: Place | None = None
+) -> Schedule:
+    """The schedule of a dict in the file's vocabulary, such as Schedule.to_dict gives. Raises ScheduleError, which
+    names `place` (the source, or the name without one).
+    """
+    place = place or Place(source or name)
     for key in values:
         if key == "_base_":
             message = "a schedule is one flat file and inherits from no other; copy what the base files say into it"

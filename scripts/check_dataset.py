@@ -16,7 +16,7 @@ import checkout  # noqa: F401
 from data.coco.annotations import AnnotationError, CocoAnnotations, find_fatal, read_coco
 from data.coco.checks import check_pair, check_split
 from data.coco.findings import MAX_PLACES, SEVERITIES, Finding, by_severity
-from data.coco.image_checks import ImageFacts, check_images, check_leaks, inspect_images
+from data.coco.image_checks import DecodedImage, check_images, check_leaks, inspect_images
 from data.coco.layout import standard_layout
 
 
@@ -29,7 +29,7 @@ class Split:
     file: Path
     findings: list[Finding] = field(default_factory=list)
     annotations: CocoAnnotations | None = None
-    facts: list[ImageFacts] | None = None
+    facts: list[DecodedImage] | None = None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,10 +17,11 @@ from pathlib import Path
 import checkout  # noqa: F401
 from convert_cli import bar, build_parsers, from_coco, report, run, split_images, stop_for_errors, to_coco
 from data.convert.conversion import ConversionError, LabeledImage, Remarks, derived_classes
-from data.convert.files import read_class_file, walk
+from data.convert.files import read_class_file
 from data.convert.splits import split_by_folder, split_by_lists
 from data.convert.voc import VOC_TEXTS, VocFolders, VocReader, VocSet, find_voc
 from data.convert.write import write_voc_set
+from data.images.files import walk
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ CHUNK = 256  # images handed to the threads at a time, so that memory stays smal
 
 
 @dataclass(frozen=True)
-class ImageFacts:
+class DecodedImage:
     """What decoding one image file showed."""
 
     problem: str | None
@@ -34,16 +34,16 @@ class ImageFacts:
     """The file is there and is not empty."""
 
 
-def inspect_image(path: Path) -> ImageFacts:
+def inspect_image(path: Path) -> DecodedImage:
     """Decodes one image file as training does."""
     try:
         pixels = read_image(path)
     except ImageError as error:
-        return ImageFacts(problem=str(error), has_content=path.is_file() and path.stat().st_size > 0)
+        return DecodedImage(problem=str(error), has_content=path.is_file() and path.stat().st_size > 0)
     height, width = pixels.shape[:2]
     digest = hashlib.sha256(f"{width}x{height}".encode())
     digest.update(pixels.data)
-    return ImageFacts(None, width, height, _is_rotated(path), digest.digest())
+    return DecodedImage(None, width, height, _is_rotated(path), digest.digest())
 
 
 def inspect_images(
@@ -52,14 +52,14 @@ def inspect_images(
     *,
     workers: int | None = None,
     progress: Callable[[int], object] | None = None,
-) -> list[ImageFacts]:
+) -> list[DecodedImage]:
     """Decodes every image of a split on `workers` threads (default: one a core), in the annotations' order.
 
     progress is called with the number of images done since the last call. Threads serve because the decoders
     release the interpreter's lock.
     """
     paths = [Path(images_dir) / annotations.file_name(index) for index in range(len(annotations))]
-    facts: list[ImageFacts] = []
+    facts: list[DecodedImage] = []
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         for start in range(0, len(paths), CHUNK):
             for fact in pool.map(inspect_image, paths[start : start + CHUNK]):
@@ -69,7 +69,7 @@ def inspect_images(
     return facts
 
 
-def check_images(annotations: CocoAnnotations, images_dir: str | Path, facts: list[ImageFacts]) -> list[Finding]:
+def check_images(annotations: CocoAnnotations, images_dir: str | Path, facts: list[DecodedImage]) -> list[Finding]:
     """Faults of the images of one split."""
     unreadable, differs, rotated = [], [], []
     for index, fact in enumerate(facts):
@@ -98,7 +98,7 @@ def check_images(annotations: CocoAnnotations, images_dir: str | Path, facts: li
 
 
 def check_leaks(
-    train: CocoAnnotations, val: CocoAnnotations, train_facts: list[ImageFacts], val_facts: list[ImageFacts]
+    train: CocoAnnotations, val: CocoAnnotations, train_facts: list[DecodedImage], val_facts: list[DecodedImage]
 ) -> list[Finding]:
     """Images of the validation split whose pixels are those of a training image, whatever their names."""
     trained = {fact.digest: index for index, fact in enumerate(train_facts) if fact.problem is None}
@@ -110,7 +110,7 @@ def check_leaks(
     return [Finding.of("train-image-in-val", leaks, source=val.source, train=train.source)] if leaks else []
 
 
-def _twins(annotations: CocoAnnotations, facts: list[ImageFacts]) -> Iterator[str]:
+def _twins(annotations: CocoAnnotations, facts: list[DecodedImage]) -> Iterator[str]:
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, fact in enumerate(facts):
         if fact.problem is None:

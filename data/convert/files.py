@@ -1,21 +1,11 @@
-"""Files of other formats: folders looked through, texts and lists of class names read."""
+"""Files of other formats: texts and lists of class names read."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from data.convert.conversion import ConversionError
-
-
-def walk(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Files below a folder by suffix, sorted; hidden ones and a Mac's shadow files are left out."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in suffixes)
 
 
 def read_text(file: Path, remedy: str) -> str:

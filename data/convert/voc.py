@@ -37,9 +37,8 @@ from data.convert.conversion import (
     nearest,
     to_stored,
 )
-from data.convert.files import walk
 from data.convert.voc_xml import XmlError, parse_xml
-from data.images.files import IMAGE_SUFFIXES
+from data.images.files import IMAGE_SUFFIXES, walk
 
 XML_FOLDERS = ("Annotations", "annotations")
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "JPEGimages")

@@ -38,10 +38,9 @@ from data.convert.conversion import (
     to_displayed,
     to_stored,
 )
-from data.convert.files import walk
 from data.convert.splits import SPLIT_OF_FOLDER
 from data.convert.yolo_config import CLASS_FILES, YoloSettings, read_settings
-from data.images.files import IMAGE_SUFFIXES
+from data.images.files import IMAGE_SUFFIXES, walk
 
 DIGITS = 8
 HUNDREDTH = Decimal("0.01")

@@ -17,6 +17,21 @@ class ImageFilesError(DataError):
     """A name under which there is no image."""
 
 
+def walk(folder: Path, suffixes: Iterable[str], excluded: Sequence[Path] = ()) -> list[Path]:
+    """Files below a folder by suffix, sorted; hidden ones and a Mac's shadow files are left out.
+
+    excluded: resolved folders that are not looked into.
+    """
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        if _is_below(Path(parent) / "any", excluded):
+            folders.clear()
+            continue
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
+
+
 def find_images(sources: Iterable[str | Path], *, excluded: Iterable[Path] = ()) -> list[Path]:
     """The image files that the sources name, each once, in the order of the sources.
 
@@ -87,30 +102,15 @@ def _files_of(source: str, left_out: Sequence[Path]) -> list[Path]:
     start = path if path.is_dir() else Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     left_out = [folder for folder in left_out if start.resolve() in folder.parents]
     if path.is_dir():
-        return _images_below(path, left_out)
+        return walk(path, IMAGE_SUFFIXES, left_out)
     files: list[Path] = []
     for match in sorted(glob.glob(source, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute patterns
         if Path(match).is_dir():
             if "**" not in source:  # which lists the folders' content itself
-                files += _images_below(Path(match), left_out)
-        elif _is_image(Path(match)) and not _is_below(Path(match), left_out):
+                files += walk(Path(match), IMAGE_SUFFIXES, left_out)
+        elif Path(match).suffix.lower() in IMAGE_SUFFIXES and not _is_below(Path(match), left_out):
             files.append(Path(match))
     return files
-
-
-def _images_below(folder: Path, left_out: Sequence[Path]) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if _is_below(Path(parent) / "any", left_out):
-            folders.clear()
-            continue
-        files += [Path(parent, name) for name in names if not name.startswith(".") and _is_image(Path(name))]
-    return sorted(files)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _is_below(path: Path, folders: Sequence[Path]) -> bool:

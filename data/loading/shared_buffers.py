@@ -26,10 +26,6 @@ class SharedBuffers:
         self._free = list(range(number))
         self._reserved: set[int] = set()
 
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
     def reserve(self) -> int | None:
         """The number of a free buffer; None where there is none."""
         if not self._free:

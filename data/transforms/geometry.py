@@ -38,12 +38,6 @@ def resized_sizes(
     return np.maximum(sizes, 1)
 
 
-def resized_size(width: int, height: int, *, min_size: int, max_size: int) -> tuple[int, int]:
-    """(width, height) after the resize, for one image. See resized_sizes."""
-    sizes = resized_sizes(np.array([width]), np.array([height]), min_size=min_size, max_size=max_size)
-    return int(sizes[0, 1]), int(sizes[0, 0])
-
-
 def padded_size(sizes: np.ndarray) -> np.ndarray:
     """Size of the batch that holds images of the given sizes: the largest height and the largest width,
     each rounded up to PADDING_MULTIPLE. int64 [..., B, 2] -> int64 [..., 2] (height, width)."""

@@ -1,7 +1,7 @@
 """Detections and annotations in, COCO metrics out."""
 
 from detection.evaluation.backends import BACKENDS, resolve_backend
-from detection.evaluation.coco_metrics import METRIC_NAMES, CocoEvaluator, evaluate, evaluate_results
+from detection.evaluation.coco_metrics import METRIC_NAMES, CocoEvaluator, evaluate_results
 from detection.evaluation.errors import EvaluationError
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections, ResultsError, read_results, write_results
@@ -14,7 +14,6 @@ __all__ = [
     "EvaluationError",
     "GroundTruth",
     "ResultsError",
-    "evaluate",
     "evaluate_results",
     "read_results",
     "resolve_backend",

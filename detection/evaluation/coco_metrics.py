@@ -153,17 +153,6 @@ class CocoEvaluator:
         return unique
 
 
-def evaluate(
-    annotations: str | os.PathLike[str] | CocoAnnotations,
-    detections: Detections,
-    *,
-    image_ids: Iterable[int] | None = None,
-    backend: str = "auto",
-) -> dict[str, Any]:
-    """One evaluation of detections in memory; see CocoEvaluator for arguments, result and errors."""
-    return CocoEvaluator(annotations, backend=backend).evaluate(detections, image_ids)
-
-
 def evaluate_results(
     annotation_file: str | os.PathLike[str], results_file: str | os.PathLike[str], backend: str = "auto"
 ) -> dict[str, Any]:

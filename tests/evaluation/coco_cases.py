@@ -4,9 +4,16 @@ import json
 
 import numpy as np
 
-from detection.evaluation import Detections
+from detection.evaluation import CocoEvaluator, Detections
 
+CAT, DOG = 1, 5
+BOX = [100, 100, 100, 100]
+FAR = [400, 300, 50, 50]
 SCORES = np.array([0.1, 0.3, 0.3, 0.5, 0.9])  # few values, so that many tie
+
+
+def evaluate(annotations, detections, *, image_ids=None, backend="auto"):
+    return CocoEvaluator(annotations, backend=backend).evaluate(detections, image_ids)
 
 
 def annotation(number, image, category, box, **more):
@@ -22,7 +29,7 @@ def annotation(number, image, category, box, **more):
 
 
 def write_annotations(path, annotations, *, image_ids=(1, 2, 3), categories=None):
-    categories = categories or {1: "cat", 5: "dog"}
+    categories = categories or {CAT: "cat", DOG: "dog"}
     content = {
         "images": [{"id": int(i), "width": 640, "height": 480, "file_name": f"{int(i)}.png"} for i in image_ids],
         "categories": [{"id": i, "name": name} for i, name in categories.items()],

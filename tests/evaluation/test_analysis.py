@@ -12,12 +12,9 @@ from PIL import Image
 from detection.evaluation import evaluate_results, write_results
 from detection.evaluation.analysis import analyze_results, average_precision, best_f1
 from detection.evaluation.html_report import html_report
-from tests.evaluation.coco_cases import annotation, detections_of, random_case, write_annotations
+from tests.evaluation.coco_cases import BOX, CAT, DOG, FAR, annotation, detections_of, random_case, write_annotations
 
 ROOT = Path(__file__).resolve().parents[2]
-CAT, DOG = 1, 5
-BOX = [100, 100, 100, 100]
-FAR = [400, 300, 50, 50]
 
 
 @pytest.fixture
@@ -33,25 +30,19 @@ def case(tmp_path):
     return annotations, tmp_path / "results.json"
 
 
-def test_f1_is_best_where_counting_says():
-    scores, correct = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
-    assert best_f1(scores, correct, 2) == {
-        "f1": pytest.approx(0.8),
-        "threshold": 0.7,
-        "precision": pytest.approx(2 / 3),
-        "recall": 1.0,
-    }
-
-
-def test_a_threshold_cannot_part_a_tie():
-    scores, correct = np.array([0.5, 0.5, 0.5]), np.array([True, False, False])
-    point = best_f1(scores, correct, 1)
-    assert point is not None and point["f1"] == pytest.approx(0.5) and point["precision"] == pytest.approx(1 / 3)
-
-
-def test_f1_without_boxes_or_detections_is_undefined():
-    assert best_f1(np.array([0.5]), np.array([False]), 0) is None
-    assert best_f1(np.zeros(0), np.zeros(0, bool), 3) is None
+@pytest.mark.parametrize(
+    ("scores", "correct", "num_boxes", "expected"),
+    [
+        ([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0], 2, (0.8, 0.7, 2 / 3, 1)),
+        ([0.5, 0.5, 0.5], [1, 0, 0], 1, (0.5, 0.5, 1 / 3, 1)),  # a threshold cannot part a tie
+        ([0.5], [0], 0, None),
+        ([], [], 3, None),
+    ],
+)
+def test_f1_is_best_where_counting_says(scores, correct, num_boxes, expected):
+    point = best_f1(np.array(scores), np.array(correct, dtype=bool), num_boxes)
+    names = ("f1", "threshold", "precision", "recall")
+    assert point == (expected and pytest.approx(dict(zip(names, expected, strict=True))))
 
 
 def test_average_precision_of_one_hit_in_two_boxes_reaches_half_the_recall_points():

@@ -11,13 +11,11 @@ from detection.evaluation import (
     CocoEvaluator,
     Detections,
     EvaluationError,
-    ResultsError,
-    evaluate,
     evaluate_results,
     read_results,
     write_results,
 )
-from tests.evaluation.coco_cases import annotation, detections_of, random_case, write_annotations
+from tests.evaluation.coco_cases import annotation, detections_of, evaluate, random_case, write_annotations
 
 LARGE = [10, 10, 200, 100]
 MEDIUM = [300, 10, 50, 50]
@@ -76,16 +74,10 @@ def test_metrics_of_a_written_file_are_those_of_the_detections_in_memory(tmp_pat
     assert evaluate_results(tmp_path / "a.json", tmp_path / "r.json") == evaluate(tmp_path / "a.json", detections)
 
 
-def test_a_box_with_annotation_id_zero_counts_like_any_other(tmp_path):
-    path = write_annotations(tmp_path / "a.json", [annotation(0, 1, 1, LARGE)])
-    metrics = evaluate(path, detections_of([(1, 1, LARGE, 0.9)]), backend="pycocotools")
-    assert metrics["mAP"] == pytest.approx(1)
-
-
 def test_only_the_given_images_are_evaluated(annotations):
     found_on_2 = detections_of([(2, 1, SMALL, 0.7)])
     assert evaluate(annotations, found_on_2)["AR_100"] < 1
-    metrics = CocoEvaluator(annotations).evaluate(found_on_2, image_ids=[3, 2])
+    metrics = evaluate(annotations, found_on_2, image_ids=[3, 2])
     assert metrics["AR_100"] == pytest.approx(1)
     assert metrics["per_class"] == {"cat": pytest.approx(1), "dog": -1}
 
@@ -182,26 +174,19 @@ def test_detections_of_unknown_categories_count_for_nothing_and_are_noted(annota
     ]
 
 
-def test_detections_on_other_images_are_refused(annotations):
-    with pytest.raises(EvaluationError, match=r"1 detections are on 1 images .*ids 99"):
-        evaluate(annotations, detections_of([(99, 1, LARGE, 0.9)]))
-    with pytest.raises(EvaluationError, match=r"among the 1 evaluated images .*ids 2"):
-        CocoEvaluator(annotations).evaluate(detections_of(PERFECT), image_ids=[1])
-
-
-def test_an_image_evaluated_twice_is_refused(annotations):
-    with pytest.raises(EvaluationError, match=r"1 images were evaluated more than once \(ids 2\)"):
-        CocoEvaluator(annotations).evaluate(Detections.empty(), image_ids=[1, 2, 2])
-
-
-def test_an_unknown_image_is_refused(annotations):
-    with pytest.raises(EvaluationError, match=r"not in .*instances\.json \(ids 8\)"):
-        CocoEvaluator(annotations).evaluate(Detections.empty(), image_ids=[1, 8])
-
-
-def test_detections_that_are_not_finite_are_refused(annotations):
-    with pytest.raises(ResultsError, match="diverged"):
-        evaluate(annotations, detections_of([(1, 1, [np.inf, 0, 1, 1], 0.9)]))
+@pytest.mark.parametrize(
+    ("rows", "image_ids", "message"),
+    [
+        ([(99, 1, LARGE, 0.9)], None, r"1 detections are on 1 images .*ids 99"),
+        (PERFECT, [1], r"among the 1 evaluated images .*ids 2"),
+        ([], [1, 2, 2], r"1 images were evaluated more than once \(ids 2\)"),
+        ([], [1, 8], r"not in .*instances\.json \(ids 8\)"),
+        ([(1, 1, [np.inf, 0, 1, 1], 0.9)], None, "diverged"),
+    ],
+)
+def test_images_and_detections_that_do_not_fit_together_are_refused(annotations, rows, image_ids, message):
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(annotations, detections_of(rows), image_ids=image_ids)
 
 
 def test_a_file_without_boxes_is_known_beforehand_and_refused(tmp_path):

@@ -8,11 +8,7 @@ import pytest
 from detection.evaluation import CocoEvaluator, Detections
 from detection.evaluation.analysis import confusion_matrix, error_split
 from detection.evaluation.error_types import Outcome, sort_outcomes
-from tests.evaluation.coco_cases import annotation, detections_of, random_case, write_annotations
-
-CAT, DOG = 1, 5
-BOX = [100, 100, 100, 100]
-FAR = [400, 300, 50, 50]
+from tests.evaluation.coco_cases import BOX, CAT, DOG, FAR, annotation, detections_of, random_case, write_annotations
 
 
 def outcomes_of(tmp_path, annotations, rows):

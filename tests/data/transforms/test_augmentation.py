@@ -16,7 +16,7 @@ from data.coco.annotations import read_coco
 from data.loading.dataset import CocoDataset
 from data.transforms.augmentation import Augmentation, LargeScaleJitter, ScaleSampling
 from data.transforms.color import ColorJitter, PhotometricDistortion
-from data.transforms.geometry import crop_boxes, resized_size
+from data.transforms.geometry import crop_boxes, resized_sizes
 from tests.data.batches import SIZES, TENSORS, MakeDataset, facts, train_loader
 
 WORDS = np.arange(6000)
@@ -255,8 +255,8 @@ def test_scales_are_chosen_alike_likely_and_resize_as_a_single_scale_does() -> N
     augmentation = Augmentation(scales=scales)
     geometry = augmentation.geometry(widths, heights, words=WORDS, seed=0, epoch=0, min_size=1, max_size=1)
     for i in range(50):
-        width, height = resized_size(640, 427, min_size=int(shorter[i]), max_size=int(longer[i]))
-        assert geometry.sizes[i].tolist() == geometry.scaled_sizes[i].tolist() == [height, width]
+        (size,) = resized_sizes(widths[:1], heights[:1], min_size=int(shorter[i]), max_size=int(longer[i])).tolist()
+        assert geometry.sizes[i].tolist() == geometry.scaled_sizes[i].tolist() == size
     assert not geometry.offsets.any()
 
 
