@@ -1,7 +1,6 @@
 import json
 import multiprocessing
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -178,10 +177,3 @@ def test_processes_that_start_at_once_pack_once(file, tmp_path):
         process.join(30)
     assert sum(after - before for before, _, after in results) == 1
     assert len({digest for _, digest, _ in results}) == 1
-
-
-def test_a_copied_set_is_packed_for_itself(file, tmp_path, parses):
-    read_coco(file, cache_dir=tmp_path / "cache")
-    shutil.copy(file, tmp_path / "copy.json")
-    read_coco(tmp_path / "copy.json", cache_dir=tmp_path / "cache")
-    assert len(parses) == 2

@@ -156,6 +156,8 @@ SPOILS = [
      put("annotations", lambda all_of: [*all_of, all_of[7] | {"id": 999}])),
     ("xyxy-boxes", "warning", "instances_train2017.json", put("annotations", as_corners)),
     ("no-annotations", "error", "instances_train2017.json", put("annotations", [])),
+    ("only-crowds", "error", "instances_train2017.json",
+     put("annotations", lambda all_of: [a | {"iscrowd": 1} for a in all_of])),
     ("unused-category", "warning", "'heart' (category id 77)",
      put("categories", lambda all_of: [*all_of, {"id": 77, "name": "heart"}], "train", "val")),
     ("crowd-without-rle", "warning", "annotation id 1",
@@ -265,15 +267,6 @@ def test_a_test_split_may_do_without_boxes(tmp_path):
     annotations = written(tmp_path, [(1, 64, 64)], [])
     assert check_annotations(annotations, needs_boxes=False)[0].severity == "info"
     assert check_annotations(annotations)[0].severity == "error"
-
-
-def test_crowds_alone_are_nothing_to_train_on(shapes):
-    content, store = edit(shapes)
-    for annotation in content["annotations"]:
-        annotation["iscrowd"] = 1
-    store()
-    annotations = read_coco(shapes / "annotations" / "instances_train2017.json")
-    assert codes(check_annotations(annotations))["only-crowds"] == 1
 
 
 def test_training_split_names_the_images_that_training_leaves_out(tmp_path):

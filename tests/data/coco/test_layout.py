@@ -41,23 +41,11 @@ def test_missing_set_shows_layout_download_script_and_shapes(tmp_path):
     assert message.count("MISSING") == 4
 
 
-def test_only_what_is_missing_is_marked(tmp_path):
-    make(tmp_path, without=["train2017"])
+def test_only_what_is_missing_is_marked_and_validation_alone_does_not_ask_for_training_files(tmp_path):
+    make(tmp_path, without=["train2017", "annotations/instances_train2017.json"])
+    (tmp_path / "annotations" / "instances_train2017.json").mkdir()  # a folder in place of the file
     with pytest.raises(MissingDataset) as caught:
         coco_layout(tmp_path)
     marked = [line.split()[0] for line in str(caught.value).splitlines() if line.endswith("MISSING")]
-    assert marked == ["train2017/"]
-
-
-def test_validation_alone_does_not_ask_for_training_files(tmp_path):
-    make(tmp_path, without=["train2017", "annotations/instances_train2017.json"])
+    assert marked == ["annotations/instances_train2017.json", "train2017/"]
     assert coco_layout(tmp_path, train=False).val_images.is_dir()
-    with pytest.raises(MissingDataset):
-        coco_layout(tmp_path)
-
-
-def test_a_folder_in_place_of_the_annotation_file_is_missing(tmp_path):
-    make(tmp_path, without=["annotations/instances_val2017.json"])
-    (tmp_path / "annotations" / "instances_val2017.json").mkdir()
-    with pytest.raises(MissingDataset, match=r"instances_val2017.json +MISSING"):
-        coco_layout(tmp_path)

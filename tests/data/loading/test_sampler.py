@@ -135,16 +135,6 @@ def test_evaluation_batches_hold_every_image_once_with_like_shapes_together(
     assert sum(a != b for a, b in zip(shapes, shapes[1:], strict=False)) == max(len(set(shapes)) - 1, 0)
 
 
-def test_factors_equal_the_formula_on_a_small_set() -> None:
-    # Images 0 to 9; class 0 is in all but 9, class 1 in images 2 and 3 (twice in 3), class 2 in image 3, 9 is empty.
-    images = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 2, 3, 3, 3, 0])
-    labels = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 0])
-    factors = repeat_factors(images, labels, 10, 0.5)
-    assert factors[3] == math.sqrt(0.5 / 0.1)
-    assert factors[2] == math.sqrt(0.5 / 0.2)
-    assert factors[[0, 1, 4, 5, 6, 7, 8, 9]].tolist() == [1.0] * 8
-
-
 @given(
     boxes=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 4)), max_size=40),
     threshold=st.floats(0.01, 1.0),
@@ -220,34 +210,10 @@ def test_repeats_are_counted_from_the_first_occurrence(images: list[int]) -> Non
     assert numbers.tolist() == [images[:place].count(image) for place, image in enumerate(images)]
 
 
-def rare_class_loader(dataset: CocoDataset, **options: object) -> TrainLoader:
-    settings = {"min_size": 32, "max_size": 64, "batch_size": 4, "seed": 0, "repeat_threshold": 1.0}
-    return TrainLoader(dataset, **(settings | options))
-
-
-def test_a_loader_repeats_images_of_rare_classes_alike_on_any_number_of_processes_and_after_a_resume(
-    make_dataset: Callable[..., CocoDataset],
-) -> None:
-    dataset = make_dataset([(40, 36), (36, 40)] * 8)
-    image_of_box = np.repeat(np.arange(16), dataset.box_counts)
-    factors = repeat_factors(image_of_box, dataset.labels, 16, 1.0)
-    assert factors.max() > 1.1
-    loader = rare_class_loader(dataset)
-    assert loader.iterations_per_epoch == -(-epoch_length(factors) // 4) > 4
-    last = 3 * loader.iterations_per_epoch
-    whole = [plan.indices.tolist() for plan in loader.plans(0, last)]
-    ranks = [rare_class_loader(dataset, batch_size=2, world_size=2, rank=rank) for rank in range(2)]
-    halves = [[plan.indices.tolist() for plan in rank.plans(0, last)] for rank in ranks]
-    assert [left + right for left, right in zip(*halves, strict=True)] == whole
-    for first in (1, loader.iterations_per_epoch + 2, last - 1):
-        resumed = rare_class_loader(dataset).plans(first, last)
-        assert [plan.indices.tolist() for plan in resumed] == whole[first:]
-
-
 def test_an_image_that_comes_again_in_an_epoch_is_flipped_anew(make_dataset: Callable[..., CocoDataset]) -> None:
     dataset = make_dataset([(40, 36)] * 30)
     dataset.labels = np.arange(len(dataset.labels))  # every class in one image: all are wanted sqrt(30) times
-    loader = rare_class_loader(dataset, batch_size=1)
+    loader = TrainLoader(dataset, min_size=32, max_size=64, batch_size=1, seed=0, repeat_threshold=1.0)
     assert loader.iterations_per_epoch == math.ceil(30 * math.sqrt(30))
     flips: dict[int, list[bool]] = {}
     for plan in loader.plans(0, loader.iterations_per_epoch):
