@@ -16,7 +16,7 @@ from data.coco.cache import Packed, load_or_build
 from data.coco.columns import MAX_IMAGE_PIXELS, AnnotationError, Records, parse_coco
 from data.coco.findings import MAX_PLACES, Finding, examples
 
-NO_CLASS = -1
+MIN_TRAINED_SIDE = 32  # pixels; the min_size of MMDetection's COCO configurations
 _FAULTY: Any = object()
 _OF_IMAGES = ("image_ids", "widths", "heights")
 _OF_ANNOTATIONS = ("boxes_xywh", "areas", "labels", "crowd", "ignore", "annotation_ids")
@@ -50,7 +50,7 @@ class CocoAnnotations:
     areas: np.ndarray
     """float64 [M], square pixels of the object's mask (or of its box where the file gives none)"""
     labels: np.ndarray
-    """int64 [M], index into class_names; NO_CLASS (-1) for a category that is not among them"""
+    """int64 [M], index into class_names"""
     crowd: np.ndarray
     """bool [M]"""
     ignore: np.ndarray
@@ -103,7 +103,7 @@ class CocoAnnotations:
         """Which annotations are not trained on, by reason: bool [M] each.
 
         The rules are those of MMDetection 3.3 (CocoDataset.parse_data_info): `ignore` is set, the box does not
-        overlap the image, a side is below 1 pixel, the area is not positive, the category is not a class.
+        overlap the image, a side is below 1 pixel, the area is not positive.
         """
         x, y, w, h = self.boxes_xywh.T
         overlap_w = np.minimum(x + w, self.widths[self.image_indices]) - np.maximum(x, 0)
@@ -113,33 +113,26 @@ class CocoAnnotations:
             "box-outside-image": (overlap_w <= 0) | (overlap_h <= 0),
             "degenerate-box": (w < 1) | (h < 1),
             "no-area-of-object": self.areas <= 0,
-            "other-category": self.labels == NO_CLASS,
         }
 
-    def images_not_trained(self, *, min_size: int = 32) -> dict[str, np.ndarray]:
+    def images_not_trained(self) -> dict[str, np.ndarray]:
         """Which images are not trained on, by reason: bool [N] each; MMDetection's rules (CocoDataset.filter_data).
 
-        A side is below min_size pixels, or no annotation of the file has one of the classes: an image whose only
-        annotation is not trained on stays, without a box.
+        A side is below MIN_TRAINED_SIDE, or the file has no annotation of the image: one whose only annotation is
+        not trained on stays, without a box.
         """
-        has_class = np.bincount(self.image_indices[self.labels != NO_CLASS], minlength=len(self)) > 0
-        small = np.minimum(self.widths, self.heights) < min_size
-        return {"small-image": small, "image-without-annotation": ~has_class & ~small}
+        small = np.minimum(self.widths, self.heights) < MIN_TRAINED_SIDE
+        return {"small-image": small, "image-without-annotation": (np.diff(self.offsets) == 0) & ~small}
 
-    def training_view(self, *, filter_empty: bool = True, min_size: int = 32) -> "CocoAnnotations":
+    def training_view(self) -> "CocoAnnotations":
         """The images and annotations that are trained on: without those of not_trained and images_not_trained.
 
-        Crowd regions stay, marked. filter_empty=False keeps images without annotations.
+        Crowd regions stay, marked.
         """
-        left_out = self.images_not_trained(min_size=min_size)
-        if not filter_empty:
-            del left_out["image-without-annotation"]
-        return self._select(
-            ~np.logical_or.reduce(list(left_out.values())), ~np.logical_or.reduce(list(self.not_trained().values()))
+        keep_image, keep = (
+            ~np.logical_or.reduce(list(reasons.values())) for reasons in (self.images_not_trained(), self.not_trained())
         )
-
-    def _select(self, keep_image: np.ndarray, keep: np.ndarray) -> "CocoAnnotations":
-        keep = keep & keep_image[self.image_indices]
+        keep &= keep_image[self.image_indices]
         counts = np.bincount(self.image_indices[keep], minlength=len(self))[keep_image]
         name_lengths = np.diff(self.file_name_offsets)
         return replace(
@@ -168,15 +161,13 @@ def read_coco(
     file: str | Path,
     class_names: Sequence[str] | None = None,
     *,
-    allow_other_categories: bool = False,
     cache_dir: str | Path | None = None,
 ) -> CocoAnnotations:
     """Reads and validates a COCO annotation file; one without "annotations" (a list of images) is taken too.
 
     The classes are the file's categories by ascending id, with labels 0 to K-1 whatever the gaps between the
     ids. With class_names, classes are matched by name and take the labels of that list; the file's categories
-    must be just these, or with allow_other_categories at least these (annotations of the others get label
-    NO_CLASS).
+    must be just these.
 
     Raises AnnotationError, which names file, record and remedy, for what cannot be used: a file that is no
     COCO file, ids that are missing, repeated, not whole numbers or refer to nothing, sizes that are missing
@@ -195,7 +186,7 @@ def read_coco(
         if problem is not None:
             finding = Finding.of("no-cache", folder=cache_dir, source=path, problem=problem)
             annotations = replace(annotations, findings=(*annotations.findings, finding))
-    return annotations if class_names is None else _with_classes(annotations, class_names, allow_other_categories)
+    return annotations if class_names is None else _with_classes(annotations, class_names)
 
 
 def find_fatal(file: str | Path) -> list[Finding]:
@@ -322,21 +313,19 @@ def _read_categories(records: Records) -> tuple[tuple[int, ...], tuple[str, ...]
     return tuple(id_of[name] for name in ordered), tuple(ordered)
 
 
-def _with_classes(annotations: CocoAnnotations, wanted: Sequence[str], allow_other: bool) -> CocoAnnotations:
+def _with_classes(annotations: CocoAnnotations, wanted: Sequence[str]) -> CocoAnnotations:
     """The annotations with the labels of another class list, matched by name."""
     label_of = {name: label for label, name in enumerate(annotations.class_names)}
     missing = [name for name in wanted if name not in label_of]
     other = [name for name in label_of if name not in set(wanted)]
-    if missing or (other and not allow_other):
+    if missing or other:
         problems = [f"lacks {examples(map(repr, missing))}"] if missing else []
         problems += [f"has besides {examples(map(repr, other))}"] if other else []
         raise AnnotationError(
             f"{annotations.source}: the categories are not the {len(wanted)} classes asked for: it "
             f"{' and '.join(problems)}. Give all files of a run the same category names (ids may differ)."
         )
-    new_label = np.full(len(label_of), NO_CLASS, dtype=np.int64)
-    for label, name in enumerate(wanted):
-        new_label[label_of[name]] = label
+    new_label = np.argsort(np.array([label_of[name] for name in wanted], dtype=np.int64))
     return replace(
         annotations,
         labels=new_label[annotations.labels],

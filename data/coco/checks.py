@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.coco.annotations import CocoAnnotations
 from data.coco.findings import MAX_PLACES, Finding, examples
 
 OVERHANG = 2.0  # pixels a box may stick out of its image unmentioned; COCO's own boxes do by rounding
@@ -58,7 +58,7 @@ def check_annotations(annotations: CocoAnnotations, *, needs_boxes: bool = True)
     unused = [f"{name!r} (category id {number})" for label, (name, number) in enumerate(classes) if label not in used]
     if unused:
         findings.append(Finding.of("unused-category", unused, source=source))
-    if not np.any(~annotations.crowd & (annotations.labels != NO_CLASS)):
+    if annotations.crowd.all():
         findings.append(Finding.of("only-crowds", severity="error" if needs_boxes else "warning", source=source))
     return findings
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from PIL import Image
 
-from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.coco.annotations import CocoAnnotations
 from data.coco.findings import MAX_PLACES, Finding, Severity
 from data.errors import DataError
 
@@ -310,8 +310,6 @@ def _image_of_coco(images_dir: Path, annotations: CocoAnnotations, index: int, r
     image = LabeledImage(str(Path(name).with_suffix("")), path, *size)
     rows = annotations.rows(index)
     for row in range(rows.start, rows.stop):
-        if annotations.labels[row] == NO_CLASS:
-            continue
         place = f"{path}, annotation id {annotations.annotation_ids[row]}"
         x, y, w, h = (Decimal(repr(value)) for value in annotations.boxes_xywh[row].tolist())
         corners = fit_box((x, y, x + w, y + h), *size, remarks, place)

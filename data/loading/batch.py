@@ -73,10 +73,6 @@ class Batch:
         return self.plan.iteration
 
     @property
-    def epoch(self) -> int:
-        return self.plan.epoch
-
-    @property
     def padded_size(self) -> tuple[int, int]:
         return self.plan.padded_size
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.coco.annotations import CocoAnnotations
 from data.coco.checks import image_entries
 from data.errors import DataError
 from data.images.decode import ImageError, read_image
@@ -36,7 +36,7 @@ class CocoDataset:
                 f"{annotations.source}: none of its {len(annotations)} images can be trained on: training "
                 "takes images with at least one annotation and no side below 32 pixels."
             )
-        usable = ~(self.annotations.crowd | self.annotations.ignore | (self.annotations.labels == NO_CLASS))
+        usable = ~(self.annotations.crowd | self.annotations.ignore)
         corners = self.annotations.boxes_xywh[usable]
         corners[:, 2:] += corners[:, :2]
         # float64 sums rounded once, as MMDetection has them.

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.coco.annotations import CocoAnnotations
 from data.errors import DataError
 from data.images.decode import ImageError, read_image
 
@@ -111,7 +111,7 @@ def choose(annotations: CocoAnnotations, count: int, seed: int) -> list[int]:
     if count >= len(names):
         return list(range(len(names)))
     turns = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"{seed}\0{names[i]}".encode()).digest())
-    wanted = set(annotations.labels.tolist()) - {NO_CLASS}
+    wanted = set(annotations.labels.tolist())
     with_new_class = []
     for index in turns:
         here = set(annotations.labels[annotations.rows(index)].tolist())
@@ -132,7 +132,6 @@ def _card(images_dir: Path, annotations: CocoAnnotations, index: int, longest_si
             (annotations.crowd[rows] | annotations.ignore[rows]).tolist(),
             strict=True,
         )
-        if label != NO_CLASS
     ]
     name = annotations.file_name(index)
     card: dict[str, Any] = {"name": name, "id": int(annotations.image_ids[index]), "w": width, "h": height}

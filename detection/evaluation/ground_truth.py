@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from data.coco.annotations import NO_CLASS, CocoAnnotations
+from data.coco.annotations import CocoAnnotations
 from detection.evaluation.results import Detections
 
 _NOTES = {
@@ -50,7 +50,6 @@ class GroundTruth:
     def of(annotations: CocoAnnotations) -> GroundTruth:
         """All images of the file, and the boxes of its classes. Shares the boxes' memory."""
         image_order, label_order = np.argsort(annotations.image_ids), np.argsort(annotations.category_ids)
-        rows = slice(None) if (annotations.labels != NO_CLASS).all() else annotations.labels != NO_CLASS
         counts = {finding.code: finding.count for finding in annotations.findings}
         notes = [f"{counts[code]} {text}" for code, text in _NOTES.items() if code in counts]
         if num_ignored := int((annotations.ignore & ~annotations.crowd).sum()):
@@ -61,11 +60,11 @@ class GroundTruth:
             file_names=tuple(annotations.file_name(index) for index in image_order.tolist()),
             category_ids=np.array(annotations.category_ids, dtype=np.int64)[label_order],
             class_names=tuple(annotations.class_names[label] for label in label_order.tolist()),
-            box_images=np.argsort(image_order)[annotations.image_indices[rows]],
-            box_labels=np.argsort(label_order)[annotations.labels[rows]],
-            boxes_xywh=annotations.boxes_xywh[rows],
-            areas=annotations.areas[rows],
-            crowd=annotations.crowd[rows],
+            box_images=np.argsort(image_order)[annotations.image_indices],
+            box_labels=np.argsort(label_order)[annotations.labels],
+            boxes_xywh=annotations.boxes_xywh,
+            areas=annotations.areas,
+            crowd=annotations.crowd,
             notes=tuple(notes),
         )
 

@@ -72,18 +72,13 @@ def draw_boxes(
     return np.asarray(pixels)
 
 
-def side_by_side(
-    left: np.ndarray,
-    right: np.ndarray,
-    titles: tuple[str, str] = ("ground truth", "detections"),
-    *,
-    letter_fraction: float = LETTER_FRACTION,
-) -> np.ndarray:
-    """Two images (uint8 RGB [H, W, 3], best of one size) in a row with a title over each; uint8 RGB.
+def side_by_side(truth: np.ndarray, detections: np.ndarray, *, letter_fraction: float = LETTER_FRACTION) -> np.ndarray:
+    """Two images (uint8 RGB [H, W, 3], best of one size) in a row, with a title over each that says what it shows;
+    uint8 RGB.
 
     letter_fraction: height of the titles as a part of the images' mean side.
     """
-    return _grid([left, right], 2, list(titles), letter_fraction)
+    return _grid([truth, detections], 2, ("ground truth", "detections"), letter_fraction)
 
 
 def mosaic(images: Sequence[np.ndarray], *, columns: int | None = None, cell: int = 480) -> np.ndarray:

@@ -21,5 +21,5 @@ def facts(batch: Batch) -> list:
     plan = batch.plan
     arrays = [plan.scaled_sizes, plan.offsets, plan.sizes, plan.flips, plan.vertical_flips]
     arrays += [getattr(batch, name) for name in TENSORS]
-    values = [batch.iteration, batch.epoch, batch.native_sizes, plan.colors, plan.padded_size, batch.unreadable]
+    values = [batch.iteration, batch.plan.epoch, batch.native_sizes, plan.colors, plan.padded_size, batch.unreadable]
     return [*values, *(array.tolist() for array in arrays)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.coco.annotations import NO_CLASS, AnnotationError, CocoAnnotations, find_fatal, read_coco
+from data.coco.annotations import AnnotationError, CocoAnnotations, find_fatal, read_coco
 from tests.data.coco.valid import VALID
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "pipeline"
@@ -60,39 +60,34 @@ def as_dicts(annotations: CocoAnnotations):
     return result
 
 
-@pytest.mark.parametrize(
-    ("case", "options"),
-    [
-        ("train", {}),
-        ("train_no_filter", {"filter_empty": False, "min_size": 0}),
-        ("test_mode", {"filter_empty": False, "min_size": 0}),
-    ],
-)
-def test_training_view_keeps_what_mmdetection_keeps(case, options):
-    annotations = read_coco(REFERENCE / "filter_annotations.json", REFERENCE_CLASSES, allow_other_categories=True)
-    expected = json.loads((REFERENCE / "filter_result.json").read_text())[case]
-    assert as_dicts(annotations.training_view(**options)) == expected
+@pytest.fixture
+def reference(tmp_path):
+    """The annotations that were given to MMDetection, without the category that was no class there."""
+    content = json.loads((REFERENCE / "filter_annotations.json").read_text())
+    content["categories"] = [one for one in content["categories"] if one["name"] in REFERENCE_CLASSES]
+    ids = {one["id"] for one in content["categories"]}
+    content["annotations"] = [one for one in content["annotations"] if one["category_id"] in ids]
+    return read(tmp_path, content, class_names=REFERENCE_CLASSES)
 
 
-def test_what_training_leaves_out_is_told_by_reason():
-    annotations = read_coco(REFERENCE / "filter_annotations.json", REFERENCE_CLASSES, allow_other_categories=True)
-    assert {reason: int(which.sum()) for reason, which in annotations.not_trained().items()} == {
+def test_training_view_keeps_what_mmdetection_keeps(reference):
+    expected = json.loads((REFERENCE / "filter_result.json").read_text())["train"]
+    assert as_dicts(reference.training_view()) == expected
+
+
+def test_what_training_leaves_out_is_told_by_reason(reference):
+    assert {reason: int(which.sum()) for reason, which in reference.not_trained().items()} == {
         "ignored-annotation": 1,
         "box-outside-image": 4,
         "degenerate-box": 3,
         "no-area-of-object": 2,
-        "other-category": 1,
     }
-    images = annotations.images_not_trained()
-    assert {reason: int(which.sum()) for reason, which in images.items()} == {
-        "small-image": 1,
-        "image-without-annotation": 2,
-    }
+    images = {reason: int(which.sum()) for reason, which in reference.images_not_trained().items()}
+    assert images == {"small-image": 1, "image-without-annotation": 2}
 
 
-def test_training_view_keeps_names_and_sizes_with_their_images():
-    annotations = read_coco(REFERENCE / "filter_annotations.json", REFERENCE_CLASSES, allow_other_categories=True)
-    view = annotations.training_view()
+def test_training_view_keeps_names_and_sizes_with_their_images(reference):
+    view = reference.training_view()
     assert [view.file_name(i) for i in range(len(view))] == [f"{i}.jpg" for i in view.image_ids]
     assert view.widths[view.image_ids == 9] == 32
     assert view.heights[view.image_ids == 14] == 640
@@ -126,14 +121,9 @@ def test_given_classes_are_matched_by_name_and_set_the_labels(tmp_path):
     assert annotations.labels.tolist() == [1, 0, 1]
 
 
-def test_a_class_the_file_lacks_is_an_error_that_names_it(tmp_path):
+def test_classes_other_than_the_files_are_an_error_that_names_them(tmp_path):
     assert "lacks 'horse'" in failure(tmp_path, VALID, class_names=["cat", "dog", "horse"])
-
-
-def test_a_category_that_is_no_class_is_an_error_unless_allowed(tmp_path):
     assert "has besides 'dog'" in failure(tmp_path, VALID, class_names=["cat"])
-    annotations = read(tmp_path, VALID, class_names=["cat"], allow_other_categories=True)
-    assert annotations.labels.tolist() == [0, NO_CLASS, 0]
 
 
 def test_a_file_without_annotations_is_a_list_of_images(tmp_path):
@@ -141,7 +131,6 @@ def test_a_file_without_annotations_is_a_list_of_images(tmp_path):
     assert not annotations.has_boxes
     assert annotations.offsets.tolist() == [0, 0, 0]
     assert annotations.boxes_xywh.shape == (0, 4)
-    assert len(annotations.training_view(filter_empty=False)) == 2
     assert len(annotations.training_view()) == 0
 
 

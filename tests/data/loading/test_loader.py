@@ -55,7 +55,7 @@ def test_every_image_is_seen_once_an_epoch_with_flips_of_its_own(make_dataset: M
         first = epoch * loader.iterations_per_epoch
         flips = {}
         for raw in loader.batches(first, first + loader.iterations_per_epoch):
-            assert raw.epoch == epoch
+            assert raw.plan.epoch == epoch
             flips.update(zip(raw.image_ids.tolist(), raw.flips, strict=True))
         assert set(flips) == set(dataset.image_ids.tolist())
         flips_by_epoch.append(tuple(flips[i] for i in sorted(flips)))

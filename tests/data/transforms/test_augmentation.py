@@ -153,7 +153,7 @@ def test_processes_and_micro_steps_only_divide_the_tensors_of_a_global_batch(
     for iteration, batch in enumerate(whole):
         parts = [ranks[rank][iteration * accumulate + step] for step in range(accumulate) for rank in range(world_size)]
         position = (iteration, iteration // loader.iterations_per_epoch)
-        assert {(part.iteration, part.epoch) for part in [*parts, batch]} == {position}
+        assert {(part.iteration, part.plan.epoch) for part in [*parts, batch]} == {position}
         for name in TENSORS:
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
         assert [flip for part in parts for flip in part.flips] == batch.flips
