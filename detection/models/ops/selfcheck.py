@@ -142,13 +142,13 @@ def _suppression_agrees(device: torch.device) -> bool:
 
 def _assignment_agrees(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(1)
-    gt_boxes = _boxes(generator, 2, 9, device=device)
+    gt_boxes = _boxes(generator, 3, 9, device=device)
     gt_boxes[:, 4] = gt_boxes[:, 2]
-    gt_valid = torch.tensor([[True] * 9, [True] * 3 + [False] * 6], device=device)
-    every = _boxes(generator, 2, 700, device=device)
+    gt_valid = torch.tensor([[True] * 9, [True] * 3 + [False] * 6, [False] * 9], device=device)
+    every = _boxes(generator, 3, 700, device=device)
     every[:, :9] = gt_boxes
-    some = (torch.rand(2, 700, generator=generator) > 0.3).to(device)
-    for candidates, valid, low_quality_iou in ((every, some, None), (every[:1], some, 0.3), (every, None, 0.3)):
+    some = (torch.rand(3, 700, generator=generator) > 0.3).to(device)
+    for candidates, valid, low_quality_iou in ((every, some, None), (every[:1], some, 0.3), (every, None, 0.0)):
         assigner = MaxIoUAssigner(0.7, 0.3, low_quality_iou)
         found = assigner.best_by_triton(gt_boxes, gt_valid, candidates, valid)
         expected = assigner.best_in_blocks(gt_boxes, gt_valid, candidates, valid)

@@ -29,6 +29,15 @@ from gpu_checks.fake_device import move, pretend_gpu
 from schedules import load_schedule
 
 
+class TensorsFromNumbers(torch.overrides.TorchFunctionMode):
+    """Refuses tensors made on a device from Python's numbers, each of which is a blocking copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        assert func not in (torch.tensor, torch.as_tensor) or kwargs.get("device") is None, "a blocking copy"
+        return func(*args, **kwargs)
+
+
 def raw_batch() -> RawBatch:
     sizes = [(60, 90), (48, 48)]
     plan = BatchPlan(
@@ -47,9 +56,9 @@ def raw_batch() -> RawBatch:
     )  # fmt: skip
 
 
-def train(name: str, batch: Any, device: torch.device, amp: str) -> dict[str, Any]:
+def train(name: str, batch: Any, device: torch.device, amp: str, **settings: Any) -> dict[str, Any]:
     """One iteration, with everything that can take part in one."""
-    model: FasterRCNN = build_model(name, 5, fpn_channels=32, roi_hidden_channels=32).train()
+    model: FasterRCNN = build_model(name, 5, fpn_channels=32, roi_hidden_channels=32, **settings).train()
     move(model, device)
     schedule = load_schedule("1x")
     optimizer = build_optimizer(model, schedule)
@@ -63,11 +72,12 @@ def train(name: str, batch: Any, device: torch.device, amp: str) -> dict[str, An
         mock.Mock(world_size=1), images_per_iteration=2, gradient_may_overflow=False, skips_nonfinite=True
     )
     guard.begin()
+    images = ImageBatch(batch.pixels, batch.sizes)
+    targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys)
     with precision.autocast():
-        losses = model(
-            ImageBatch(batch.pixels, batch.sizes),
-            TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys),
-        )
+        model(images, targets)  # anchors of a new size are made on the host
+        with TensorsFromNumbers():
+            losses = model(images, targets)
     precision.backward(guard.mark(torch.stack(list(losses.values())).sum()))
     parameters = trained_parameters(optimizer)
     grad_norm = gradient_norm(parameters, clip_to=35.0)
@@ -102,6 +112,8 @@ def main() -> None:
         for name in ("faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"):
             for amp in ("bf16", "off"):
                 found[f"{name} {amp}"] = train(name, batch, device, amp)
+            everything = {"rpn_samples_per_image": None, "roi_samples_per_image": None}
+            found[f"{name} without sampling"] = train(name, batch, device, "off", **everything)
     json.dump(found, sys.stdout)
 
 

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detection.models import ImageBatch, TargetBatch, build_model
-from detection.models.ops import matcher, nms, selfcheck
+from detection.models.ops import nms, selfcheck
 from detection.models.ops.backend import TRITON, implementation
 from detection.models.ops.feature_table import cell_table
-from detection.models.ops.matcher import MaxIoUAssigner
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.triton import epilogue
 from detection.models.ops.triton import matcher as matcher_kernels
@@ -81,34 +80,6 @@ def suppression() -> dict[str, bool]:
             )
     nobody = torch.full((2, 40), -torch.inf)
     found["none valid"] = not nms.by_triton(boxes(0, 2, 40), nobody, [30, 10], 0.5).any()
-    # Each box overlaps the next by more than half, and no other by as much: every second one is kept.
-    left = torch.arange(67.0) * 30
-    chain = torch.stack((left, torch.zeros(67), left + 100, torch.ones(67)), dim=1)[None]
-    keep = nms.by_triton(chain, -torch.arange(67.0)[None], [67], 0.5)
-    found["chain"] = keep[0].nonzero()[:, 0].tolist() == list(range(0, 67, 2))
-    return found
-
-
-def assigned() -> dict[str, bool]:
-    """Whether each case equals the plain code, kinds and boxes."""
-    found = {}
-    gt_boxes = boxes(1, 2, 8, side=20, place=20)
-    gt_boxes[:, 3] = gt_boxes[:, 5]
-    candidates = torch.cat((boxes(2, 2, 600, side=20, place=20), gt_boxes), dim=1)
-    some = torch.rand(2, 608, generator=torch.Generator().manual_seed(0)) > 0.3
-    valid = torch.tensor([[True] * 8, [False, True, True] + [False] * 5])
-    for name, gt_valid in (("boxes", valid), ("no boxes", torch.zeros_like(valid))):
-        for takes_own in (True, False):
-            for low_quality_iou in (None, 0.0, 0.3):
-                assigner = MaxIoUAssigner(0.5, 0.3, low_quality_iou, takes_own)
-                for usable in (some, None):
-                    expected = assigner(gt_boxes, gt_valid, candidates, usable)
-                    with implementation(assignment="triton"):
-                        given = assigner(gt_boxes, gt_valid, candidates, usable)
-                    of_positive = expected.kind == matcher.POSITIVE
-                    found[f"{name}, {takes_own}, {low_quality_iou}, {usable is None}"] = torch.equal(
-                        given.kind, expected.kind
-                    ) and torch.equal(given.gt_index[of_positive], expected.gt_index[of_positive])
     return found
 
 
@@ -215,7 +186,7 @@ def main() -> None:
     torch.set_num_threads(1)
     answers = {
         case.__name__: case()
-        for case in (kernels_that_differ, broken_kernels_are_found, suppression, assigned, pooled, ends, training_step)
+        for case in (kernels_that_differ, broken_kernels_are_found, suppression, pooled, ends, training_step)
     }
     json.dump(answers, sys.stdout)
 

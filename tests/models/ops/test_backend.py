@@ -42,10 +42,9 @@ def test_the_kernels_pass_the_check_that_decides_on_their_use_and_broken_ones_do
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["suppression", "assigned"])
-def test_suppression_and_assignment_are_those_of_the_plain_code_to_the_last_box(interpreted, part):
-    assert len(interpreted[part]) > 10
-    assert [case for case, is_equal in interpreted[part].items() if not is_equal] == []
+def test_suppression_is_torchvisions_to_the_last_box(interpreted):
+    assert len(interpreted["suppression"]) > 10
+    assert [case for case, is_equal in interpreted["suppression"].items() if not is_equal] == []
 
 
 @pytest.mark.slow

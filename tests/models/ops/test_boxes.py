@@ -26,13 +26,6 @@ def test_decoding_and_clipping_equal_those_of_mmdetection(coder, stage):
     torch.testing.assert_close(clipped, torch.tensor(expected["decoded_clipped"]), rtol=1e-5, atol=1e-3)
 
 
-def test_decoding_inverts_encoding(coder):
-    boxes, references = torch.tensor(coder["gt"]), torch.tensor(coder["proposals"])
-    stds = (0.1, 0.1, 0.2, 0.2)
-    decoded = decode_boxes(encode_boxes(boxes, references, stds), references, stds, clip_shrinking=True)
-    torch.testing.assert_close(decoded, boxes, rtol=1e-4, atol=1e-3)
-
-
 def test_shrinking_is_limited_on_request_only():
     reference = torch.tensor([0.0, 0, 1000, 1000])
     deltas = torch.tensor([0.0, 0, -20, 20])

@@ -40,7 +40,7 @@ def test_a_batch_is_assembled_on_the_device_with_every_change_of_its_pixels(foun
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
-@pytest.mark.parametrize("amp", ["bf16", "off"])
+@pytest.mark.parametrize("amp", ["bf16", "off", "without sampling"])
 def test_an_iteration_stays_on_the_device_and_asks_it_nothing(found, name, amp):
     step = found[f"{name} {amp}"]
     assert step["losses"] == sorted(LOSSES)

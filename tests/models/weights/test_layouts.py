@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from detection.models import build_model, export_state_dict
-from detection.models.weights.layouts import PIXEL_STD_RGB, clean_names, recognize, stem_from_bgr, to_layout, to_ours
+from detection.models.weights.layouts import PIXEL_STD_RGB, recognize, stem_from_bgr, to_layout, to_ours
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "parity" / "state_dict.csv"
 SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16}
@@ -78,22 +78,6 @@ def test_counters_of_trained_batch_norms_are_kept_and_those_of_frozen_ones_made_
     exported = export_state_dict(model, "mmdet")
     assert exported["backbone.bn1.num_batches_tracked"] == 0
     assert exported["backbone.layer2.0.bn1.num_batches_tracked"] == 7
-
-
-def test_torchvisions_background_is_its_first_class_and_our_last():
-    generator = torch.Generator().manual_seed(0)
-    weight, deltas = torch.randn(4, 16, generator=generator), torch.randn(16, 16, generator=generator)
-    theirs = {
-        "roi_heads.box_predictor.cls_score.weight": weight,
-        "roi_heads.box_predictor.bbox_pred.weight": deltas,
-    }
-    ours, _ = to_ours(theirs, "torchvision")
-    features = torch.randn(5, 16, generator=generator)
-    logits, boxes = F.linear(features, weight), F.linear(features, deltas).reshape(5, 4, 4)
-    our_logits = F.linear(features, ours["roi_head.classifier.weight"])
-    our_boxes = F.linear(features, ours["roi_head.regressor.weight"]).reshape(5, 4, 4)
-    assert torch.equal(our_logits[:, 3], logits[:, 0]) and torch.equal(our_logits[:, :3], logits[:, 1:])
-    assert torch.equal(our_boxes[:, :3], boxes[:, 1:])
 
 
 def test_box_outputs_of_the_background_are_added_for_torchvision_and_dropped_for_mmdetection():
@@ -169,12 +153,6 @@ def test_the_stem_for_bgr_input_gives_the_same_features_from_our_input_up_to_the
     detectron2_input = (rgb - mean).flip(1)
     ours = F.conv2d((rgb - mean) / std, stem_from_bgr(weight), stride=2, padding=3)
     torch.testing.assert_close(ours, F.conv2d(detectron2_input, weight, stride=2, padding=3), rtol=1e-12, atol=1e-9)
-
-
-def test_prefixes_of_ddp_and_compile_are_taken_off():
-    names = ["module.backbone._orig_mod.conv1.weight", "module.module.fpn.lateral.0.bias", "_orig_mod.rpn.conv.weight"]
-    cleaned = clean_names({name: torch.zeros(1) for name in names})
-    assert list(cleaned) == ["backbone.conv1.weight", "fpn.lateral.0.bias", "rpn.conv.weight"]
 
 
 @pytest.mark.parametrize(
