@@ -14,10 +14,10 @@ import torchvision
 from torch import Tensor, nn
 
 from detection.models import Detector
-from detection.models.anchors import base_anchors
+from detection.models.anchors import anchors_of_map, base_anchors
 from detection.models.detector import network_size
+from detection.models.ops.backend import implementation
 from detection.models.ops.boxes import clip_boxes, decode_boxes, sides_above
-from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.rpn import ANCHOR_STDS
 from detection.models.structures import SIZE_DIVISOR, ImageBatch, round_up
 
@@ -62,15 +62,14 @@ class DetectorGraph(nn.Module):
         for level, size in enumerate(config.anchor_sizes):
             anchors = base_anchors(size, config.anchor_ratios, rounded=config.round_anchors)
             self.register_buffer(f"base_anchors_{level}", anchors.to(detector.model.pixel_mean.device))
-        self._roi_align = RoIAlign(
-            config.roi_output_size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides
-        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, factors = self._network_input(images)
         features = self.model.extract_features(batch)
         boxes, valid = self._proposals(features, batch)
-        class_logits, deltas = self.model.roi_head(self._pooled(features, boxes))
+        with implementation(roi_align="operator"):
+            pooled = self.model.pool(features, boxes)
+        class_logits, deltas = self.model.roi_head(pooled)
         found, scores, labels, is_box = self._detections(class_logits, deltas, boxes, valid, batch.sizes)
         edges = torch.stack((_scalar(images, 2), _scalar(images, 1))).repeat(2).float()
         found = torch.minimum((found / factors).clamp(min=0), edges)
@@ -115,10 +114,8 @@ class DetectorGraph(nn.Module):
             stride_y = stride_x = config.anchor_strides[level]
             if config.anchor_stride_from_grid:
                 stride_y, stride_x = padded_height // height, padded_width // width
-            y = (torch.arange(height, device=feature.device) * stride_y)[:, None].expand(height, width)
-            x = (torch.arange(width, device=feature.device) * stride_x)[None].expand(height, width)
-            corners = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4).float()
-            anchors = (corners + self.get_buffer(f"base_anchors_{level}")).reshape(-1, 4)
+            base = self.get_buffer(f"base_anchors_{level}")
+            anchors = anchors_of_map(base, (height, width), (stride_y, stride_x))
             # A small map has fewer anchors than are to be taken: rows of -inf make up for them.
             missing = logits.new_full((logits.shape[0], config.rpn_nms_pre_test), -torch.inf)
             best, index = torch.cat((logits.float(), missing), dim=1).topk(config.rpn_nms_pre_test, dim=1)
@@ -145,13 +142,6 @@ class DetectorGraph(nn.Module):
             min(config.rpn_proposals_test, config.rpn_nms_pre_test * len(boxes)), dim=1
         )
         return clipped.gather(1, index[..., None].expand(-1, -1, 4)), top > -torch.inf
-
-    def _pooled(self, features: Sequence[Tensor], boxes_xyxy: Tensor) -> Tensor:
-        config = self.config
-        levels = roi_levels(
-            boxes_xyxy, finest_scale=config.roi_finest_scale, eps_inside_log=config.roi_level_eps_inside_log
-        )
-        return self._roi_align.by_operator(features, boxes_xyxy, levels)
 
     def _detections(
         self, class_logits: Tensor, deltas: Tensor, boxes_xyxy: Tensor, valid: Tensor, sizes: Tensor

@@ -68,10 +68,8 @@ class AnchorGenerator:
                 stride_y, stride_x = padded_size[0] // height, padded_size[1] // width
             else:
                 stride_y = stride_x = config.anchor_strides[level]
-            y, x = torch.meshgrid(torch.arange(height) * stride_y, torch.arange(width) * stride_x, indexing="ij")
-            corners = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4).float()
             base = base_anchors(config.anchor_sizes[level], config.anchor_ratios, rounded=config.round_anchors)
-            boxes.append((corners + base).reshape(-1, 4))
+            boxes.append(anchors_of_map(base, (height, width), (stride_y, stride_x)))
             strides.append((stride_y, stride_x))
         return AnchorGrid(
             torch.cat(boxes).to(device),
@@ -88,6 +86,14 @@ def base_anchors(size: float, ratios: Sequence[float], *, rounded: bool) -> Tens
     heights, widths = size * height_factors, size * (1 / height_factors)
     boxes = torch.stack((-widths, -heights, widths, heights), dim=1) * 0.5
     return boxes.round() if rounded else boxes
+
+
+def anchors_of_map(base: Tensor, size: tuple[int, int], strides: tuple[int, int]) -> Tensor:
+    """Base anchors [R, 4] at every cell of a map of `size` (height, width), by row, column, ratio: float32 [A, 4]."""
+    y, x = torch.meshgrid(
+        *(torch.arange(n, device=base.device) * stride for n, stride in zip(size, strides, strict=True)), indexing="ij"
+    )
+    return (torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4).float() + base).reshape(-1, 4)
 
 
 def anchors_inside_padding(grid: AnchorGrid, sizes: Tensor) -> Tensor:

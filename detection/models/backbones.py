@@ -12,7 +12,7 @@ layer1.0.downsample.0.weight, ...), whatever the normalization.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from detection.models.ops.conv import convolution, end_of_block
 
-Norm = Literal["frozen_bn", "bn", "gn"]
 NORMS: tuple[str, ...] = ("frozen_bn", "bn", "gn")
 GROUPS_OF_GROUP_NORM = 32  # Wu and He, Group Normalization, section 4
 

@@ -109,7 +109,7 @@ class FasterRCNN(nn.Module):
             loss_rpn_cls, loss_rpn_bbox = rpn_losses(config, sampled_logits, sampled_deltas, learned)
             proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=True)
             rois = sample_rois(config, proposals, targets)
-            pooled = self._pool(features, rois.boxes_xyxy, table)
+            pooled = self.pool(features, rois.boxes_xyxy, table)
         class_logits, box_deltas = self.roi_head(pooled)
         with _full_precision(images.pixels.device):
             loss_cls, loss_bbox = roi_losses(config, class_logits, box_deltas, rois)
@@ -128,7 +128,7 @@ class FasterRCNN(nn.Module):
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)
             proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=False)
-            pooled = self._pool(features, proposals.boxes_xyxy)
+            pooled = self.pool(features, proposals.boxes_xyxy)
         class_logits, box_deltas = self.roi_head(pooled)
         with _full_precision(images.pixels.device):
             return select_detections(
@@ -154,7 +154,8 @@ class FasterRCNN(nn.Module):
         sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
         return self._anchor_generator((height, width), sizes, images.pixels.device)
 
-    def _pool(self, features: Sequence[Tensor], boxes_xyxy: Tensor, table: Tensor | None = None) -> Tensor:
+    def pool(self, features: Sequence[Tensor], boxes_xyxy: Tensor, table: Tensor | None = None) -> Tensor:
+        """Boxes [B, R, 4] in pixels from the level of their size: [B * R, C, S, S]; see `RoIAlign`."""
         config = self.config
         levels = roi_levels(
             boxes_xyxy, finest_scale=config.roi_finest_scale, eps_inside_log=config.roi_level_eps_inside_log

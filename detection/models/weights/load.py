@@ -101,12 +101,8 @@ def load_weights(
     refused = _foreign_norms(state, own)
     if refused:
         notes.append("the file's batch norms have no use for the model's group norms; those keep their initialization")
-    if stored.layout == "torchvision" and _wants_coco(state, own, category_ids):
-        take_categories(state, COCO_CATEGORY_IDS)
-        notes.append("of the 90 ids that the file's head has rows for, COCO's 80 categories take theirs")
-    heads = _foreign_heads(state, own, notes)
-    if not heads:
-        _fit_regressor(state, own)
+    is_coco = category_ids is None or tuple(category_ids) == COCO_CATEGORY_IDS
+    heads = _fit_head(state, own, notes, is_coco_by_id=is_coco and stored.layout == "torchvision")
 
     matched, reshaped, unexpected = [], [], []
     with torch.no_grad():
@@ -203,37 +199,29 @@ def _foreign_norms(state: dict[str, Tensor], own: dict[str, Tensor]) -> set[str]
     return {module + kind for module in modules for kind in ("weight", "bias")}
 
 
-def _wants_coco(state: dict[str, Tensor], own: dict[str, Tensor], category_ids: Sequence[int] | None) -> bool:
+def _fit_head(
+    state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str], *, is_coco_by_id: bool
+) -> tuple[str, ...]:
+    """Gives the file's class-dependent layers the model's rows; their names where the numbers of classes differ."""
     weight = CLASSIFIER[0]
     if weight not in state or weight not in own:
-        return False
-    is_coco = category_ids is None or tuple(category_ids) == COCO_CATEGORY_IDS
-    return (
-        is_coco and len(state[weight]) == COCO_CATEGORY_IDS[-1] + 1 and len(own[weight]) == len(COCO_CATEGORY_IDS) + 1
-    )
-
-
-def _foreign_heads(state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str]) -> set[str]:
-    """Names of the two class-dependent layers where the file's number of classes is not the model's."""
-    weight = CLASSIFIER[0]
-    if weight not in state or weight not in own or len(state[weight]) == len(own[weight]):
-        return set()
-    notes.append(
-        f"the file's head is for {len(state[weight]) - 1} classes, the model's for {len(own[weight]) - 1}: "
-        "classifier and regressor are re-initialized"
-    )
-    return {*CLASSIFIER, *REGRESSOR}
-
-
-def _fit_regressor(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Drops or adds the four box outputs of the background, which are last and which nothing uses."""
+        return ()
+    num_rows = len(own[weight])
+    if is_coco_by_id and (len(state[weight]), num_rows) == (COCO_CATEGORY_IDS[-1] + 1, len(COCO_CATEGORY_IDS) + 1):
+        take_categories(state, COCO_CATEGORY_IDS)
+        notes.append("of the 90 ids that the file's head has rows for, COCO's 80 categories take theirs")
+    if len(state[weight]) != num_rows:
+        notes.append(
+            f"the file's head is for {len(state[weight]) - 1} classes, the model's for {num_rows - 1}: "
+            "classifier and regressor are re-initialized"
+        )
+        return (*CLASSIFIER, *REGRESSOR)
     for name in REGRESSOR:
-        if name in state and name in own:
-            theirs, ours = state[name], own[name]
-            if len(theirs) == len(ours) + 4 and len(ours) > 4:
-                state[name] = theirs[:-4]
-            elif len(ours) == len(theirs) + 4 and len(theirs) > 4:
-                state[name] = torch.cat((theirs, ours[-4:].to(theirs)))
+        theirs, ours = state.get(name), own[name]
+        # The four box outputs of the background are last, and nothing uses them.
+        if theirs is not None and abs(len(theirs) - len(ours)) == 4 and min(len(theirs), len(ours)) > 4:
+            state[name] = torch.cat((theirs[: len(ours)], ours[len(theirs) :].to(theirs)))
+    return ()
 
 
 def _suit_backbone(model: FasterRCNN, stored: StoredWeights, norm_eps: float | None) -> list[str]:
