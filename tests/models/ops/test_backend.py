@@ -155,14 +155,6 @@ def a_gpu(monkeypatch):
     verdicts.clear()
 
 
-def test_kernels_that_agree_are_used_and_the_check_may_wait_for_the_gpu(a_gpu, monkeypatch):
-    asked = []
-    monkeypatch.setattr(selfcheck, "kernels_that_differ", lambda device: asked.append(a_gpu[-1]) or [])
-    assert uses_triton(torch.device("cuda")) and uses_triton(torch.device("cuda"))
-    assert asked == ["default"] and a_gpu[-1] == "error"
-    assert "checked on this GPU" in describe_kernels(torch.device("cuda"))
-
-
 def test_the_check_has_gradients_wherever_the_question_comes_from(a_gpu, monkeypatch):
     def differ(device: torch.device) -> list[str]:
         assert not torch.are_deterministic_algorithms_enabled()
@@ -220,17 +212,16 @@ def test_the_environment_turns_the_kernels_off_unasked(a_gpu, monkeypatch):
     assert SWITCH in describe_kernels(torch.device("cuda"))
 
 
-def test_a_cpu_has_no_kernels():
-    assert not uses_triton(CPU)
-    assert describe_kernels(CPU) == ""
-
-
 @pytest.mark.parametrize("differ", [[], ["RoIAlign"]])
 def test_a_gpu_runs_kernels_from_the_moment_they_have_passed(a_gpu, monkeypatch, differ):
-    monkeypatch.setattr(selfcheck, "kernels_that_differ", lambda device: differ)
+    asked = []
+    monkeypatch.setattr(selfcheck, "kernels_that_differ", lambda device: asked.append(a_gpu[-1]) or differ)
     gpu = torch.device("cuda", 0)
     assert {operator: implementation_of(operator, gpu) for operator in DEVICE} == DEVICE
-    assert uses_triton(gpu) == (not differ)
+    assert uses_triton(gpu) == uses_triton(gpu) == (not differ)
+    # Asked once, and meanwhile the GPU may be waited for.
+    assert asked == ["default"] and a_gpu[-1] == "error"
+    assert not uses_triton(CPU) and describe_kernels(CPU) == ""
     expected = DEVICE if differ else TRITON
     assert {operator: implementation_of(operator, gpu) for operator in DEVICE} == expected
     assert {operator: implementation_of(operator, CPU) for operator in DEVICE} == CPU_NAMES

@@ -1,5 +1,6 @@
 """Weight files are read as data: foreign metadata becomes inert, and nothing that a file names is ever called."""
 
+import functools
 import io
 import os
 import pathlib
@@ -31,28 +32,16 @@ class Bomb:
         return self.function, self.arguments
 
 
-def save_torch(content, path):
-    torch.save(content, path)
-
-
-def save_legacy_torch(content, path):
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-
-
-def save_modern_torch(content, path):
-    torch.save(content, path, pickle_protocol=4)
-
-
-def save_pickle(content, path):
-    path.write_bytes(pickle.dumps(content))
-
-
-def save_old_pickle(content, path):
-    path.write_bytes(pickle.dumps(content, protocol=2))
-
-
-TORCH_WRITERS = [save_torch, save_legacy_torch, save_modern_torch]
-WRITERS = [*TORCH_WRITERS, save_pickle, save_old_pickle]
+TORCH_WRITERS = {
+    "torch": torch.save,
+    "legacy torch": functools.partial(torch.save, _use_new_zipfile_serialization=False),
+    "modern torch": functools.partial(torch.save, pickle_protocol=4),
+}
+WRITERS = {
+    **TORCH_WRITERS,
+    "pickle": lambda content, path: path.write_bytes(pickle.dumps(content)),
+    "old pickle": lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)),
+}
 
 
 @pytest.fixture
@@ -92,7 +81,7 @@ def test_mmdetections_metadata_becomes_stand_ins_and_its_weights_are_read(write,
         "state_dict": OrderedDict(WEIGHTS),
     }
     path = tmp_path / "epoch_12.pth"
-    write(content, path)
+    TORCH_WRITERS[write](content, path)
     for name in [name for name in sys.modules if name.startswith("mmengine")]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -132,8 +121,8 @@ def hostile_calls(marker):
 def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(write, call, tmp_path):
     marker = tmp_path / "marker"
     path = tmp_path / "weights.pth"
-    weights = WEIGHTS_AS_ARRAYS if "pickle" in write.__name__ else WEIGHTS
-    write({"state_dict": weights, "meta": hostile_calls(marker)[call]}, path)
+    weights = WEIGHTS_AS_ARRAYS if "pickle" in write else WEIGHTS
+    WRITERS[write]({"state_dict": weights, "meta": hostile_calls(marker)[call]}, path)
     if call == "pathlib":  # a path is usual metadata, so its class is known, but only as a stand-in
         assert isinstance(read_weight_file(path)["meta"], StandIn)
     else:
@@ -194,7 +183,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_file_that_is_cut_short_is_said_to_be_damaged(write, tmp_path):
     path = tmp_path / "weights.pth"
     big = np.arange(10_000.0)
-    write({"a": big if "pickle" in write.__name__ else torch.from_numpy(big)}, path)
+    WRITERS[write]({"a": big if "pickle" in write else torch.from_numpy(big)}, path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(WeightsError, match="weights.pth"):
         read_weight_file(path)

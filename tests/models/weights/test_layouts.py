@@ -105,29 +105,22 @@ def test_torchvisions_older_names_are_read():
 
 def detectron2_name(name):
     """Detectron2's name of one of our parameters, put together from the module definitions of its R50-FPN."""
-    if name.startswith("backbone."):
-        name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name.removeprefix("backbone."))
-        name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
-        name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
-        return "backbone.bottom_up." + ("stem." + name if name.startswith(("conv1", "bn1")) else name)
-    for ours, theirs in {
-        r"fpn\.lateral\.(\d)": "backbone.fpn_lateral{}",
-        r"fpn\.output\.(\d)": "backbone.fpn_output{}",
-    }.items():
-        if match := re.match(ours, name):
-            return theirs.format(int(match[1]) + 2) + name[match.end() :]
-    for ours, theirs in {
-        "rpn.conv": "proposal_generator.rpn_head.conv",
-        "rpn.objectness": "proposal_generator.rpn_head.objectness_logits",
-        "rpn.deltas": "proposal_generator.rpn_head.anchor_deltas",
-        "roi_head.fc1": "roi_heads.box_head.fc1",
-        "roi_head.fc2": "roi_heads.box_head.fc2",
-        "roi_head.classifier": "roi_heads.box_predictor.cls_score",
-        "roi_head.regressor": "roi_heads.box_predictor.bbox_pred",
-    }.items():
-        if name.startswith(ours):
-            return theirs + name[len(ours) :]
-    raise KeyError(name)
+    for ours, theirs in (
+        (r"\bbn(\d)\.", r"conv\1.norm."),
+        (r"\.downsample\.0", ".shortcut"),
+        (r"\.downsample\.1", ".shortcut.norm"),
+        (r"^backbone\.conv1", "backbone.bottom_up.stem.conv1"),
+        (r"^backbone\.layer(\d)", lambda match: f"backbone.bottom_up.res{int(match[1]) + 1}"),
+        (r"^fpn\.(lateral|output)\.(\d)", lambda match: f"backbone.fpn_{match[1]}{int(match[2]) + 2}"),
+        (r"^rpn\.", "proposal_generator.rpn_head."),
+        (r"\.objectness\.", ".objectness_logits."),
+        (r"\.deltas\.", ".anchor_deltas."),
+        (r"^roi_head\.fc", "roi_heads.box_head.fc"),
+        (r"^roi_head\.classifier", "roi_heads.box_predictor.cls_score"),
+        (r"^roi_head\.regressor", "roi_heads.box_predictor.bbox_pred"),
+    ):
+        name = re.sub(ours, theirs, name)
+    return name
 
 
 def test_every_name_of_detectron2s_r50_fpn_is_read():
