@@ -81,10 +81,15 @@ class Finding:
     def of(code: str, places: Sequence[str] | None = None, *, count: int | None = None, **names: Any) -> "Finding":
         """That of a code of RULES, with what its text names. count: where not all places are given; without places it
         is 1."""
-        severity, text = RULES[code].format(**names).split(": ", 1)
         if count is None:
             count = 1 if places is None else len(places)
-        return Finding(cast(Severity, severity), code, text, count, tuple(places or ())[:MAX_PLACES])
+        return Finding.by_rule(RULES[code].format(**names), code, places or (), count)
+
+    @staticmethod
+    def by_rule(rule: str, code: str, places: Sequence[str], count: int) -> "Finding":
+        """That of a rule, "severity: text"."""
+        severity, text = rule.split(": ", 1)
+        return Finding(cast(Severity, severity), code, text, count, tuple(places[:MAX_PLACES]))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,7 +19,7 @@ from typing import Literal
 from PIL import Image
 
 from data.coco.annotations import CocoAnnotations
-from data.coco.findings import MAX_PLACES, Finding, Severity
+from data.coco.findings import MAX_PLACES, Finding
 from data.errors import DataError
 
 EXIF_ORIENTATION = 0x0112
@@ -82,8 +82,8 @@ class LabeledImage:
 class Remarks:
     """What a conversion found, by kind, with every place counted and the first ones named."""
 
-    def __init__(self, texts: dict[str, tuple[Severity, str]]) -> None:
-        """texts: for each code its severity and a line that says what is wrong and what helps."""
+    def __init__(self, texts: dict[str, str]) -> None:
+        """texts: for each code "severity: what is wrong and what helps", as data.coco.findings.RULES."""
         self._texts = texts
         self._places: dict[str, list[str]] = {}
         self._counts: Counter[str] = Counter()
@@ -92,7 +92,7 @@ class Remarks:
     def add(self, code: str, place: str) -> None:
         """One more occurrence, at `place`: a file, with line or object where there is one."""
         self._counts[code] += 1
-        self.num_errors += self._texts[code][0] == "error"
+        self.num_errors += self._texts[code].startswith("error: ")
         places = self._places.setdefault(code, [])
         if len(places) < MAX_PLACES:
             places.append(place)
@@ -107,45 +107,32 @@ class Remarks:
     def findings(self) -> list[Finding]:
         """In the order of the table of texts."""
         return [
-            Finding(severity, code, text, self._counts[code], tuple(self._places[code]))
-            for code, (severity, text) in self._texts.items()
+            Finding.by_rule(rule, code, self._places[code], self._counts[code])
+            for code, rule in self._texts.items()
             if self._counts[code]
         ]
 
 
-SHARED_TEXTS: dict[str, tuple[Severity, str]] = {
-    "unreadable-image": ("error", "images cannot be read. Replace the files"),
-    "duplicate-stem": (
-        "error",
-        "images differ in nothing but the suffix, so their labels cannot be told apart. Rename or remove one of each",
-    ),
-    "unknown-class": ("error", "classes are not in the class list. Correct the name, or add it to the list"),
-    "box-dropped": (
-        "warning",
-        "boxes without area, or outside of their image, were left out. Correct them if the object is there",
-    ),
-    "box-clipped": ("warning", "boxes stuck out of their image and were cut off at its edge"),
-    "box-trimmed": ("info", "boxes stuck out by a pixel at most and were cut off at the edge"),
-    "duplicate-box": ("warning", "boxes repeat class and corners of another of the same image and were left out"),
-    "exif-turned": (
-        "warning",
-        "images ask viewers to turn them (EXIF), and the label file does not tell which way up it was drawn; see "
-        "--exif, and look at these in the gallery",
-    ),
-    "exif-mapped": (
-        "info",
-        "images ask viewers to turn them (EXIF); their boxes, drawn on the turned image, were turned to the pixels "
-        "as stored",
-    ),
-    "class-names-alike": (
-        "warning",
-        "class names differ only in case or blanks, or a rare one is nearly another. Are they one class? Then correct "
-        "the name",
-    ),
-    "class-not-in-val": ("warning", "classes without a box to validate on: their AP will be undefined"),
-    "class-not-in-train": ("warning", "classes without a box to train on"),
-    "class-unused": ("info", "classes of the class list have no box at all"),
-    "empty": ("info", "images have no object; they are kept as background, which training leaves out"),
+SHARED_TEXTS = {
+    "unreadable-image": "error: images cannot be read. Replace the files",
+    "duplicate-stem": "error: images differ in nothing but the suffix, so their labels cannot be told apart. Rename or "
+    "remove one of each",
+    "unknown-class": "error: classes are not in the class list. Correct the name, or add it to the list",
+    "box-dropped": "warning: boxes without area, or outside of their image, were left out. Correct them if the object "
+    "is there",
+    "box-clipped": "warning: boxes stuck out of their image and were cut off at its edge",
+    "box-trimmed": "info: boxes stuck out by a pixel at most and were cut off at the edge",
+    "duplicate-box": "warning: boxes repeat class and corners of another of the same image and were left out",
+    "exif-turned": "warning: images ask viewers to turn them (EXIF), and the label file does not tell which way up it "
+    "was drawn; see --exif, and look at these in the gallery",
+    "exif-mapped": "info: images ask viewers to turn them (EXIF); their boxes, drawn on the turned image, were turned "
+    "to the pixels as stored",
+    "class-names-alike": "warning: class names differ only in case or blanks, or a rare one is nearly another. Are "
+    "they one class? Then correct the name",
+    "class-not-in-val": "warning: classes without a box to validate on: their AP will be undefined",
+    "class-not-in-train": "warning: classes without a box to train on",
+    "class-unused": "info: classes of the class list have no box at all",
+    "empty": "info: images have no object; they are kept as background, which training leaves out",
 }
 
 
@@ -271,15 +258,12 @@ def check_classes(
     return counts
 
 
-COCO_TEXTS: dict[str, tuple[Severity, str]] = {
-    "missing-image": ("error", "image files are missing. Check the image folder"),
-    "size-differs": (
-        "error",
-        "images have another size than the annotation file says, so their boxes are misplaced. Use the images that "
-        "were annotated",
-    ),
+COCO_TEXTS = {
+    "missing-image": "error: image files are missing. Check the image folder",
+    "size-differs": "error: images have another size than the annotation file says, so their boxes are misplaced. Use "
+    "the images that were annotated",
     **SHARED_TEXTS,
-    "crowd-left-out": ("warning", "crowd regions and ignored objects were left out: the format cannot mark them"),
+    "crowd-left-out": "warning: crowd regions and ignored objects were left out: the format cannot mark them",
 }
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 from xml.etree.ElementTree import Element
 
-from data.coco.findings import Severity
 from data.convert.conversion import (
     SHARED_TEXTS,
     ConversionError,
@@ -44,27 +43,21 @@ XML_FOLDERS = ("Annotations", "annotations")
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "JPEGimages")
 CLASS_FILES = ("classes.txt", "labels.txt", "labelmap.txt")
 
-VOC_TEXTS: dict[str, tuple[Severity, str]] = {
-    "malformed-xml": ("error", "files cannot be read as XML. Mend them, or export them again"),
-    "faulty-object": ("error", "objects lack a name or a box of four numbers. Mend or delete the object"),
-    "missing-image": ("error", "the image of an XML file is missing. Add it, delete the XML, or give --images DIR"),
-    "ambiguous-image": (
-        "error",
-        "an XML file fits several images. Make <filename> the image's name, and names unique",
-    ),
-    "image-twice": ("error", "an image is described by two XML files. Delete one, or join the two"),
-    "size-differs": (
-        "error",
-        "images have another size than their XML says, so the boxes are misplaced. Use the images that were "
-        "annotated, or scale the boxes",
-    ),
+VOC_TEXTS = {
+    "malformed-xml": "error: files cannot be read as XML. Mend them, or export them again",
+    "faulty-object": "error: objects lack a name or a box of four numbers. Mend or delete the object",
+    "missing-image": "error: the image of an XML file is missing. Add it, delete the XML, or give --images DIR",
+    "ambiguous-image": "error: an XML file fits several images. Make <filename> the image's name, and names unique",
+    "image-twice": "error: an image is described by two XML files. Delete one, or join the two",
+    "size-differs": "error: images have another size than their XML says, so the boxes are misplaced. Use the images "
+    "that were annotated, or scale the boxes",
     **SHARED_TEXTS,
-    "no-size": ("warning", "XML files give no size, or one of 0; the image's own was taken"),
-    "corners-swapped": ("warning", "boxes had minimum and maximum exchanged, and were put right"),
-    "image-renamed": ("warning", "<filename> names no image; the one of the XML's own name was taken"),
-    "not-annotation": ("warning", "XML files are no annotations (their root is not <annotation>) and were passed over"),
-    "image-without-xml": ("warning", "images have no XML file and were left out. Label them, or remove them"),
-    "difficult": ("info", "objects are marked difficult; see --difficult"),
+    "no-size": "warning: XML files give no size, or one of 0; the image's own was taken",
+    "corners-swapped": "warning: boxes had minimum and maximum exchanged, and were put right",
+    "image-renamed": "warning: <filename> names no image; the one of the XML's own name was taken",
+    "not-annotation": "warning: XML files are no annotations (their root is not <annotation>) and were passed over",
+    "image-without-xml": "warning: images have no XML file and were left out. Label them, or remove them",
+    "difficult": "info: objects are marked difficult; see --difficult",
 }
 
 

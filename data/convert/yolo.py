@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from pathlib import Path
 
-from data.coco.findings import Severity
 from data.convert.conversion import (
     SHARED_TEXTS,
     ConversionError,
@@ -47,22 +46,16 @@ HUNDREDTH = Decimal("0.01")
 MAX_EXACT_SIDE = 300_000  # pixels; the error of a corner, 0.75e-8 of the side, stays below half a hundredth
 MAX_FRACTION = 2  # anything beyond is no fraction of an image but pixels
 
-YOLO_TEXTS: dict[str, tuple[Severity, str]] = {
-    "missing-image": ("error", "label files have no image. Add it, or delete the label file"),
-    "listed-missing": ("error", "images named in a list are missing. Correct the list, or add the image"),
-    "faulty-line": (
-        "error",
-        "lines are no object: five numbers are expected, the class index, then center x, center y, width and height "
-        "as fractions of the image. Mend or delete the line",
-    ),
-    "not-fractions": (
-        "error",
-        "boxes are not fractions of the image (0 to 1) but seem to be pixels. Divide x and width by the image's "
-        "width, y and height by its height",
-    ),
+YOLO_TEXTS = {
+    "missing-image": "error: label files have no image. Add it, or delete the label file",
+    "listed-missing": "error: images named in a list are missing. Correct the list, or add the image",
+    "faulty-line": "error: lines are no object: five numbers are expected, the class index, then center x, center y, "
+    "width and height as fractions of the image. Mend or delete the line",
+    "not-fractions": "error: boxes are not fractions of the image (0 to 1) but seem to be pixels. Divide x and width "
+    "by the image's width, y and height by its height",
     **SHARED_TEXTS,
-    "polygon": ("info", "lines are polygons (segmentation or rotated boxes); the box round each was taken"),
-    "no-label-file": ("warning", "images have no label file and count as background. Is it missing?"),
+    "polygon": "info: lines are polygons (segmentation or rotated boxes); the box round each was taken",
+    "no-label-file": "warning: images have no label file and count as background. Is it missing?",
 }
 
 
