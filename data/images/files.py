@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -63,21 +64,16 @@ def distinct_names(files: Sequence[Path]) -> list[str]:
     """
     stems = [file.stem for file in files]
     longer = [f"{file.resolve().parent.name}_{file.stem}" for file in files]
-    counts: dict[str, int] = {}
-    for stem in stems:
-        counts[stem.lower()] = counts.get(stem.lower(), 0) + 1
+    counts = Counter(stem.lower() for stem in stems)
     # Names that belong to one file alone are given first, so that no longer name takes them away.
     names = [stem if counts[stem.lower()] == 1 else None for stem in stems]
     taken = {name.lower() for name in names if name is not None}
     result = []
     for name, base in zip(names, longer, strict=True):
-        number = 1
-        while name is None:
-            candidate = base if number == 1 else f"{base}_{number}"
-            if candidate.lower() not in taken:
-                name = candidate
-            number += 1
-        taken.add(name.lower())
+        if name is None:
+            candidates = itertools.chain([base], (f"{base}_{number}" for number in itertools.count(2)))
+            name = next(candidate for candidate in candidates if candidate.lower() not in taken)
+            taken.add(name.lower())
         result.append(name)
     return result
 

@@ -28,8 +28,13 @@ class CocoDataset:
 
     def __init__(self, images_dir: str | Path, annotations: CocoAnnotations, *, training: bool) -> None:
         self.images_dir = Path(images_dir)
-        self.training = training
         self.annotations = annotations.training_view() if training else annotations
+        self.image_ids = self.annotations.image_ids
+        """int64 [N]"""
+        self.widths, self.heights = self.annotations.widths, self.annotations.heights
+        """int64 [N] each, pixels as stored"""
+        self.class_names = self.annotations.class_names
+        """By label"""
         self._require_files()
         if len(self) == 0:
             raise DatasetError(
@@ -47,26 +52,6 @@ class CocoDataset:
 
     def __len__(self) -> int:
         return len(self.annotations)
-
-    @property
-    def image_ids(self) -> np.ndarray:
-        """int64 [N]"""
-        return self.annotations.image_ids
-
-    @property
-    def widths(self) -> np.ndarray:
-        """int64 [N], pixels as stored"""
-        return self.annotations.widths
-
-    @property
-    def heights(self) -> np.ndarray:
-        """int64 [N], pixels as stored"""
-        return self.annotations.heights
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """By label."""
-        return self.annotations.class_names
 
     def num_bytes(self, indices: int | slice | np.ndarray) -> np.ndarray:
         """int64 [n] (or a scalar): the pixels of images as uint8."""

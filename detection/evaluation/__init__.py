@@ -2,9 +2,8 @@
 
 from detection.evaluation.backends import BACKENDS, resolve_backend
 from detection.evaluation.coco_metrics import METRIC_NAMES, CocoEvaluator, evaluate_results
-from detection.evaluation.errors import EvaluationError
 from detection.evaluation.ground_truth import GroundTruth
-from detection.evaluation.results import Detections, ResultsError, read_results, write_results
+from detection.evaluation.results import Detections, EvaluationError, ResultsError, read_results, write_results
 
 __all__ = [
     "BACKENDS",

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detection.evaluation.errors import EvaluationError
 from detection.evaluation.ground_truth import GroundTruth
-from detection.evaluation.results import Detections
+from detection.evaluation.results import Detections, EvaluationError
 
 BACKENDS = ("auto", "pycocotools", "hotcoco", "both")
 TOLERANCE = 1e-9  # what "both" lets the backends differ by; they are equal to the last bit where all is well

@@ -12,9 +12,8 @@ import numpy.typing as npt
 from data.coco.annotations import CocoAnnotations, read_coco
 from data.coco.findings import examples
 from detection.evaluation.backends import Accumulated, accumulate, resolve_backend
-from detection.evaluation.errors import EvaluationError
 from detection.evaluation.ground_truth import GroundTruth
-from detection.evaluation.results import Detections, read_results
+from detection.evaluation.results import Detections, EvaluationError, read_results
 
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 

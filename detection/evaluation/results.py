@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from detection.evaluation.errors import EvaluationError
+from detection.errors import DetectionError
 
 RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
 ROWS_PER_WRITE = 4096
+
+
+class EvaluationError(DetectionError):
+    """Annotations or detections that cannot be evaluated; the message says what, where, and how to mend it."""
 
 
 class ResultsError(EvaluationError):
