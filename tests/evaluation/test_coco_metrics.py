@@ -121,20 +121,20 @@ def test_many_absent_classes_share_one_note(tmp_path):
     )
 
 
-@pytest.mark.parametrize("image_ids", [[3], []])
-def test_evaluated_images_without_any_box_give_minus_one_explained(annotations, image_ids):
-    metrics = CocoEvaluator(annotations).evaluate(Detections.empty(), image_ids=image_ids)
+@pytest.mark.parametrize(
+    ("boxes", "image_ids", "held"),
+    [
+        ([annotation(1, 1, 1, LARGE)], [3], "1 evaluated images hold no boxes"),
+        ([annotation(1, 1, 1, LARGE)], [], "0 evaluated images hold no boxes"),
+        ([annotation(1, 1, 1, LARGE, iscrowd=1)], None, "3 evaluated images hold only crowd boxes"),
+    ],
+)
+def test_images_without_any_box_that_counts_give_minus_one_explained(tmp_path, boxes, image_ids, held):
+    path = write_annotations(tmp_path / "a.json", boxes)
+    found = detections_of([(1, 1, LARGE, 0.9)] if image_ids is None else [])
+    metrics = evaluate(path, found, image_ids=image_ids)
     assert [metrics[name] for name in METRIC_NAMES] == [-1] * 12
-    assert metrics["notes"] == [
-        f"no figure is defined (-1 in files): the {len(image_ids)} evaluated images hold no boxes"
-    ]
-
-
-def test_only_crowd_boxes_are_named_as_the_cause(tmp_path):
-    path = write_annotations(tmp_path / "a.json", [annotation(1, 1, 1, LARGE, iscrowd=1)])
-    metrics = evaluate(path, detections_of([(1, 1, LARGE, 0.9)]))
-    assert metrics["mAP"] == -1
-    assert metrics["notes"] == ["no figure is defined (-1 in files): the 3 evaluated images hold only crowd boxes"]
+    assert metrics["notes"] == [f"no figure is defined (-1 in files): the {held}"]
 
 
 def test_missing_area_and_iscrowd_are_filled_in_with_a_note_and_the_file_stays(tmp_path):

@@ -82,12 +82,15 @@ def test_other_ranks_print_nothing_but_warnings_with_their_number(tmp_path, log)
 @pytest.mark.parametrize(
     ("variable", "value", "colored"), [("ANY", "1", True), ("NO_COLOR", "1", False), ("TERM", "dumb", False)]
 )
-def test_warnings_are_colored_only_where_color_is_wanted(tmp_path, monkeypatch, log, variable, value, colored):
+def test_colors_and_bars_are_only_where_the_terminal_takes_them(tmp_path, monkeypatch, log, variable, value, colored):
     monkeypatch.setenv(variable, value)
     console = make_console(tmp_path, Stream(True))
     console.warn("careful")
     assert ("\x1b[" in console.error_stream.getvalue()) == colored
     assert log() == ["warning: careful"]
+    with console.progress(10) as bar:
+        bar.update(10)
+    assert ("\r" in console.stream.getvalue()) == (value != "dumb")
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path):
@@ -207,14 +210,6 @@ def test_on_a_terminal_progress_is_a_bar_and_the_log_gets_lines(tmp_path, log):
     assert "a line in between\n" in shown
     assert any("validation  10/10" in line for line in log())
     assert "\r" not in (tmp_path / "train.log").read_text()
-
-
-def test_a_dumb_terminal_gets_lines(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    console = make_console(tmp_path, Stream(True))
-    with console.progress(10) as bar:
-        bar.update(10)
-    assert "\r" not in console.stream.getvalue()
 
 
 @pytest.mark.parametrize(("size", "no_color"), [((24, 80), False), ((0, 0), True)])

@@ -16,9 +16,6 @@ def test_a_validation_table_shows_changes_to_the_last_and_the_best():
     table = validation_table(METRICS, METRICS | {"mAP": 0.4}, METRICS | {"mAP": 0.4304})
     assert row(table, "mAP")[1:4] == ["0.412", "+0.012", "-0.018"]
     assert row(table, "mAP_50")[1:4] == ["0.600", "+0.000", "+0.000"]
-
-
-def test_the_first_validation_has_no_columns_for_changes():
     assert validation_table(METRICS).splitlines()[0].split() == ["now"]
 
 
@@ -36,13 +33,10 @@ def test_notes_stand_below_the_table_in_place_of_the_general_one():
     assert "undefined" not in table
 
 
-def test_few_classes_are_all_listed_and_those_without_ground_truth_named():
+def test_few_classes_are_all_listed_and_of_many_the_best_and_the_worst():
     table = validation_table(METRICS | {"per_class": {"cat": 0.2, "dog": 0.35, "owl": -1.0}})
     assert "AP by class: dog 0.350, cat 0.200" in table
     assert "no ground truth: owl" in table
-
-
-def test_of_many_classes_the_best_and_the_worst_are_listed():
     table = validation_table(METRICS | {"per_class": {f"c{number}": number / 100 for number in range(80)}})
     assert "highest: c79 0.790, c78 0.780" in table
     assert "lowest:  c4 0.040" in table
@@ -62,13 +56,10 @@ def test_a_summary_of_undefined_figures_marks_none():
     assert "no validation" in summary_table([], None)
 
 
-def test_a_sparkline_shows_the_steps_of_a_schedule_where_they_are():
-    values = [0.02] * 80 + [0.01] * 30 + [0.0] * 10
-    assert sparkline(values, 12) == "████████▅▅▅▁"
-
-
-def test_a_sparkline_of_several_lines_is_a_plot():
+def test_a_sparkline_shows_steps_where_they_are_in_one_line_or_several():
+    assert sparkline([0.02] * 80 + [0.01] * 30 + [0.0] * 10, 12) == "████████▅▅▅▁"
     assert sparkline([1, 2, 3, 4, 5, 6], 6, 2, unicode=False) == "   .:#\n.:####"
+    assert (sparkline([0.02] * 5, 10), sparkline([], 10)) == ("▁▁▁▁▁", "")
 
 
 @pytest.mark.parametrize("unicode", [True, False])
@@ -78,8 +69,3 @@ def test_a_sparkline_keeps_to_its_width_and_to_ascii_where_asked(unicode):
     assert len(lines) == 3
     assert max(len(line) for line in lines) == 40
     assert "".join(lines).isascii() != unicode
-
-
-def test_a_flat_curve_and_no_curve_can_be_shown():
-    assert sparkline([0.02] * 5, 10) == "▁▁▁▁▁"
-    assert sparkline([], 10) == ""

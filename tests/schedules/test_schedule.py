@@ -38,10 +38,7 @@ def test_the_original_stays_as_it_was():
     changed, _ = with_overrides(schedule, {"param_scheduler.0.end": "100"})
     assert schedule.to_dict() == before
     assert changed != schedule
-
-
-def test_no_overrides_change_nothing():
-    assert overridden({}) == (load_schedule("1x"), [])
+    assert with_overrides(schedule, {}) == (schedule, [])
 
 
 def test_an_epoch_schedulers_end_follows_max_epochs_and_idle_milestones_are_named():
@@ -55,6 +52,8 @@ def test_an_epoch_schedulers_end_follows_max_epochs_and_idle_milestones_are_name
     assert len(lines) == 3
     longer, _ = overridden({"train_cfg.max_epochs": "24", "param_scheduler.1.milestones": "[16, 22]"})
     assert longer == load_schedule("2x")
+    longer, _ = overridden({"train_cfg.max_epochs": "20", "param_scheduler.1.milestones": "[16, 19]"})
+    assert longer == load_schedule("20e")
 
 
 def test_an_end_given_by_hand_does_not_follow_max_epochs():
@@ -136,16 +135,8 @@ def test_one_setting_cannot_be_overridden_twice():
         overridden({"lr": "1", "optim_wrapper.optimizer.lr": "2"})
 
 
-@pytest.mark.parametrize("name", ["1x", "2x", "20e"])
-def test_a_schedule_survives_its_dict_and_json(name):
-    schedule = load_schedule(name)
-    text = json.dumps(schedule.to_dict(), allow_nan=False)
-    assert schedule_from_dict(json.loads(text)) == schedule
-    assert json.loads(text) == schedule.to_dict()
-
-
-def test_a_schedule_with_every_setting_survives_its_dict():
-    schedule, _ = overridden(
+def test_schedules_survive_their_dict_and_json():
+    every_setting, _ = overridden(
         {
             "optim_wrapper.type": "AmpOptimWrapper",
             "optim_wrapper.loss_scale": "dict(init_scale=8)",
@@ -157,7 +148,10 @@ def test_a_schedule_with_every_setting_survives_its_dict():
             "auto_scale_lr.enable": "True",
         }
     )
-    assert schedule_from_dict(json.loads(json.dumps(schedule.to_dict(), allow_nan=False))) == schedule
+    for schedule in (every_setting, *map(load_schedule, ("1x", "2x", "20e"))):
+        values = json.loads(json.dumps(schedule.to_dict(), allow_nan=False))
+        assert values == schedule.to_dict()
+        assert schedule_from_dict(values) == schedule
 
 
 def test_dicts_are_equal_where_schedules_are_and_only_there():

@@ -134,21 +134,10 @@ def test_a_file_without_annotations_is_a_list_of_images(tmp_path):
     assert len(annotations.training_view()) == 0
 
 
-def test_annotation_id_0_is_taken_and_mentioned(tmp_path):
-    annotations = read(tmp_path, changed("annotations", 0, id=0))
-    assert 0 in annotations.annotation_ids
-    assert [finding.code for finding in annotations.findings] == ["annotation-id-0"]
-
-
 def test_a_missing_area_is_the_area_of_the_box(tmp_path):
     annotations = read(tmp_path, without("annotations", 0, "area"))
     assert annotations.areas.tolist() == [120, 1200, 300]
     assert [(f.code, f.count) for f in annotations.findings] == [("no-area", 1)]
-
-
-def test_a_crowd_without_run_lengths_is_a_warning(tmp_path):
-    annotations = read(tmp_path, changed("annotations", 2, segmentation=[[1, 1, 5, 1, 5, 5]]))
-    assert [(f.code, f.severity) for f in annotations.findings] == [("crowd-without-rle", "warning")]
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path):

@@ -261,6 +261,7 @@ def _touch(root: Path, *names: str) -> None:
         ("train: [x]\nval:\n  - y", ("x/a.png", "y/b.png")),
         ("", ("images/train/a.png", "images/val/b.png")),
         ("", ("train/a.png", "valid/b.png")),
+        ("train: images\nval: images", ("images/a.png", "images/b.png")),
     ],
 )
 def test_splits_are_those_of_the_settings_or_of_the_folders(tmp_path, yaml, files):
@@ -269,20 +270,9 @@ def test_splits_are_those_of_the_settings_or_of_the_folders(tmp_path, yaml, file
     (tmp_path / "val.txt").write_text(f"{tmp_path}/y/b.png\n")
     (tmp_path / "data.yaml").write_text(f"names: [cat]\n{yaml}\n")
     splits = find_yolo(tmp_path).splits
-    assert splits == {"train": [tmp_path / files[0]], "val": [tmp_path / files[1]]}
-
-
-def test_the_same_folder_for_train_and_val_counts_as_no_split(tmp_path):
-    _touch(tmp_path, "images/a.png", "images/b.png")
-    (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: images\nval: images\n")
-    assert list(find_yolo(tmp_path).splits) == ["all"]
-
-
-def test_an_image_in_both_splits_is_refused(tmp_path):
-    _touch(tmp_path, "x/a.png", "x/y/b.png")
-    (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: x\nval: x/y\n")
-    with pytest.raises(ConversionError, match="in train and in val.*--val-fraction"):
-        find_yolo(tmp_path)
+    train, val = (tmp_path / file for file in files)
+    # One folder for both counts as no split.
+    assert splits == ({"all": [train, val]} if yaml.startswith("train: images\n") else {"train": [train], "val": [val]})
 
 
 def test_darknets_settings_and_cvats_folders_are_understood(tmp_path):
@@ -301,9 +291,12 @@ def test_darknets_settings_and_cvats_folders_are_understood(tmp_path):
         (None, "--classes FILE"),
         ("names: [cat]\ntrain: nowhere\nval: x", "train is 'nowhere', and there is no such folder"),
         ("names: [cat]", "no images there"),
+        ("names: [cat]\ntrain: x\nval: x/y", "in train and in val.*--val-fraction"),
     ],
 )
 def test_folders_without_what_is_wanted_say_what_to_give(tmp_path, yaml, said):
+    if yaml and "x/y" in yaml:
+        _touch(tmp_path, "x/a.png", "x/y/b.png")
     if yaml is not None:
         (tmp_path / "data.yaml").write_text(yaml)
     with pytest.raises(ConversionError, match=said):

@@ -197,7 +197,7 @@ time.sleep(60)
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 3])
 def test_workers_end_when_the_main_process_is_killed(make_dataset: MakeDataset, tmp_path: Path, late: float) -> None:
-    """Also one that begins its work only when the main process is gone already."""
+    """Also one that begins its work only when the main process is gone already; nothing stays in shared memory."""
     make_dataset(SIZES)
     root = Path(__file__).parents[3]
     with subprocess.Popen(
@@ -215,6 +215,7 @@ def test_workers_end_when_the_main_process_is_killed(make_dataset: MakeDataset, 
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not any(alive(pid) for pid in workers)
+    assert not list(Path("/dev/shm").glob(f"torch_{process.pid}_*"))
 
 
 def alive(pid: int) -> bool:

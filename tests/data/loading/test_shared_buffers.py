@@ -4,8 +4,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -143,30 +141,6 @@ def test_a_worker_that_dies_is_an_error_and_no_wait_without_end(make_dataset: Ma
     with pytest.raises(RuntimeError, match=r"DataLoader worker .*exited|killed"):
         list(batches)
     loader.close()
-
-
-KILLED = """
-import os, signal, sys
-from data.coco.annotations import read_coco
-from data.loading.dataset import CocoDataset
-from data.loading.loader import TrainLoader
-dataset = CocoDataset(sys.argv[1], read_coco(sys.argv[1] + "/annotations.json"), training=True)
-loader = TrainLoader(dataset, min_size=64, max_size=112, batch_size=2, seed=0, workers=2)
-batch = next(loader.batches(0, 1000))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.slow
-@needs_fork
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
-def test_a_killed_process_leaves_nothing_in_shared_memory(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    make_dataset([(64, 48)] * 8)
-    root = Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, env=environment)
-    assert process.wait(timeout=120) == -signal.SIGKILL
-    assert not list(Path("/dev/shm").glob(f"torch_{process.pid}_*"))
 
 
 @pytest.mark.slow

@@ -112,14 +112,3 @@ def test_pixels_equal_opencvs_within_rounding(kind: str, device: str) -> None:
     difference = np.abs(resized[0].permute(1, 2, 0).cpu().numpy().astype(int) - expected.astype(int))
     assert difference.max() <= 1
     assert difference.mean() <= 0.5
-
-
-@pytest.mark.parametrize("size", [(800, 1067), (211, 333), (13, 1333), (480, 640)])
-def test_pixels_equal_opencvs_within_rounding_at_full_size(size: tuple[int, int]) -> None:
-    cv2 = pytest.importorskip("cv2")
-    native = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-    expected = cv2.resize(native, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
-    resized = resize_pixels(as_batch(native), size)[0].permute(1, 2, 0).numpy()
-    difference = np.abs(resized.astype(int) - expected.astype(int))
-    assert difference.max() <= 1
-    assert difference.mean() <= 0.5
