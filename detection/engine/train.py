@@ -54,10 +54,10 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
         console.say("dry run: everything above was checked; nothing was trained or written.")
         return 0
 
-    if checkpoint is not None and not run_on_main_rank(
-        processes, partial(_leave_other_future, context, checkpoint, progress)
-    ):
-        progress.best_map = progress.best_epoch = None
+    if checkpoint is not None:
+        if not run_on_main_rank(processes, partial(_leave_other_future, context, checkpoint, progress)):
+            progress.best_map = progress.best_epoch = None
+        checkpoint.state.clear()  # everything was copied out of it; it has the size of several models
     logger = run_on_all_ranks(processes, partial(_open_logger, context, state.schedule, progress))
     bad_images = BadImages(processes, console, config.data.max_bad_images)
     if progress.iteration == 0 and processes.is_main:
