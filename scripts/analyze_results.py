@@ -7,13 +7,12 @@ Works on the results of any program that writes COCO's format. Shows AP, AR and 
 class, precision-recall curves, which kinds of error cost how much, confused classes, and the worst images.
 """
 
-import argparse
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
-import checkout  # noqa: F401
+from checkout import program_parser
 from data import read_image
 from detection.evaluation import BACKENDS, METRIC_NAMES
 from detection.evaluation.analysis import analyze_results
@@ -21,26 +20,17 @@ from detection.evaluation.html_report import html_report
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO annotations with boxes")
-    parser.add_argument("--results", required=True, metavar="FILE", help="COCO results of a detector")
-    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the images; shows the worst ones")
-    parser.add_argument(
-        "--output-dir",
-        metavar="DIR",
-        type=Path,
-        help="where analysis.json, report.html and the PNG files go (default: <results>_analysis)",
-    )
-    parser.add_argument(
-        "--score-threshold",
-        metavar="X",
-        type=float,
-        help="confusions and worst images of detections from this score on (default: each class at its best F1)",
-    )
-    parser.add_argument("--worst", metavar="N", type=int, default=24, help="how many images to show (default 24)")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes AP (default auto)")
+    parser = program_parser(__doc__)
+    add = parser.add_argument
+    add("--annotations", required=True, metavar="FILE", help="COCO annotations with boxes")
+    add("--results", required=True, metavar="FILE", help="COCO results of a detector")
+    add("--images", metavar="DIR", type=Path, help="folder of the images; shows the worst ones")
+    text = "where analysis.json, report.html and the PNG files go (default: <results>_analysis)"
+    add("--output-dir", metavar="DIR", type=Path, help=text)
+    text = "confusions and worst images of detections from this score on (default: each class at its best F1)"
+    add("--score-threshold", metavar="X", type=float, help=text)
+    add("--worst", metavar="N", type=int, default=24, help="how many images to show (default 24)")
+    add("--backend", choices=BACKENDS, default="auto", help="what computes AP (default auto)")
     arguments = parser.parse_args(argv)
 
     images: Path | None = arguments.images

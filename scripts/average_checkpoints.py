@@ -7,39 +7,34 @@ epochs can be a little better than the last one; validate it before you believe 
 train.py --val-only --weights average.pt.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-import checkout  # noqa: F401
+from checkout import exit_status, program_parser
 from detection.export.files import whole_file
 from detection.models import WeightsError
 from detection.models.weights.stored import average_weights
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("inputs", nargs="+", metavar="FILE", type=Path, help="checkpoints or stripped weights files")
     parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="the file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     arguments = parser.parse_args(argv)
-    output: Path = arguments.output
-    try:
-        if output.exists() and not arguments.overwrite:
-            raise WeightsError(f"{output} exists; give another --output, or --overwrite")
-        content, notes = average_weights(arguments.inputs)
-        with whole_file(output) as partial:
-            torch.save(content, partial)
-    except (WeightsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _average(arguments.inputs, arguments.output, arguments.overwrite), WeightsError, OSError)
+
+
+def _average(inputs: list[Path], output: Path, overwrite: bool) -> int:
+    if output.exists() and not overwrite:
+        raise WeightsError(f"{output} exists; give another --output, or --overwrite")
+    content, notes = average_weights(inputs)
+    with whole_file(output) as partial:
+        torch.save(content, partial)
     for note in notes:
         print(f"note: {note}")
-    print(f"{output}: the average of {len(arguments.inputs)} files, {len(content['model'])} tensors")
+    print(f"{output}: the average of {len(inputs)} files, {len(content['model'])} tensors")
     return 0
 
 

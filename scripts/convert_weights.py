@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-import checkout  # noqa: F401
+from checkout import program_parser
 from detection.export.files import whole_file
 from detection.models import MODELS, build_model, load_weights
 from detection.models.weights.files import WeightsError
@@ -29,9 +29,7 @@ from detection.models.weights.stored import StoredWeights, read_weights, strippe
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("input", metavar="FILE", type=Path, help="the weights to convert")
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="whose naming to write")
     parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="the file to write")

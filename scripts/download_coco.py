@@ -8,12 +8,11 @@ is left alone, and the archives are deleted once they are unpacked.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import checkout  # noqa: F401
+from checkout import exit_status, program_parser
 from data.tools.coco_archives import ARCHIVES, BASE_URL, check_space, fetch_archive
 from data.tools.download import DownloadError
 from detection.reporting import Console
@@ -22,64 +21,37 @@ MEGABYTE = 1_000_000
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = program_parser(__doc__)
+    add = parser.add_argument
+    add("--data-path", metavar="DIR", type=Path, default=Path("datasets/coco"), help="default datasets/coco")
+    parts = (
+        f"any of {', '.join(ARCHIVES)} (default: all; 19.3 GB, 0.8 GB and 0.3 GB to fetch for train, val, annotations)"
     )
-    parser.add_argument(
-        "--data-path", metavar="DIR", type=Path, default=Path("datasets/coco"), help="default datasets/coco"
+    add("--parts", metavar="PART,...", type=_parts, default=list(ARCHIVES), help=parts)
+    mirror = (
+        f"a mirror with COCO's own paths below it (default {BASE_URL}; "
+        "https://s3.amazonaws.com/images.cocodataset.org is the same over TLS)"
     )
-    parser.add_argument(
-        "--parts",
-        metavar="PART,...",
-        type=_parts,
-        default=list(ARCHIVES),
-        help=f"any of {', '.join(ARCHIVES)} (default: all; 19.3 GB, 0.8 GB and 0.3 GB to fetch for train, val, "
-        "annotations)",
-    )
-    parser.add_argument(
-        "--base-url",
-        metavar="URL",
-        default=BASE_URL,
-        help=f"a mirror with COCO's own paths below it (default {BASE_URL}; "
-        "https://s3.amazonaws.com/images.cocodataset.org is the same over TLS)",
-    )
-    parser.add_argument("--keep-archives", action="store_true", help="keep the zip files after unpacking")
+    add("--base-url", metavar="URL", default=BASE_URL, help=mirror)
+    add("--keep-archives", action="store_true", help="keep the zip files after unpacking")
     arguments = parser.parse_args(argv)
+    stopped = "stopped; the same command goes on from here"
+    return exit_status(lambda: _download(arguments, Console()), DownloadError, OSError, status=1, stopped=stopped)
 
-    console = Console()
 
+def _download(arguments: argparse.Namespace, console: Console) -> int:
     @contextmanager
     def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-        shown = 0
         with console.progress(max(total // MEGABYTE, 1), description=description, unit="MB") as bar:
-
-            def advance(done: int) -> None:
-                nonlocal shown
-                if (steps := done // MEGABYTE - shown) > 0:
-                    shown += steps
-                    bar.update(steps)
-
-            yield advance
+            yield lambda done: bar.update(max(0, done // MEGABYTE - bar.done))
 
     # Small ones first: whoever waits for the images can look at the annotations meanwhile.
     archives = [archive for part, archive in ARCHIVES.items() if part in arguments.parts]
-    try:
-        check_space(archives, arguments.data_path, keep_archives=arguments.keep_archives)
-        for archive in archives:
-            fetch_archive(
-                archive,
-                arguments.data_path,
-                base_url=arguments.base_url,
-                keep_archive=arguments.keep_archives,
-                say=console.say,
-                progress=progress,
-            )
-    except (DownloadError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    keep, base_url = arguments.keep_archives, arguments.base_url
+    check_space(archives, arguments.data_path, keep_archives=keep)
+    for archive in archives:
+        fetch_archive(archive, arguments.data_path, base_url=base_url, keep_archive=keep, say=console.say,
+                      progress=progress)  # fmt: skip
     return 0
 
 

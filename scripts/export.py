@@ -14,17 +14,18 @@ differ by more than the tolerance (the file is left for you to examine).
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-import checkout  # noqa: F401
-from data import ImageError, read_image
-from data.images.files import ImageFilesError, find_images
+from checkout import exit_status, program_parser
+from data import read_image
+from data.errors import DataError
+from data.images.files import find_images
 from detection.config.arg_types import fraction, positive_int
+from detection.errors import DetectionError
 from detection.export import (
     ONNX_OPSET,
     ExportError,
@@ -36,57 +37,45 @@ from detection.export import (
     save_program,
     save_weights,
 )
-from detection.models import Detector, WeightsError, load_detector
+from detection.models import Detector, load_detector
 from detection.reporting import Console
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "weights": ".pt"}
 MOST_IMAGES = 16
 OPSETS = range(18, 24)  # what PyTorch's exporter can write
-USER_ERRORS = (ExportError, ImageError, ImageFilesError, WeightsError, OSError)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    try:
-        return _export(arguments, Console())
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    stopped = "stopped; nothing was written"
+    return exit_status(lambda: _export(arguments, Console()), DataError, DetectionError, OSError, stopped=stopped)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("images", nargs="*", metavar="IMAGES", help="files, folders, glob patterns to compare on")
-    parser.add_argument(
-        "--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file"
-    )
-    parser.add_argument("--format", required=True, choices=list(SUFFIXES), help="what to write")
-    parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="the file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
-    group = parser.add_argument_group("shape of the input, for onnx and torch (default: any, chosen at each call)")
-    group.add_argument("--batch-size", metavar="N", type=positive_int, help="always this many images a call")
-    group.add_argument(
-        "--size", nargs=2, metavar=("HEIGHT", "WIDTH"), type=positive_int, help="this size in pixels, always"
-    )
-    group = parser.add_argument_group("settings of the detector (default: as in the weights)")
-    group.add_argument("--score-threshold", metavar="X", type=fraction, help="lowest score of a detection, 0..1")
-    group.add_argument("--nms-iou", metavar="X", type=fraction, help="overlap from which the weaker of a class goes")
-    group.add_argument("--max-detections", metavar="N", type=positive_int, help="most detections of an image")
-    group.add_argument("--min-size", metavar="N", type=positive_int, help="shorter side at the network's scale, pixels")
-    group.add_argument("--max-size", metavar="N", type=positive_int, help="limit of the longer side, pixels")
-    group = parser.add_argument_group("the rest")
-    group.add_argument(
-        "--opset", metavar="N", type=int, choices=OPSETS, default=ONNX_OPSET, help=f"of ONNX, default {ONNX_OPSET}"
-    )
-    group.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="for torch: where it is to run (cpu)")
-    group.add_argument("--no-compare", action="store_true", help="only write")
-    group.add_argument("--score-tolerance", metavar="X", type=float, default=1e-3, help="default 0.001")
-    group.add_argument("--box-tolerance", metavar="X", type=float, default=0.5, help="pixels, default 0.5")
+    parser = program_parser(__doc__)
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMAGES", help="files, folders, glob patterns to compare on")
+    add("--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file")
+    add("--format", required=True, choices=list(SUFFIXES), help="what to write")
+    add("--output", required=True, metavar="FILE", type=Path, help="the file to write")
+    add("--overwrite", action="store_true", help="replace the output file if it exists")
+    add = parser.add_argument_group(
+        "shape of the input, for onnx and torch (default: any, chosen at each call)"
+    ).add_argument
+    add("--batch-size", metavar="N", type=positive_int, help="always this many images a call")
+    add("--size", nargs=2, metavar=("HEIGHT", "WIDTH"), type=positive_int, help="this size in pixels, always")
+    add = parser.add_argument_group("settings of the detector (default: as in the weights)").add_argument
+    add("--score-threshold", metavar="X", type=fraction, help="lowest score of a detection, 0..1")
+    add("--nms-iou", metavar="X", type=fraction, help="overlap from which the weaker of a class goes")
+    add("--max-detections", metavar="N", type=positive_int, help="most detections of an image")
+    add("--min-size", metavar="N", type=positive_int, help="shorter side at the network's scale, pixels")
+    add("--max-size", metavar="N", type=positive_int, help="limit of the longer side, pixels")
+    add = parser.add_argument_group("the rest").add_argument
+    add("--opset", metavar="N", type=int, choices=OPSETS, default=ONNX_OPSET, help=f"of ONNX, default {ONNX_OPSET}")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="for torch: where it is to run (cpu)")
+    add("--no-compare", action="store_true", help="only write")
+    add("--score-tolerance", metavar="X", type=float, default=1e-3, help="default 0.001")
+    add("--box-tolerance", metavar="X", type=float, default=0.5, help="pixels, default 0.5")
     return parser
 
 
@@ -126,12 +115,8 @@ def _export(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _with_settings(detector: Detector, arguments: argparse.Namespace) -> Detector:
-    wishes = {
-        "score_threshold": arguments.score_threshold,
-        "nms_iou": arguments.nms_iou,
-        "detections_per_image": arguments.max_detections,
-    }
-    changes = {key: value for key, value in wishes.items() if value is not None}
+    names = {"score_threshold": "score_threshold", "nms_iou": "nms_iou", "max_detections": "detections_per_image"}
+    changes = {key: value for name, key in names.items() if (value := getattr(arguments, name)) is not None}
     detector.model.config = dataclasses.replace(detector.model.config, **changes)
     min_size = arguments.min_size or detector.min_size
     max_size = arguments.max_size or detector.max_size

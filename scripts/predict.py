@@ -11,18 +11,18 @@ below 640 pixels are drawn enlarged.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-import checkout  # noqa: F401
-from data import AnnotationError, ImageError, read_coco
-from data.images.files import ImageFilesError, ProtectedFiles, find_images
+from checkout import exit_status, program_parser
+from data import ImageError, read_coco
+from data.errors import DataError
+from data.images.files import ProtectedFiles, find_images
 from detection.config.arg_types import fraction, positive_int
 from detection.engine.optim.amp import Precision
-from detection.evaluation import ResultsError
+from detection.errors import DetectionError
 from detection.inference.outputs import (
     PredictionOutputs,
     refuse_existing,
@@ -38,81 +38,62 @@ from detection.inference.predict import (
     predict_files,
 )
 from detection.inference.tta import DEFAULT_SCALES, View, make_views
-from detection.models import DetectorError, WeightsError, load_detector
+from detection.models import load_detector
 from detection.reporting import Console, counted
 
 DEFAULT_MIN_SCORE = 0.3
 DEFAULT_FOLDER = Path("predictions")
-USER_ERRORS = (AnnotationError, DetectorError, ImageFilesError, PredictionError, ResultsError, WeightsError, OSError)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    return exit_status(lambda: _in_memory(arguments), DataError, DetectionError, OSError)
+
+
+def _in_memory(arguments: argparse.Namespace) -> int:
     try:
         return _predict(arguments, Console())
-    except torch.OutOfMemoryError:
-        print("error: the device's memory is full; use a smaller --batch-size, or --device cpu", file=sys.stderr)
-        return 2
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    except torch.OutOfMemoryError as error:
+        remedy = "use a smaller --batch-size, or --device cpu"
+        raise PredictionError(f"the device's memory is full; {remedy}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = program_parser(__doc__)
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="IMAGES", help="files, folders (with subfolders), glob patterns")
+    add("--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file")
+    add = parser.add_argument_group(f"what to write (default: --output-dir {DEFAULT_FOLDER})").add_argument
+    add("--output-dir", metavar="DIR", type=Path, help="images with boxes, JPEG or PNG as they came")
+    add("--json", metavar="FILE", type=Path, help="boxes in COCO's results format")
+    add("--save-crops", metavar="DIR", type=Path, help="each box as DIR/CLASS/IMAGE_NUMBER.png")
+    text = (
+        "for --json: COCO file with the image ids (by file name) and category ids (by name); without it images count "
+        "from 1, and FILE_images.json beside the results says which is which"
     )
-    parser.add_argument("inputs", nargs="+", metavar="IMAGES", help="files, folders (with subfolders), glob patterns")
-    parser.add_argument(
-        "--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file"
+    add("--annotations", metavar="FILE", type=Path, help=text)
+    add("--overwrite", action="store_true", help="replace files of an earlier call (never an input)")
+    add = parser.add_argument_group("which boxes").add_argument
+    text = f"0..1, default {DEFAULT_MIN_SCORE}; 0 where only --json is written, as metrics want all boxes"
+    add("--min-score", metavar="X", type=fraction, help=text)
+    add("--classes", metavar="NAME,...", help="only these classes (default: all)")
+    add("--max-boxes", metavar="N", type=positive_int, help="the best N of an image (default: all)")
+    add = parser.add_argument_group("how to look at an image").add_argument
+    text = "orientation tags: apply, ignore, or auto (default): ignore with --annotations, else apply"
+    add("--exif", choices=["auto", "apply", "ignore"], default="auto", help=text)
+    text = (
+        "test-time augmentation: look at each image in several sizes and mirrored, and fuse the boxes (weighted box "
+        "fusion); takes as many times longer as there are views"
     )
-    group = parser.add_argument_group(f"what to write (default: --output-dir {DEFAULT_FOLDER})")
-    group.add_argument("--output-dir", metavar="DIR", type=Path, help="images with boxes, JPEG or PNG as they came")
-    group.add_argument("--json", metavar="FILE", type=Path, help="boxes in COCO's results format")
-    group.add_argument("--save-crops", metavar="DIR", type=Path, help="each box as DIR/CLASS/IMAGE_NUMBER.png")
-    group.add_argument(
-        "--annotations",
-        metavar="FILE",
-        type=Path,
-        help="for --json: COCO file with the image ids (by file name) and category ids (by name); without it images "
-        "count from 1, and FILE_images.json beside the results says which is which",
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace files of an earlier call (never an input)")
-    group = parser.add_argument_group("which boxes")
-    group.add_argument(
-        "--min-score",
-        metavar="X",
-        type=fraction,
-        help=f"0..1, default {DEFAULT_MIN_SCORE}; 0 where only --json is written, as metrics want all boxes",
-    )
-    group.add_argument("--classes", metavar="NAME,...", help="only these classes (default: all)")
-    group.add_argument("--max-boxes", metavar="N", type=positive_int, help="the best N of an image (default: all)")
-    group = parser.add_argument_group("how to look at an image")
-    group.add_argument(
-        "--exif",
-        choices=["auto", "apply", "ignore"],
-        default="auto",
-        help="orientation tags: apply, ignore, or auto (default): ignore with --annotations, else apply",
-    )
-    group.add_argument(
-        "--tta",
-        action="store_true",
-        help="test-time augmentation: look at each image in several sizes and mirrored, and fuse the boxes (weighted "
-        "box fusion); takes as many times longer as there are views",
-    )
+    add("--tta", action="store_true", help=text)
     scales = ",".join(f"{scale:g}" for scale in DEFAULT_SCALES)
-    group.add_argument("--tta-scales", metavar="X,...", type=_scales, help=f"factors on the input size ({scales})")
-    group.add_argument("--no-tta-flip", action="store_true", help="not mirrored: for text, road sides, left and right")
-    group = parser.add_argument_group("running")
-    group.add_argument("--limit", metavar="N", type=positive_int, help="only the first N images")
-    group.add_argument("--batch-size", metavar="N", type=positive_int, default=4, help="images at a time (default 4)")
-    group.add_argument(
-        "--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ..., or auto (default): CUDA if any"
-    )
-    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off)")
+    add("--tta-scales", metavar="X,...", type=_scales, help=f"factors on the input size ({scales})")
+    add("--no-tta-flip", action="store_true", help="not mirrored: for text, road sides, left and right")
+    add = parser.add_argument_group("running").add_argument
+    add("--limit", metavar="N", type=positive_int, help="only the first N images")
+    add("--batch-size", metavar="N", type=positive_int, default=4, help="images at a time (default 4)")
+    add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ..., or auto (default): CUDA if any")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off)")
     return parser
 
 
@@ -198,11 +179,9 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     total = f"{counted(len(sizes), 'image')}, {counted(writer.counts.total(), 'box', 'boxes')}"
     console.say(total + (f": {kinds}" if kinds else ""))
     if num_turned:
-        turned = f"{counted(num_turned, 'image')} turned upright by EXIF orientation (--exif ignore: as stored)"
-        console.say(turned)
-    for path in outputs:
-        if path.exists():
-            console.say(f"written: {path}")
+        console.say(f"{counted(num_turned, 'image')} turned upright by EXIF orientation (--exif ignore: as stored)")
+    for path in filter(Path.exists, outputs):
+        console.say(f"written: {path}")
     num_broken = len(files) - len(sizes)
     if num_broken:
         console.warn(f"{num_broken} of {counted(len(files), 'image')} could not be read")

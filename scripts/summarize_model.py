@@ -8,13 +8,12 @@ what is kept once whatever the number of images. The RPN saves nothing where it 
 under "rest".
 """
 
-import argparse
 import dataclasses
 import sys
 
 import torch
 
-import checkout  # noqa: F401
+from checkout import program_parser
 from detection.config.arg_types import positive_int
 from detection.models import MODELS, ModelError, build_model
 from detection.models.summary import PartSummary, summarize_model
@@ -25,9 +24,7 @@ BYTES_PER_VALUE = 4
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = program_parser(__doc__)
     add, default = parser.add_argument, "faster_rcnn_r50_fpn"
     add("--model", metavar="NAME", default=default, help=f"one of {', '.join(sorted(MODELS))} (default {default})")
     add("--num-classes", metavar="N", type=positive_int, default=80, help="default 80")
