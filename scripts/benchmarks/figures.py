@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from checkout import ROOT
+from detection.reporting.tables import aligned
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -139,12 +140,15 @@ def ratio_cell(ratio: Mapping[str, Any], digits: int = 2) -> str:
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    lines = []
-    for cells in (headers, ["-" * width for width in widths], *rows):
-        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        lines.append("  ".join([cells[0].ljust(widths[0]), *rest]).rstrip())
-    return "\n".join(lines)
+    rules = ["-" * max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    return "\n".join(aligned([headers, rules, *rows], {0}))
+
+
+def nested_table(title: str, cells: Mapping[str, Mapping[str, str]]) -> str:
+    """A column for each name, a row for each key of what the names have."""
+    keys = dict.fromkeys(key for column in cells.values() for key in column)
+    rows = [[key, *(column.get(key, "-") for column in cells.values())] for key in keys]
+    return f"{title}\n{format_table(['', *cells], rows)}"
 
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "opencv-python",
@@ -175,13 +179,9 @@ def machine_record(device: str = "cpu") -> dict[str, Any]:
         record |= {
             "gpu": properties.name,
             "gpu_memory_gb": round(properties.total_memory / 2**30, 1),
-            "gpu_multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "tf32": {
-                "matmul": torch.backends.cuda.matmul.allow_tf32,
-                "convolution": torch.backends.cudnn.allow_tf32,
-            },
+            "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
         }
     return record
 
@@ -219,25 +219,18 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {key: installed[key] for key in PACKAGES if key in installed}
 
 
 def _commit() -> dict[str, Any]:
     """Commit of this checkout, and whether its files differ from it; empty where there is no git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        head, changed = (
-            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"commit": head, "modified": bool(changed)}
+    return {"commit": text.removesuffix("-dirty"), "modified": text.endswith("-dirty")}
 
 
 def _cpu_field(name: str) -> str:

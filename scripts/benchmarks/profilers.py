@@ -171,21 +171,17 @@ def count_waits(events: Sequence[Event], spans: StageSpans, num_steps: int) -> d
 
 
 def gpu_figures(events: Sequence[Event], num_steps: int) -> dict[str, float]:
-    """Kernels, launches and copies a step, seconds a step in which the GPU worked, and the share of the time between
-    its first and last work in which it had nothing to do."""
+    """Kernels, launches and copies a step, and seconds a step in which the GPU worked."""
     work = [(event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") in _GPU_WORK]
     kernels = sum(event.get("cat") == "kernel" for event in events)
     launches = sum(event.get("cat") in _RUNTIME and "Launch" in event.get("name", "") for event in events)
     counts = {"kernels": kernels, "launches": launches, "copies": len(work) - kernels}
     figures = {f"{name}_per_step": number / num_steps for name, number in counts.items()}
-    if work:
-        busy, reached = 0.0, work[0][0]
-        for start, end in work:
-            busy += max(0.0, end - max(start, reached))
-            reached = max(reached, end)
-        figures["gpu_busy_seconds_per_step"] = busy / 1e6 / num_steps
-        figures["gpu_idle_share"] = 1 - busy / (reached - work[0][0])
-    return figures
+    busy, reached = 0.0, 0.0
+    for start, end in work:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return figures | {"gpu_busy_seconds_per_step": busy / 1e6 / num_steps}
 
 
 def count_flops(run: Callable[[], object]) -> int:

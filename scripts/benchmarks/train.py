@@ -26,6 +26,7 @@ from benchmarks.figures import (
     format_table,
     in_own_process,
     interleave,
+    nested_table,
     ratio_cell,
     spread,
 )
@@ -267,7 +268,7 @@ class Comparison:
             if self.on_gpu:
                 gpu[name] = profilers.gpu_figures(events, len(work.batches))
                 # Under the profiler, which slows the host, it is idle for longer.
-                busy = gpu[name].get("gpu_busy_seconds_per_step", 0.0)
+                busy = gpu[name]["gpu_busy_seconds_per_step"]
                 gpu[name]["idle_share"] = max(0.0, 1 - busy / row["seconds"]["median"])
             # Ours does less work for the same losses (the RPN learns at its samples only), so each owner's is counted.
             if step.variant.owner not in flops:
@@ -312,26 +313,21 @@ def bytes_added(variant: Variant, work: Work, threads: int) -> int:
 
 
 def _probe_tables(figures: Mapping[str, Any]) -> list[str]:
-    stages = figures["stage_seconds"]
-    cells = [
-        [stage, *(f"{of[stage] * 1e3:.1f} ({of[stage] / sum(of.values()):.0%})" for of in stages.values())]
-        for stage in STAGES
+    def cells(figures: Mapping[str, Mapping[str, float]], write: Callable[[float, float], str]) -> Any:
+        return {
+            name: {key: write(value, sum(of.values())) for key, value in of.items()} for name, of in figures.items()
+        }
+
+    waits = {name: {"all kinds": sum(kinds.values()), **kinds} for name, kinds in figures["waits"].items()}
+    texts = [
+        nested_table(
+            "stages, ms a step of one profiled pass",
+            cells(figures["stage_seconds"], lambda value, whole: f"{value * 1e3:.1f} ({value / whole:.0%})"),
+        ),
+        nested_table("synchronizations a step", cells(waits, lambda value, _: f"{value:.0f}")),
     ]
-    texts = ["stages, ms a step of one profiled pass\n" + format_table(["", *stages], cells)]
-    cells = [
-        [name, f"{sum(kinds.values()):.0f}", ", ".join(f"{kind} {number:.0f}" for kind, number in kinds.items())]
-        for name, kinds in figures["waits"].items()
-    ]
-    texts.append("synchronizations a step\n" + format_table(["", "all", "kinds"], cells))
     if figures["gpu"]:
-        keys = ("kernels_per_step", "launches_per_step", "copies_per_step")
-        cells = [
-            [name, *(f"{of[key]:,.0f}" for key in keys), f"{of.get('gpu_busy_seconds_per_step', 0) * 1e3:.1f}"]
-            + [f"{of['idle_share']:.0%}"]
-            for name, of in figures["gpu"].items()
-        ]
-        headers = ["", "kernels", "launches", "copies", "busy ms", "idle share of a timed step"]
-        texts.append("the GPU's work a step\n" + format_table(headers, cells))
+        texts.append(nested_table("the GPU's work", cells(figures["gpu"], lambda value, _: f"{value:,.5g}")))
     work = ", ".join(f"{owner} {number:.1f}" for owner, number in figures["gflop_per_image"].items())
     rates = ", ".join(f"{amp} {rate:,.0f}" for amp, rate in figures["matmul_gflops"].items())
     shares = ", ".join(f"{name} {share:.0%}" for name, share in figures["utilization"].items())
