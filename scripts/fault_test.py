@@ -23,7 +23,7 @@ from data import make_shapes
 from fault_injection.corruptions import all_broken, corrupt_and_resume
 from fault_injection.disk import fill_and_resume
 from fault_injection.kills import Durations, KilledTraining, kill_and_resume
-from fault_injection.report import faults, page, write_page
+from fault_injection.report import faults, page
 from fault_injection.signals import stop_and_resume
 from fault_injection.training import (
     ITERATIONS_PER_EPOCH,
@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     text = page(record, headline(record).replace("\n", "\n\n"))
     print(f"\n{text}")
     if arguments.report is not None:
-        write_page(arguments.report, text)
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)
+        arguments.report.write_text(text)
     if arguments.json is not None:
         write_json(arguments.json, record)
     return 1 if faults(record) else 0
@@ -151,9 +152,7 @@ def _undisturbed(training: Training, output: Path) -> Durations:
     for has_come in marks:
         life.wait_until(has_come)
         times.append(time.monotonic() - life.began)
-    statuses = life.wait()
-    if statuses is None or any(statuses):
-        raise FaultTestError(f"{training.name}: the undisturbed training failed ({statuses}):\n{life.last_words(30)}")
+    life.finish()
     first, epoch, validated = times
     iteration = (epoch - first) / (ITERATIONS_PER_EPOCH - 1)
     durations = Durations(round(first, 2), round(iteration, 3), round(validated - epoch, 2))
@@ -165,8 +164,7 @@ def _stopped(training: Training, folder: Path) -> Path:
     """Output of a training that was killed in its second half, with a checkpoint before the newest."""
     output = folder / "run"
     life = Life(training, output, folder / "log.txt").start()
-    if not life.wait_until(lambda: newest_on_disk(output)[0] >= training.num_iterations - 7):
-        raise FaultTestError(f"{training.name}: it ended before it could be killed\n{life.last_words()}")
+    life.reach(lambda: newest_on_disk(output)[0] >= training.num_iterations - 7)
     life.send(signal.SIGKILL)
     life.wait()
     return output

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fault_injection.comparison import differences
-from fault_injection.training import FaultTestError, Life, Say, Training, finish, newest_on_disk
+from fault_injection.training import FaultTestError, Life, Say, Training, newest_on_disk
 
 KINDS = ("truncated", "bit flipped", "empty", "foreign file", "half-written", "overwritten block")
 
@@ -45,7 +45,8 @@ def corrupt_and_resume(
         # The plan says where a run would go on; one of each kind really does.
         corruption.resumed_to_the_end = number < len(KINDS)
         try:
-            finish(training, output, log, more=() if corruption.resumed_to_the_end else ("--dry-run",))
+            more = () if corruption.resumed_to_the_end else ("--dry-run",)
+            Life(training, output, log, more=more).start().finish()
         except FaultTestError as error:
             corruption.fault = str(error)
         said = log.read_text()

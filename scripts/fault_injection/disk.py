@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fault_injection.comparison import differences
-from fault_injection.training import ITERATIONS_PER_EPOCH, FaultTestError, Life, Say, Training, newest_on_disk, position
+from fault_injection.training import ITERATIONS_PER_EPOCH, Life, Say, Training, newest_on_disk, position
 
 SPARE_BYTES = 20 * 2**20
 """Room for logs, curves and detections."""
@@ -42,13 +42,13 @@ def fill_and_resume(training: Training, reference: Path, work: Path, say: Say) -
         # last, previous and one epoch, and half of the file that comes next
         with _limited(folder, int(3.5 * file_bytes) + SPARE_BYTES) as (way, prefix, enlarge):
             case = DiskCase(what, way)
-            life = Life(training, folder / "run", folder.with_suffix(".txt"), launcher="direct", prefix=prefix).start()
+            life = Life(training, folder / "run", folder.with_suffix(".txt"), direct=True, prefix=prefix).start()
             if is_freed:
                 _make_room_in_mid_run(life, enlarge)
             _judge(case, life, is_freed)
             if not case.fault and not is_freed:
                 enlarge([])
-                life = Life(training, life.output, life.log, launcher="direct").start()
+                life = Life(training, life.output, life.log, direct=True).start()
                 if (statuses := life.wait()) is None or any(statuses):
                     case.fault = f"the resume with room ended with {statuses}: {life.last_words()}"
             if not case.fault:
@@ -89,8 +89,7 @@ def _limited(folder: Path, num_bytes: int) -> Iterator[tuple[str, tuple[str, ...
 
 def _make_room_in_mid_run(life: Life, enlarge: Enlarge) -> None:
     last_epoch = life.training.num_iterations - ITERATIONS_PER_EPOCH
-    if not life.wait_until(lambda: position(life.output).iterations >= last_epoch):
-        raise FaultTestError(f"the run on a full disk ended too early:\n{life.last_words()}")
+    life.reach(lambda: position(life.output).iterations >= last_epoch)
     life.send(signal.SIGSTOP)  # so that the room is there before the next save
     enlarge(life.rank_ids())
     life.send(signal.SIGCONT)

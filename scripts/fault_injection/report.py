@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-MARKER = "<!-- written by scripts/fault_test.py; do not edit below -->"
 Record = Mapping[str, Any]
 
 
@@ -34,13 +32,6 @@ def page(record: Record, headline: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write the page; where the file has a marker, what stands above it stays."""
-    above = path.read_text().partition(MARKER) if path.is_file() else ("", "", "")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{above[0]}{MARKER}\n\n{text}" if above[1] else text)
-
-
 def _kills(trainings: Sequence[Record]) -> list[str]:
     kills = [kill for entry in trainings for kill in entry["kills"]]
     rows = []
@@ -51,9 +42,8 @@ def _kills(trainings: Sequence[Record]) -> list[str]:
         moments = [hit[moment] for moment in ("start-up", "training", "validation", "save")]
         one_rank = sum(kill["scope"] != "all" for kill in mine)
         different = _count(entry["differences"] or entry["failure"] for entry in of_this)
-        rows.append(
-            [name, len(of_this), len(mine), *moments, one_rank, _count(kill["lost"] for kill in mine), different]
-        )
+        lost = _count(kill["lost"] for kill in mine)
+        rows.append([name, len(of_this), len(mine), *moments, one_rank, lost, different])
     header = ["training", "trainings", "kills", "in start-up", "in an iteration", "in a validation", "in a save",
               "one rank only", "lost", "different"]  # fmt: skip
     lost, ended = _count(kill["lost"] for kill in kills), _count(not entry["failure"] for entry in trainings)
@@ -86,11 +76,8 @@ def _corruptions(corruptions: Sequence[Record], all_broken: str) -> list[str]:
 
 def _signals(trainings: Sequence[Record]) -> list[str]:
     cases = [case for entry in trainings for case in entry["cases"]]
-    rows = [
-        [*(case[key] for key in ("training", "signal", "moment", "to")), _statuses(case), case["iterations_after"]]
-        + ["no" if case["fault"] else "yes"]
-        for case in cases
-    ]
+    keys = ("training", "signal", "moment", "to", "statuses", "iterations_after")
+    rows = [[*(case[key] for key in keys), _yes(not case["fault"])] for case in cases]
     header = ["training", "signal", "in", "to", "exit status", "iterations still done", "as documented"]
     different = _count(entry["differences"] for entry in trainings)
     title = f"## {len(cases)} signals: {_count(case['fault'] for case in cases)} faults, {different} different"
@@ -98,22 +85,19 @@ def _signals(trainings: Sequence[Record]) -> list[str]:
 
 
 def _disk(cases: Sequence[Record]) -> str:
-    yes = {True: "yes", False: "no"}
-    rows = [
+    header = ["disk", "by", "exit status", "said", "ended with the same bits"]
+    keys = ("what", "way", "statuses")
+    return _table(
+        header,
         [
-            case["what"],
-            case["way"],
-            _statuses(case),
-            yes[case["said"]],
-            yes[not case["fault"] and not case["differences"]],
-        ]
-        for case in cases
-    ]
-    return _table(["disk", "by", "exit status", "said", "ended with the same bits"], rows)
+            [*(case[key] for key in keys), _yes(case["said"]), _yes(not (case["fault"] or case["differences"]))]
+            for case in cases
+        ],
+    )
 
 
-def _statuses(case: Record) -> str:
-    return ", ".join(map(str, case["statuses"] or ["none"]))
+def _yes(value: Any) -> str:
+    return "yes" if value else "no"
 
 
 def _count(values: Iterable[Any]) -> int:
@@ -121,4 +105,7 @@ def _count(values: Iterable[Any]) -> int:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
+    def text(cell: Any) -> str:  # exit statuses are a list
+        return ", ".join(map(str, cell)) if isinstance(cell, list) else str(cell)
+
+    return "\n".join("| " + " | ".join(map(text, row)) + " |" for row in [header, ["---"] * len(header), *rows])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fault_injection.comparison import differences
-from fault_injection.training import FaultTestError, Life, Say, Training, finish, newest_on_disk, position, send, starts
+from fault_injection.training import Life, Say, Training, newest_on_disk, position, send, starts
 
 STOPPED = 75
 INTERRUPTED_TWICE = 130
@@ -55,34 +55,32 @@ def stop_and_resume(
         for moment in ("training", "validation"):
             rank = random_state.randrange(training.processes)
             to = f"rank {rank}" if training.processes > 1 else "the process"
-            life = Life(training, output, log, launcher="direct").start()
+            life = Life(training, output, log, direct=True).start()
             _await(moment, life)
             case = SignalCase(training.name, number.name, moment, to)
             note(_send_and_judge(case, life, life.rank_ids()[rank], number, [STOPPED] * training.processes))
     if training.processes > 1:
         # A scheduler's SIGTERM reaches torchrun alone, which hands it on.
-        life = Life(training, output, log, launcher="torchrun").start()
+        life = Life(training, output, log).start()
         _await("training", life)
         case = SignalCase(training.name, "SIGTERM", "training", "torchrun")
         note(_send_and_judge(case, life, life.processes[0].pid, signal.SIGTERM, [1]))
     else:
         note(_in_wait_for_data(training, output, log))
         note(_second_interrupt(training, output, log))
-    finish(training, output, log)
+    Life(training, output, log).start().finish()
     result.differences = differences(reference, output)
     return result
 
 
 def _await(moment: str, life: Life) -> None:
     count = len(starts(life.output))
-    came = life.wait_until(lambda: len(starts(life.output)) > count)
+    life.reach(lambda: len(starts(life.output)) > count)
     first = position(life.output).iterations
     if moment == "validation":
-        came = came and life.wait_until(lambda: position(life.output).in_validation)
+        life.reach(lambda: position(life.output).in_validation)
     else:
-        came = came and life.wait_until(lambda: position(life.output).iterations > first)
-    if not came:
-        raise FaultTestError(f"{life.training.name}: it ended before the {moment} to be stopped\n{life.last_words()}")
+        life.reach(lambda: position(life.output).iterations > first)
 
 
 def _send_and_judge(case: SignalCase, life: Life, pid: int, number: signal.Signals, expected: list[int]) -> SignalCase:
@@ -131,8 +129,7 @@ def _second_interrupt(training: Training, output: Path, log: Path) -> SignalCase
     # Iterations of seconds, in a run of its own.
     slow = ("--min-size", "480", "--max-size", "640", "--accumulate", "8")
     life = Life(training, output.with_name("interrupted_twice"), log, more=slow, resume=False).start()
-    if not life.wait_until(lambda: len(starts(life.output)) > 0):
-        raise FaultTestError(f"{training.name}: it ended before the iteration to be interrupted\n{life.last_words()}")
+    life.reach(lambda: len(starts(life.output)) > 0)
     life.send(signal.SIGINT)
     time.sleep(0.1)
     # However fast the device is: the two seconds between the interrupts fall into one iteration.

@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -131,9 +130,8 @@ class Life:
     output: Path
     log: Path
     more: tuple[str, ...] = ()
-    launcher: str = "auto"
-    """direct: the ranks are started by this program, which sees their exit statuses; torchrun; auto: torchrun where
-    there are several processes."""
+    direct: bool = False
+    """Several ranks are started by this program, which sees their exit statuses, instead of by torchrun."""
     resume: bool = True
     prefix: tuple[str, ...] = ()
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -146,7 +144,7 @@ class Life:
         environment = {**os.environ, MARK: self.mark, "PYTHONUNBUFFERED": "1"}
         environment.setdefault("OMP_NUM_THREADS", "1")
         self.began = time.monotonic()
-        if count == 1 or self.launcher != "direct":
+        if count == 1 or not self.direct:
             agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
             self._popen([*agent, *command], environment)
             return self
@@ -171,21 +169,32 @@ class Life:
     def is_over(self) -> bool:
         return all(process.poll() is not None for process in self.processes)
 
-    def wait_until(self, happened: Callable[[], bool], patience: float = PATIENCE) -> bool:
+    def wait_until(self, happened: Callable[[], bool]) -> bool:
         """Whether it happened before the training ended; FaultTestError where neither does."""
-        until = time.monotonic() + patience
+        until = time.monotonic() + PATIENCE
         while not happened():
             if self.is_over:
                 return False
             if time.monotonic() > until:
                 self.kill_all()
-                raise FaultTestError(f"nothing happened for {patience:.0f} s; see {self.log}")
+                raise FaultTestError(f"nothing happened for {PATIENCE:.0f} s; see {self.log}")
             time.sleep(POLL_SECONDS)
         return True
 
-    def wait(self, patience: float = PATIENCE) -> list[int] | None:
-        """Exit statuses; None where the training still runs after so many seconds: it is killed then."""
-        until = time.monotonic() + patience
+    def reach(self, happened: Callable[[], bool]) -> None:
+        """wait_until, and FaultTestError where the training ends before."""
+        if not self.wait_until(happened):
+            raise FaultTestError(f"{self.training.name}: it ended before it could be disturbed\n{self.last_words()}")
+
+    def finish(self) -> None:
+        """Let it run to its end; FaultTestError where it does not get there."""
+        statuses = self.wait()
+        if statuses is None or any(statuses):
+            raise FaultTestError(f"{self.training.name}: it ended with {statuses}:\n{self.last_words(30)}")
+
+    def wait(self) -> list[int] | None:
+        """Exit statuses; None where the training still runs after PATIENCE: it is killed then."""
+        until = time.monotonic() + PATIENCE
         while not self.is_over:
             if time.monotonic() > until:
                 self.kill_all()
@@ -228,15 +237,3 @@ def send(pid: int, number: signal.Signals) -> None:
     """A signal to a process that may have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-def finish(training: Training, output: Path, log: Path, **options: Any) -> None:
-    """Let a training run to its end.
-
-    Raises:
-        FaultTestError: it does not get there.
-    """
-    life = Life(training, output, log, **options).start()
-    statuses = life.wait()
-    if statuses is None or any(statuses):
-        raise FaultTestError(f"{training.name}: the training ended with {statuses}:\n{life.last_words(30)}")

@@ -10,7 +10,6 @@ import json
 import signal
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from benchmarks.figures import full_record, headline, write_json
 from data import make_shapes
 from fault_injection.comparison import differences
 from fault_injection.signals import STOPPED
-from fault_injection.training import FaultTestError, Life, Training, finish, newest_on_disk, position, starts
+from fault_injection.training import FaultTestError, Life, Training, newest_on_disk, position, starts
 
 CLOSE = 0.05
 """Median over the iterations of a loss's relative difference, where bits are not promised."""
@@ -87,29 +86,25 @@ def interrupted(data: Path, device: str, short: bool, work: Path) -> dict[str, A
     """Killed in the first epoch, stopped with SIGINT in the second; {"faults": [...], figures}."""
     training = RealTraining("bf16", 1, (), data, device, EPOCHS, 4, short)
     alone, disturbed, log = work / "alone", work / "disturbed", work / "disturbed.txt"
-    finish(training, alone, work / "alone.txt", resume=False)
+    Life(training, alone, work / "alone.txt", resume=False).start().finish()
     num_iterations = position(alone).iterations
     faults: list[str] = []
 
-    def start_and_wait(has_come: Callable[[], bool]) -> Life:
-        life = Life(training, disturbed, log).start()
-        if not life.wait_until(has_come):
-            raise FaultTestError(f"{disturbed.name}: it ended before it could be disturbed\n{life.last_words(30)}")
-        return life
-
-    life = start_and_wait(lambda: newest_on_disk(disturbed)[0] >= training.checkpoint_iterations)
+    life = Life(training, disturbed, log).start()
+    life.reach(lambda: newest_on_disk(disturbed)[0] >= training.checkpoint_iterations)
     life.send(signal.SIGKILL)
     life.wait()
     saved = newest_on_disk(disturbed)[0]
     in_second_epoch = num_iterations * 3 // 4
-    life = start_and_wait(lambda: len(starts(disturbed)) == 2 and position(disturbed).iterations >= in_second_epoch)
+    life = Life(training, disturbed, log).start()
+    life.reach(lambda: len(starts(disturbed)) == 2 and position(disturbed).iterations >= in_second_epoch)
     if starts(disturbed)[-1] != saved:
         faults.append(f"resumed at iteration {starts(disturbed)[-1]}, though a checkpoint had {saved}")
     life.send(signal.SIGINT)
     statuses = life.wait()
     if statuses != [STOPPED]:
         faults.append(f"SIGINT ended the training with {statuses} instead of {STOPPED}")
-    finish(training, disturbed, log)
+    Life(training, disturbed, log).start().finish()
 
     ours, theirs = _train_records(disturbed), _train_records(alone)
     recorded = [record["iteration"] for record in ours]
@@ -141,7 +136,8 @@ def repeated(data: Path, device: str, short: bool, work: Path) -> dict[str, Any]
     training = RealTraining("bf16", 1, ("--deterministic",), data, device, 1, 4, short)
     outputs = [work / "first", work / "second"]
     for output in outputs:
-        finish(training, output, output.with_suffix(".txt"), more=("--limit-train-batches", "3"), resume=False)
+        more = ("--limit-train-batches", "3")
+        Life(training, output, output.with_suffix(".txt"), more=more, resume=False).start().finish()
     unequal = differences(*outputs)
     return {
         "faults": unequal[:5],
