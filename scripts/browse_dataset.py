@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import checkout  # noqa: F401
+from checkout import exit_status
 from data import (
     CocoDataset,
     DatasetError,
@@ -42,50 +42,39 @@ GALLERY_COUNT, PNG_COUNT = 200, 32
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    try:
-        images, annotations = locate(arguments)
-        if arguments.html is not None:
-            return write_html(images, annotations, arguments)
-        dataset = CocoDataset(images, read_coco(annotations), training=arguments.split == "train")
-        count = browse(dataset, arguments)
-    except (DataError, ConfigError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"{count} images in {arguments.output_dir / 'mosaic.png' if arguments.mosaic else arguments.output_dir}")
-    return 0
-
-
-class _DefaultsOnce(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds a default where there is one and the help does not say it, in brackets, already."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default is None or action.nargs == 0 or "[" in (action.help or "")
-        return action.help if said else super()._get_help_string(action)
+    return exit_status(lambda: show(arguments), DataError, ConfigError, OSError, status=1)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=_DefaultsOnce)
-    parser.add_argument("--dataset", choices=("coco", "shapes"), default="coco", help="shapes: made if not there")
-    parser.add_argument("--data-path", type=Path, help="[datasets/coco or datasets/shapes]")
-    parser.add_argument("--images", type=Path, help="folder of images of any COCO-format set")
-    parser.add_argument("--annotations", type=Path, help="annotation file of that set")
-    parser.add_argument("--split", choices=("train", "val"), default="train", help="val: no flips, every image")
-    parser.add_argument("--output-dir", type=Path, default=Path("browse"), help="where the PNG files go")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="a gallery in one file instead; replaces nothing but a gallery"
-    )
-    parser.add_argument("--thumbnail-size", type=positive_int, default=480, help="gallery: longest side, pixels")
-    parser.add_argument(
-        "--count", type=positive_int, help=f"number of images at most [{PNG_COUNT}; gallery {GALLERY_COUNT}]"
-    )
-    parser.add_argument("--mosaic", action="store_true", help="one file, mosaic.png, with all of them")
-    parser.add_argument("--min-size", type=int, default=800, help="shorter side after the resize")
-    parser.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
-    parser.add_argument("--batch-size", type=int, default=16, help="global batch size: decides order and padding")
-    parser.add_argument("--epoch", type=int, default=0, help="0-based: which epoch's order and augmentation")
-    parser.add_argument("--seed", type=int, default=0, help="that of the training; gallery: which images")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--dataset", choices=("coco", "shapes"), default="coco", help="shapes: made if not there [coco]")
+    add("--data-path", type=Path, help="[datasets/coco or datasets/shapes]")
+    add("--images", type=Path, help="folder of images of any COCO-format set")
+    add("--annotations", type=Path, help="annotation file of that set")
+    add("--split", choices=("train", "val"), default="train", help="val: no flips, every image [train]")
+    add("--output-dir", type=Path, default=Path("browse"), help="where the PNG files go [browse]")
+    add("--html", type=Path, metavar="FILE", help="a gallery in one file instead; replaces nothing but a gallery")
+    add("--thumbnail-size", type=positive_int, default=480, help="gallery: longest side, pixels [480]")
+    add("--count", type=positive_int, help=f"number of images at most [{PNG_COUNT}; gallery {GALLERY_COUNT}]")
+    add("--mosaic", action="store_true", help="one file, mosaic.png, with all of them")
+    add("--min-size", type=int, default=800, help="shorter side after the resize [800]")
+    add("--max-size", type=int, default=1333, help="limit of the longer side [1333]")
+    add("--batch-size", type=int, default=16, help="global batch size: decides order and padding [16]")
+    add("--epoch", type=int, default=0, help="0-based: which epoch's order and augmentation [0]")
+    add("--seed", type=int, default=0, help="that of the training; gallery: which images [0]")
     add_augmentation_options(parser)
     return parser
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Writes the gallery or the images; the exit status."""
+    images, annotations = locate(arguments)
+    if arguments.html is not None:
+        return write_html(images, annotations, arguments)
+    count = browse(CocoDataset(images, read_coco(annotations), training=arguments.split == "train"), arguments)
+    print(f"{count} images in {arguments.output_dir / 'mosaic.png' if arguments.mosaic else arguments.output_dir}")
+    return 0
 
 
 def locate(arguments: argparse.Namespace) -> tuple[Path, Path]:

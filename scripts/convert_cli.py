@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-import checkout
+from checkout import ROOT, exit_status
 from data import read_coco
 from data.coco.findings import by_severity
 from data.convert.conversion import (
@@ -26,6 +25,7 @@ from data.convert.splits import split_by_seed
 from data.convert.write import WrittenSplit, write_coco_set
 from data.errors import DataError
 from detection.config.arg_types import inner_fraction
+from detection.reporting.tables import aligned
 
 Way = Callable[[argparse.Namespace], int]
 DEFAULT_VAL_FRACTION = 0.1
@@ -41,14 +41,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(arguments: argparse.Namespace) -> int:
     """Goes the way that was asked for; the exit status."""
-    try:
-        return arguments.convert(arguments)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    stopped = "stopped; nothing was written"
+    return exit_status(lambda: arguments.convert(arguments), DataError, OSError, status=1, stopped=stopped)
 
 
 def build_parsers(
@@ -64,15 +58,13 @@ def build_parsers(
     there.set_defaults(convert=to_coco)
     there.add_argument("source", type=Path, metavar=f"{kind}_DIR", help=source_help)
     there.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where annotations/ goes")
-    group = there.add_argument_group("splits")
-    group.add_argument(
-        "--val-fraction",
-        type=inner_fraction,
-        metavar="X",
-        help=f"share of the images to validate on, chosen by seed and file name [{DEFAULT_VAL_FRACTION} where the "
-        "source has no splits of its own]",
+    add = there.add_argument_group("splits").add_argument
+    text = (
+        f"share of the images to validate on, chosen by seed and file name [{DEFAULT_VAL_FRACTION} where the source "
+        "has no splits of its own]"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="another seed chooses others [0]")
+    add("--val-fraction", type=inner_fraction, metavar="X", help=text)
+    add("--seed", type=int, default=0, metavar="N", help="another seed chooses others [0]")
     back = ways.add_parser("from-coco", help=f"a COCO-format set to {files}", allow_abbrev=False)
     back.set_defaults(convert=from_coco)
     back.add_argument("output_dir", type=Path, metavar=f"{kind}_DIR", help="folder to make")
@@ -82,17 +74,14 @@ def build_parsers(
         source.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="its COCO JSON")
     making = there.add_argument_group("what to make of the source")
     making.add_argument("--exif", choices=["auto", "stored", "displayed"], default="auto", help=exif_help)
-    for group in (making, source):
-        group.add_argument(
-            "--skip-errors", action="store_true", help="leave images with errors out instead of stopping"
-        )
-    for way in (there, back):
-        group = way.add_argument_group("output")
-        group.add_argument("--copy", action="store_true", help="copy the images [they stay where they are]")
-        group.add_argument(
-            "--overwrite", action="store_true", help="move what is there aside (NAME.before_TIME) and write"
-        )
-        group.add_argument("--places", type=int, default=5, metavar="N", help="places shown for each finding [5]")
+    for way, group in ((there, making), (back, source)):
+        text = "leave images with errors out instead of stopping"
+        group.add_argument("--skip-errors", action="store_true", help=text)
+        add = way.add_argument_group("output").add_argument
+        add("--copy", action="store_true", help="copy the images [they stay where they are]")
+        text = "move what is there aside (NAME.before_TIME) and write"
+        add("--overwrite", action="store_true", help=text)
+        add("--places", type=int, default=5, metavar="N", help="places shown for each finding [5]")
     return parser, there, back
 
 
@@ -184,9 +173,8 @@ def report(remarks: Remarks, arguments: argparse.Namespace) -> None:
         for place in finding.places[: arguments.places]:
             print(f"    {place}")
         if finding.count > arguments.places:
-            print(
-                f"    and {finding.count - min(arguments.places, len(finding.places)):,} more (--places N shows more)"
-            )
+            more = finding.count - min(arguments.places, len(finding.places))
+            print(f"    and {more:,} more (--places N shows more)")
     if remarks.num_errors and not arguments.skip_errors:
         raise ConversionError(
             f"{remarks.num_errors:,} errors, listed above. Nothing was written. Mend them, or leave the images "
@@ -205,20 +193,13 @@ def class_table(
 ) -> str:
     """Images and boxes of each class, by split."""
     counts = check_classes(splits, class_names, remarks)
-    width = max(len(name) for name in ("images", *class_names)) + 2
-    head = f"{'':<{width}}" + "".join(f"{split:>10}" for split in splits)
-    images = f"{'images':<{width}}" + "".join(f"{len(found):>10,}" for found in splits.values())
-    lines = [head, images]
     totals: Counter[str] = sum(counts.values(), Counter())
-    shown = list(class_names)
-    if len(shown) > MAX_CLASSES_SHOWN:
-        often = {name for name, _ in totals.most_common(MAX_CLASSES_SHOWN)}
-        shown = [name for name in shown if name in often][:MAX_CLASSES_SHOWN]
-    for name in shown:
-        lines.append(f"{name:<{width}}" + "".join(f"{counts[split][name]:>10,}" for split in splits))
-    if len(class_names) > len(shown):
-        lines.append(f"and {len(class_names) - len(shown)} classes with fewer boxes")
-    return "\n".join(lines)
+    often = {name for name, _ in totals.most_common(MAX_CLASSES_SHOWN)}
+    shown = [name for name in class_names if len(class_names) <= MAX_CLASSES_SHOWN or name in often]
+    rows = [["", *splits], ["images", *(f"{len(found):,}" for found in splits.values())]]
+    rows += [[name, *(f"{counts[split][name]:,}" for split in splits)] for name in shown]
+    left_out = len(class_names) - len(shown)
+    return "\n".join(aligned(rows, {0}) + ([f"and {left_out} classes with fewer boxes"] if left_out else []))
 
 
 def next_commands(written: dict[str, WrittenSplit], output_dir: Path) -> str:
@@ -239,8 +220,8 @@ def next_commands(written: dict[str, WrittenSplit], output_dir: Path) -> str:
 
 
 def _program(name: str) -> str:
-    near = os.path.relpath(checkout.ROOT / name)
-    return _quoted(checkout.ROOT / name if near.startswith("..") else Path(near))
+    near = os.path.relpath(ROOT / name)
+    return _quoted(ROOT / name if near.startswith("..") else Path(near))
 
 
 def _quoted(path: Path) -> str:

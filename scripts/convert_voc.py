@@ -36,37 +36,30 @@ def _parser() -> argparse.ArgumentParser:
     parser, there, back = build_parsers(
         __doc__, "VOC", "XML files", "the folder with XML files and images", exif_help, _to_coco, _from_coco
     )
-    there.add_argument("--xml", type=Path, metavar="DIR", help="the XML files [VOC_DIR/Annotations, or VOC_DIR]")
-    there.add_argument("--images", type=Path, metavar="DIR", help="the images [VOC_DIR/JPEGImages, or VOC_DIR]")
-    there.add_argument(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="class names, one a line, in the order wanted [VOC_DIR/classes.txt, labels.txt or labelmap.txt; else the "
-        "names found, by alphabet]",
+    add = there.add_argument
+    add("--xml", type=Path, metavar="DIR", help="the XML files [VOC_DIR/Annotations, or VOC_DIR]")
+    add("--images", type=Path, metavar="DIR", help="the images [VOC_DIR/JPEGImages, or VOC_DIR]")
+    text = (
+        "class names, one a line, in the order wanted [VOC_DIR/classes.txt, labels.txt or labelmap.txt; else the names "
+        "found, by alphabet]"
     )
-    there.add_argument(
-        "--coordinates",
-        choices=["auto", "one-based", "zero-based"],
-        default="auto",
-        help="one-based: VOC's own, pixels from 1, the last included. zero-based: edges from 0, as LabelImg and CVAT "
-        "write them. auto: one-based for files that name VOC under <source><database>, else zero-based [auto]",
+    add("--classes", type=Path, metavar="FILE", help=text)
+    text = (
+        "one-based: VOC's own, pixels from 1, the last included. zero-based: edges from 0, as LabelImg and CVAT write "
+        "them. auto: one-based for files that name VOC under <source><database>, else zero-based [auto]"
     )
-    there.add_argument(
-        "--difficult",
-        choices=["ignore", "keep", "drop"],
-        default="ignore",
-        help="objects marked difficult. ignore: not trained on, and not counted in evaluation (iscrowd). keep: like "
-        "all others. drop: as if they were not there [ignore]",
+    add("--coordinates", choices=["auto", "one-based", "zero-based"], default="auto", help=text)
+    text = (
+        "objects marked difficult. ignore: not trained on, and not counted in evaluation (iscrowd). keep: like all "
+        "others. drop: as if they were not there [ignore]"
     )
+    add("--difficult", choices=["ignore", "keep", "drop"], default="ignore", help=text)
     for split in ("train", "val", "test"):
-        there.add_argument(
-            f"--{split}-list", type=Path, metavar="FILE", help=f"names of the {split} set [ImageSets/Main/{split}.txt]"
-        )
-    back.add_argument(
-        "--coordinates", choices=["one-based", "zero-based"], default="one-based", help="see to-coco [one-based]"
-    )
-    back.add_argument("--whole-pixels", action="store_true", help="round boxes, for readers that need integers")
+        text = f"names of the {split} set [ImageSets/Main/{split}.txt]"
+        add(f"--{split}-list", type=Path, metavar="FILE", help=text)
+    add = back.add_argument
+    add("--coordinates", choices=["one-based", "zero-based"], default="one-based", help="see to-coco [one-based]")
+    add("--whole-pixels", action="store_true", help="round boxes, for readers that need integers")
     return parser
 
 
