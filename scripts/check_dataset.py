@@ -19,6 +19,8 @@ from data.coco.findings import MAX_PLACES, SEVERITIES, Finding, by_severity
 from data.coco.image_checks import DecodedImage, check_images, check_leaks, inspect_images
 from data.coco.layout import standard_layout
 
+SPLITS = ("train", "val")
+
 
 @dataclass
 class Split:
@@ -34,7 +36,7 @@ class Split:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    splits = _splits(arguments)
+    splits: list[Split] = arguments.splits
     for split in splits:
         _check(split, arguments)
     between: list[Finding] = []
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", type=Path, help="a set in COCO's standard layout (default: datasets/coco)")
-    for split in ("train", "val"):
+    for split in SPLITS:
         parser.add_argument(f"--{split}-images", type=Path, metavar="DIR", help=f"images of the {split} split")
         parser.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="its COCO annotation file")
     parser.add_argument("--fast", action="store_true", help="do not open the images (seconds, also for all of COCO)")
@@ -67,28 +69,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--places", type=int, default=10, metavar="N", help="places shown per finding (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"write the findings, up to {MAX_PLACES} places each")
     arguments = parser.parse_args(argv)
-    given = [(arguments.train_images, arguments.train_annotations), (arguments.val_images, arguments.val_annotations)]
-    for images, file in given:
-        if (images is None) != (file is None):
-            parser.error("images and annotations of a split go together: --train-images with --train-annotations")
-    if arguments.data_path is not None and any(file is not None for _, file in given):
+    files = {name: [getattr(arguments, f"{name}_{kind}") for kind in ("images", "annotations")] for name in SPLITS}
+    if any((images is None) != (file is None) for images, file in files.values()):
+        parser.error("images and annotations of a split go together: --train-images with --train-annotations")
+    arguments.splits = [Split(name, images, file) for name, (images, file) in files.items() if file is not None]
+    if arguments.data_path is not None and arguments.splits:
         parser.error("give either --data-path or the files of the splits")
-    return arguments
-
-
-def _splits(arguments: argparse.Namespace) -> list[Split]:
-    if arguments.train_annotations is None and arguments.val_annotations is None:
+    if not arguments.splits:
         layout = standard_layout(arguments.data_path or Path("datasets/coco"))
-        return [
-            Split("train", layout.train_images, layout.train_annotations),
-            Split("val", layout.val_images, layout.val_annotations),
+        arguments.splits = [
+            Split(name, getattr(layout, f"{name}_images"), getattr(layout, f"{name}_annotations")) for name in SPLITS
         ]
-    splits = []
-    if arguments.train_annotations is not None:
-        splits.append(Split("train", arguments.train_images, arguments.train_annotations))
-    if arguments.val_annotations is not None:
-        splits.append(Split("val", arguments.val_images, arguments.val_annotations))
-    return splits
+    return arguments
 
 
 def _check(split: Split, arguments: argparse.Namespace) -> None:

@@ -97,7 +97,7 @@ def _milestones(schedule: Schedule, iterations_per_epoch: int) -> list[int]:
         if isinstance(scheduler, MultiStepLR):
             unit = iterations_per_epoch if scheduler.by_epoch else 1
             end = min(schedule.max_epochs * iterations_per_epoch, (scheduler.end or sys.maxsize) * unit)
-            found |= {place for one in scheduler.milestones if (place := (scheduler.begin + one) * unit) < end}
+            found |= {place for one in scheduler.milestones if (place := round((scheduler.begin + one) * unit)) < end}
     return sorted(found)
 
 

@@ -27,18 +27,9 @@ name="tn$$"
 agents=()
 
 # Everything that belongs to a node of this test carries its name in the environment.
-processes_of() {
-    local folder
-    for folder in /proc/[0-9]*; do
-        if tr '\0' '\n' 2>/dev/null < "$folder/environ" | grep -qx "TWO_NODE_TEST=$name-$1"; then
-            echo "${folder#/proc/}"
-        fi
-    done 2>/dev/null || true
-}
-
 kill_node() {
     local pids
-    while pids="$(processes_of "$1")" && [ -n "$pids" ]; do
+    while pids="$(grep -lsxz "TWO_NODE_TEST=$name-$1" /proc/[0-9]*/environ | grep -o '[0-9]*' || true)" && [ -n "$pids" ]; do
         # shellcheck disable=SC2086
         kill -9 $pids 2>/dev/null || true
         sleep 0.1

@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import io
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +22,11 @@ from benchmarks.figures import (
     Samples,
     Say,
     add_common_arguments,
+    add_sample,
     figure_rows,
     figure_table,
     in_own_process,
+    measured,
 )
 from benchmarks.scenes import MAX_BOXES, NUM_CLASSES, draw_boxes, draw_sizes, write_annotations
 from detection.evaluation import METRIC_NAMES, CocoEvaluator, Detections, write_results
@@ -62,8 +63,7 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
             for name in backends:
                 say(name)
                 quantities, stats[name] = in_own_process(evaluate_once, name, Path(folder))
-                for quantity, value in quantities.items():
-                    samples.setdefault(name, {}).setdefault(quantity, []).append(value)
+                add_sample(samples, name, quantities)
     rows = figure_rows(samples, [JUDGE], "cpu_seconds")
     for row in rows:
         row["stats"] = dict(zip(METRIC_NAMES, stats[row["name"]], strict=True))
@@ -126,13 +126,8 @@ def evaluate_once(backend: str, folder: Path) -> tuple[dict[str, float], list[fl
             metrics = evaluator.evaluate(detections)
             return [metrics[name] for name in METRIC_NAMES]
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    wall, cpu = time.perf_counter(), time.process_time()
-    stats = call()
-    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = {"peak_mb": peak / 1e3, "grown_mb": (peak - before) / 1e3}
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, **memory, **besides}, [float(value) for value in stats]
+    stats, quantities = measured(call)
+    return quantities | besides, [float(value) for value in stats]
 
 
 def _faster_coco_eval(annotations: Path, detections: Detections) -> Callable[[], Sequence[float]]:

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
@@ -84,6 +85,22 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def measured(call: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    """The result of a call, and its seconds, CPU-seconds, and the memory of this process: peak_mb, grown_mb."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return result, seconds | {"peak_mb": peak / 1e3, "grown_mb": (peak - before) / 1e3}
+
+
+def add_sample(samples: Samples, name: str, quantities: Mapping[str, float]) -> None:
+    """One more round of `name`."""
+    for quantity, value in quantities.items():
+        samples.setdefault(name, {}).setdefault(quantity, []).append(value)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import checkout
-from benchmarks.figures import BenchmarkError, Say, figure_rows, figure_table, rotated, spread
+from benchmarks.figures import BenchmarkError, Say, figure_rows, figure_table, pairwise_ratio, rotated
 from benchmarks.steps import Variant, load_work
 
 ALONE, APART, TOGETHER = "one process alone", "all, gradients kept apart", "all, gradients exchanged"
@@ -52,11 +52,8 @@ def measure_scaling(
                 if name == APART and device.type == "cuda":
                     environment["CUDA_VISIBLE_DEVICES"] = str(place)
                 words = [sys.executable, *command, "--output-dir", str(output)]
-                trainings.append(
-                    subprocess.Popen(
-                        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-                    )
-                )
+                streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+                trainings.append(subprocess.Popen(words, env=environment, text=True, **streams))
             for training in trainings:
                 _, said = training.communicate()
                 if training.returncode != 0:
@@ -68,10 +65,9 @@ def measure_scaling(
         say(f"round {round_number} of {arguments.repeats}")
     rows = figure_rows(samples, [], "seconds")
     for row in rows:
-        row["images_per_second"] = arguments.batch_size * (1 if row["name"] == ALONE else number)
-        row["images_per_second"] /= row["seconds"]["median"]
-    pairs = zip(samples[ALONE]["seconds"], samples[TOGETHER]["seconds"], strict=True)
-    efficiency = spread([alone / all_ranks for alone, all_ranks in pairs])
+        images = arguments.batch_size * (1 if row["name"] == ALONE else number)
+        row["images_per_second"] = images / row["seconds"]["median"]
+    efficiency = pairwise_ratio(samples[TOGETHER]["seconds"], samples[ALONE]["seconds"])
     figures = {
         "device": device.type,
         "variant": variant.name,

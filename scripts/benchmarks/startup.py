@@ -20,14 +20,17 @@ from benchmarks.figures import (
     Samples,
     Say,
     add_common_arguments,
+    add_sample,
     figure_rows,
     figure_table,
     in_own_process,
+    measured,
 )
 from benchmarks.scenes import draw_sizes, write_annotations, write_images
 
 _POLYGON = [[round(7.3 * number % 400, 2) for number in range(48)]]
 """Of every box: 24 points, so that a file is as large as train2017's."""
+READERS = ("json.loads", "pycocotools.COCO", "ours, first start", "ours, later starts")
 _POLL_SECONDS = 0.02
 _TIMEOUT_SECONDS = 600.0
 _TOY = ["--model", "faster_rcnn_r18_fpn", "--weights", "none", "--min-size", "128", "--max-size", "213",
@@ -65,7 +68,7 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
                 "train.py to the first iteration's record": ([*training, "--output-dir", str(output)], output),
             }
             for title, (command, waits_in) in commands.items():
-                _add(samples, title, duration(command, waits_in))
+                add_sample(samples, title, duration(command, waits_in))
         figures: dict[str, Any] = {"device": "cpu", "startup": figure_rows(samples, [], "seconds")}
         text = figure_table(figures["startup"], "seconds", "s", CPU_s=_cpu)
         if arguments.annotation_images:
@@ -102,11 +105,6 @@ def _has_record(output: Path) -> bool:
     return metrics.exists() and '"train"' in metrics.read_text()
 
 
-def _add(samples: Samples, name: str, quantities: dict[str, float]) -> None:
-    for quantity, value in quantities.items():
-        samples.setdefault(name, {}).setdefault(quantity, []).append(value)
-
-
 def _cpu(row: Any) -> str:
     return f"{row['cpu_seconds']['median']:.2f}"
 
@@ -121,7 +119,7 @@ def _annotation_figures(arguments: argparse.Namespace, folder: Path, say: Say) -
         say(f"annotations, round {number + 1} of {arguments.repeats}")
         for reader in READERS:
             # The cache of this round is made by the reader before the one that maps it.
-            _add(samples, reader, in_own_process(read_once, reader, file, folder / f"cache_{number}"))
+            add_sample(samples, reader, in_own_process(read_once, reader, file, folder / f"cache_{number}"))
     return {
         "images": arguments.annotation_images,
         "boxes": len(content["annotations"]),
@@ -130,38 +128,17 @@ def _annotation_figures(arguments: argparse.Namespace, folder: Path, say: Say) -
     }
 
 
-def _read_with_pycocotools(file: Path, cache: Path) -> None:
-    from pycocotools.coco import COCO
-
-    COCO(str(file))
-
-
-def _read_with_ours(file: Path, cache: Path) -> None:
-    from data import read_coco
-
-    read_coco(file, cache_dir=cache)
-
-
-READERS: dict[str, Callable[[Path, Path], object]] = {
-    "json.loads": lambda file, cache: json.loads(file.read_bytes()),
-    "pycocotools.COCO": _read_with_pycocotools,
-    "ours, first start": _read_with_ours,
-    "ours, later starts": _read_with_ours,
-}
-
-
 def read_once(reader: str, file: Path, cache: Path) -> dict[str, float]:
     """Seconds and memory of one reading, without the imports."""
-    import pycocotools.coco  # noqa: F401
+    from pycocotools.coco import COCO
 
-    import data  # noqa: F401
+    from data import read_coco
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    wall, cpu = time.perf_counter(), time.process_time()
-    READERS[reader](file, cache)
-    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "grown_mb": grown / 1e3}
+    others: dict[str, Callable[[], object]] = {
+        "json.loads": lambda: json.loads(file.read_bytes()),
+        "pycocotools.COCO": lambda: COCO(str(file)),
+    }
+    return measured(others.get(reader, lambda: read_coco(file, cache_dir=cache)))[1]
 
 
 def _annotation_table(figures: dict[str, Any]) -> str:
