@@ -67,7 +67,6 @@ def run_parts(parts: Sequence[Part], arguments: argparse.Namespace, out: Path, w
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + arguments.minutes * 60
     outcomes: list[Outcome] = []
-    begun = _gpu_state()
     for part in parts:
         left = end - time.monotonic()
         if left <= 0:
@@ -76,7 +75,7 @@ def run_parts(parts: Sequence[Part], arguments: argparse.Namespace, out: Path, w
             print(f"{part.name}: {part.text}", file=sys.stderr, flush=True)
             outcomes.append(_run(part, min(part.limit, left), work))
             print(f"{part.name}: {_state(outcomes[-1])}", file=sys.stderr, flush=True)
-        _write(outcomes, arguments, out, [begun, _gpu_state()])
+        _write(outcomes, arguments, out)
     print(_table(outcomes))
     print(f"\n{out / 'results.json'}, {out / 'report.md'}")
     return 1 if any(outcome.state != OK for outcome in outcomes) else 0
@@ -119,8 +118,8 @@ def _table(outcomes: Sequence[Outcome]) -> str:
     return format_table(["part", "state", "seconds"], rows)
 
 
-def _write(outcomes: Sequence[Outcome], arguments: argparse.Namespace, out: Path, gpu: Sequence[str]) -> None:
-    found = {"gpu_before_and_after": gpu, "parts": [asdict(outcome) for outcome in outcomes]}
+def _write(outcomes: Sequence[Outcome], arguments: argparse.Namespace, out: Path) -> None:
+    found = {"parts": [asdict(outcome) for outcome in outcomes]}
     device = "cuda" if arguments.device == "cuda" and torch.cuda.is_available() else "cpu"
     record = full_record("check_gpu", vars(arguments), found, device)
     write_json(out / "results.json", record)
@@ -128,18 +127,7 @@ def _write(outcomes: Sequence[Outcome], arguments: argparse.Namespace, out: Path
     for outcome in outcomes:
         lines += [f"## {outcome.name}: {_state(outcome)}", "", f"    {outcome.command}", ""]
         lines += ["```", *outcome.said, "```", ""]
-    lines += ["## nvidia-smi, before and after", "", "```", *gpu, "```", ""]
     (out / "report.md").write_text("\n".join(lines))
-
-
-def _gpu_state() -> str:
-    """Name, driver, clocks and temperature as nvidia-smi tells them; empty without it."""
-    fields = "name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,temperature.gpu,power.draw"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Compares runs: a table, an image of loss, learning rate and mAP, and the settings that differ.
+"""Compares the output directories of two or more runs: a table of their figures (those of the validation with the
+highest mAP), the settings that differ, and an image of loss, learning rate and mAP.
 
-python scripts/compare_runs.py runs/a runs/b [runs/c ...] --png comparison.png
+    python scripts/compare_runs.py runs/a runs/b [runs/c ...] --png comparison.png
 """
 
-import argparse
 import sys
 
-import checkout  # noqa: F401
+from checkout import program_parser
 from detection.reporting import (
     MetricsError,
     RunsError,
@@ -18,10 +18,7 @@ from detection.reporting import (
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Compares the output directories of two or more runs: a table of their figures "
-        "(those of the validation with the highest mAP), the settings that differ, and an image."
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="DIR", help="output directory of a run (its --output-dir)")
     parser.add_argument("--png", metavar="FILE", help="image of loss, learning rate and mAP (needs matplotlib)")
     options = parser.parse_args(argv)

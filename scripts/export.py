@@ -24,6 +24,7 @@ from checkout import exit_status, program_parser
 from data import read_image
 from data.errors import DataError
 from data.images.files import find_images
+from data.tools.shape_scenes import draw_scene
 from detection.config.arg_types import fraction, positive_int
 from detection.errors import DetectionError
 from detection.export import (
@@ -134,22 +135,12 @@ def _images(sources: list[str], shape: InputShape, console: Console) -> list[np.
         images = [read_image(file) for file in files[:MOST_IMAGES]]
     else:
         console.say("comparing on three generated images; name some of yours for a comparison that means more")
-        images = [_generated(height, width) for height, width in ((480, 640), (500, 375), (120, 333))]
+        sizes = ((640, 480), (375, 500), (333, 120))
+        images = [draw_scene((number,), *size).pixels for number, size in enumerate(sizes)]
     if shape.height is None or shape.width is None:
         return images
     size = (shape.width, shape.height)
     return [np.asarray(Image.fromarray(image).resize(size)) for image in images]
-
-
-def _generated(height: int, width: int) -> np.ndarray:
-    """Rectangles of random colors: something with edges, the same at each call."""
-    random = np.random.default_rng((height, width))
-    image = np.zeros((height, width, 3), np.uint8)
-    for _ in range(60):
-        top, left = random.integers(0, (height, width))
-        bottom, right = random.integers((top, left), (height, width)) + 1
-        image[top:bottom, left:right] = random.integers(0, 256, 3)
-    return image
 
 
 def _compare(

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +75,33 @@ def memory_of(pid: int | None) -> dict[str, float] | None:
     return {name: round(value * 1024 / 1e6, 2) for name, value in found.items()}
 
 
+def _watch(name: str, epoch_of: Callable[[int], Iterable[Any]], epochs: int, say: Say) -> list[dict[str, Any]]:
+    """The memory after each of `epochs` passes."""
+    found = []
+    for epoch in range(epochs):
+        for _ in epoch_of(epoch):
+            pass
+        found.append(_memory())
+        say(f"{name}, epoch {epoch + 1} of {epochs}")
+    return found
+
+
 def _watch_ours(file: Path, arguments: argparse.Namespace, say: Say) -> dict[str, Any]:
     dataset = CocoDataset(file.parent, read_coco(file), training=True)
     batch_size, workers = arguments.batch_size, arguments.workers
     loader = TrainLoader(dataset, min_size=64, max_size=96, batch_size=batch_size, seed=0, workers=workers)
     num = loader.iterations_per_epoch
-    epochs, first_batch, start = [], 0.0, time.perf_counter()
-    for epoch in range(arguments.epochs):
-        for _ in loader.batches(epoch * num, (epoch + 1) * num):
-            first_batch = first_batch or time.perf_counter() - start
-        epochs.append(_memory())
-        say(f"ours, epoch {epoch + 1} of {arguments.epochs}")
-    start = time.perf_counter()
-    next(loader.batches(0, num))
-    later = time.perf_counter() - start
+
+    def seconds_to_first_batch() -> float:
+        start = time.perf_counter()
+        next(loader.batches(0, num))
+        return time.perf_counter() - start
+
+    first = seconds_to_first_batch()
+    epochs = _watch(OURS, lambda epoch: loader.batches(epoch * num, (epoch + 1) * num), arguments.epochs, say)
+    later = seconds_to_first_batch()
     loader.close()
-    return {"seconds_to_first_batch": first_batch, "seconds_to_first_batch_of_a_later_pass": later, "epochs": epochs}
+    return {"seconds_to_first_batch": first, "seconds_to_first_batch_of_a_later_pass": later, "epochs": epochs}
 
 
 class ListOfDicts(Dataset):
@@ -119,13 +131,7 @@ def _watch_peer(file: Path, arguments: argparse.Namespace, say: Say) -> dict[str
         num_workers=arguments.workers,
         persistent_workers=True,
     )
-    epochs = []
-    for epoch in range(arguments.epochs):
-        for _ in loader:
-            pass
-        epochs.append(_memory())
-        say(f"a list of dicts, epoch {epoch + 1} of {arguments.epochs}")
-    return {"epochs": epochs}
+    return {"epochs": _watch(PEER, lambda epoch: loader, arguments.epochs, say)}
 
 
 def _memory() -> dict[str, Any]:

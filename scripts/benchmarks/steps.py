@@ -6,10 +6,10 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,13 @@ _LOGIT_STD = 1.0  # lets about 2 of 100 class scores pass the score threshold, a
 _SETTLING_RUNS = 3  # the second still had 59,000 page faults, the third 60 (R50, 800x1088, batch 2)
 
 
-@dataclass(frozen=True)
-class Switch:
+class Switch(NamedTuple):
     """A setting that makes ours faster, and what a variant "-without" it runs instead."""
 
     text: str
     device: str | None = None
     """The only type of device that has it"""
-    implementations: Mapping[str, str] = field(default_factory=dict)
+    implementations: Mapping[str, str] = {}
     """Operators of detection.models.ops.backend, and which implementation of them runs"""
 
 
@@ -60,19 +59,16 @@ SWITCHES = {
     FUSED_OPTIMIZER: Switch("fused SGD"),
     KEPT_MEMORY: Switch("freed memory stays with the process", "cpu"),
     "sparse-roi-align": Switch("RoIAlign as a sparse matrix product", "cpu", {"roi_align": "operator"}),
-    "sparse-pyramid-gradient": Switch(
-        "pyramid's convolutions: no backward work where nothing was learned", "cpu", {"pyramid_gradient": "dense"}
-    ),
+    "sparse-pyramid-gradient": Switch("pyramid's convolutions: no backward work where nothing was learned", "cpu",
+                                      {"pyramid_gradient": "dense"}),
     "triton-nms": Switch("NMS as a Triton kernel, instead of rounds of products", "cuda", {"nms": "rounds"}),
-    "joint-nms": Switch(
-        "NMS of all images and levels at once, instead of an operator call each", "cuda", {"nms": "per_level"}
-    ),
+    "joint-nms": Switch("NMS of all images and levels at once, instead of an operator call each", "cuda",
+                        {"nms": "per_level"}),
     "triton-assignment": Switch("assignment as a Triton kernel", "cuda", {"assignment": "blocks"}),
     "triton-roi-align": Switch("RoIAlign as a Triton kernel", "cuda", {"roi_align": "operator"}),
-    "finished-convolutions": Switch(
-        "bias, residual and ReLU after a convolution in one pass", "cuda", {"convolution": "torch"}
-    ),
-}
+    "finished-convolutions": Switch("bias, residual and ReLU after a convolution in one pass", "cuda",
+                                    {"convolution": "torch"}),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,13 +191,9 @@ class OurStep:
         self.gradients = GradientComputer(
             self.model, trained_parameters(optimizer), self.precision, processes, guard, accumulate=1, graphs=graphs
         )
+        length = work.loader.iterations_per_epoch
         self.update = ParameterUpdate(
-            self.model,
-            optimizer,
-            schedule,
-            self.precision,
-            guard,
-            iterations_per_epoch=work.loader.iterations_per_epoch,
+            self.model, optimizer, schedule, self.precision, guard, iterations_per_epoch=length
         )
         images = work.loader.global_batch_size
         self.metrics = StepMetrics(processes, images_per_iteration=images, gradient_may_overflow=False)

@@ -139,12 +139,8 @@ def repeated(data: Path, device: str, short: bool, work: Path) -> dict[str, Any]
         more = ("--limit-train-batches", "3")
         Life(training, output, output.with_suffix(".txt"), more=more, resume=False).start().finish()
     unequal = differences(*outputs)
-    return {
-        "faults": unequal[:5],
-        "device": device,
-        "same_bits": not unequal,
-        "images_per_second": _images_per_second(outputs[0]),
-    }
+    rate = _images_per_second(outputs[0])
+    return {"faults": unequal[:5], "device": device, "same_bits": not unequal, "images_per_second": rate}
 
 
 def _train_records(output: Path) -> list[dict[str, Any]]:
