@@ -11,6 +11,8 @@ layer1.0.downsample.0.weight, ...), whatever the normalization.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from detection.models.ops.conv import convolution, end_of_block
 
 NORMS: tuple[str, ...] = ("frozen_bn", "bn", "gn")
+Norm = Callable[[int], nn.Module]
+"""Makes a norm for so many channels."""
 GROUPS_OF_GROUP_NORM = 32  # Wu and He, Group Normalization, section 4
 
 
@@ -93,27 +97,19 @@ def conv_norm(
     )
 
 
-@dataclass(frozen=True)
-class NormSettings:
-    """How the norms of one stage are made."""
+def _make_norm(kind: str, train_affine: bool, eps: float, channels: int) -> nn.Module:
+    if kind == "gn":
+        return nn.GroupNorm(GROUPS_OF_GROUP_NORM, channels, eps=eps)
+    if kind == "bn":
+        return nn.BatchNorm2d(channels, eps=eps)
+    return FrozenBatchNorm(channels, train_affine=train_affine, eps=eps)
 
-    norm: str
-    train_affine: bool
-    eps: float
 
-    def make(self, channels: int) -> nn.Module:
-        if self.norm == "gn":
-            return nn.GroupNorm(GROUPS_OF_GROUP_NORM, channels, eps=self.eps)
-        if self.norm == "bn":
-            return nn.BatchNorm2d(channels, eps=self.eps)
-        return FrozenBatchNorm(channels, train_affine=self.train_affine, eps=self.eps)
-
-    @property
-    def starts_blocks_as_identity(self) -> bool:
-        # A zero weight in a residual block's last norm steadies training from scratch (Goyal et al. 2017,
-        # section 5.1). Frozen norms come from a trained network, where a zero that nothing overwrites
-        # silences the block.
-        return self.norm != "frozen_bn"
+def _start_as_identity(last_norm: nn.Module) -> None:
+    # A zero weight in a residual block's last norm steadies training from scratch (Goyal et al. 2017, section 5.1).
+    # Frozen norms come from a trained network, where a zero that nothing overwrites silences the block.
+    if not isinstance(last_norm, FrozenBatchNorm):
+        nn.init.zeros_(last_norm.get_parameter("weight"))
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -122,10 +118,10 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
     return conv
 
 
-def _shortcut(inputs: int, outputs: int, stride: int, norms: NormSettings) -> nn.Sequential | None:
+def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(_conv(inputs, outputs, 1, stride), norms.make(outputs))
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
 
 
 def _identity(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
@@ -139,15 +135,14 @@ def _identity(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (ResNet 18 and 34)."""
 
-    def __init__(self, inputs: int, planes: int, stride: int, norms: NormSettings) -> None:
+    def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, planes, 3, stride)
-        self.bn1 = norms.make(planes)
+        self.bn1 = norm(planes)
         self.conv2 = _conv(planes, planes, 3)
-        self.bn2 = norms.make(planes)
-        self.downsample = _shortcut(inputs, planes, stride, norms)
-        if norms.starts_blocks_as_identity:
-            nn.init.zeros_(self.bn2.get_parameter("weight"))
+        self.bn2 = norm(planes)
+        self.downsample = _shortcut(inputs, planes, stride, norm)
+        _start_as_identity(self.bn2)
 
     def forward(self, x: Tensor) -> Tensor:
         out = conv_norm(self.conv1, self.bn1, x, relu=True)
@@ -166,7 +161,7 @@ class Bottleneck(nn.Module):
         planes: int,
         stride: int,
         architecture: Architecture,
-        norms: NormSettings,
+        norm: Norm,
         stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
@@ -174,14 +169,13 @@ class Bottleneck(nn.Module):
         outputs = planes * self.expansion
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = _conv(inputs, width, 1, stride_1x1)
-        self.bn1 = norms.make(width)
+        self.bn1 = norm(width)
         self.conv2 = _conv(width, width, 3, stride_3x3, architecture.groups)
-        self.bn2 = norms.make(width)
+        self.bn2 = norm(width)
         self.conv3 = _conv(width, outputs, 1)
-        self.bn3 = norms.make(outputs)
-        self.downsample = _shortcut(inputs, outputs, stride, norms)
-        if norms.starts_blocks_as_identity:
-            nn.init.zeros_(self.bn3.get_parameter("weight"))
+        self.bn3 = norm(outputs)
+        self.downsample = _shortcut(inputs, outputs, stride, norm)
+        _start_as_identity(self.bn3)
 
     def forward(self, x: Tensor) -> Tensor:
         out = conv_norm(self.conv1, self.bn1, x, relu=True)
@@ -226,14 +220,14 @@ class ResNet(nn.Module):
 
         architecture = ARCHITECTURES[name]
 
-        def norms(part: int) -> NormSettings:
+        def norm_of(part: int) -> Norm:
             frozen = part <= frozen_stages
             # Batch norm in a frozen part must not gather statistics: there it is frozen batch norm.
             kind = "frozen_bn" if frozen and norm == "bn" else norm
-            return NormSettings(kind, train_norm_affine and not frozen, norm_eps)
+            return functools.partial(_make_norm, kind, train_norm_affine and not frozen, norm_eps)
 
         self.conv1 = _conv(3, 64, 7, stride=2)
-        self.bn1 = norms(0).make(64)
+        self.bn1 = norm_of(0)(64)
         channels = 64
         out_channels = []
         for stage, num_blocks in enumerate(architecture.blocks, 1):
@@ -243,19 +237,18 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 1 and index == 0 else 1
                 block: nn.Module
                 if architecture.bottleneck:
-                    block = Bottleneck(channels, planes, stride, architecture, norms(stage), stride_in_1x1)
+                    block = Bottleneck(channels, planes, stride, architecture, norm_of(stage), stride_in_1x1)
                 else:
-                    block = BasicBlock(channels, planes, stride, norms(stage))
+                    block = BasicBlock(channels, planes, stride, norm_of(stage))
                 blocks.append(block)
                 channels = planes * Bottleneck.expansion if architecture.bottleneck else planes
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             out_channels.append(channels)
         c2, c3, c4, c5 = out_channels
         self.out_channels: tuple[int, int, int, int] = (c2, c3, c4, c5)
-        for part, modules in enumerate(((self.conv1, self.bn1), *((stage,) for stage in self.stages))):
-            if part <= frozen_stages:
-                for module in modules:
-                    module.requires_grad_(False)
+        frozen = [self.conv1, self.bn1, *self.stages][: frozen_stages + 2] if frozen_stages >= 0 else []
+        for module in frozen:
+            module.requires_grad_(False)
 
     @property
     def stages(self) -> list[nn.Module]:

@@ -49,8 +49,8 @@ def summarize_model(model: FasterRCNN, height: int, width: int) -> list[PartSumm
         flops = _count_flops(model, image)
         one, two = _measure_saved(model, [image]), _measure_saved(model, [image] * 2)
     summaries = []
-    for name in PARTS:
-        part = model.get_submodule(name)
+    for name in (*PARTS, REST):
+        part = nn.Module() if name == REST else model.get_submodule(name)  # nothing else has parameters
         parameters = list(part.parameters())
         summaries.append(
             PartSummary(
@@ -63,8 +63,7 @@ def summarize_model(model: FasterRCNN, height: int, width: int) -> list[PartSumm
                 2 * one[name] - two[name],
             )
         )
-    rest = PartSummary(REST, 0, 0, 0, flops[REST], two[REST] - one[REST], 2 * one[REST] - two[REST])
-    return [*summaries, rest]
+    return summaries
 
 
 def _count_flops(model: FasterRCNN, image: Tensor) -> dict[str, int]:

@@ -7,8 +7,6 @@ import hashlib
 import http.client
 import socket
 import urllib.error
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -99,10 +97,13 @@ def fetch(published: PublishedWeights) -> Path:
     file = published.cached_file
     if file.is_file():
         return file
+    # torch.hub opens its connection without a time limit, and a firewall that drops packets would hold the run for
+    # minutes; the socket module's default is the only handle on it.
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT_SECONDS)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(NETWORK_TIMEOUT_SECONDS):
-            torch.hub.download_url_to_file(published.url, str(file), _hash_prefix(published.url), progress=False)
+        torch.hub.download_url_to_file(published.url, str(file), _hash_prefix(published.url), progress=False)
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise WeightsUnavailable(
@@ -111,16 +112,6 @@ def fetch(published: PublishedWeights) -> Path:
             f"  put the file into: {file.parent}\n"
             "  or start without them: --weights none"
         ) from error
-    return file
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    # torch.hub opens its connection without a time limit, and a firewall that drops packets would hold the
-    # run for minutes; the socket module's default is the only handle on it.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
         socket.setdefaulttimeout(before)
+    return file
