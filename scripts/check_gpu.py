@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.figures import format_table, full_record, headline, write_json
-from checkout import ROOT
+from checkout import ROOT, empty_folder
 from fault_injection.tagged_processes import kill_marked
 from gpu_checks.parts import FAILED, NOT_RUN, OK, PARTS, TIMED_OUT, Outcome, Part, plan
 
@@ -35,10 +35,7 @@ LINES_KEPT = 150
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    out: Path = arguments.out.resolve()
-    if out.is_dir() and any(out.iterdir()):
-        print(f"check_gpu: {out} is not empty; give another --out", file=sys.stderr)
-        return 2
+    out: Path = arguments.out
     with tempfile.TemporaryDirectory(prefix="check_gpu_", ignore_cleanup_errors=True) as temporary:
         parts = plan(arguments, out, Path(temporary))
         if arguments.list:
@@ -52,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="an empty or new folder for the results")
+    add("--out", type=empty_folder, required=True, metavar="DIR", help="an empty or new folder for the results")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="[cuda]")
     add("--short", action="store_true", help="at toy size: shows that the parts work, measures nothing")
     add("--data-path", type=Path, metavar="DIR", help="COCO's layout, for the training [generated]")

@@ -18,6 +18,14 @@ def program_parser(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+def empty_folder(text: str) -> Path:
+    """An argparse type: a folder that is empty or not there yet."""
+    folder = Path(text).resolve()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise argparse.ArgumentTypeError(f"{folder} is not empty; give another")
+    return folder
+
+
 def exit_status(
     work: Callable[[], int], *errors: type[Exception], status: int = 2, stopped: str = "stopped", name: str = "error"
 ) -> int:

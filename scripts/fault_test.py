@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401
 from benchmarks.figures import full_record, headline, write_json
+from checkout import empty_folder
 from data import make_shapes
 from fault_injection.corruptions import all_broken, corrupt_and_resume
 from fault_injection.disk import fill_and_resume
@@ -40,24 +40,16 @@ EPOCHS_FOR_SIGNALS = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not Path("/proc/self/environ").exists():
+        parser.error("it needs Linux (/proc), to find the processes that it kills")
+    if arguments.signals and arguments.epochs < EPOCHS_FOR_SIGNALS:
+        remedy = f"give --epochs {EPOCHS_FOR_SIGNALS} or more, or --no-signals"
+        parser.error(f"the signals need trainings of {EPOCHS_FOR_SIGNALS} epochs: {remedy}")
     with tempfile.TemporaryDirectory(prefix="fault_test_") as temporary:
-        work = (arguments.work_dir or Path(temporary)).resolve()
-        problem = ""
-        if not Path("/proc/self/environ").exists():
-            problem = "it needs Linux (/proc), to find the processes that it kills"
-        elif arguments.signals and arguments.epochs < EPOCHS_FOR_SIGNALS:
-            problem = (
-                f"the signals need trainings of {EPOCHS_FOR_SIGNALS} epochs: give --epochs {EPOCHS_FOR_SIGNALS} or "
-                "more, or --no-signals"
-            )
-        elif work.is_dir() and any(work.iterdir()):
-            problem = f"{work} is not empty; give another --work-dir"
-        if problem:
-            print(f"fault_test: {problem}", file=sys.stderr)
-            return 2
         try:
-            found = _run(arguments, work)
+            found = _run(arguments, arguments.work_dir or Path(temporary).resolve())
         except FaultTestError as error:
             print(f"fault_test: {error}", file=sys.stderr)
             return 1
@@ -85,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=["cpu", "cuda"], default="cpu", help="[cpu]")
     add("--seed", type=int, default=0, help="of the moments and damages [0]")
     add("--jobs", type=int, default=1, help="trainings that are killed at a time [1]")
-    add("--work-dir", type=Path, metavar="DIR", help="an empty folder; stays afterwards [temporary]")
+    add("--work-dir", type=empty_folder, metavar="DIR", help="an empty folder; stays afterwards [temporary]")
     add("--report", type=Path, metavar="FILE", help="write the page there")
     add("--json", type=Path, metavar="FILE", help="write everything that was found there")
     return parser

@@ -49,11 +49,7 @@ class RealTraining(Training):
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    work: Path = arguments.work_dir.resolve()
-    if work.is_dir() and any(work.iterdir()):
-        print(f"training: {work} is not empty; give another --work-dir", file=sys.stderr)
-        return 2
-    data = arguments.data_path
+    work, data = arguments.work_dir, arguments.data_path
     if data is None:
         number, size = ((64, 4), (128, 96)) if arguments.short else ((240, 32), (640, 480))
         data = make_shapes(work / "shapes", seed=1, num_train=number[0], num_val=number[1], size=size)
@@ -73,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--work-dir", type=Path, required=True, metavar="DIR", help="an empty or new folder")
+    add("--work-dir", type=checkout.empty_folder, required=True, metavar="DIR", help="an empty or new folder")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="[cuda]")
     add("--data-path", type=Path, metavar="DIR", help="a set in COCO's layout [generated images]")
     add("--short", action="store_true", help="a tiny model and tiny images")

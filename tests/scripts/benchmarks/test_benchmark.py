@@ -4,7 +4,6 @@ import gzip
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +81,10 @@ def test_padding_counts_sizes_and_pixels_with_and_without_buckets(measured, scri
 
 
 @pytest.mark.slow
-def test_data_measures_each_way_alone_and_through_a_worker(measured):
-    record = measured("data", *SMALL, "--pictures", 3)
+def test_data_measures_each_way_alone_and_through_a_worker_on_a_set_of_ones_own(measured, script, tmp_path):
+    annotations = script("benchmarks.scenes").write_images(tmp_path / "own", [(64, 48), (48, 64)], seed=5)
+    record = measured("data", *SMALL, "--images", tmp_path / "own", "--annotations", annotations)
+    assert record["images"] == 2
     rows = {row["name"]: row for row in record["chains"]}
     assert {"ours, Pillow, worker", "torchvision reference, worker + device", "Pillow, decode alone"} <= rows.keys()
     assert all(row["images_per_second"] > 0 for row in rows.values())
@@ -93,14 +94,6 @@ def test_data_measures_each_way_alone_and_through_a_worker(measured):
     for row in streams.values():
         assert row["worker_cpu_seconds"]["min"] > 0 and row["main_cpu_seconds"]["min"] > 0
         assert "all of torchvision reference" in row["ratios"]
-
-
-@pytest.mark.slow
-def test_data_takes_a_set_of_ones_own(measured, script, tmp_path):
-    annotations = script("benchmarks.scenes").write_images(tmp_path / "own", [(64, 48), (48, 64)], seed=5)
-    source = ["--images", tmp_path / "own", "--annotations", annotations]
-    record = measured("data", *SMALL, *source)
-    assert record["images"] == 2
 
 
 def test_the_peers_chains_give_the_batches_of_the_trainings_they_stand_for(script, tmp_path):
@@ -174,17 +167,14 @@ def test_scaling_compares_processes_together_with_one_alone(measured):
     assert record["scaling_efficiency"]["median"] == pytest.approx(expected)
 
 
-def test_variants_alternate_and_the_order_rotates_after_a_first_round_that_does_not_count(script):
+def test_variants_alternate_in_an_order_that_rotates_and_ratios_come_from_pairs_of_one_round(script):
+    ratio = script("benchmarks.figures").pairwise_ratio([1.0, 10.0, 2.0], [2.0, 30.0, 8.0])
+    assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "abc"}
     samples = script("benchmarks.figures").interleave(runs, 2)
     assert "".join(order) == "abc" + "abc" + "bca"
     assert all(len(sample["seconds"]) == len(sample["cpu_seconds"]) == 2 for sample in samples.values())
-
-
-def test_ratios_come_from_pairs_of_one_round(script):
-    ratio = script("benchmarks.figures").pairwise_ratio([1.0, 10.0, 2.0], [2.0, 30.0, 8.0])
-    assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)
 
 
 def inner():
@@ -298,17 +288,15 @@ def test_what_cannot_be_measured_is_said_in_one_line(script, capsys, argv, words
 
 
 @pytest.mark.slow
-def test_traffic_counts_a_steps_bytes_with_and_without_kernels():
+def test_traffic_counts_a_steps_bytes_with_and_without_kernels(tmp_path):
     # A process of its own: the device that is pretended stays with the process.
     options = ["--model", "faster_rcnn_r18_fpn", "--batch-size", "2", "--height", "256", "--width", "320"]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "figures.json"
-        command = [sys.executable, str(SCRIPTS / "benchmark.py"), "traffic", *options, "--json", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "needs a newer PyTorch" in done.stderr:
-            pytest.skip("this PyTorch lets nobody pretend a device")
-        assert done.returncode == 0, done.stderr[-2000:]
-        record = json.loads(file.read_text())
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "traffic", *options, "--json", str(tmp_path / "f.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "needs a newer PyTorch" in done.stderr:
+        pytest.skip("this PyTorch lets nobody pretend a device")
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "f.json").read_text())
     operators, kernels = record["traffic"]["operators"], record["traffic"]["kernels"]
     assert "whole step" in done.stdout and operators.keys() == kernels.keys()
     for stage, row in operators.items():

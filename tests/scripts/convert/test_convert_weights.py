@@ -16,14 +16,6 @@ ROOT = Path(__file__).parents[3]
 CATEGORIES = {"categories": [{"id": 9, "name": "bird"}, {"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}]}
 
 
-@pytest.fixture
-def convert(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import convert_weights
-
-    return lambda *arguments: convert_weights.main([str(argument) for argument in arguments])
-
-
 def settings(model):
     return {
         "model_config": asdict(model.config),

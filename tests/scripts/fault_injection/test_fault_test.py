@@ -150,5 +150,6 @@ def test_the_report_counts_every_fault(script):
 
 def test_a_folder_that_holds_something_is_not_used(script, tmp_path, capsys):
     (tmp_path / "mine").write_text("")
-    assert script("fault_test").main(["--work-dir", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        script("fault_test").main(["--work-dir", str(tmp_path)])
     assert "not empty" in capsys.readouterr().err

@@ -53,7 +53,8 @@ def test_the_list_of_parts_runs_nothing_and_makes_no_folder(script, tmp_path, ca
 
 def test_a_folder_with_something_in_it_is_refused(script, tmp_path, capsys):
     (tmp_path / "kept").write_text("")
-    assert script("check_gpu").main(["--out", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        script("check_gpu").main(["--out", str(tmp_path)])
     assert "not empty" in capsys.readouterr().err
 
 
