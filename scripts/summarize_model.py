@@ -47,17 +47,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def table(parts: list[PartSummary]) -> str:
-    total = PartSummary("total", *(sum(values) for values in zip(*map(_figures, parts), strict=True)))
+    total = PartSummary(
+        "total", *(sum(values) for values in zip(*(dataclasses.astuple(part)[1:] for part in parts), strict=True))
+    )
     rows = [COLUMNS]
     for part in (*parts, total):
-        parameters, trained, state_bytes, flops, saved_bytes, folded_bytes = _figures(part)
-        sizes = (
-            f"{state_bytes / 1e6:.1f}",
-            f"{flops / 1e9:.2f}",
-            f"{saved_bytes / 1e6:.1f}",
-            f"{folded_bytes / 1e6:.1f}",
-        )
-        rows.append((part.name, f"{parameters:,}", f"{trained:,}", *sizes))
+        weights, saved, folded = (f"{n / 1e6:.1f}" for n in (part.state_bytes, part.saved_bytes, part.folded_bytes))
+        counts = f"{part.parameters:,}", f"{part.trained:,}"
+        rows.append((part.name, *counts, weights, f"{part.flops / 1e9:.2f}", saved, folded))
     return "\n".join(aligned(rows, {0}))
 
 
@@ -70,10 +67,6 @@ def training_memory(parts: list[PartSummary], batch_size: int) -> str:
         f"{2 * trained / 1e9:.2f} GB + saved {saved / 1e9:.2f} GB = {(weights + 2 * trained + saved) / 1e9:.2f} GB, "
         "and what the kernels need while they work"
     )
-
-
-def _figures(part: PartSummary) -> tuple[int, ...]:
-    return dataclasses.astuple(part)[1:]
 
 
 if __name__ == "__main__":

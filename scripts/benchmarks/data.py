@@ -221,13 +221,8 @@ def _describe(figures: dict[str, Any], arguments: argparse.Namespace) -> str:
         main_ms=lambda row: f"{row['main_cpu_seconds']['median'] * 1e3:.2f}",
         **{"images/s_a_worker": lambda row: f"{row['images_per_worker_second']:.0f}"},
     )
-    alone = figure_table(
-        figures["chains"],
-        "cpu_seconds",
-        "ms (cpu)",
-        1e3,
-        **{"images/s": lambda row: f"{row['images_per_second']:.2f}"},
-    )
+    rate = {"images/s": lambda row: f"{row['images_per_second']:.2f}"}
+    alone = figure_table(figures["chains"], "cpu_seconds", "ms (cpu)", 1e3, **rate)
     return (
         f"{figures['images']} JPEGs of {figures['jpeg_kilobytes']:.0f} kB and {figures['megapixels']:.2f} megapixels "
         f"on average, to {arguments.min_size} and {arguments.max_size}, batch {arguments.batch_size}\n\n"
