@@ -146,14 +146,8 @@ class Augmentation:
     def describe(self) -> list[str]:
         """What is on, a line each."""
         lines = [part.describe() for part in (self.scales, self.jitter) if part is not None]
-        flips = [
-            f"{which} {probability:g}"
-            for which, probability in (
-                ("horizontal", self.flip_probability),
-                ("vertical", self.vertical_flip_probability),
-            )
-            if probability > 0
-        ]
+        chances = {"horizontal": self.flip_probability, "vertical": self.vertical_flip_probability}
+        flips = [f"{which} {chance:g}" for which, chance in chances.items() if chance > 0]
         lines.append("flip probability: " + ", ".join(flips) if flips else "no flips")
         return lines + ([self.color.describe()] if self.color is not None else [])
 

@@ -1,8 +1,7 @@
-import importlib.util
+import importlib
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +14,10 @@ from data.coco.image_checks import check_images, check_leaks, inspect_images
 from data.tools.shapes import make_shapes
 
 
-@pytest.fixture(scope="module")
-def script():
-    folder = Path(__file__).parents[3] / "scripts"
-    sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location("check_dataset", folder / "check_dataset.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_dataset"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(folder))
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "scripts"))
+    return importlib.import_module("check_dataset")
 
 
 @pytest.fixture(scope="module")

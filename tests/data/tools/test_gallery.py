@@ -1,4 +1,6 @@
-"""The gallery: what is in the page, what it never replaces, and that a browser draws and filters it."""
+"""The gallery: what is in the page, what it never replaces, and that a browser draws and filters it; and the tensors of
+training as scripts/browse_dataset.py shows them.
+"""
 
 import base64
 import importlib
@@ -10,10 +12,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from data.coco.annotations import CocoAnnotations, read_coco
+from data.loading.loader import TrainLoader
 from data.tools.gallery import GalleryError, choose, write_gallery
 
 COLORS = ["red", "rgb(0, 128, 0)", "blue"]
@@ -160,3 +164,31 @@ def test_a_browser_draws_the_boxes_and_filters_by_class_and_text(small_set, tmp_
     assert result["order"] == "p1.png"
     assert result["large"] == 1
     assert result["title"] != "stolen" and result["color"]
+
+
+@pytest.mark.slow
+def test_the_images_are_those_of_the_training_batches_with_boxes_drawn(make_dataset, tmp_path, browse):
+    dataset = make_dataset([(64, 48), (48, 64), (60, 60), (64, 48), (64, 40)])
+    out = tmp_path / "out"
+    source = ("--images", tmp_path, "--annotations", tmp_path / "annotations.json")
+    sizes = ("--min-size", 96, "--max-size", 160, "--batch-size", 2, "--epoch", 1)
+    assert browse(*source, *sizes, "--count", 5, "--output-dir", out) == 0
+    loader = TrainLoader(dataset, min_size=96, max_size=160, batch_size=2, seed=0)
+    batches = [raw.to("cpu") for raw in loader.batches(3, 6)]
+    files = sorted(out.iterdir())
+    assert len(files) == 5
+    fed = [(batch, place) for batch in batches for place in range(2)]
+    for file, (batch, place) in zip(files, fed, strict=False):
+        assert f"id{int(batch.image_ids[place])}." in file.name
+        image = np.asarray(Image.open(file))
+        pixels = batch.pixels[place].permute(1, 2, 0).numpy()
+        assert image.shape == pixels.shape
+        unchanged = (image == pixels).all(axis=2).mean()
+        assert 0.2 < unchanged < 1
+
+
+def test_a_folder_that_is_not_there_is_an_error_without_a_traceback(tmp_path, browse, capsys):
+    assert browse("--data-path", tmp_path / "absent") == 1
+    assert "absent" in capsys.readouterr().err
+    assert browse("--images", tmp_path) == 1
+    assert "--annotations" in capsys.readouterr().err

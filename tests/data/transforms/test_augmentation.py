@@ -309,12 +309,17 @@ def test_boxes_of_which_too_small_a_part_is_left_are_dropped_when_that_is_asked_
     assert cropped(np.zeros((0, 4)), min_visibility=0.5) == ([], [])
 
 
-def test_the_two_flips_are_independent_of_each_other_and_as_frequent_as_asked_for() -> None:
-    side = np.full(6000, 64)
-    augmentation = Augmentation(flip_probability=0.3, vertical_flip_probability=0.6)
-    geometry = augmentation.geometry(side, side, words=WORDS, seed=0, epoch=0, min_size=64, max_size=64)
-    assert abs(geometry.flips.mean() - 0.3) < 0.025
-    assert abs(geometry.vertical_flips.mean() - 0.6) < 0.025
-    assert abs((geometry.flips & geometry.vertical_flips).mean() - 0.18) < 0.025
-    plain = Augmentation().geometry(side, side, words=WORDS, seed=0, epoch=0, min_size=64, max_size=64)
-    assert not plain.vertical_flips.any()
+def test_flips_are_as_frequent_as_asked_for_and_independent_of_each_other_and_of_other_epochs_and_seeds() -> None:
+    def flips(left_right: float, up_down: float, seed: int = 0, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        side = np.full(6000, 64)
+        augmentation = Augmentation(flip_probability=left_right, vertical_flip_probability=up_down)
+        whole = augmentation.geometry(side, side, words=WORDS, seed=seed, epoch=epoch, min_size=64, max_size=64)
+        return whole.flips, whole.vertical_flips
+
+    first, vertical = flips(0.3, 0.6)
+    for found, expected in ((first, 0.3), (vertical, 0.6), (first & vertical, 0.18)):
+        assert abs(found.mean() - expected) < 0.025
+    for other in (flips(0.3, 0.6, epoch=1), flips(0.3, 0.6, seed=1)):
+        assert abs((first & other[0]).mean() - 0.09) < 0.025
+        assert abs((vertical & other[1]).mean() - 0.36) < 0.025
+    assert [found.mean() for found in (*flips(0, 1), *flips(1, 0))] == [0, 1, 1, 0]

@@ -1,7 +1,6 @@
 """Geometry and pixels equal MMDetection's, on the recorded cases."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.transforms.augmentation import Augmentation
 from data.transforms.geometry import (
     flip_boxes,
     padded_size,
@@ -81,21 +79,6 @@ def test_a_flip_mirrors_the_boxes_and_a_second_one_gives_them_back(axis: int, fl
     boxes = np.array([[1, 2, 30, 40], [0, 0, 64, 64]], dtype=np.float32)
     assert flip_boxes(boxes, 64, axis=axis).tolist() == [flipped, [0, 0, 64, 64]]
     assert np.array_equal(flip_boxes(flip_boxes(boxes, 64, axis=axis), 64, axis=axis), boxes)
-
-
-def test_flips_are_fair_and_differ_by_epoch_and_seed() -> None:
-    def flips(seed: int, epoch: int, words: Sequence[int] = range(4000), probability: float = 0.5) -> np.ndarray:
-        sides, augmentation = np.full(len(words), 64), Augmentation(flip_probability=probability)
-        given = {"words": np.array(words), "seed": seed, "epoch": epoch, "min_size": 64, "max_size": 64}
-        return augmentation.geometry(sides, sides, **given).flips
-
-    first = flips(0, 0)
-    assert abs(first.mean() - 0.5) < 0.03
-    for other in (flips(0, 1), flips(1, 0)):
-        assert abs((first == other).mean() - 0.5) < 0.03
-    assert np.array_equal(flips(0, 0, [5, 17]), first[[5, 17]])
-    assert not flips(0, 0, probability=0).any()
-    assert flips(0, 0, probability=1).all()
 
 
 def as_batch(pixels: np.ndarray) -> torch.Tensor:
