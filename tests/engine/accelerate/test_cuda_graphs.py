@@ -91,8 +91,8 @@ def batch(seed: int, num_boxes: int, height: int = 64) -> tuple[ImageBatch, Targ
 
 def passes(model: nn.Module, graphs: StepGraphs | None, batches: list[tuple[ImageBatch, TargetBatch]]) -> list[Any]:
     gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
-    if graphs is not None and isinstance(graphs._recorder, OperatorRecorder):
-        graphs._recorder.untouched = lambda: [gradients._flat]
+    if graphs is not None and isinstance(graphs._backend, OperatorRecorder):
+        graphs._backend.untouched = lambda: [gradients._flat]
 
     def step(images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
         losses = model(images, targets)

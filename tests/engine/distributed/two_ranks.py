@@ -142,10 +142,10 @@ def without_boxes(processes: Processes) -> dict[str, Any]:
 
 
 class NoRecorder:
-    def rehearse(self, step: Callable[[], Losses]) -> Losses:
+    def warm_up(self, step: Callable[[], Losses]) -> Losses:
         return step()
 
-    def record(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
+    def capture(self, step: Callable[[], Losses]) -> Callable[[], Losses]:
         raise RuntimeError("nothing is recorded here")
 
 
