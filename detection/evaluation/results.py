@@ -238,4 +238,6 @@ def _fault_of_row(row: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63  # what an array of integers holds
+    return isinstance(value, float) and math.isfinite(value)

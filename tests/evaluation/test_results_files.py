@@ -114,6 +114,7 @@ GOOD = {"image_id": 1, "category_id": 2, "bbox": [0, 0, 5, 5], "score": 0.5}
     [
         ({**GOOD, "bbox": [1, 2, 3]}, "four finite numbers"),
         ({**GOOD, "bbox": [1, 2, 3, "4"]}, "four finite numbers"),
+        ({**GOOD, "bbox": [1, 2, 3, 10**30]}, "four finite numbers"),
         ({**GOOD, "bbox": [50, 50, -10, 4]}, "negative size.*not two corners"),
         ({**GOOD, "bbox": [1, 2, 3, float("nan")]}, "four finite numbers"),
         ({**GOOD, "score": "0.9"}, "score is '0.9'"),
