@@ -65,6 +65,7 @@ def test_every_parameter_gets_a_gradient_in_bf16_and_channels_last():
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in fpn.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_for_maps_of_twice_the_size_it_gives_the_same_maps_and_gradients():
     found = []
     for compiled in (False, True):

@@ -65,6 +65,7 @@ def reuse_program(script, exported, monkeypatch):
     monkeypatch.setattr(script("export"), "save_program", lambda detector, shape, path: shutil.copy(exported, path))
 
 
+@pytest.mark.slow
 def test_a_program_runs_without_this_project_and_finds_the_same(exported, weights, tmp_path):
     pixels = np.random.default_rng(3).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     np.save(tmp_path / "pixels.npy", pixels)

@@ -69,6 +69,7 @@ def test_what_cannot_be_meant_is_refused_with_a_remedy(arguments, environment, m
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_the_command_on_a_generated_set():
     done = run("--dry-run", "1x_adamw_1gpu", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr

@@ -35,6 +35,7 @@ def test_operations_are_twice_the_multiplications_of_the_layers(model):
     assert parts["fpn"].flops == laterals + 2 * fpn_cells * 16 * 16 * 9
 
 
+@pytest.mark.slow
 def test_more_pixels_keep_more_and_frozen_stages_keep_nothing(model):
     small, large = ({p.name: p.saved_bytes for p in summarize_model(model, side, side)} for side in (64, 128))
     assert large["backbone"] == 4 * small["backbone"] > 0

@@ -100,6 +100,7 @@ def test_prefixes_of_ddp_and_compile_do_not_matter(load):
     assert same_weights(source, model)
 
 
+@pytest.mark.slow
 def test_of_a_checkpoint_the_moving_average_is_taken(load):
     raw, average, model = trained(seed=1), trained(seed=2), small()
     checkpoint = {

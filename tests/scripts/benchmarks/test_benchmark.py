@@ -167,6 +167,7 @@ def test_scaling_compares_processes_together_with_one_alone(measured):
     assert record["scaling_efficiency"]["median"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_variants_alternate_in_an_order_that_rotates_and_ratios_come_from_pairs_of_one_round(script):
     ratio = script("benchmarks.figures").pairwise_ratio([1.0, 10.0, 2.0], [2.0, 30.0, 8.0])
     assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)

@@ -117,6 +117,7 @@ def test_what_a_detector_lacks_is_named(change, message, convert, tmp_path, caps
     assert not (tmp_path / "out.pt").exists()
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_program_uninstalled(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "convert_weights.py"), "nowhere.pth", "--to", "mmdet"]
     result = subprocess.run([*command, "--output", "out.pth"], cwd=tmp_path, capture_output=True, text=True)
