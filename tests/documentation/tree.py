@@ -129,13 +129,19 @@ class Trees:
         for made, split in ((coco, "train2017"), (shapes, "val2017")):
             shutil.copy(made / "annotations" / f"instances_{split}.json", given)
             shutil.copytree(made / split, given / split, copy_function=os.link)
-        # The reader's own set; and that of the blood cells, whose two splits are in one folder.
+        # The reader's own set; and that of the blood cells, whose two splits have their images in one folder.
+        (given / "bccd" / "images").mkdir(parents=True)
+        (given / "bccd" / "annotations").mkdir()
         for split, folder, files in (("train", "DIR", ("FILE.json", "FILE")), ("val", "DIR_VAL", ("FILE_VAL.json",))):
-            for target in (folder, "bccd/images"):
-                shutil.copytree(coco / f"{split}2017", given / target, dirs_exist_ok=True)
-            (given / "bccd" / "annotations").mkdir(exist_ok=True)
-            for name in (*files, f"bccd/annotations/instances_{split}.json"):
+            shutil.copytree(coco / f"{split}2017", given / folder)
+            for name in files:
                 shutil.copy(annotations[split], given / name)
+            content = json.loads(annotations[split].read_text())
+            for image in content["images"]:
+                name = f"{split}_{image['file_name']}"
+                shutil.copy(coco / f"{split}2017" / image["file_name"], given / "bccd" / "images" / name)
+                image["file_name"] = name
+            (given / "bccd" / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
         for name in ("photo.jpg", "holiday/1.jpg", "more/1.png", "photos/1.jpg"):
             (given / name).parent.mkdir(exist_ok=True)
             with Image.open(shapes / "val2017" / "000000000001.png") as photo:
