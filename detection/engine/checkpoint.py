@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,19 @@ def is_of_best(path: Path, progress: Progress) -> bool:
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("*.pt") if path.is_file())
+    """The files that a run has written there, by name; not what somebody keeps beside them under another name."""
+    return sorted(path for path in directory.glob("*.pt") if is_runs_own(path.name) and path.is_file())
+
+
+def is_runs_own(name: str) -> bool:
+    """Whether a run gives this name to its checkpoints."""
+    return name in (LAST, PREVIOUS, BEST) or epoch_of(name) is not None
+
+
+def epoch_of(name: str) -> int | None:
+    """The number of epochs that `epoch_file` made this name of; None for any other name."""
+    digits = re.fullmatch(r"epoch_([0-9]{4,18})\.pt", name)
+    return int(digits[1]) if digits and name == epoch_file(int(digits[1])) else None
 
 
 def _glance_at(path: Path) -> dict[str, Any]:

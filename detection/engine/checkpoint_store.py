@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,9 @@ from detection.engine.checkpoint import (
     LoadedCheckpoint,
     checkpoint_files,
     epoch_file,
+    epoch_of,
     is_of_best,
+    is_runs_own,
     place_of,
 )
 from detection.engine.distributed.comm import Processes
@@ -38,7 +39,7 @@ class CheckpointStore:
     """The checkpoints folder of a run.
 
     last.pt is the newest, previous.pt the one before it, best.pt the one with the highest mAP, epoch_NNNN.pt the
-    ends of epochs, of which the newest `keep` stay. A file appears under its name only when it is complete and on
+    ends of epochs, of which the newest `keep` stay. Files with other names are left alone. A file appears under its name only when it is complete and on
     the disk. Writing happens in a thread of its own, one file at a time.
     """
 
@@ -99,7 +100,8 @@ class CheckpointStore:
             sync_folder(self.directory.parent)
         temporary = self.directory / ".writing"
         # What a killed run left: it may be another name of last.pt, which must not be written into, and takes room.
-        for left in (temporary, *self.directory.glob(".*.new")):
+        staged = [path for path in self.directory.glob(".*.new") if is_runs_own(path.name[1 : -len(".new")])]
+        for left in (temporary, *staged):
             left.unlink(missing_ok=True)
         try:
             with temporary.open("wb") as stream:
@@ -227,9 +229,9 @@ def continue_from(directory: Path, chosen: LoadedCheckpoint, progress: Progress)
 
 
 def _epoch_files(directory: Path) -> list[Path]:
-    """The ends of epochs, the oldest first; not what somebody has put beside them under a name of his own."""
-    numbered = ((re.fullmatch(r"epoch_(\d+)\.pt", path.name), path) for path in directory.iterdir())
-    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+    """The ends of epochs, the oldest first."""
+    numbered = ((epoch_of(path.name), path) for path in checkpoint_files(directory))
+    return [path for _, path in sorted((epoch, path) for epoch, path in numbered if epoch is not None)]
 
 
 def _save(state: dict[str, Any], stream: BinaryIO) -> None:

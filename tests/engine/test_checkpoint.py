@@ -267,6 +267,28 @@ def test_only_the_newest_epochs_stay_and_last_and_best_whatever_their_age(tmp_pa
     assert iterations(tmp_path) == {"epoch_0004.pt": 4, "epoch_0005.pt": 5, LAST: 5, PREVIOUS: 4, BEST: 1}
 
 
+OWN_NAMES = ["my_copy.pt", "last_backup.pt", "epoch_final.pt", "epoch_7.pt", "epoch_00007.pt", "best.pt.new.pt"]
+
+
+@pytest.mark.parametrize("content", ["further on", "broken"])
+def test_files_under_a_name_of_the_users_own_are_neither_chosen_nor_moved_nor_deleted(content: str, tmp_path: Path):
+    for name in [*OWN_NAMES, ".mine.new"]:
+        if content == "broken":
+            (tmp_path / name).write_bytes(b"rubbish")
+        else:
+            torch.save({"format": checkpoint.FORMAT, "version": 1, **state_at(99)}, tmp_path / name)
+    assert newest_checkpoint(tmp_path) is None  # so --resume auto begins anew
+    before = {name: (tmp_path / name).read_bytes() for name in [*OWN_NAMES, ".mine.new"]}
+    save(tmp_path, 1, [LAST, "epoch_0001.pt"], keep=1)
+    save(tmp_path, 2, [LAST, "epoch_0002.pt"], keep=1)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.state["iteration"] == 2 and not found.skipped
+    assert continue_from(tmp_path, load_checkpoint(tmp_path / "epoch_0002.pt"), Progress()).aside is None
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    if content == "further on":  # given by name it is a checkpoint as any other
+        assert load_checkpoint(tmp_path / "my_copy.pt").state["iteration"] == 99
+
+
 def test_epochs_are_told_by_their_number_and_other_files_left_alone(tmp_path: Path):
     save(tmp_path, 1, ["epoch_9998.pt"])
     shutil.copy(tmp_path / "epoch_9998.pt", tmp_path / "epoch_9998_before_the_drop.pt")
