@@ -39,8 +39,8 @@ class CheckpointStore:
     """The checkpoints folder of a run.
 
     last.pt is the newest, previous.pt the one before it, best.pt the one with the highest mAP, epoch_NNNN.pt the
-    ends of epochs, of which the newest `keep` stay. Files with other names are left alone. A file appears under its name only when it is complete and on
-    the disk. Writing happens in a thread of its own, one file at a time.
+    ends of epochs, of which the newest `keep` stay. Files with other names are left alone. A file appears under its
+    name only when it is complete and on the disk. Writing happens in a thread of its own, one file at a time.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
