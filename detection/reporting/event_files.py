@@ -1,4 +1,4 @@
-"""TensorBoard's event files on disk: read to their torn end, and cut back where a run resumes.
+"""TensorBoard's event files on disk: written, read to their torn end, and cut back where a run resumes.
 
 An event file is a row of records: length (uint64), masked CRC-32C of the length, the data (an Event
 message), masked CRC-32C of the data. A killed writer leaves a torn last record, after which a reader of the
@@ -6,6 +6,7 @@ file sees nothing more.
 """
 
 import os
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from detection.reporting.disk import sync_folder
@@ -22,6 +24,44 @@ _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _MARK = "tfevents."  # TensorBoard takes every file with this in its name; temporary files must not have it
 _TEMPORARY = "events-being-cut.tmp"
+
+
+class EventWriter:
+    """Writes one event file, each record before the call returns.
+
+    TensorBoard's own writer has a thread, which on a full disk dies with a traceback and loses what it had taken. Here
+    the caller gets the OSError; a torn record may be left at the file's end.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        """Begins a file, with the mark of a start at `first_step`, which tells an open TensorBoard to forget what is
+        past it. It is the last of `directory` where `cut_event_files` was called before."""
+        self.path = directory / f"events.out.{_MARK}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self._file = self.path.open("ab", buffering=0)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, summary: Summary, step: int) -> None:
+        self._write(Event(step=step, summary=summary))
+
+    def sync(self) -> None:
+        """Puts the file on the disk (fsync)."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        rest = b"".join([length, _crc(length), data, _crc(data)])
+        while rest:  # a disk that is nearly full takes a part
+            rest = rest[self._file.write(rest) :]
+
+
+def _crc(data: bytes) -> bytes:
+    return _FOOTER.pack(masked_crc32c(data))
 
 
 @dataclass

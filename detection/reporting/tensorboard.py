@@ -7,7 +7,6 @@ not only for those that understand TensorBoard's restart marks.
 
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard import summary as summaries
 
-from detection.reporting.event_files import cut_event_files, event_files
+from detection.reporting.event_files import EventWriter, cut_event_files
 from detection.reporting.tables import UNDEFINED
 
 IMAGES_TAG = "val/detections"
-FLUSH_SECONDS = 10
 JPEG_QUALITY = 92
 
 # Not figures to draw: what the point is about, and what has tags of its own.
@@ -66,9 +63,9 @@ _HPARAMS_METRICS = ("val/mAP", "val/mAP_50", "val/mAP_75", "train/loss")
 class TensorBoardLog:
     """Writes one run's event files. Steps are iterations, counted from 0 over the whole run.
 
-    A validation's step is the index of the last finished iteration. Points become visible within
-    FLUSH_SECONDS seconds; call flush() before a checkpoint is written: a resume can only continue the curve
-    up to what was flushed.
+    A validation's step is the index of the last finished iteration. Points are visible at once; call flush() before a
+    checkpoint is written: after a power loss a resume can only continue the curve up to what was flushed. OSError, of
+    any call: the disk is full or gone, and the file may end in a torn record; a log opened anew takes that out.
     """
 
     def __init__(self, directory: str | Path, *, first_iteration: int = 0, val_from: int = 0) -> None:
@@ -81,10 +78,9 @@ class TensorBoardLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.first_iteration, self.val_from = first_iteration, val_from
         self.history = cut_event_files(self.directory, first_iteration=first_iteration, val_from=val_from)
-        # The start marks (purge_step) are for a TensorBoard that is open now and holds the removed points in its
+        # The start marks are for a TensorBoard that is open now and holds the removed points in its
         # memory; it takes the first one that it meets for the run's beginning and heeds the later ones.
-        self._writer = SummaryWriter(str(self.directory), purge_step=first_iteration, flush_secs=FLUSH_SECONDS)
-        self._file_writer = self._writer._get_file_writer()
+        self._writer = EventWriter(self.directory, first_iteration)
         if not self.has(_LAYOUT_TAG):
             self._write(summaries.custom_scalars(_LAYOUT), first_iteration)
 
@@ -153,9 +149,7 @@ class TensorBoardLog:
 
     def flush(self) -> None:
         """Puts everything written so far on the disk (fsync): a kill or a power loss from here on cannot take it."""
-        self._writer.flush()
-        with event_files(self.directory)[-1].open("rb") as file:
-            os.fsync(file.fileno())
+        self._writer.sync()
 
     def close(self) -> None:
         self._writer.close()
@@ -170,7 +164,7 @@ class TensorBoardLog:
             self._write(Summary(value=values), int(record["iteration"]))
 
     def _write(self, summary: Summary, step: int) -> None:
-        self._file_writer.add_summary(summary, step)
+        self._writer.write(summary, step)
         for value in summary.value:
             self.history.last_steps[value.tag] = step
 

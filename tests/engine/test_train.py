@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 from data import TrainLoader
 from detection.engine import RunError
 from detection.engine.evaluator import Evaluator
 from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN
+from detection.reporting.event_files import EventWriter
 from schedules import ScheduleError, load_schedule, with_overrides
 
 TRAIN_TAGS = (
@@ -237,17 +237,16 @@ def test_a_full_disk_does_not_end_a_run_for_the_sake_of_its_curves(start, tmp_pa
     assert [r["iteration"] for r in records_of(tmp_path / "run", "train")] == list(range(6))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboards_files_are_completed_when_the_disk_has_room_again(
     start, tmp_path, monkeypatch, capsys, finished, records_of
 ):
-    plain, full = LocalFileSystem.append, threading.Event()
+    plain, full = EventWriter.write, threading.Event()
     train_step = Trainer.train_step
 
-    def append(self, *arguments, **named):
+    def write(self, *arguments):
         if full.is_set():
             raise OSError(28, "No space left on device")
-        plain(self, *arguments, **named)
+        plain(self, *arguments)
 
     def full_for_a_while(self, batches):
         iteration = self.state.progress.iteration
@@ -257,7 +256,7 @@ def test_tensorboards_files_are_completed_when_the_disk_has_room_again(
             full.clear()
         train_step(self, batches)
 
-    monkeypatch.setattr(LocalFileSystem, "append", append)
+    monkeypatch.setattr(EventWriter, "write", write)
     monkeypatch.setattr(Trainer, "train_step", full_for_a_while)
     assert start(tmp_path / "run") == 0
     told = capsys.readouterr()

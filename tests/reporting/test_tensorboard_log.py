@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 import textwrap
@@ -167,6 +168,22 @@ def test_a_kill_while_the_files_were_cut_leaves_nothing_behind(tmp_path, monkeyp
     write_segment(tmp_path, 13, 40).close()
     assert_one_whole_run(tmp_path, 40)
     assert [path for path in tmp_path.iterdir() if "tfevents" not in path.name] == []
+
+
+def test_a_full_disk_is_the_callers_error_and_a_log_opened_anew_continues(tmp_path):
+    log = write_segment(tmp_path, 0, 10)
+    (path,) = event_files(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 30, hard))  # less than the next record
+    try:
+        with pytest.raises(OSError, match="too large"):
+            log.train(train_record(10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.close()
+    assert path.stat().st_size > sum(map(len, read_records(path)))  # torn
+    write_segment(tmp_path, 10, 20).close()
+    assert_one_whole_run(tmp_path, 20)
 
 
 def test_points_that_are_there_twice_are_dropped(tmp_path):

@@ -170,7 +170,7 @@ class MetricLogger:
         try:
             write(self.board)
         except OSError as error:
-            # Its thread is dead, and what that had taken and not yet written is gone with it.
+            # Its file may end in the middle of a record, behind which a reader would see nothing.
             self._board_is_broken = True
             self.warn(
                 f"TensorBoard's files cannot be written: {error}; the run continues, and tries again at each checkpoint"
