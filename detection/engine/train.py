@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from functools import partial
 
-from torch import nn
-
 from data import TrainLoader
 from detection.engine.accelerate.compile import compile_for_training, uncompiled
 from detection.engine.accelerate.cuda_graphs import StepGraphs, cuda_step_graphs
@@ -15,7 +13,6 @@ from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.checkpoint_store import Checkpointer, CheckpointStore, continue_from
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
-from detection.engine.distributed.sync_batch_norm import trains_batch_norm
 from detection.engine.evaluator import Evaluator, coco_evaluator
 from detection.engine.inputs.augmentation import augmentation_of
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
@@ -25,9 +22,10 @@ from detection.engine.metrics.step_metrics import NonFiniteLoss, StepMetrics
 from detection.engine.metrics.training_log import TrainingLog
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.ema import AveragedModel
+from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.nonfinite import KeepEveryStep, NonFiniteGuard
-from detection.engine.optim.optimizer import build_optimizer, parameter_facts, trained_parameters
+from detection.engine.optim.optimizer import build_optimizer, parameter_facts
 from detection.engine.optim.update import ParameterUpdate
 from detection.engine.resume import check_resumable, ignored_on_resume, resumed_progress
 from detection.engine.run_dir import RunDirError, write_json
@@ -163,17 +161,19 @@ def _build_trainer(
     model, schedule, precision = state.model, state.schedule, state.precision
     validate = evaluator.validate if evaluator is not None else None
     if config.train.compile:
-        compile_for_training(model)
+        # Each compiled part leaves its gradients at its end: smaller parts, so that they travel while others compute.
+        compile_for_training(model, by_stage=processes.world_size > 1 and graphs is None)
         validate = uncompiled(validate) if validate is not None else None
-    if graphs is not None:
-        processes.broadcast_weights(model)
-        trained: nn.Module = model
-    else:
-        trained = processes.wrap_ddp(model, broadcast_buffers=trains_batch_norm(model) and not config.model.sync_bn)
-    parameters = trained_parameters(state.optimizer)
+    processes.broadcast_weights(model)
+    buckets = GradientBuckets(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        processes,
+        stay=graphs is not None,
+        in_rank_order=config.train.deterministic,
+    )
     guard = NonFiniteGuard(model) if config.train.skip_nonfinite else KeepEveryStep()
     gradients = GradientComputer(
-        trained, parameters, precision, processes, guard, accumulate=schedule.accumulative_counts, graphs=graphs
+        model, buckets, precision, guard, accumulate=schedule.accumulative_counts, graphs=graphs
     )
     update = ParameterUpdate(
         model,

@@ -96,6 +96,7 @@ class Trainer:
 
     def write_log(self) -> None:
         """Write the figures since the last time; on every process the run ends where one of them is not finite."""
+        self.gradients.check()
         try:
             self.log.write()
         except NonFiniteLoss as error:

@@ -195,6 +195,9 @@ class ResNet(nn.Module):
     have no 1x1 convolution to put it into. `out_channels` are the channels of C2..C5.
     """
 
+    compiled_by_stage = False
+    """Whether torch.compile cuts its graph after each stage, so that gradients are there before the whole pass ends."""
+
     def __init__(
         self,
         name: str,
@@ -268,5 +271,7 @@ class ResNet(nn.Module):
             with torch.set_grad_enabled(grad and self.frozen_stages < number):
                 x = stage(x)
             features.append(x)
+            if self.compiled_by_stage:
+                torch._dynamo.graph_break()
         c2, c3, c4, c5 = features
         return c2, c3, c4, c5

@@ -26,6 +26,7 @@ from detection.engine.accelerate.cuda_graphs import cuda_step_graphs
 from detection.engine.distributed.comm import Processes
 from detection.engine.metrics.step_metrics import StepMetrics
 from detection.engine.optim.amp import Precision
+from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.nonfinite import KeepEveryStep
 from detection.engine.optim.optimizer import build_optimizer, trained_parameters
@@ -180,7 +181,7 @@ class OurStep:
         load_weights(model, str(work.weights))
         self.model: FasterRCNN = model.to(work.device).to(memory_format=variant.memory_format)
         if variant.compiled:
-            compile_for_training(self.model)
+            compile_for_training(self.model, by_stage=False)
         schedule, guard, processes = load_schedule("1x"), KeepEveryStep(), Processes(0, 0, 1, 1, work.device)
         optimizer = build_optimizer(self.model, schedule)
         if variant.without == FUSED_OPTIMIZER:
@@ -188,9 +189,8 @@ class OurStep:
                 group.update(fused=False, foreach=None)
         self.precision = Precision(variant.amp, work.device)
         graphs = cuda_step_graphs(processes, self.model, self._refuse) if variant.graphs else None
-        self.gradients = GradientComputer(
-            self.model, trained_parameters(optimizer), self.precision, processes, guard, accumulate=1, graphs=graphs
-        )
+        buckets = GradientBuckets(trained_parameters(optimizer), processes, stay=graphs is not None)
+        self.gradients = GradientComputer(self.model, buckets, self.precision, guard, accumulate=1, graphs=graphs)
         length = work.loader.iterations_per_epoch
         self.update = ParameterUpdate(
             self.model, optimizer, schedule, self.precision, guard, iterations_per_epoch=length

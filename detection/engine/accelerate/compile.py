@@ -19,12 +19,16 @@ _R = TypeVar("_R")
 _MOST_SHAPES = 32
 
 
-def compile_for_training(model: FasterRCNN) -> None:
+def compile_for_training(model: FasterRCNN, *, by_stage: bool) -> None:
     """Compiles the dense parts, each padded size when it first occurs.
 
     The data side keeps the sizes few (data.loading.shape_buckets).
+
+    Args:
+        by_stage: the stages of the backbone are parts of their own.
     """
     prepare_compiler()
+    model.backbone.compiled_by_stage = by_stage
     model.compile_dense_parts(dynamic=False)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from detection.config import ConfigError
 from detection.engine.distributed.comm import Processes
-from detection.engine.distributed.sync_batch_norm import trains_batch_norm
+from detection.engine.distributed.sync_batch_norm import has_synchronized_batch_norm
 from detection.models import ImageBatch, TargetBatch, describe_kernels, uses_triton
 
 Losses = dict[str, Tensor]
@@ -42,14 +42,14 @@ class GraphBackend(Protocol):
 class StepGraphs:
     """Runs forward and backward passes, from the third batch of a size on by replaying a recording.
 
-    Where recording fails, `warn` is called once, and all later passes run eagerly.
+    Where recording fails, `warn` is called, and batches of that size run eagerly from then on.
     """
 
     def __init__(self, backend: GraphBackend, warn: Callable[[str], None]) -> None:
         self._backend = backend
         self._warn = warn
-        self._gave_up = False
         self._seen: set[Hashable] = set()
+        self._failed: set[Hashable] = set()
         self._graphs: dict[Hashable, _Graph] = {}
 
     @property
@@ -64,7 +64,7 @@ class StepGraphs:
         if graph is not None:
             graph.load(images, targets)
             return graph.replay()
-        if self._gave_up or size not in self._seen or len(self._graphs) == _MOST_RECORDINGS:
+        if size in self._failed or size not in self._seen or len(self._graphs) == _MOST_RECORDINGS:
             # The first of a size makes what is kept for it: anchors, chosen algorithms, compiled code.
             self._seen.add(size)
             return step(images, targets)
@@ -76,9 +76,10 @@ class StepGraphs:
         except RuntimeError as error:
             # What is raised at the end of a recording says no more than that something went wrong before.
             cause = error.__context__ or error
-            self._gave_up = True
+            self._failed.add(size)
             problem = (str(cause).splitlines() or [""])[0]
-            self._warn(f"CUDA graphs cannot be recorded here, the run continues without: {problem}")
+            shape = "x".join(map(str, images.pixels.shape))
+            self._warn(f"batches of {shape} pixels cannot be recorded as a CUDA graph, they run without: {problem}")
         else:
             self._graphs[size] = graph
         return losses
@@ -167,10 +168,10 @@ def cuda_step_graphs(processes: Processes, model: nn.Module, warn: Callable[[str
             "--cuda-graphs needs the Triton kernels, because PyTorch's own suppression waits for the host; here are "
             f"{describe_kernels(processes.device)}"
         )
-    if trains_batch_norm(model) and processes.world_size > 1:
+    if has_synchronized_batch_norm(model):
         raise ConfigError(
-            "--cuda-graphs does not go with trained batch norm in several processes, which share its statistics in "
-            "every forward pass: leave it away, or use --norm gn or pretrained weights"
+            "--cuda-graphs does not go with --sync-bn, whose forward pass talks to the other processes: leave one of "
+            "them away, or use --norm gn or pretrained weights"
         )
     return StepGraphs(CudaGraphBackend(), warn)
 

@@ -1,16 +1,14 @@
 """The processes of a run: who they are, and the few things they tell each other.
 
-The process group is the only global state of the project, and only this file touches it. Gradients travel through
-DistributedDataParallel (NCCL on GPUs, gloo on CPUs). Everything else, evaluation included, goes through a gloo
+The process group is the only global state of the project, and only this file touches it. Gradients travel
+through NCCL on GPUs and gloo on CPUs. Everything else, evaluation included, goes through a gloo
 group of its own, so that no GPU collective ever waits for a process that is computing metrics.
 """
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +19,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from detection.engine.distributed.heartbeat import Heartbeat, start_heartbeat
 from detection.engine.distributed.rendezvous import rendezvous
@@ -125,15 +122,24 @@ class Processes:
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes of `values` (float, any shape, on this process's device); a new tensor."""
         values = values.clone()
-        self.average(values, "the losses of every process")
-        return values
-
-    def average(self, values: Tensor, what: str = "the gradients of every process") -> None:
-        """Replace `values` (float, any shape, on this process's device) by their mean over the processes."""
         if self.world_size > 1:
-            with self.waiting(what):
+            with self.waiting("the losses of every process"):
                 dist.all_reduce(values)
             values /= self.world_size
+        return values
+
+    def all_reduce_sum_async(self, values: Tensor, *, in_rank_order: bool = False) -> PendingSum:
+        """Start replacing `values` (float [n], on this process's device) by their sum over the processes.
+
+        Args:
+            in_rank_order: add the values of process 0, 1, 2, ..., whatever order the network's library would choose;
+                n is a multiple of the number of processes.
+        """
+        if not in_rank_order:
+            return PendingSum(values, dist.all_reduce(values, async_op=True))
+        # Every process adds up one part of the values, and passes its sum on.
+        parts = torch.empty_like(values).view(self.world_size, -1)
+        return PendingSum(values, dist.all_to_all_single(parts, values.view_as(parts), async_op=True), parts)
 
     def all_reduce_max_async(self, value: int) -> PendingMax:
         """Start finding the largest `value` over the processes; `.result()` waits for it.
@@ -152,28 +158,12 @@ class Processes:
                     dist.broadcast(buffer, src=0)
 
     def broadcast_weights(self, module: nn.Module) -> None:
-        """Give every process rank 0's parameters and buffers, as `wrap` does."""
+        """Give every process rank 0's parameters and buffers."""
         if self.world_size > 1:
             with self.waiting("the weights of process 0"):
                 for parameter in module.parameters():
                     dist.broadcast(parameter.detach(), src=0)
         self.broadcast_buffers(module)
-
-    def wrap_ddp(self, model: nn.Module, *, broadcast_buffers: bool) -> nn.Module:
-        """The model with gradients averaged over the processes (the model itself where there is one)."""
-        if self.world_size == 1:
-            return model
-        # With channels-last weights, 1x1 kernels have two names for one layout, and convolutions choose either.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        # PyTorch 2.15 renamed the argument.
-        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": broadcast_buffers}
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **buffers,
-        )
 
 
 @dataclass
@@ -191,9 +181,23 @@ class PendingMax:
         return int(self.box)
 
 
-def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, backward passes add up gradients locally (micro-steps before the last)."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+@dataclass
+class PendingSum:
+    """A sum over the processes that is under way."""
+
+    values: Tensor
+    work: Any
+    parts: Tensor | None = None
+    """float [world size, n / world size]: this process's part of every process's values."""
+
+    def wait(self) -> None:
+        """From here on `values` has the sum. On a GPU the stream waits, not the host."""
+        self.work.wait()
+        if self.parts is not None:
+            total, *others = self.parts
+            for other in others:
+                total += other
+            dist.all_gather(list(self.values.view_as(self.parts)), total)
 
 
 def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> Processes:

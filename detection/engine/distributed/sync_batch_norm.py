@@ -61,8 +61,6 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, synchronized)
 
 
-def trains_batch_norm(model: nn.Module) -> bool:
-    """Whether a forward pass in training changes statistics of `model`."""
-    return any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in model.modules()
-    )
+def has_synchronized_batch_norm(model: nn.Module) -> bool:
+    """Whether a forward pass in training talks to the other processes."""
+    return any(isinstance(module, (nn.SyncBatchNorm, CpuSyncBatchNorm2d)) for module in model.modules())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 from data import DevicePrefetcher, UnreadableImage
 from detection.engine.accelerate.cuda_graphs import StepGraphs
-from detection.engine.distributed.comm import Processes, without_gradient_exchange
 from detection.engine.optim.amp import Precision
-from detection.engine.optim.flat_gradients import FlatGradients
+from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.optim.nonfinite import KeepEveryStep
 from detection.models import ImageBatch, TargetBatch
 
@@ -33,19 +31,13 @@ class FedBatches:
 
 
 class GradientComputer:
-    """Leaves in every parameter's `grad` the gradient of the mean loss of a global batch.
-
-    Without graphs DistributedDataParallel averages the gradients while the last micro-step's backward pass runs. With
-    graphs the passes are replayed, which must find the gradients where they were: they stay in one tensor, and one
-    exchange averages it.
-    """
+    """Leaves in every parameter's `grad` the gradient of the mean loss of a global batch."""
 
     def __init__(
         self,
         model: nn.Module,
-        parameters: list[nn.Parameter],
+        buckets: GradientBuckets,
         precision: Precision,
-        processes: Processes,
         guard: KeepEveryStep,
         *,
         accumulate: int,
@@ -53,26 +45,20 @@ class GradientComputer:
     ) -> None:
         """
         Args:
-            model: the detector, wrapped for the run's processes; with `graphs` the detector itself.
+            buckets: averages the gradients of the model's trained parameters; with `graphs` they stay there.
             accumulate: micro-steps of an iteration, one batch each.
             graphs: captures and replays the forward and backward passes.
         """
         self.model = model
         self.accumulate = accumulate
+        self._buckets = buckets
         self._precision = precision
-        self._processes = processes
         self._guard = guard
-        self._run = self._forward_backward
-        self._zero: Callable[[], None] = partial(_drop_gradients, parameters)
-        self._average: Callable[[], None] = lambda: None
-        if graphs is not None:
-            flat = FlatGradients(parameters)
-            self._run = partial(graphs.run, self._forward_backward)
-            self._zero, self._average = flat.zero, partial(flat.average, processes)
+        self._run = self._forward_backward if graphs is None else partial(graphs.run, self._forward_backward)
 
     def compute(self, batches: DevicePrefetcher) -> FedBatches:
         """Take an iteration's batches and leave their gradients in the parameters."""
-        self._zero()
+        self._buckets.zero()
         self._guard.begin()
         fed = FedBatches()
         for micro_step in range(self.accumulate):
@@ -80,21 +66,20 @@ class GradientComputer:
             fed.data_seconds += batches.data_seconds
             images = ImageBatch(batch.pixels, batch.sizes)
             targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys)
-            is_last = micro_step == self.accumulate - 1
-            # Only the last backward pass talks to the other processes.
-            with (
-                self._processes.waiting("the gradients of every process")
-                if is_last
-                else without_gradient_exchange(self.model)
-            ):
-                losses = self._run(images, targets)
+            if micro_step == self.accumulate - 1:
+                self._buckets.send_in_backward()
+            losses = self._run(images, targets)
             fed.losses = {name: fed.losses[name] + value for name, value in losses.items()} if fed.losses else losses
             fed.image_ids += batch.image_ids.tolist()
             fed.unreadable += batch.unreadable
             # Load the next batch while the device computes this one.
             batches.prepare()
-        self._average()
+        self._buckets.finish()
         return fed
+
+    def check(self) -> None:
+        """RuntimeError: the gradients are no longer where graphs leave them."""
+        self._buckets.check()
 
     def _forward_backward(self, images: ImageBatch, targets: TargetBatch) -> Losses:
         """Gradients of one micro-step; its share of the iteration's losses, detached."""
@@ -103,8 +88,3 @@ class GradientComputer:
         shares = {name: value / self.accumulate for name, value in losses.items()}
         self._precision.backward(self._guard.mark(torch.stack(list(shares.values())).sum()))
         return {name: value.detach() for name, value in shares.items()}
-
-
-def _drop_gradients(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None

@@ -1,5 +1,4 @@
-"""Recorded forward and backward passes, on a CPU: a stand-in for CUDA graphs records operators and does them again with
-the very tensors, so that it too knows nothing of what the host did in between."""
+"""Recorded forward and backward passes, on a CPU with a stand-in for CUDA graphs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,62 +6,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from detection.config import ConfigError
 from detection.engine import train
 from detection.engine.accelerate import cuda_graphs
 from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, StepGraphs, cuda_step_graphs
 from detection.engine.distributed.comm import Processes
-from detection.engine.optim.flat_gradients import FlatGradients
+from detection.engine.optim.gradient_buckets import GradientBuckets
+from detection.engine.trainer import Trainer
 from detection.models import ImageBatch, TargetBatch, build_model
 from detection.models.ops.backend import DEVICE, implementation
+from tests.engine.accelerate.operator_recorder import OperatorRecorder
 
 CPU = torch.device("cpu")
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-
-class OperatorRecorder:
-    """As CudaGraphBackend, on a CPU."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def warm_up(self, step: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        return step()
-
-    def capture(self, step: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-        written = [parameter.clone() for parameter in self.untouched()]
-        with Operators() as operators:
-            recorded = step()
-        # A recording does nothing.
-        for parameter, before in zip(self.untouched(), written, strict=True):
-            parameter.copy_(before)
-
-        @torch.no_grad()
-        def replay() -> dict[str, Tensor]:
-            self.replays += 1
-            for func, args, kwargs, result in operators.calls:
-                for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
-                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                        old.detach().copy_(new)
-            return {name: value.clone() for name, value in recorded.items()}
-
-        return replay
-
-    untouched: Callable[[], list[Tensor]] = staticmethod(list)
-    """The tensors outside a step that it writes to."""
 
 
 class Refuser(OperatorRecorder):
@@ -90,9 +46,10 @@ def batch(seed: int, num_boxes: int, height: int = 64) -> tuple[ImageBatch, Targ
 
 
 def passes(model: nn.Module, graphs: StepGraphs | None, batches: list[tuple[ImageBatch, TargetBatch]]) -> list[Any]:
-    gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = GradientBuckets(parameters, Processes(0, 0, 1, 1, parameters[0].device), stay=True)
     if graphs is not None and isinstance(graphs._backend, OperatorRecorder):
-        graphs._backend.untouched = lambda: [gradients._flat]
+        graphs._backend.untouched = lambda: [p.grad for p in parameters]
 
     def step(images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
         losses = model(images, targets)
@@ -103,7 +60,7 @@ def passes(model: nn.Module, graphs: StepGraphs | None, batches: list[tuple[Imag
     for images, targets in batches:
         gradients.zero()
         losses = graphs.run(step, images, targets) if graphs is not None else step(images, targets)
-        found.append((losses, gradients._flat.clone()))
+        found.append((losses, torch.cat([p.grad.flatten() for p in parameters])))
     return found
 
 
@@ -146,21 +103,6 @@ def test_passes_that_cannot_be_recorded_are_done_once_each_as_they_are_written(c
     assert graphs.num_captures == 0
 
 
-def test_flat_gradients_lie_as_their_parameters_and_begin_at_multiples_of_four():
-    weight = nn.Parameter(torch.randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last))
-    bias, other = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 2))
-    gradients = FlatGradients([weight, bias, other])
-    for number, parameter in enumerate((weight, bias, other), 1):
-        assert parameter.grad is not None and parameter.grad.stride() == parameter.stride()
-        assert parameter.grad.data_ptr() % 16 == 0
-        parameter.grad.fill_(number)
-    assert [parameter.grad.unique().tolist() for parameter in (weight, bias, other)] == [[1.0], [2.0], [3.0]]
-    (weight.sum() * 2 + bias.sum()).backward()
-    assert weight.grad.unique().tolist() == [3.0] and bias.grad.unique().tolist() == [3.0]
-    gradients.zero()
-    assert not any(parameter.grad.any() for parameter in (weight, bias, other))
-
-
 def on_gpu(*batches: tuple[ImageBatch, TargetBatch]) -> list[tuple[ImageBatch, TargetBatch]]:
     return [
         (ImageBatch(*(each.cuda() for each in images)), TargetBatch(*(each.cuda() for each in targets)))
@@ -172,13 +114,14 @@ def on_gpu(*batches: tuple[ImageBatch, TargetBatch]) -> list[tuple[ImageBatch, T
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_replayed_passes_give_what_passes_give_as_they_are_written(compiled):
     batches = on_gpu(*(batch(seed, 1 + 5 * (seed % 3), 64 if seed % 2 else 96) for seed in range(10)))
-    graphs = StepGraphs(CudaGraphBackend(), pytest.fail)
+    problems: list[str] = []
+    graphs = StepGraphs(CudaGraphBackend(), problems.append)
     recorded, plain = tiny().cuda(), tiny().cuda()
     if compiled:
         recorded.compile_dense_parts(dynamic=False)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         found, expected = passes(recorded, graphs, batches), passes(plain, None, batches)
-    assert graphs.problem is None and graphs.num_captures == 2
+    assert not problems and graphs.num_captures == 2
     for (losses, gradients), (plain_losses, plain_gradients) in zip(found, expected, strict=True):
         torch.testing.assert_close(losses, plain_losses, rtol=1e-3, atol=1e-4)
         assert (gradients - plain_gradients).norm() < 0.01 * plain_gradients.norm()
@@ -187,10 +130,11 @@ def test_on_a_gpu_replayed_passes_give_what_passes_give_as_they_are_written(comp
 @pytest.mark.cuda
 def test_on_a_gpu_a_pass_that_cannot_be_recorded_leaves_a_training_that_goes_on():
     batches = on_gpu(*(batch(seed, 3) for seed in range(6)))
-    model, graphs = tiny().cuda(), StepGraphs(CudaGraphBackend(), pytest.fail)
+    problems: list[str] = []
+    model, graphs = tiny().cuda(), StepGraphs(CudaGraphBackend(), problems.append)
     model.register_forward_hook(lambda module, given, losses: losses["loss_cls"].item() and None)
     found = passes(model, graphs, batches)
-    assert graphs.problem is not None and "captur" in graphs.problem
+    assert any("captur" in problem for problem in problems)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     expected = passes(tiny().cuda(), None, batches)
     assert all((g - e).norm() < 0.02 * e.norm() for (_, g), (_, e) in zip(found, expected, strict=True))
@@ -210,19 +154,13 @@ def test_on_a_gpu_a_pass_that_cannot_be_recorded_leaves_a_training_that_goes_on(
 def on_cpu(monkeypatch: pytest.MonkeyPatch, code_of_gpus: None) -> list[StepGraphs]:
     """--cuda-graphs with the stand-in; the graphs of each training."""
     made: list[StepGraphs] = []
-    recorders: list[OperatorRecorder] = []
-    plain = FlatGradients.__init__
-
-    def remember(self: FlatGradients, parameters: Any) -> None:
-        plain(self, parameters)
-        recorders[-1].untouched = lambda: [self._flat]
 
     def graphs(processes: Processes, model: nn.Module, warn: Any) -> StepGraphs:
-        recorders.append(OperatorRecorder())
-        made.append(StepGraphs(recorders[-1], warn))
+        recorder = OperatorRecorder()
+        recorder.untouched = lambda: [p.grad for p in model.parameters() if p.requires_grad]
+        made.append(StepGraphs(recorder, warn))
         return made[-1]
 
-    monkeypatch.setattr(FlatGradients, "__init__", remember)
     monkeypatch.setattr(train, "cuda_step_graphs", graphs)
     return made
 
@@ -253,26 +191,59 @@ def test_a_training_with_graphs_resumes_to_the_same_bits(on_cpu, start, tmp_path
     same_state(states[0]["model"], states[1]["model"])
 
 
-def test_graphs_that_cannot_be_recorded_are_told_once_and_the_training_goes_on(monkeypatch, start, tmp_path, capsys):
+def test_a_size_that_cannot_be_recorded_leaves_the_others_their_recordings(code_of_gpus, same_state):
+    class RefusesOne(OperatorRecorder):
+        def capture(self, step: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+            if not problems:
+                raise RuntimeError("out of memory")
+            return super().capture(step)
+
+    problems: list[str] = []
+    backend = RefusesOne()
+    graphs = StepGraphs(backend, problems.append)
+    batches = [batch(seed, 3, 64 if seed % 2 else 96) for seed in range(8)]
+    same_state(passes(tiny(), graphs, batches), passes(tiny(), None, batches))
+    assert problems == [
+        "batches of 2x3x96x96 pixels cannot be recorded as a CUDA graph, they run without: out of memory"
+    ]
+    assert (graphs.num_captures, backend.replays) == (1, 2)
+
+
+def test_a_gradient_that_graphs_no_longer_reach_is_an_error_at_the_next_log(on_cpu, monkeypatch, start, tmp_path):
+    plain = Trainer.train_step
+
+    def train_step(self: Trainer, batches: Any) -> None:
+        plain(self, batches)
+        parameter = next(p for p in self.state.model.parameters() if p.requires_grad)
+        parameter.grad = parameter.grad.clone()
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(RuntimeError, match="gradient was replaced, but CUDA graphs write to the one before"):
+        start(tmp_path / "run", "--cuda-graphs", "--norm", "gn", "--log-interval", "1")
+
+
+def test_graphs_that_cannot_be_recorded_are_told_and_the_training_goes_on(monkeypatch, start, tmp_path, capsys):
     monkeypatch.setattr(train, "cuda_step_graphs", lambda processes, model, warn: StepGraphs(Refuser(), warn))
     assert start(tmp_path / "run", "--cuda-graphs", "--norm", "gn") == 0
     said = capsys.readouterr()
-    assert (said.out + said.err).count("CUDA graphs cannot be recorded here") == 1
+    assert "cannot be recorded as a CUDA graph, they run without: operation not permitted" in said.out + said.err
 
 
 @pytest.mark.parametrize(
-    ("device", "triton", "world_size", "norm", "message"),
+    ("device", "triton", "synchronized", "message"),
     [
-        ("cpu", True, 1, "gn", "leave it away on a CPU"),
-        ("cuda", False, 1, "gn", "needs the Triton kernels"),
-        ("cuda", True, 2, "bn", "trained batch norm in several processes"),
+        ("cpu", True, False, "leave it away on a CPU"),
+        ("cuda", False, False, "needs the Triton kernels"),
+        ("cuda", True, True, "does not go with --sync-bn"),
     ],
 )
 def test_passes_that_no_graph_can_hold_are_refused_before_the_training(
-    monkeypatch, device, triton, world_size, norm, message
+    monkeypatch, device, triton, synchronized, message
 ):
     monkeypatch.setattr(cuda_graphs, "uses_triton", lambda where: triton)
     monkeypatch.setattr(cuda_graphs, "describe_kernels", lambda where: "PyTorch's operators")
-    model = build_model("tiny", 3, norm=norm, frozen_stages=-1)
+    model = build_model("tiny", 3, norm="bn", frozen_stages=-1)
+    if synchronized:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with pytest.raises(ConfigError, match=message):
-        cuda_step_graphs(Processes(0, 0, world_size, world_size, torch.device(device)), model, pytest.fail)
+        cuda_step_graphs(Processes(0, 0, 2, 2, torch.device(device)), model, pytest.fail)

@@ -25,6 +25,7 @@ from detection.engine.distributed.comm import Processes, start_processes, stop_p
 from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
 from detection.engine.evaluator import EvalLoader
 from detection.engine.metrics.step_metrics import LOSSES, NonFiniteLoss, StepMetrics
+from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
 from detection.process_exit import leave
@@ -57,8 +58,6 @@ def agreed(processes: Processes) -> dict[str, Any]:
         except RunError as error:
             return str(error)
 
-    average = torch.tensor([1.0 + processes.rank, 5.0])
-    processes.average(average)
     shared = nn.BatchNorm2d(1)
     nn.init.constant_(shared.weight, 3.0 + processes.rank)
     shared.running_mean.fill_(7.0 + processes.rank)
@@ -71,8 +70,7 @@ def agreed(processes: Processes) -> dict[str, Any]:
         "main first": message(lambda: run_on_main_rank(processes, lambda: fails_on(1))),
         "broadcast": processes.broadcast({"rank": processes.rank}),
         "largest": processes.all_reduce_max_async(processes.rank).result(),
-        "mean": processes.mean(torch.tensor([1.0 + processes.rank])).item(),
-        "average": average.tolist(),
+        "mean": processes.mean(torch.tensor([1.0 + processes.rank, 5.0])).tolist(),
         "weights": [float(shared.weight.detach()), float(shared.running_mean)],
     }
 
@@ -122,20 +120,23 @@ def without_boxes(processes: Processes) -> dict[str, Any]:
     """A training step in which rank 1 has no box, then one in which nobody has."""
     torch.manual_seed(0)
     model = build_model("tiny", 3, norm="bn", frozen_stages=-1).train()
-    wrapped = processes.wrap_ddp(model, broadcast_buffers=True)
+    buckets = GradientBuckets(list(model.parameters()), processes)
     images = ImageBatch(torch.full((1, 3, 64, 64), 90, dtype=torch.uint8), torch.tensor([[64, 64]]))
     boxes = torch.tensor([[[8.0, 8.0, 40.0, 44.0], [0.0, 0.0, 0.0, 0.0]]])
     found: dict[str, Any] = {}
     for case, valid in (("rank 1 has none", processes.rank == 0), ("nobody has any", False)):
-        model.zero_grad()
+        buckets.zero()
+        buckets.send_in_backward()
         targets = TargetBatch(
             boxes * valid, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[valid, False]]), torch.tensor([3])
         )
-        losses = wrapped(images, targets)
+        losses = model(images, targets)
         sum(losses.values()).backward()
+        without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        buckets.finish()
         found[case] = {
             "losses": {name: float(value) for name, value in losses.items()},
-            "without gradient": [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None],
+            "without gradient": without,
             "gradients": {name: p.grad.clone() for name, p in model.named_parameters()},
         }
     return found
@@ -165,9 +166,9 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
     found["one image"] = train("one_image", "--limit-train-batches", "1", "--sync-bn", *one_image)
     found["whole"] = train("whole", "--ema", "0.5")
 
-    # Gradients that the loop itself averages, beside DistributedDataParallel's.
+    # Gradients that stay in their buckets, beside those that move there.
     words_of_graphs = ["--cuda-graphs", "--norm", "gn", "--limit-val-batches", "1"]
-    for name, graphs in (("wrapped", None), ("averaged", StepGraphs(NoRecorder(), print))):
+    for name, graphs in (("moving", None), ("staying", StepGraphs(NoRecorder(), print))):
         train_module.cuda_step_graphs = lambda processes, model, warn, graphs=graphs: graphs  # type: ignore[assignment, misc]
         found[name] = train(name, *words_of_graphs)
 
