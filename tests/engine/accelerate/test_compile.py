@@ -146,6 +146,6 @@ def test_two_processes_follow_the_losses_of_one_with_the_same_global_batch(
         for process in processes:
             out, err = process.communicate(timeout=200)
             assert process.returncode == 0, out[-3000:] + err[-6000:]
-            graphs = json.loads(out.splitlines()[-1])
-            assert graphs["parts"] > graphs["traced"] > 0
+            # Four stages of the backbone, pyramid, RPN and RoI head.
+            assert json.loads(out.splitlines()[-1])["traced"] >= 7
     assert_same_losses(tmp_path / "two", train(tmp_path / "one", "--max-epochs", "1", "--accumulate", "2"))
