@@ -7,6 +7,7 @@ highest mAP), the settings that differ, and an image of loss, learning rate and 
 import sys
 
 from checkout import program_parser
+from detection.config.arg_types import png_file
 from detection.reporting import (
     MetricsError,
     RunsError,
@@ -20,7 +21,8 @@ from detection.reporting import (
 def main(argv: list[str] | None = None) -> int:
     parser = program_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="DIR", help="output directory of a run (its --output-dir)")
-    parser.add_argument("--png", metavar="FILE", help="image of loss, learning rate and mAP (needs matplotlib)")
+    text = "image of loss, learning rate and mAP (needs matplotlib)"
+    parser.add_argument("--png", type=png_file, metavar="FILE", help=text)
     options = parser.parse_args(argv)
     if len(options.runs) < 2:
         parser.error("give two or more output directories")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from checkout import exit_status, program_parser
-from detection.config.arg_types import positive_int
+from detection.config.arg_types import png_file, positive_int
 from schedules import MultiStepLR, Schedule, ScheduleError, load_schedule, with_overrides
 
 
@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "images per optimizer step over all processes: scales the learning rate by N / base_batch_size"
     add("--batch-size-total", type=positive_int, metavar="N", help=text)
     add("--csv", type=Path, metavar="FILE", help="write iteration,epoch,lr (both counted from 0)")
-    add("--png", type=Path, metavar="FILE", help="draw the curve (needs matplotlib)")
+    add("--png", type=png_file, metavar="FILE", help="draw the curve (needs matplotlib)")
     add("--set", action="append", default=[], type=_assignment, metavar="KEY=VALUE", help="override, as in train.py")
     return parser
 

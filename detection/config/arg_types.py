@@ -1,37 +1,68 @@
-"""What the text after an option must be: types for argparse, whose messages say it."""
+"""What the text after an option must be: numbers of a range, which argparse's messages, --help and the docs name, and
+names of files."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T", int, float)
 
+NO_LIMIT = 1_000_000_000  # no count of anything here is larger
+
 
 @dataclass(frozen=True)
 class Number(Generic[T]):
-    """An argparse type. expected: the numbers it takes, in words. metavar: how --help writes one."""
+    """An argparse type: finite numbers of a range. low, high: its ends. excluded: those ends that do not belong to it.
+    metavar: how --help writes one."""
 
     kind: type[T]
-    fits: Callable[[T], bool]
-    expected: str
-    metavar: str
+    low: T
+    high: T
+    excluded: tuple[T, ...] = ()
+    metavar: str = "N"
+
+    @property
+    def range(self) -> str:
+        """The range in words."""
+        low, high = (f"{end:g}" if isinstance(end, float) else str(end) for end in (self.low, self.high))
+        if self.high in self.excluded:
+            return f"between {low} and {high}"
+        return f"above {low}, at most {high}" if self.excluded else f"from {low} to {high}"
 
     def __call__(self, text: str) -> T:
         try:
-            if self.fits(value := self.kind(text)):
+            value = self.kind(text)
+            if self.low <= value <= self.high and value not in self.excluded:
                 return value
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"{text} is not {self.expected}")
+        kind = "a whole number" if self.kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not {kind} {self.range}")
 
 
-positive_int = Number(int, lambda value: value >= 1, "a whole number of at least 1", "N")
-not_negative_int = Number(int, lambda value: value >= 0, "a whole number of at least 0", "N")
-seed = Number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1", "N")
-positive_float = Number(float, lambda value: 0 < value < math.inf, "a finite number above 0", "X")
-fraction = Number(float, lambda value: 0 <= value <= 1, "from 0 to 1", "P")
-inner_fraction = Number(float, lambda value: 0 < value < 1, "between 0 and 1", "P")
+def whole(low: int, high: int = NO_LIMIT) -> Number[int]:
+    """Whole numbers from low to high."""
+    return Number(int, low, high)
+
+
+def above_0(high: float) -> Number[float]:
+    """Numbers above 0 and at most `high`."""
+    return Number(float, 0.0, high, excluded=(0.0,), metavar="X")
+
+
+positive_int = whole(1)
+side = whole(33, 16384)
+"""A side of an image at the network's scale, pixels. Above 32 the coarsest normalized map has two cells or more, which
+batch norm and group norm need."""
+fraction = Number(float, 0.0, 1.0, metavar="P")
+inner_fraction = Number(float, 0.0, 1.0, excluded=(0.0, 1.0), metavar="P")
+
+
+def png_file(text: str) -> Path:
+    """An argparse type: where a PNG image shall go."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text} does not end in .png: an image is written as PNG")
+    return Path(text)

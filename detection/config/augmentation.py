@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from detection.config.arg_types import fraction, positive_int
-from detection.config.settings import ConfigError, add_options, plain, setting
+from detection.config.arg_types import Number, fraction, side
+from detection.config.settings import COMMAND_LINE, COMPATIBLE, ConfigError, add_options, plain, setting
 
 TITLE = "training images at random (docs/augmentation.md)"
 
@@ -21,7 +20,7 @@ def _scale(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(-?\d+)x(-?\d+)", text.lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no scale: write two sides in pixels, e.g. 1333x800")
-    return positive_int(match[1]), positive_int(match[2])
+    return side(match[1]), side(match[2])
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,16 @@ class AugmentationConfig:
 
     train_min_sizes: tuple[int, ...] | None = setting(
         None,
+        COMMAND_LINE,
         "multi-scale training: shorter sides, one drawn for each image",
         shown="--min-size",
-        type=positive_int,
+        type=side,
         nargs="+",
     )
     """--max-size limits the longer side."""
     train_scales: tuple[tuple[int, int], ...] | None = setting(
         None,
+        COMMAND_LINE,
         "multi-scale training: scales such as 1333x640 1333x800, one drawn for each image",
         type=_scale,
         nargs="+",
@@ -48,35 +49,48 @@ class AugmentationConfig:
     )
     """Two sides each: the larger limits the longer side, the smaller the shorter."""
     train_scale_sampling: str = setting(
-        "choice", "choice: one of the sizes or scales; range: anything between two of them", choices=("choice", "range")
+        "choice",
+        COMMAND_LINE,
+        "choice: one of the sizes or scales; range: anything between two of them",
+        choices=("choice", "range"),
     )
     lsj: int | None = setting(
         None,
+        COMMAND_LINE,
         "large-scale jitter, cropped or padded to SIZE x SIZE pixels",
-        type=positive_int,
+        type=side,
         nargs="?",
         const=1024,
         metavar="SIZE",
     )
     lsj_range: tuple[float, float] = setting(
-        (0.1, 2.0), "factors of SIZE to draw from", type=float, nargs=2, metavar=("MIN", "MAX")
+        (0.1, 2.0),
+        COMMAND_LINE,
+        "factors of SIZE to draw from",
+        type=Number(float, 0.01, 100.0),
+        nargs=2,
+        metavar=("MIN", "MAX"),
     )
     lsj_min_visibility: float = setting(
-        0.0, "drop boxes of which the crop leaves a smaller part of the area", type=fraction
+        0.0, COMMAND_LINE, "drop boxes of which the crop leaves a smaller part of the area", type=fraction
     )
-    flip_probability: float = setting(0.5, "left to right", type=fraction)
-    vertical_flip_probability: float = setting(0.0, "upside down", type=fraction)
-    photometric_distortion: bool = setting(False, "SSD's brightness, contrast, saturation, hue and channel order")
+    flip_probability: float = setting(0.5, COMMAND_LINE, "left to right", type=fraction)
+    vertical_flip_probability: float = setting(0.0, COMMAND_LINE, "upside down", type=fraction)
+    photometric_distortion: bool = setting(
+        False, COMMAND_LINE, "SSD's brightness, contrast, saturation, hue and channel order"
+    )
     """Each with probability 1/2."""
     color_jitter: tuple[float, float, float, float] | None = setting(
         None,
+        COMMAND_LINE,
         "torchvision's ColorJitter, e.g. 0.4 0.4 0.4 0.1",
-        type=float,
+        type=Number(float, 0.0, 10.0),
         nargs=4,
         metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"),
     )
     repeat_threshold: float | None = setting(
         None,
+        COMPATIBLE,
         "repeat-factor sampling: images of classes in fewer than this part of the images come sqrt(T / part) times an "
         "epoch",
         type=fraction,
@@ -99,17 +113,12 @@ class AugmentationConfig:
                 "given: give two"
             )
         low, high = self.lsj_range
-        if not 0 < low <= high < math.inf:
-            raise ConfigError(f"--lsj-range {low:g} {high:g}: the first must be above 0, and not above the second")
+        if low > high:
+            raise ConfigError(f"--lsj-range {low:g} {high:g}: the first must not be above the second")
         if self.photometric_distortion and self.color_jitter is not None:
             raise ConfigError("--photometric-distortion and --color-jitter both change the colors: give one of them")
-        if self.color_jitter is not None:
-            *factors, hue = self.color_jitter
-            if not (all(0 <= factor < math.inf for factor in factors) and 0 <= hue <= 0.5):
-                raise ConfigError(
-                    f"--color-jitter {' '.join(f'{value:g}' for value in self.color_jitter)}: brightness, contrast and "
-                    "saturation are 0 or above, and the hue, in turns, is from 0 to 0.5"
-                )
+        if self.color_jitter is not None and self.color_jitter[3] > 0.5:
+            raise ConfigError(f"--color-jitter: the last, the hue, is {self.color_jitter[3]:g} turns: give 0 to 0.5")
         if self.repeat_threshold == 0:
             raise ConfigError(
                 "--repeat-threshold 0 repeats nothing: leave it away, or give a part of the images, e.g. 0.01"

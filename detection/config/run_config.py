@@ -9,15 +9,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from detection.config.arg_types import inner_fraction, not_negative_int, positive_float, positive_int, seed
+from detection.config.arg_types import Number, above_0, inner_fraction, positive_int, side, whole
 from detection.config.augmentation import AugmentationConfig
-from detection.config.settings import ConfigError, Option, plain, setting
+from detection.config.settings import (
+    CHECKPOINT,
+    COMMAND_LINE,
+    COMPATIBLE,
+    EACH_START,
+    EQUAL,
+    SCHEDULE,
+    ConfigError,
+    Option,
+    plain,
+    setting,
+)
 
 FREEZE_CHOICES = {"none": -1, "stem": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage4": 4, "backbone": 4}
 """What --freeze takes, and the number of frozen stages that it means."""
 WORKERS = {"cuda": 4, "cpu": 1}
 LOG_INTERVALS = {"cuda": 20, "cpu": 1}
 """Defaults by the type of the device."""
+MINUTES_A_WEEK = 7 * 24 * 60.0
 
 
 def _by_device(defaults: dict[str, int]) -> str:
@@ -36,26 +48,31 @@ def _frozen_stages(text: str) -> int:
 class DataConfig:
     """Where images and annotations are, and the scale the network sees them at."""
 
-    dataset: str = setting("coco", "shapes is made on first use", choices=("coco", "shapes"))
+    dataset: str = setting("coco", COMPATIBLE, "shapes is made on first use", choices=("coco", "shapes"))
     data_path: Path | None = setting(
-        None, "standard COCO layout", shown="datasets/coco, or datasets/shapes", type=Path, metavar="DIR"
+        None, COMPATIBLE, "standard COCO layout", shown="datasets/coco, or datasets/shapes", type=Path, metavar="DIR"
     )
-    train_images: Path | None = setting(None, "image folder of the train set", type=Path, metavar="DIR")
-    train_annotations: Path | None = setting(None, "COCO JSON of the train set", type=Path, metavar="FILE")
-    val_images: Path | None = setting(None, "image folder of the val set", type=Path, metavar="DIR")
-    val_annotations: Path | None = setting(None, "COCO JSON of the val set", type=Path, metavar="FILE")
-    test_images: Path | None = setting(None, "image folder of the test set", type=Path, metavar="DIR")
-    test_annotations: Path | None = setting(None, "COCO JSON of the test set", type=Path, metavar="FILE")
-    min_size: int = setting(800, "shorter side", unit="pixels", type=positive_int)
-    max_size: int = setting(1333, "longer side at most", unit="pixels", type=positive_int)
-    workers: int | None = setting(None, "loader processes a process", shown=_by_device(WORKERS), type=not_negative_int)
-    limit_train_batches: int | None = setting(None, "iterations an epoch at most", type=positive_int)
-    limit_val_batches: int | None = setting(None, "evaluation batches a process at most", type=positive_int)
+    train_images: Path | None = setting(None, COMPATIBLE, "image folder of the train set", type=Path, metavar="DIR")
+    train_annotations: Path | None = setting(None, COMPATIBLE, "COCO JSON of the train set", type=Path, metavar="FILE")
+    val_images: Path | None = setting(None, COMMAND_LINE, "image folder of the val set", type=Path, metavar="DIR")
+    val_annotations: Path | None = setting(None, COMMAND_LINE, "COCO JSON of the val set", type=Path, metavar="FILE")
+    test_images: Path | None = setting(None, COMMAND_LINE, "image folder of the test set", type=Path, metavar="DIR")
+    test_annotations: Path | None = setting(None, COMMAND_LINE, "COCO JSON of the test set", type=Path, metavar="FILE")
+    min_size: int = setting(800, COMMAND_LINE, "shorter side", unit="pixels", type=side)
+    max_size: int = setting(1333, COMMAND_LINE, "longer side at most", unit="pixels", type=side)
+    workers: int | None = setting(
+        None, COMMAND_LINE, "loader processes a process", shown=_by_device(WORKERS), type=whole(0, 256)
+    )
+    limit_train_batches: int | None = setting(None, COMPATIBLE, "iterations an epoch at most", type=positive_int)
+    limit_val_batches: int | None = setting(
+        None, COMMAND_LINE, "evaluation batches a process at most", type=positive_int
+    )
     max_bad_images: int = setting(
         10,
+        COMMAND_LINE,
         "images that may turn out unreadable in mid-run: each is reported and replaced by the next of its shape; "
         "one more ends the run",
-        type=not_negative_int,
+        type=whole(0),
     )
 
     def workers_on(self, device: str) -> int:
@@ -72,17 +89,22 @@ class DataConfig:
 class ModelConfig:
     """Which detector, from which weights, and what of it is trained."""
 
-    model: str = setting("faster_rcnn_r50_fpn", "the detector", metavar="NAME")
+    model: str = setting("faster_rcnn_r50_fpn", EQUAL, "the detector", metavar="NAME")
     weights: str = setting(
         "imagenet",
+        CHECKPOINT,
         "none, imagenet, a torchvision weights name, or a file of ours, torchvision's, MMDetection's",
         metavar="SPEC",
     )
     norm: str = setting(
-        "auto", "auto: frozen_bn from pretrained weights, bn from none", choices=("auto", "frozen_bn", "bn", "gn")
+        "auto",
+        CHECKPOINT,
+        "auto: frozen_bn from pretrained weights, bn from none",
+        choices=("auto", "frozen_bn", "bn", "gn"),
     )
     frozen_stages: int | None = setting(
         None,
+        CHECKPOINT,
         Option(
             f"{'|'.join(FREEZE_CHOICES)}: the backbone up to this part keeps its weights; backbone is stage4",
             flag="--freeze",
@@ -99,9 +121,10 @@ class ModelConfig:
             metavar="N",
         ),
     )
-    sync_bn: bool = setting(False, "trained batch norm over all processes")
+    sync_bn: bool = setting(False, CHECKPOINT, "trained batch norm over all processes")
     settings: tuple[tuple[str, Any], ...] = setting(
         (),
+        CHECKPOINT,
         "any field of the model's configuration in detection/models/config.py, e.g. score_threshold=0.01 (repeatable)",
         flag="--model-set",
         dest="settings",
@@ -114,12 +137,13 @@ class ModelConfig:
 class TrainConfig:
     """How the schedule is followed on this machine."""
 
-    schedule: str = setting("1x", "1x, 2x, 20e, or a schedule file", group="schedule", metavar="NAME|FILE")
+    schedule: str = setting("1x", SCHEDULE, "1x, 2x, 20e, or a schedule file", group="schedule", metavar="NAME|FILE")
     overrides: tuple[str, ...] = setting(
         (),
-        Option("override the schedule's epochs", flag="--max-epochs", type=positive_int),
+        SCHEDULE,
+        Option("override the schedule's epochs", flag="--max-epochs", type=whole(1, 100_000)),
         Option("validate each N epochs", flag="--val-interval", type=positive_int),
-        Option("override the schedule's learning rate", flag="--lr", type=positive_float),
+        Option("override the schedule's learning rate", flag="--lr", type=above_0(1000)),
         Option(
             "override any field of the schedule, e.g. optim_wrapper.optimizer.weight_decay=0 (repeatable)",
             flag="--set",
@@ -129,37 +153,48 @@ class TrainConfig:
         group="schedule",
     )
     """KEY=VALUE each: those of --set in order, then the others."""
-    batch_size: int = setting(2, "images a process", type=positive_int)
-    auto_scale_lr: bool = setting(False, "learning rate x (global batch / the schedule's base batch)", group="schedule")
-    accumulate: int | None = setting(None, "micro-steps an iteration", shown="the schedule's, 1", type=positive_int)
+    batch_size: int = setting(2, COMPATIBLE, "images a process", type=whole(1, 4096))
+    auto_scale_lr: bool = setting(
+        False, SCHEDULE, "learning rate x (global batch / the schedule's base batch)", group="schedule"
+    )
+    accumulate: int | None = setting(
+        None, COMPATIBLE, "micro-steps an iteration", shown="the schedule's, 1", type=whole(1, 4096)
+    )
     global_batch_size: int | None = setting(
         None,
+        COMPATIBLE,
         "images an iteration over all processes: batch and micro-steps a process follow from it, also where a resumed "
         "run has another number of processes; --batch-size is then the most a process takes at once",
-        type=positive_int,
+        type=whole(1, 1_048_576),
     )
-    clip_grad: float | None = setting(None, "largest gradient norm", shown="the schedule's, none", type=positive_float)
+    clip_grad: float | None = setting(
+        None, SCHEDULE, "largest gradient norm", shown="the schedule's, none", type=above_0(1e9)
+    )
     skip_nonfinite: bool = setting(
         False,
+        COMMAND_LINE,
         "an iteration whose loss or gradient is NaN or infinite makes no step and is counted, instead of ending the "
         "run",
     )
-    amp: str | None = setting(None, "mixed precision", shown="the schedule's, off", choices=("off", "bf16", "fp16"))
+    amp: str | None = setting(
+        None, SCHEDULE, "mixed precision", shown="the schedule's, off", choices=("off", "bf16", "fp16")
+    )
     ema: float | None = setting(
         None,
+        COMMAND_LINE,
         "average the weights; validation uses the average",
         type=inner_fraction,
         nargs="?",
         const=0.9998,
         metavar="DECAY",
     )
-    compile: bool = setting(False, "torch.compile the dense parts, for a few padded sizes")
+    compile: bool = setting(False, COMMAND_LINE, "torch.compile the dense parts, for a few padded sizes")
     cuda_graphs: bool = setting(
-        False, "record and replay the passes on a GPU, for a few padded sizes: for few images a GPU"
+        False, COMMAND_LINE, "record and replay the passes on a GPU, for a few padded sizes: for few images a GPU"
     )
-    channels_last: bool = setting(True, "memory layout of the images")
-    seed: int = setting(0, "of all that is drawn at random", type=seed)
-    deterministic: bool = setting(False, "bit-equal repeats on a GPU too, slower")
+    channels_last: bool = setting(True, COMMAND_LINE, "memory layout of the images")
+    seed: int = setting(0, COMMAND_LINE, "of all that is drawn at random", type=whole(0, 2**63 - 1))
+    deterministic: bool = setting(False, COMMAND_LINE, "bit-equal repeats on a GPU too, slower")
 
 
 @dataclass(frozen=True)
@@ -167,24 +202,29 @@ class OutputConfig:
     """What is written where, and when."""
 
     output_dir: Path | None = setting(
-        None, "where the run's files go", shown="runs/<model>_<schedule>", type=Path, metavar="DIR"
+        None, EACH_START, "where the run's files go", shown="runs/<model>_<schedule>", type=Path, metavar="DIR"
     )
     resume: str | None = setting(
         None,
+        EACH_START,
         "auto: the newest intact checkpoint of the output directory, a fresh start where there is none",
         shown="",
         nargs="?",
         const="auto",
         metavar="auto|FILE",
     )
-    overwrite: bool = setting(False, "start anew; what the output directory holds is moved aside first")
-    keep_checkpoints: int = setting(3, "epoch files kept", type=positive_int)
-    checkpoint_minutes: float | None = setting(None, "also save each N minutes", type=positive_float, metavar="N")
-    checkpoint_iterations: int | None = setting(None, "also save each N iterations", type=positive_int)
-    log_interval: int | None = setting(
-        None, "iterations between readings", shown=_by_device(LOG_INTERVALS), type=positive_int
+    overwrite: bool = setting(False, EACH_START, "start anew; what the output directory holds is moved aside first")
+    keep_checkpoints: int = setting(3, COMMAND_LINE, "epoch files kept", type=positive_int)
+    checkpoint_minutes: float | None = setting(
+        None, COMMAND_LINE, "also save each N minutes", type=above_0(MINUTES_A_WEEK), metavar="N"
     )
-    eval_backend: str = setting("auto", "COCO metrics", choices=("auto", "pycocotools", "hotcoco", "both"))
+    checkpoint_iterations: int | None = setting(None, COMMAND_LINE, "also save each N iterations", type=positive_int)
+    log_interval: int | None = setting(
+        None, COMMAND_LINE, "iterations between readings", shown=_by_device(LOG_INTERVALS), type=positive_int
+    )
+    eval_backend: str = setting(
+        "auto", COMMAND_LINE, "COCO metrics", choices=("auto", "pycocotools", "hotcoco", "both")
+    )
 
     def log_interval_on(self, device: str) -> int:
         """Iterations between readings on a device of this type: those asked for, or the default."""
@@ -199,20 +239,22 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-    device: str = setting("auto", "where to compute", group="train", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", COMMAND_LINE, "where to compute", group="train", choices=("auto", "cpu", "cuda"))
     mode: str = setting(
         "train",
+        EACH_START,
         Option("run the validation loop once", flag="--val-only", action="store_true"),
         Option("run the test loop once", flag="--test-only", action="store_true"),
     )
     """train, val or test."""
-    dry_run: bool = setting(False, "check everything, print the plan, write nothing", group="mode")
+    dry_run: bool = setting(False, EACH_START, "check everything, print the plan, write nothing", group="mode")
     collective_timeout: float = setting(
         15.0,
+        COMMAND_LINE,
         "how long a process waits for the others before the run ends and says who is missing",
         unit="minutes",
         group="train",
-        type=positive_float,
+        type=Number(float, 0.01, MINUTES_A_WEEK),
         metavar="MIN",
     )
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

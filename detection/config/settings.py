@@ -10,9 +10,10 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import Field
+from enum import Enum
 from typing import Any, TypeVar
 
-from detection.config.arg_types import Number
+from detection.config.arg_types import NO_LIMIT, Number
 from detection.errors import DetectionError
 
 T = TypeVar("T")
@@ -20,6 +21,26 @@ T = TypeVar("T")
 
 class ConfigError(DetectionError):
     """An option that is wrong, or options that contradict each other. The message names them and the remedy."""
+
+
+class OnResume(Enum):
+    """Whose value holds in a resumed run, where the command line differs from the checkpoint's run."""
+
+    COMMAND_LINE = "command line", "what the command line says, or the default without it"
+    SCHEDULE = "schedule", "what the command line says; the whole schedules are compared, value by value"
+    COMPATIBLE = (
+        "command line, if it fits",
+        "what the command line says; refused where classes, global batch or iterations an epoch become others",
+    )
+    CHECKPOINT = "checkpoint", "what the run began with; the command line has no effect"
+    EQUAL = "must be equal", "another value is refused"
+    EACH_START = "each start", "what the command line says: it belongs to a start, not to the run"
+
+    def __init__(self, short: str, meaning: str) -> None:
+        self.short, self.meaning = short, meaning
+
+
+COMMAND_LINE, SCHEDULE, COMPATIBLE, CHECKPOINT, EQUAL, EACH_START = OnResume
 
 
 class Option:
@@ -41,8 +62,10 @@ class Option:
         return self.flag or "--" + field.name.replace("_", "-")
 
     def meaning(self) -> str:
-        """What it is, and the unit."""
-        return f"{self.help}, {self.unit}" if self.unit else self.help
+        """What it is, the unit, and the range of a number."""
+        text = f"{self.help}, {self.unit}" if self.unit else self.help
+        kind = self.words.get("type")
+        return f"{text} ({kind.range})" if isinstance(kind, Number) and kind.high != NO_LIMIT else text
 
     def default(self, field: Field[Any]) -> str:
         """What holds without the option, for people; empty where nothing is to be said of it."""
@@ -59,14 +82,14 @@ class Option:
         return " ".join(each if isinstance(each, str) else f"{each:g}" for each in values)
 
 
-def setting(default: Any, *options: str | Option, group: str | None = None, **words: Any) -> Any:
+def setting(default: Any, on_resume: OnResume, *options: str | Option, group: str | None = None, **words: Any) -> Any:
     """A dataclass field that an option decides: the help of one, and `words` as Option takes them.
 
-    Or several options, of which those with the field's name as `dest` exclude each other. group: of the options in
-    --help; None: the field's dataclass.
+    Or several options, of which those with the field's name as `dest` exclude each other. on_resume: who decides it in
+    a resumed run. group: of the options in --help; None: the field's dataclass.
     """
     made = tuple(Option(each, **words) if isinstance(each, str) else each for each in options)
-    return dataclasses.field(default=default, metadata={"options": made, "group": group})
+    return dataclasses.field(default=default, metadata={"options": made, "on_resume": on_resume, "group": group})
 
 
 def settings_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, str, Field[Any]]]:

@@ -1,36 +1,79 @@
-"""Whether a checkpoint can be resumed, and what the command line changes in the run."""
+"""Whether a checkpoint can be resumed, and where command line and checkpoint differ, which of them holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from detection.config.augmentation import AugmentationConfig
-from detection.config.run_config import FREEZE_CHOICES, ModelConfig
+from detection.config.run_config import FREEZE_CHOICES, RunConfig
+from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.train_state import Facts, Progress
 from detection.reporting import counted
 
-_PARTS: dict[int | None, str] = {number: part for part, number in FREEZE_CHOICES.items()}
+_PARTS: dict[Any, str] = {number: part for part, number in FREEZE_CHOICES.items()}
+
+
+def resumed_settings(checkpoint: LoadedCheckpoint, config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The settings with which the checkpoint's run continues.
+
+    Which of the two holds stands at each setting's definition (OnResume). A checkpoint from before there was a setting
+    counts as one with its default.
+
+    Returns:
+        The settings, and a line for each on which command line and checkpoint differ, with the one that wins; those of
+        the schedule are in check_resumable's.
+
+    Raises:
+        CheckpointError: a setting differs that must be equal.
+    """
+    before, now, defaults = checkpoint.state["config"], config.to_dict(), RunConfig().to_dict()
+    lines: list[str] = []
+    kept: dict[str, Any] = {}
+    for _, key, field in settings_of(RunConfig):
+        decides, name = field.metadata["on_resume"], field.metadata["options"][0].flag_for(field)
+        default, given = _at(defaults, key), _at(now, key)
+        was = _at(before, key, default)
+        if decides is CHECKPOINT:
+            if None not in (was, default) and type(was) is not type(default):
+                raise CheckpointError(f"{checkpoint.path}: not a readable checkpoint ({key} is {was!r})")
+            kept[field.name] = _hashable(was)
+            lines += _without_effect(name, field.name, was, given, checkpoint.state["model_config"])
+        elif decides is EQUAL and was != given:
+            raise CheckpointError(
+                f"{checkpoint.path} is of {name} {was}, the command line says {given}: give {name} {was} to resume, or "
+                "--weights instead of --resume to start a new run from its weights"
+            )
+        elif decides not in (EACH_START, SCHEDULE) and was != given:
+            lines.append(_line(name, was, given))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **kept)), lines
+
+
+def _without_effect(name: str, field: str, was: Any, given: Any, model: Mapping[str, Any]) -> Iterator[str]:
+    """Lines on what the command line says of the model otherwise than `model`, the settings of the checkpoint's."""
+    pairs = [(name, model.get(field, was), given)] if given not in (None, "auto") else []
+    if field == "settings":
+        said = dict(given)
+        pairs = [(f"{name} {key}", model.get(key), said.get(key)) for key in {**dict(was), **said}]
+    for what, there, here in pairs:
+        if _hashable(there) != _hashable(here):
+            if field == "frozen_stages":
+                there, here = _PARTS.get(there, there), _PARTS.get(here, here)
+            yield _line(what, there, here, winner="checkpoint")
 
 
 def check_resumable(checkpoint: LoadedCheckpoint, facts: Facts, num_iterations: int) -> list[str]:
     """Compare the checkpoint's run with this one's facts; `num_iterations` are those of the whole run as planned now.
 
     Returns:
-        A line for each difference; in all of them the command line wins.
+        A line for each difference of data, processes and schedule, in which the present ones hold.
 
     Raises:
         CheckpointError: a difference with which the run cannot continue; the message names it and the way out.
     """
     state, path = checkpoint.state, checkpoint.path
     before, now = state["run"], facts["run"]
-    if before["model_name"] != now["model_name"]:
-        raise CheckpointError(
-            f"{path} is of {before['model_name']}, the command line says {now['model_name']}: "
-            f"give --model {before['model_name']} to resume, or --weights instead of --resume to start a new run from "
-            "its weights"
-        )
     if state["class_names"] != facts["class_names"]:
         raise CheckpointError(
             f"{path} was trained on the classes {_short(state['class_names'])}, the data set has "
@@ -61,22 +104,11 @@ def check_resumable(checkpoint: LoadedCheckpoint, facts: Facts, num_iterations: 
         )
     if before["data_digest"] != now["data_digest"]:
         lines.append("training annotations: their content is not that of the checkpoint; the present ones are used")
-    if before["seed"] != now["seed"]:
-        lines.append(f"seed: {before['seed']} before, now {now['seed']}")
-    if state["preprocessing"] != facts["preprocessing"]:
-        lines.append(f"image scale: {state['preprocessing']} before, now {facts['preprocessing']}")
     if _forgets_best(state, facts, num_iterations):
         lines.append(
             f"validation: {before['validation']['num_images']} images before, now {now['validation']['num_images']}; "
             "their annotations or their number are others, so the best mAP is counted anew"
         )
-    # Checkpoints from before there was a choice have none; they were trained without.
-    was = before.get("augmentation", AugmentationConfig().to_dict())
-    lines += [
-        f"--{key.replace('_', '-')}: {was.get(key)} before, now {now['augmentation'].get(key)}"
-        for key in dict.fromkeys([*was, *now["augmentation"]])
-        if was.get(key) != now["augmentation"].get(key)
-    ]
     return lines + _differences(state["schedule"], facts["schedule"], "")
 
 
@@ -101,34 +133,38 @@ def _forgets_best(state: Mapping[str, Any], facts: Facts, num_iterations: int) -
     return is_unfinished and None not in (before, now) and before != now
 
 
-def ignored_on_resume(checkpoint: LoadedCheckpoint, model: ModelConfig) -> list[str]:
-    """Lines on options of the model that were given and that the checkpoint decides otherwise."""
-    state, default = checkpoint.state, ModelConfig()
-    stored = state["model_config"]
-    given: dict[str, tuple[Any, Any, Any]] = {
-        "weights": (model.weights, default.weights, state["config"]["model"]["weights"]),
-        "norm": (model.norm, default.norm, stored["norm"]),
-        "freeze": (_PARTS.get(model.frozen_stages), default.frozen_stages, _PARTS.get(stored["frozen_stages"])),
-    }
-    lines = [
-        f"--{name} {now} has no effect: the resumed run has {before}"
-        for name, (now, unsaid, before) in given.items()
-        if now not in (unsaid, before)
-    ]
-    for key, now in model.settings:
-        if stored.get(key) != (tuple(now) if isinstance(now, list) else now):
-            lines.append(f"--model-set {key}={now} has no effect: the resumed run has {stored.get(key)}")
-    return lines
-
-
 def _differences(before: Any, now: Any, key: str) -> list[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         pairs = [(name, before.get(name), now.get(name)) for name in dict.fromkeys([*before, *now])]
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         pairs = [(str(place), one, other) for place, (one, other) in enumerate(zip(before, now, strict=True))]
     else:
-        return [] if before == now else [f"schedule {key}: {before} before, now {now}"]
+        return [] if before == now else [_line(f"schedule {key}", before, now)]
     return [line for name, one, other in pairs for line in _differences(one, other, f"{key}.{name}".lstrip("."))]
+
+
+def _line(name: str, was: Any, given: Any, *, winner: str = "command line") -> str:
+    return f"{name}: {_shown(was)} in the checkpoint, {_shown(given)} now; the {winner} wins"
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "not given", True: "on", False: "off"}[value]
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _at(settings: Any, key: str, default: Any = None) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        if not isinstance(settings, Mapping) or part not in settings:
+            return default
+        settings = settings[part]
+    return settings
+
+
+def _hashable(value: Any) -> Any:
+    """The same with tuples for lists, as settings hold them."""
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _short(names: list[str]) -> str:

@@ -18,6 +18,7 @@ from detection.engine.distributed.agreement import USER_ERRORS, RunError, run_on
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.distributed.heartbeat import LostProcess, is_network_error
 from detection.engine.evaluator import evaluate_model
+from detection.engine.resume import resumed_settings
 from detection.engine.run_dir import RunDir
 from detection.engine.signals import StopRequest
 from detection.engine.train import train
@@ -63,6 +64,9 @@ def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequ
     if processes.device.type == "cpu":
         keep_freed_memory()
     checkpoint, lines = _prepare(config, processes, output)
+    changes: list[str] = []
+    if checkpoint is not None and config.mode == "train":
+        config, changes = run_on_all_ranks(processes, partial(resumed_settings, checkpoint, config))
     components = run_on_all_ranks(processes, partial(build, config, processes, checkpoint))
     console = Console(None if config.dry_run else output.log, is_main=processes.is_main, rank=processes.rank)
     context = RunContext(config, processes, output, stop, console)
@@ -70,7 +74,7 @@ def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequ
         console.say(line)
     try:
         if config.mode == "train":
-            return train(context, components, checkpoint)
+            return train(context, components, checkpoint, changes)
         return evaluate_model(context, components)
     except (RunError, *USER_ERRORS) as error:
         if processes.is_main or not isinstance(error, RunError):
@@ -87,7 +91,7 @@ def _prepare(config: RunConfig, processes: Processes, output: RunDir) -> tuple[L
 
     def check() -> tuple[Path | None, list[str]]:
         nonlocal found
-        found, lines = preflight(config, output)
+        found, lines = preflight(config, output, processes.device)
         return None if found is None else found.path, lines
 
     path, lines = run_on_main_rank(processes, check)

@@ -50,7 +50,7 @@ def describe_run(
 ) -> str:
     """One screen that says what will happen.
 
-    changes: what differs from the checkpoint's run. notes: overrides, and settings without effect.
+    changes: what differs from the checkpoint's run, and which of the two holds. notes: overrides, and the like.
     """
     config, processes, schedule = context.config, context.processes, components.schedule
     train_set, val_set, names = loader.dataset, components.evaluation_set, loader.dataset.class_names
@@ -76,7 +76,7 @@ def describe_run(
         where = f"epoch {done + 1}, {within} iterations into it" if within else f"epoch {done} done"
         rows.append(("resumed", f"at iteration {progress.iteration:,} ({where})"))
     if changes:
-        rows.append(("changed", "\n".join(changes) + "\n(the command line wins)"))
+        rows.append(("changed", "\n".join(changes)))
     lines = []
     for name, text in rows:
         for place, line in enumerate(text.splitlines()):

@@ -27,7 +27,7 @@ from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.nonfinite import KeepEveryStep, NonFiniteGuard
 from detection.engine.optim.optimizer import build_optimizer, parameter_facts
 from detection.engine.optim.update import ParameterUpdate
-from detection.engine.resume import check_resumable, ignored_on_resume, resumed_progress
+from detection.engine.resume import check_resumable, resumed_progress
 from detection.engine.run_dir import RunDirError, write_json
 from detection.engine.run_summary import closing_summary, config_record, configuration_text, describe_run
 from detection.engine.signals import STOPPED_EXIT_CODE, Stopped
@@ -37,14 +37,17 @@ from detection.reporting import MetricsLog, TensorBoardLog
 from schedules import Schedule, unmatched_custom_keys
 
 
-def train(context: RunContext, components: Components, checkpoint: LoadedCheckpoint | None) -> int:
-    """Train to the schedule's end, from `checkpoint` where one is given; the exit status."""
+def train(context: RunContext, components: Components, checkpoint: LoadedCheckpoint | None, changes: list[str]) -> int:
+    """Train to the schedule's end, from `checkpoint` where one is given; the exit status.
+
+    changes: lines on settings of the command line that are not those of the checkpoint's run.
+    """
     config, processes, console = context.config, context.processes, context.console
     loader = _train_loader(context, components, workers=context.num_workers)
     graphs = None
     if config.train.cuda_graphs:
         graphs = run_on_all_ranks(processes, partial(cuda_step_graphs, processes, components.model, console.warn))
-    state = _build_state(context, components, loader, checkpoint)
+    state = _build_state(context, components, loader, checkpoint, changes)
     progress = state.progress
     if progress.iteration >= state.num_iterations and not progress.validation_due:
         console.say(f"epoch {state.schedule.max_epochs} is done already: nothing is left to train (--max-epochs)")
@@ -94,7 +97,11 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
 
 
 def _build_state(
-    context: RunContext, components: Components, loader: TrainLoader, checkpoint: LoadedCheckpoint | None
+    context: RunContext,
+    components: Components,
+    loader: TrainLoader,
+    checkpoint: LoadedCheckpoint | None,
+    changes: list[str],
 ) -> TrainState:
     """The training's state, as new or as the checkpoint has it; the start screen says which run this will be."""
     config, processes, console = context.config, context.processes, context.console
@@ -104,15 +111,14 @@ def _build_state(
     facts = run_facts(config, processes, schedule, model, loader, components.evaluation_set)
     assert_same_on_all_ranks(config, processes, facts)
     num_iterations = schedule.max_epochs * loader.iterations_per_epoch
-    progress, changes = Progress(), []
+    progress = Progress()
     notes = [*components.overrides, *schedule.notes]
     if checkpoint is None:
         notes += [f"model {key}: {value}" for key, value in config.model.settings]
     unused = unmatched_custom_keys(schedule.paramwise, parameter_facts(model))
     notes += [f"paramwise_cfg custom key {key!r} matches no parameter: it has no effect" for key in unused]
     if checkpoint is not None:
-        changes = run_on_all_ranks(processes, partial(check_resumable, checkpoint, facts, num_iterations))
-        notes += ignored_on_resume(checkpoint, config.model)
+        changes = changes + run_on_all_ranks(processes, partial(check_resumable, checkpoint, facts, num_iterations))
         progress = resumed_progress(checkpoint, facts, num_iterations)
     console.say(describe_run(context, components, loader, progress, changes=changes, notes=notes))
     state = TrainState(

@@ -104,7 +104,9 @@ class TrainState:
             if not load_optimizer_state(self.optimizer, self.model, state["optimizer"]):
                 before, now = state["optimizer"]["type"], type(self.optimizer).__name__
                 lines.append(f"optimizer: {before} before, {now} now; its state begins afresh")
-            self.precision.load_state_dict(state["scaler"])
+            scales = [each["schedule"]["optim_wrapper"].get("loss_scale") for each in (state, self.facts)]
+            if scales[0] == scales[1]:  # another one begins where its schedule says
+                self.precision.load_state_dict(state["scaler"])
             if self.ema is not None and state["ema"] is not None:
                 self.ema.module.load_state_dict(state["ema"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -156,12 +158,9 @@ def run_facts(
         "category_ids": list(annotations.category_ids),
         "preprocessing": {"min_size": config.data.min_size, "max_size": config.data.max_size},
         "run": {
-            "model_name": config.model.model,
-            "seed": config.train.seed,
             "global_batch_size": loader.global_batch_size,
             "world_size": processes.world_size,
             "data_digest": annotations.digest(),
-            "augmentation": config.augmentation.to_dict(),
             "validation": _validation_facts(config, processes, val_set),
         },
         "config": config.to_dict(),
@@ -181,7 +180,7 @@ def assert_same_on_all_ranks(config: RunConfig, processes: Processes, facts: Fac
     mine = {name: value for name, value in facts.items() if name not in ("config", "model_config", "run")}
     mine |= facts["run"]
     # Paths, loader processes and the like may be each machine's own.
-    for group in (config.model, config.train):
+    for group in (config.model, config.train, config.augmentation):
         mine |= {each.name: str(getattr(group, each.name)) for each in fields(group) if each.name != "weights"}
     for name in ("log_interval", "checkpoint_minutes", "checkpoint_iterations"):
         mine[name] = getattr(config.output, name)

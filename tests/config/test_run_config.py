@@ -9,6 +9,7 @@ import pytest
 
 from detection.config import ConfigError, RunConfig, parse_arguments
 from detection.config.options_page import PAGE, options_page
+from detection.config.settings import settings_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,11 +100,9 @@ def test_overrides_of_the_schedule_keep_their_order_short_options_last():
         ("--train-scales 640x640 --train-scale-sampling range", "1 were given: give two"),
         ("--lsj-range 0.1 2", "no effect without --lsj"),
         ("--lsj-min-visibility 0.5", "--lsj-min-visibility has no effect without --lsj"),
-        ("--lsj --lsj-range 2 0.1", "not above the second"),
-        ("--lsj --lsj-range 0 1", "must be above 0"),
+        ("--lsj --lsj-range 2 0.1", "the first must not be above the second"),
         ("--photometric-distortion --color-jitter 0.4 0.4 0.4 0.1", "both change the colors"),
-        ("--color-jitter 0.4 0.4 0.4 0.6", "the hue, in turns, is from 0 to 0.5"),
-        ("--color-jitter -1 0.4 0.4 0.1", "0 or above"),
+        ("--color-jitter 0.4 0.4 0.4 0.6", "the hue, is 0.6 turns: give 0 to 0.5"),
         ("--repeat-threshold 0", "repeats nothing"),
     ],
 )
@@ -118,20 +117,25 @@ def test_options_that_contradict_each_other_are_refused_with_a_remedy(words: str
         ("--batchsize 4", "did you mean --batch-size?"),
         ("--dataset shaps", "did you mean shapes?"),
         ("--bach-size=4", "did you mean --batch-size?"),
-        ("--batch-size 0", "at least 1"),
-        ("--lr nan", "finite"),
+        ("--batch-size 0", "0 is not a whole number from 1 to 4096"),
+        ("--lsj --lsj-range 0 1", "0 is not a number from 0.01 to 100"),
+        ("--color-jitter -1 0.4 0.4 0.1", "-1 is not a number from 0 to 10"),
+        ("--lr nan", "nan is not a number above 0, at most 1000"),
+        ("--collective-timeout 1e300", "1e300 is not a number from 0.01 to 10080"),
+        ("--workers 1000000", "from 0 to 256"),
+        ("--min-size 1000000", "from 33 to 16384"),
         ("--lr -1", "above 0"),
         ("--ema 1.5", "between 0 and 1"),
         ("--seed -1", "whole number"),
-        ("--workers -1", "-1 is not a whole number of at least 0"),
-        ("--workers two", "two is not a whole number of at least 0"),
+        ("--workers -1", "-1 is not a whole number from 0"),
+        ("--workers two", "two is not a whole number from 0"),
         ("--amp fp8", "invalid choice"),
         ("--frozen-stages 9", "invalid choice"),
         ("--train-scales 1333", "'1333' is no scale: write two sides in pixels, e.g. 1333x800"),
-        ("--train-scales 0x800", "0 is not a whole number of at least 1"),
-        ("--flip-probability 1.5", "1.5 is not from 0 to 1"),
-        ("--train-min-sizes 0", "at least 1"),
-        ("--repeat-threshold 2", "2 is not from 0 to 1"),
+        ("--train-scales 0x800", "0 is not a whole number from 33"),
+        ("--flip-probability 1.5", "1.5 is not a number from 0 to 1"),
+        ("--train-min-sizes 32", "32 is not a whole number from 33"),
+        ("--repeat-threshold 2", "2 is not a number from 0 to 1"),
     ],
 )
 def test_a_wrong_option_ends_with_status_2_and_says_what_is_meant(words: str, said: str, capsys):
@@ -139,6 +143,12 @@ def test_a_wrong_option_ends_with_status_2_and_says_what_is_meant(words: str, sa
         parse_arguments(words.split())
     assert left.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_every_numeric_option_has_a_range():
+    options = [option for _, _, field in settings_of(RunConfig) for option in field.metadata["options"]]
+    kinds = {option.words.get("type") for option in options if "choices" not in option.words}
+    assert not kinds & {int, float}
 
 
 def test_options_are_not_abbreviated():

@@ -1,5 +1,6 @@
 """Going on after a stop: as if nothing had happened, or with a message that says why not."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,9 +9,14 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from detection.config import RunConfig
+from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
 from detection.engine import RunError
+from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.evaluator import Evaluator
 from detection.engine.metrics.logger import MetricLogger
+from detection.engine.resume import resumed_settings
+from detection.models.config import model_config
 from detection.reporting import TensorBoardLog
 from tests.engine.tiny_model import Killed
 
@@ -149,7 +155,7 @@ def test_figures_of_other_validation_images_are_not_compared(start, finished, tm
 def test_more_epochs_go_on_after_the_last_one_and_are_named_as_a_change(start, finished, tmp_path, capsys, records_of):
     shutil.copytree(finished, tmp_path / "run")
     assert start(tmp_path / "run", "--resume", "--max-epochs", "3") == 0
-    assert "schedule train_cfg.max_epochs: 2 before, now 3" in capsys.readouterr().out
+    assert "schedule train_cfg.max_epochs: 2 in the checkpoint, 3 now; the command line wins" in capsys.readouterr().out
     assert [r["iteration"] for r in records_of(tmp_path / "run", "train")] == list(range(9))
 
 
@@ -180,10 +186,10 @@ def test_what_the_checkpoint_decides_is_said_where_the_command_line_says_otherwi
     arguments = ["--norm", "gn", "--frozen-stages", "2", "--weights", "COCO_V1", "--seed", "5", "--dry-run"]
     assert start(tmp_path / "run", "--resume", *arguments) == 0
     said = capsys.readouterr().out
-    assert "--norm gn has no effect: the resumed run has bn" in said
-    assert "--freeze stage2 has no effect: the resumed run has none" in said
-    assert "--weights COCO_V1 has no effect: the resumed run has none" in said
-    assert "seed: 0 before, now 5" in said
+    assert "--norm: bn in the checkpoint, gn now; the checkpoint wins" in said
+    assert "--freeze: none in the checkpoint, stage2 now; the checkpoint wins" in said
+    assert "--weights: none in the checkpoint, COCO_V1 now; the checkpoint wins" in said
+    assert "--seed: 0 in the checkpoint, 5 now; the command line wins" in said
 
 
 def test_an_average_that_comes_or_goes_is_said(start, finished, tmp_path, capsys, load):
@@ -262,3 +268,71 @@ def test_a_resume_completes_what_tensorboard_lacks_before_its_checkpoint(
     assert steps(tmp_path / "run", "train/loss") == [0, 1, 2, 3]
     assert start(tmp_path / "run", "--resume") == 0
     same_run(tmp_path / "run", finished)
+
+
+SETTINGS = {key: field for _, key, field in settings_of(RunConfig)}
+
+
+def with_setting(key: str) -> RunConfig:
+    """The defaults, but for one setting."""
+    field = SETTINGS[key]
+    by_name = {
+        "settings": (("score_threshold", 0.5),),
+        "lsj_range": (0.5, 1.0),
+        "color_jitter": (0.1, 0.1, 0.1, 0.1),
+        "frozen_stages": 3,
+    }
+    by_kind = {bool: not field.default, int: 7, float: 0.25, str: "another", tuple: (7,), type(None): 7}
+    value = by_name.get(field.name, by_kind[type(field.default)])
+    config, *inside = RunConfig(), *key.split(".")[:-1]
+    for group in inside:
+        return dataclasses.replace(
+            config, **{group: dataclasses.replace(getattr(config, group), **{field.name: value})}
+        )
+    return dataclasses.replace(config, **{field.name: value})
+
+
+def checkpoint_of(config: RunConfig) -> LoadedCheckpoint:
+    settings = dataclasses.asdict(model_config("faster_rcnn_r50_fpn", **dict(config.model.settings)))
+    if config.model.frozen_stages is not None:
+        settings["frozen_stages"] = config.model.frozen_stages
+    return LoadedCheckpoint(Path("last.pt"), {"config": config.to_dict(), "model_config": settings})
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_of_every_setting_that_differs_it_is_said_which_of_the_two_holds(key):
+    decides, flag = SETTINGS[key].metadata["on_resume"], SETTINGS[key].metadata["options"][0].flag_for(SETTINGS[key])
+    before, now = RunConfig(), with_setting(key)
+    if decides is EQUAL:
+        with pytest.raises(CheckpointError, match=f"give {flag} .* to resume"):
+            resumed_settings(checkpoint_of(before), now)
+        return
+    config, lines = resumed_settings(checkpoint_of(before), now)
+    assert config == (before if decides is CHECKPOINT else now)
+    if decides in (EACH_START, SCHEDULE):  # the schedule's differences are found in the schedule
+        assert lines == []
+    else:
+        (line,) = lines
+        assert re.fullmatch(rf"{flag}( \w+)?: .+ in the checkpoint, .+ now; the (.+) wins", line)
+        assert line.endswith(f"the {'checkpoint' if decides is CHECKPOINT else 'command line'} wins")
+
+
+@pytest.mark.parametrize("key", [key for key, field in SETTINGS.items() if field.metadata["on_resume"] is CHECKPOINT])
+def test_what_the_checkpoint_decides_holds_where_the_command_line_forgets_it(key):
+    config, _ = resumed_settings(checkpoint_of(with_setting(key)), RunConfig())
+    assert config == with_setting(key)
+
+
+def test_a_checkpoint_from_before_there_was_a_setting_counts_as_one_with_its_default():
+    checkpoint = checkpoint_of(RunConfig())
+    del checkpoint.state["config"]["train"]["channels_last"], checkpoint.state["config"]["augmentation"]
+    assert resumed_settings(checkpoint, RunConfig()) == (RunConfig(), [])
+
+
+def test_another_loss_scale_of_the_command_line_is_used(start, tmp_path, load, capsys):
+    words = ["--set", "optim_wrapper.type=AmpOptimWrapper", "--limit-train-batches", "1", "--set"]
+    assert start(tmp_path / "run", *words, "optim_wrapper.loss_scale=512", "--max-epochs", "1") == 0
+    assert start(tmp_path / "run", *words, "optim_wrapper.loss_scale=64", "--resume") == 0
+    said = "schedule optim_wrapper.loss_scale: 512.0 in the checkpoint, 64.0 now; the command line wins"
+    assert said in capsys.readouterr().out
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["scaler"]["scale"] == 64

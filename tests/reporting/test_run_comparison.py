@@ -80,6 +80,9 @@ def test_the_script_prints_table_and_differences_and_draws_the_image(directories
     command = [sys.executable, "scripts/compare_runs.py", *map(str, directories), "--png", str(plot)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    command[-1] = "comparison.xyz"
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "comparison.xyz does not end in .png" in refused.stderr
     assert "a/run" in result.stdout
     assert "model.width" in result.stdout
     with Image.open(plot) as image:

@@ -66,14 +66,14 @@ def test_a_run_with_everything_on_resumes_in_mid_epoch_to_the_same_bits_and_says
     assert start(tmp_path / "run", *others) == 0
     shown = capsys.readouterr().out
     for line in (
-        "--lsj: 80 before, now 64",
-        "--lsj-range: [0.3, 2.0] before, now [0.1, 2.0]",
-        "--vertical-flip-probability: 0.5 before, now 0.0",
+        "--lsj: 80 in the checkpoint, 64 now; the command line wins",
+        "--lsj-range: 0.3 2.0 in the checkpoint, 0.1 2.0 now; the command line wins",
+        "--vertical-flip-probability: 0.5 in the checkpoint, 0.0 now; the command line wins",
     ):
         assert line in shown
     assert "--photometric-distortion:" not in shown
     assert start(tmp_path / "run", *arguments, "--resume") == 0
-    assert "before, now" not in capsys.readouterr().out
+    assert "in the checkpoint" not in capsys.readouterr().out
     one, other = (load(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "run"))
     for state in (one, other):
         del state["config"]
@@ -99,9 +99,9 @@ def test_a_checkpoint_from_before_there_was_a_choice_is_one_without(start, tmp_p
     assert start(tmp_path / "run", "--max-epochs", "1") == 0
     file = Path(tmp_path / "run" / "checkpoints" / "last.pt")
     state = load(file)
-    assert state["run"]["augmentation"] == AugmentationConfig().to_dict()
-    del state["run"]["augmentation"]
+    assert state["config"]["augmentation"] == AugmentationConfig().to_dict()
+    del state["config"]["augmentation"]
     torch.save(state, tmp_path / "old.pt")
     capsys.readouterr()
     assert start(tmp_path / "run", "--max-epochs", "1", "--dry-run", "--resume", str(tmp_path / "old.pt")) == 0
-    assert "before, now" not in capsys.readouterr().out
+    assert "in the checkpoint" not in capsys.readouterr().out
