@@ -71,18 +71,18 @@ def dictionary(value: Any, place: Place) -> dict[str, Any]:
     return value
 
 
-def whole(at_least: int) -> Check:
+def whole(at_least: int, at_most: int = NO_END) -> Check:
     def check(value: Any, place: Place) -> int:
-        if not _is_whole(value, at_least):
-            limit = f" and <= {NO_END}" if type(value) is not int or value > NO_END else ""
+        if not _is_whole(value, at_least, at_most):
+            limit = f" and <= {at_most}" if type(value) is not int or value > at_most else ""
             raise place.unfit(f"must be a whole number >= {at_least}{limit}", value)
         return value
 
     return check
 
 
-def _is_whole(value: Any, at_least: int) -> bool:
-    return type(value) is int and at_least <= value <= NO_END
+def _is_whole(value: Any, at_least: int, at_most: int = NO_END) -> bool:
+    return type(value) is int and at_least <= value <= at_most
 
 
 def number(above: float | None = None, at_least: float | None = None, at_most: float | None = None) -> Check:

@@ -32,6 +32,7 @@ from schedules.schedule import AMP_NAMES, ClipGrad, OptimizerSettings, Schedule,
 from schedules.schedulers import KINDS, Scheduler
 
 NAMES = ("1x", "2x", "20e")
+MOST_EPOCHS = 100_000
 MAX_BYTES = 256 * 1024  # the longest schedules of MMDetection have some 3 kB
 
 SCHEDULE_KEYS = ("train_cfg", "val_cfg", "test_cfg", "param_scheduler", "optim_wrapper", "auto_scale_lr")
@@ -82,7 +83,7 @@ def load_schedule(name_or_path: str | os.PathLike[str]) -> Schedule:
 def _text(path: Path, place: Place) -> str:
     try:
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
+            what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
             raise place.error(f"{what}; give {', '.join(NAMES)}, or a schedule file")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -145,7 +146,7 @@ def schedule_from_dict(
 
 _TRAIN_LOOPS: dict[str, Keys] = {
     "EpochBasedTrainLoop": {
-        "max_epochs": whole(1),
+        "max_epochs": whole(1, MOST_EPOCHS),
         "by_epoch": (choice(True), True),
         "val_begin": (whole(0), 1),
         "val_interval": (whole(1), 1),
@@ -216,6 +217,8 @@ def _optimizer(value: Any, place: Place) -> OptimizerSettings:
     kwargs = {key: setting for key, setting in found.items() if setting is not None}
     if kwargs.get("foreach") and kwargs.get("fused"):
         raise place.at("fused").error("foreach and fused exclude each other; keep one")
+    if kwargs.get("fused") and kwargs.get("dampening"):
+        raise place.at("fused").error("does not go with dampening: its first step would be another; leave fused out")
     if kwargs.get("nesterov") and (kwargs["momentum"] == 0 or kwargs["dampening"] != 0):
         raise place.at("nesterov").error("needs a momentum above 0 and no dampening")
     return OptimizerSettings(kind, lr, kwargs)
@@ -229,10 +232,11 @@ def _betas(value: Any, place: Place) -> tuple[float, float]:
     raise place.unfit("must be two numbers >= 0 and < 1", value)
 
 
+_LR = number(above=0, at_most=1000)
 _RATIO = number(at_least=0)
 _IMPLEMENTATION: Keys = {"foreach": (optional(flag), None), "fused": (optional(flag), None)}
 _ADAM: Keys = {
-    "lr": number(above=0),
+    "lr": _LR,
     "betas": (_betas, (0.9, 0.999)),
     "eps": (_RATIO, 1e-8),
     "weight_decay": (_RATIO, 0.0),
@@ -241,7 +245,7 @@ _ADAM: Keys = {
 }
 OPTIMIZERS: dict[str, Keys] = {  # the defaults are torch's own
     "SGD": {
-        "lr": number(above=0),
+        "lr": _LR,
         "momentum": (_RATIO, 0.0),
         "dampening": (number(), 0.0),
         "weight_decay": (_RATIO, 0.0),
@@ -265,9 +269,11 @@ def _loss_scale(value: Any, place: Place) -> str | float | dict[str, Any]:
             "growth_factor": (number(above=1), None),
             "backoff_factor": (number(above=0, at_most=1), None),
             "growth_interval": (whole(1), None),
-            "enabled": (flag, None),
+            # Without a scale, small float16 gradients become 0; bfloat16 is what needs none.
+            "enabled": (choice(True, hint=" (dtype='bfloat16' trains without a loss scale)"), None),
         }
-        return {key: setting for key, setting in read_dict(value, place, keys).items() if setting is not None}
+        found = read_dict(value, place, keys)
+        return {key: setting for key, setting in found.items() if setting is not None and key != "enabled"}
     if value == "dynamic":
         return "dynamic"
     try:

@@ -223,6 +223,9 @@ def _power(factor: float, exponent: int) -> float:
         return math.inf
 
 
+_HIGHEST = 1e6  # no training survives this; far above it, floats overflow
+_MOST_REPLAYED = 50_000_000  # 400 MB of learning rates, some minutes
+
 KINDS: dict[str, type[Scheduler]] = {
     kind.__name__: kind
     for kind in (LinearLR, MultiStepLR, ConstantLR, StepLR, ExponentialLR, CosineAnnealingLR, PolyLR)
@@ -264,7 +267,21 @@ class LearningRateCurve:
         ]
         in_file_order = [entry for entry in zip(own, periods, last_steps, strict=True) if entry[2] >= 0]
         self._acting = sorted(in_file_order, key=lambda entry: (entry[0].begin * entry[1], entry[0].by_epoch))
-        self._replayed = None if self._has_closed_form() else self._replay(in_file_order)
+        self._replayed = None
+        if not self._has_closed_form():
+            if self._last_iteration >= _MOST_REPLAYED:
+                raise ScheduleError(
+                    f"schedulers that overlap are computed step by step, for at most {_MOST_REPLAYED:,} iterations, "
+                    f"and the run has {self._last_iteration + 1:,}: give fewer epochs, or schedulers that follow "
+                    "each other"
+                )
+            self._replayed = self._replay(in_file_order)
+        for iteration in {0, self._last_iteration, *(int(s.begin) * p + end * p for s, p, end in self._acting)}:
+            if not self(iteration) <= _HIGHEST:
+                raise ScheduleError(
+                    f"the learning rate is {self(iteration):g} in iteration {iteration:,}: give a smaller lr, or a "
+                    f"gamma not above 1 (at most {_HIGHEST:g} is possible)"
+                )
 
     def __call__(self, iteration: int) -> float:
         iteration = min(iteration, self._last_iteration)

@@ -27,14 +27,20 @@ def check_split(
     training: also which images the training will leave out. needs_boxes: False for a test split, which may be a
     list of images alone.
     """
-    findings = [*annotations.findings, *check_annotations(annotations, needs_boxes=needs_boxes)]
+    findings = [*annotations.findings, *check_annotations(annotations, training=training, needs_boxes=needs_boxes)]
     if training:
-        left_out = annotations.images_not_trained().items()
-        findings += [annotations.images_finding(code, np.flatnonzero(which)) for code, which in left_out if which.any()]
+        left_out = annotations.images_not_trained()
+        findings += [
+            annotations.images_finding(code, np.flatnonzero(which)) for code, which in left_out.items() if which.any()
+        ]
+        if annotations.has_boxes and np.logical_or.reduce(list(left_out.values())).all():
+            findings.append(Finding.of("no-trained-image", source=annotations.source))
     return findings + check_files(annotations, Path(images_dir))
 
 
-def check_annotations(annotations: CocoAnnotations, *, needs_boxes: bool = True) -> list[Finding]:
+def check_annotations(
+    annotations: CocoAnnotations, *, training: bool = False, needs_boxes: bool = True
+) -> list[Finding]:
     """Faults of the boxes and the use of the categories."""
     source = annotations.source
     if not annotations.has_boxes:
@@ -59,7 +65,9 @@ def check_annotations(annotations: CocoAnnotations, *, needs_boxes: bool = True)
     if unused:
         findings.append(Finding.of("unused-category", unused, source=source))
     if annotations.crowd.all():
-        findings.append(Finding.of("only-crowds", severity="error" if needs_boxes else "warning", source=source))
+        severity = "error" if needs_boxes else "warning"
+        purpose = "train on" if training else "score detections against"
+        findings.append(Finding.of("only-crowds", severity=severity, source=source, purpose=purpose))
     return findings
 
 

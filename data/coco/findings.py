@@ -14,7 +14,8 @@ RULES = {
     "unusable-annotations": "error: {message}",
     "no-annotations": "{severity}: {source}: no annotations at all: it can neither be trained on nor scored. Give a "
     "file with boxes",
-    "only-crowds": "{severity}: {source}: no annotation but crowd regions and other categories: nothing to train on",
+    "only-crowds": "{severity}: {source}: no annotation but crowd regions and other categories: nothing to "
+    "{purpose}. Give a file with boxes of single objects",
     "unused-category": "warning: {source}: categories that no annotation uses; their AP is undefined. Fine if it is "
     "meant so",
     "no-cache": "info: {folder}: packed annotations cannot be kept here, so each start parses {source} ({problem})",
@@ -35,6 +36,8 @@ RULES = {
     "height]: most have width > x and height > y and many leave their image. Convert them, or training learns wrong "
     "boxes",
     # Of images.
+    "no-trained-image": "error: {source}: no image can be trained on: training takes images with an annotation and no "
+    "side below 32 pixels. Give larger images, or their annotations",
     "small-image": "info: {source}: images with a side below 32 pixels are not trained on",
     "image-without-annotation": "info: {source}: images without an annotation are not trained on",
     "no-image-folder": "error: {images}: no such folder; it should hold the images of {source}. Check the path",

@@ -25,8 +25,10 @@ from detection.engine.inputs.datasets import (
     load_train,
     prepare_files,
 )
+from detection.engine.optim.optimizer import is_fused
 from detection.engine.run_dir import RunDir
 from detection.engine.train_state import stored_model
+from detection.evaluation import resolve_backend
 from detection.models import (
     FasterRCNN,
     WeightsError,
@@ -55,18 +57,20 @@ class Components:
     """Where its weights come from, and what of it is trained."""
 
 
-def preflight(config: RunConfig, output: RunDir) -> tuple[LoadedCheckpoint | None, list[str]]:
+def preflight(config: RunConfig, output: RunDir, device: torch.device) -> tuple[LoadedCheckpoint | None, list[str]]:
     """Everything that only the main process may do, and everything cheap that can be wrong.
 
     Returns:
         The checkpoint to resume from, and lines that the start of the run should show.
     """
     schedule, _ = _load_schedule(config)
-    if config.train.skip_nonfinite and schedule.optimizer.kwargs.get("dampening"):
+    if config.train.skip_nonfinite and not is_fused(schedule):
         raise ConfigError(
-            "--skip-nonfinite does not go with the schedule's dampening, for which no fused step exists that could be "
-            "skipped on the device: leave one of them away"
+            "--skip-nonfinite does not go with an optimizer's dampening, foreach=True or fused=False: only a fused "
+            "step can be skipped on the device. Leave one of them away"
         )
+    if config.mode != "test":
+        resolve_backend(config.output.eval_backend)
     resume, overwrite = config.output.resume, config.output.overwrite
     is_restart = config.mode == "train" and not config.dry_run and output.was_begun_by_this_torchrun()
     if is_restart:
@@ -76,6 +80,9 @@ def preflight(config: RunConfig, output: RunDir) -> tuple[LoadedCheckpoint | Non
     settings = _model_settings(config) if resume is None else _chosen_settings(config)
     model_config(config.model.model, num_classes=1, **settings)
     lines = prepare_files(config.data, mode=config.mode)
+    if schedule.amp == "fp16" and device.type == "cpu":
+        # Not refused: the figures are right, and float16 can be tried where there is no GPU.
+        lines.append("warning: float16 on a CPU takes some forty times as long as float32: use --amp bf16 or --amp off")
     if is_restart:
         lines.append("started again by torchrun: the run resumes from its own newest checkpoint")
     if resume is None:

@@ -190,9 +190,8 @@ class ResNet(nn.Module):
     which an engine may turn into synchronized batch norm) or "gn" (32 groups). train_norm_affine: whether a
     frozen norm's weight and bias are trained; bn and gn always train theirs. frozen_stages: -1 nothing, 0
     the stem, n the stem and stages 1..n; these parts have requires_grad False and run without a graph. norm_eps:
-    torchvision's COCO_V1 weights want 0. stride_in_1x1: the bottlenecks of Detectron2's and Caffe's models.
-    Raises ValueError for a name, norm or number of stages that does not exist, and for stride_in_1x1 where blocks
-    have no 1x1 convolution to put it into. `out_channels` are the channels of C2..C5.
+    torchvision's COCO_V1 weights want 0. stride_in_1x1: the bottlenecks of Detectron2's and Caffe's models. What these
+    may be, FasterRCNNConfig checks. `out_channels` are the channels of C2..C5.
     """
 
     compiled_by_stage = False
@@ -209,14 +208,6 @@ class ResNet(nn.Module):
         stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
-        if name not in ARCHITECTURES:
-            raise ValueError(f"backbone {name!r} is not known; choose one of {', '.join(ARCHITECTURES)}")
-        if norm not in NORMS:
-            raise ValueError(f"norm {norm!r} is not known; choose one of {', '.join(NORMS)}")
-        if not -1 <= frozen_stages <= 4:
-            raise ValueError(f"frozen_stages is {frozen_stages}; it goes from -1 (nothing) to 4 (all stages)")
-        if stride_in_1x1 and not ARCHITECTURES[name].bottleneck:
-            raise ValueError(f"stride_in_1x1 has no meaning for {name}: its blocks have 3x3 convolutions only")
         self.name = name
         self.frozen_stages = frozen_stages
         self.stride_in_1x1 = stride_in_1x1

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from detection.errors import DetectionError
+from detection.models.backbones import ARCHITECTURES, GROUPS_OF_GROUP_NORM, NORMS
 
 
 class ModelError(DetectionError):
     """A model, a setting of it, or an input to it that cannot work."""
+
+
+def number(default: Any, low: float, high: float, *, length: int | None = None) -> Any:
+    """A field that is a number from low to high, or a list of such. length: of the list; None: any."""
+    return dataclasses.field(default=default, metadata={"limits": (low, high), "length": length})
+
+
+def choice(default: str | None, choices: Iterable[str]) -> Any:
+    """A field that is one of several words."""
+    return dataclasses.field(default=default, metadata={"choices": choices})
 
 
 @dataclass(frozen=True)
@@ -27,30 +37,30 @@ class FasterRCNNConfig:
     input.
     """
 
-    num_classes: int
+    num_classes: int = number(dataclasses.MISSING, 1, 100_000)
     """Foreground classes, labeled 0..num_classes-1. The classifier's background is its last output."""
 
     # Pixels
-    pixel_mean: tuple[float, ...] = (123.675, 116.28, 103.53)
-    pixel_std: tuple[float, ...] = (58.395, 57.12, 57.375)
+    pixel_mean: tuple[float, ...] = number((123.675, 116.28, 103.53), -1000, 1000, length=3)
+    pixel_std: tuple[float, ...] = number((58.395, 57.12, 57.375), 0.001, 1000, length=3)
     """RGB, of values 0..255. What lies outside an image is zero after normalization."""
 
     # Backbone and feature pyramid
-    backbone: str = "resnet50"
-    norm: str = "frozen_bn"
-    norm_eps: float = 1e-5
+    backbone: str = choice("resnet50", ARCHITECTURES)
+    norm: str = choice("frozen_bn", NORMS)
+    norm_eps: float = number(1e-5, 0, 1)
     train_norm_affine: bool = True
     """Whether a frozen norm's weight and bias are trained (its statistics never are)."""
-    frozen_stages: int = 1
+    frozen_stages: int = number(1, -1, 4)
     """-1 trains all, 0 freezes the stem, n the stem and the first n stages."""
     stride_in_1x1: bool = False
-    fpn_channels: int = 256
-    fpn_norm: str | None = None
+    fpn_channels: int = number(256, 1, 4096)
+    fpn_norm: str | None = choice(None, ("gn",))
 
     # Anchors: one size a level, P2..P6, and every ratio (height over width) at equal area
-    anchor_strides: tuple[int, ...] = (4, 8, 16, 32, 64)
-    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_strides: tuple[int, ...] = number((4, 8, 16, 32, 64), 1, 1024, length=5)
+    anchor_sizes: tuple[float, ...] = number((32.0, 64.0, 128.0, 256.0, 512.0), 1, 100_000, length=5)
+    anchor_ratios: tuple[float, ...] = number((0.5, 1.0, 2.0), 0.001, 1000)
     round_anchors: bool = False
     anchor_stride_from_grid: bool = False
     """Space a level's anchors by padded size // grid size, which is not the stride where the grid was rounded
@@ -60,91 +70,121 @@ class FasterRCNNConfig:
     """Anchors take part in training only where their image, padded to a multiple of 32 by itself, reaches."""
 
     # Region proposal network: targets and loss
-    rpn_positive_iou: float = 0.7
-    rpn_negative_iou: float = 0.3
-    rpn_low_quality_iou: float = 0.3
+    rpn_positive_iou: float = number(0.7, 0, 1)
+    rpn_negative_iou: float = number(0.3, 0, 1)
+    rpn_low_quality_iou: float = number(0.3, 0, 1)
     """A box's best anchors are positive below rpn_positive_iou too, from this IoU on."""
     rpn_low_quality_takes_own_box: bool = True
     """Such an anchor learns the (last) box whose best it is; otherwise the box it overlaps most."""
-    rpn_samples_per_image: int | None = 256
+    rpn_samples_per_image: int | None = number(256, 1, 1_000_000)
     """None takes every anchor that is not ignored."""
-    rpn_positive_fraction: float = 0.5
-    rpn_loss_beta: float = 0.0
+    rpn_positive_fraction: float = number(0.5, 0, 1)
+    rpn_loss_beta: float = number(0.0, 0, 1000)
     """Where smooth L1 turns linear; 0 is L1."""
     rpn_counts_at_least_one: bool = True
     """The normalizer counts an image without positives (or negatives) as if it had one."""
 
     # Proposals
-    rpn_nms_pre_train: int = 2000
-    rpn_nms_pre_test: int = 1000
+    rpn_nms_pre_train: int = number(2000, 1, 1_000_000)
+    rpn_nms_pre_test: int = number(1000, 1, 1_000_000)
     """Best anchors of each level that go into the suppression."""
-    rpn_proposals_train: int = 1000
-    rpn_proposals_test: int = 1000
+    rpn_proposals_train: int = number(1000, 1, 100_000)
+    rpn_proposals_test: int = number(1000, 1, 100_000)
     """Best proposals of all levels that are left after it."""
-    rpn_nms_iou: float = 0.7
-    proposal_min_size: float = 0.0
+    rpn_nms_iou: float = number(0.7, 0, 1)
+    proposal_min_size: float = number(0.0, 0, 100_000)
     """Proposals need sides above this."""
     clip_shrinking: bool = True
     """Limit how much a predicted delta shrinks a box, as well as how much it enlarges it (to 1000/16 times).
     """
 
     # Second stage: targets and loss
-    roi_iou: float = 0.5
-    roi_samples_per_image: int | None = 512
+    roi_iou: float = number(0.5, 0, 1)
+    roi_samples_per_image: int | None = number(512, 1, 1_000_000)
     """None takes every proposal and box."""
-    roi_positive_fraction: float = 0.25
+    roi_positive_fraction: float = number(0.25, 0, 1)
     roi_box_matches_itself: bool = True
     """A ground-truth box among the RoIs is its own target; otherwise the first of equal boxes is."""
-    roi_loss_beta: float = 0.0
-    roi_delta_stds: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)
+    roi_loss_beta: float = number(0.0, 0, 1000)
+    roi_delta_stds: tuple[float, ...] = number((0.1, 0.1, 0.2, 0.2), 1e-6, 1000, length=4)
 
     # Second stage: features and head
-    roi_output_size: int = 7
-    roi_sampling_ratio: int = 0
+    roi_output_size: int = number(7, 1, 64)
+    roi_sampling_ratio: int = number(0, 0, 64)
     """Samples per bin and axis; 0 takes one a feature cell."""
     roi_aligned: bool = True
     """Shift by half a cell, and let RoIs be smaller than one cell."""
-    roi_finest_scale: float = 56.0
+    roi_finest_scale: float = number(56.0, 1, 100_000)
     """RoIs from this size to twice this size are pooled from P2."""
     roi_level_eps_inside_log: bool = True
-    roi_hidden_channels: int = 1024
+    roi_hidden_channels: int = number(1024, 1, 16_384)
     regressor_has_background: bool = False
 
     # Detections
-    score_threshold: float = 0.05
-    nms_iou: float = 0.5
-    detections_per_image: int = 100
-    detection_min_size: float | None = None
+    score_threshold: float = number(0.05, 0, 1)
+    nms_iou: float = number(0.5, 0, 1)
+    detections_per_image: int = number(100, 1, 100_000)
+    detection_min_size: float | None = number(None, 0, 100_000)
     """Detections need sides above this. None drops nothing."""
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ModelError(f"num_classes is {self.num_classes}; a detector needs one foreground class at least")
-        for field in _AT_LEAST_ONE:
-            if getattr(self, field) < 1:
-                raise ModelError(f"{field} is {getattr(self, field)}; give at least 1")
-        for field in _SHARES:
-            if not 0 <= getattr(self, field) <= 1:
-                raise ModelError(f"{field} is {getattr(self, field)}; give a number from 0 to 1")
-        for field in ("rpn_samples_per_image", "roi_samples_per_image"):
-            number = getattr(self, field)
-            if number is not None and number < 1:
-                raise ModelError(f"{field} is {number}; give a positive number, or None to take all")
-        if len(self.anchor_sizes) != len(self.anchor_strides):
+        for setting in dataclasses.fields(self):
+            _require_fit(setting, getattr(self, setting.name))
+        if self.rpn_negative_iou > self.rpn_positive_iou:
             raise ModelError(
-                f"anchor_sizes has {len(self.anchor_sizes)} sizes and anchor_strides {len(self.anchor_strides)} "
-                "strides: give one of each for every level"
+                f"rpn_negative_iou {self.rpn_negative_iou} is above rpn_positive_iou {self.rpn_positive_iou}: anchors "
+                "between the two would be both; give a smaller one"
+            )
+        if self.norm == "bn" and self.norm_eps == 0:
+            raise ModelError(
+                "norm_eps is 0, with which batch norm cannot be trained: give e.g. 1e-5, or norm frozen_bn"
+            )
+        if self.stride_in_1x1 and not ARCHITECTURES[self.backbone].bottleneck:
+            raise ModelError(f"stride_in_1x1 has no meaning for {self.backbone}: its blocks have 3x3 convolutions only")
+        if self.fpn_norm == "gn" and self.fpn_channels % GROUPS_OF_GROUP_NORM:
+            raise ModelError(
+                f"fpn_channels is {self.fpn_channels}, which group norm cannot divide into {GROUPS_OF_GROUP_NORM} "
+                f"groups: give a multiple of {GROUPS_OF_GROUP_NORM}, or fpn_norm None"
+            )
+        weights = self.fpn_channels * self.roi_output_size**2 * self.roi_hidden_channels
+        if weights > _MOST_WEIGHTS_OF_A_LAYER:
+            raise ModelError(
+                f"fpn_channels {self.fpn_channels} x roi_output_size {self.roi_output_size} squared x "
+                f"roi_hidden_channels {self.roi_hidden_channels} are {weights:,} weights in one layer: give smaller "
+                f"ones, for at most {_MOST_WEIGHTS_OF_A_LAYER:,}"
             )
 
 
-_AT_LEAST_ONE = (
-    *("fpn_channels", "rpn_nms_pre_train", "rpn_nms_pre_test", "rpn_proposals_train", "rpn_proposals_test"),
-    *("roi_output_size", "roi_finest_scale", "roi_hidden_channels", "detections_per_image"),
-)
-_SHARES = (
-    *("rpn_positive_iou", "rpn_negative_iou", "rpn_low_quality_iou", "rpn_positive_fraction", "rpn_nms_iou"),
-    *("roi_iou", "roi_positive_fraction", "score_threshold", "nms_iou"),
-)
+_MOST_WEIGHTS_OF_A_LAYER = 2**31  # 8 GiB of float32, which few machines have for one layer
+_LONGEST_LIST = 100
+_KINDS = {"str": "text", "bool": "True or False", "int": "whole number", "float": "number"}
+# True is an int to Python, and 1 is a float to people.
+_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int)}
+
+
+def _require_fit(setting: dataclasses.Field[Any], value: Any) -> None:
+    """Raises ModelError where `value` is not of the kind that the field is annotated with, or not in its range."""
+    annotation, *none = str(setting.type).split(" | ")
+    kind = annotation.removeprefix("tuple[").removesuffix(", ...]")
+    is_list = kind != annotation
+    choices, limits, length = (setting.metadata.get(key) for key in ("choices", "limits", "length"))
+    values = value if is_list else (value,)
+    if (
+        (value is None and none)
+        or isinstance(values, tuple)
+        and (len(values) == length if length else 0 < len(values) <= _LONGEST_LIST)
+        and all(type(one) in _TYPES[kind] for one in values)
+        and (choices is None or value in choices)
+        and (limits is None or all(limits[0] <= one <= limits[1] for one in values))
+    ):
+        return
+    expected = " or ".join(map(repr, choices)) if choices else _KINDS[kind]
+    if kind in ("int", "float"):
+        expected = f"a list of {f'{length} ' if length else ''}{expected}s" if is_list else f"a {expected}"
+    if limits is not None:
+        expected += f" from {limits[0]} to {limits[1]}"
+    raise ModelError(f"{setting.name} is {value!r}, expected {expected}{' or None' if none else ''}")
+
 
 TORCHVISION_RECIPE: dict[str, Any] = {
     # The affine of frozen batch norm stays as it was loaded.
@@ -207,36 +247,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> FasterRCNNConfig:
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
     }
-    for key, value in fields.items():
-        _require_kind(key, value)
     return FasterRCNNConfig(**fields)
-
-
-_KINDS = {
-    "str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number",
-    "tuple[int, ...]": "a list of whole numbers", "tuple[float, ...]": "a list of numbers", "None": "None",
-}  # fmt: skip
-_MAY_BE_NEGATIVE = ("frozen_stages", "pixel_mean")
-
-
-def _require_kind(key: str, value: Any) -> None:
-    """Raises ModelError where `value` is not of the kind that the field `key` is annotated with."""
-    annotation = str(FasterRCNNConfig.__annotations__[key])
-    kinds = annotation.split(" | ")
-    if not any(_is_of_kind(value, kind) for kind in kinds):
-        raise ModelError(f"{key} is {value!r}, expected {' or '.join(_KINDS[kind] for kind in kinds)}")
-    numbers = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, (int, float))]
-    if not all(map(math.isfinite, numbers)) or (min(numbers, default=0) < 0 and key not in _MAY_BE_NEGATIVE):
-        raise ModelError(f"{key} is {value!r}, expected finite numbers of at least 0")
-
-
-def _is_of_kind(value: Any, kind: str) -> bool:
-    if kind.startswith("tuple["):
-        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
-        return isinstance(value, tuple) and len(value) > 0 and all(_is_of_kind(one, inner) for one in value)
-    # True is an int to Python, and 1 is a float to people.
-    types = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int), "None": (type(None),)}[kind]
-    return type(value) in types
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -53,8 +53,9 @@ class FasterRCNN(nn.Module):
         self._roi_align = RoIAlign(
             config.roi_output_size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides
         )
-        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean)[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(config.pixel_std)[:, None, None], persistent=False)
+        for name in ("pixel_mean", "pixel_std"):  # which may be given as whole numbers
+            values = torch.tensor(getattr(config, name), dtype=torch.get_default_dtype())
+            self.register_buffer(name, values[:, None, None], persistent=False)
 
     def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """Training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}, float32 scalars.

@@ -52,8 +52,6 @@ class FPN(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], out_channels: int = 256, norm: str | None = None) -> None:
         super().__init__()
-        if norm not in (None, "gn"):
-            raise ValueError(f"norm {norm!r} of the FPN is not known; choose None or 'gn'")
         self.out_channels = out_channels
         self.lateral = nn.ModuleList(_conv(channels, out_channels, 1, norm) for channels in in_channels)
         self.output = nn.ModuleList(_conv(out_channels, out_channels, 3, norm) for _ in in_channels)

@@ -191,18 +191,3 @@ def test_the_stride_can_sit_in_the_first_1x1():
     assert strides == [((1, 1), (2, 2)), ((2, 2), (1, 1))]
     x = torch.randn(1, 3, 64, 96)
     assert [f.shape for f in caffe(x)] == [f.shape for f in usual(x)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"name": "resnet52"}, "resnet50"),
-        ({"norm": "layer"}, "frozen_bn, bn, gn"),
-        ({"frozen_stages": 5}, "-1"),
-        ({"stride_in_1x1": True}, "3x3 convolutions only"),
-    ],
-)
-def test_settings_that_do_not_exist_are_named(arguments, message):
-    settings = {"name": "resnet18", "norm": "bn", "train_norm_affine": True, "frozen_stages": 1, **arguments}
-    with pytest.raises(ValueError, match=message):
-        ResNet(settings.pop("name"), **settings)

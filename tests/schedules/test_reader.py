@@ -164,10 +164,13 @@ REFUSED = {
     "zero epochs": ("max_epochs=12", "max_epochs=0", 3, r"max_epochs: must be a whole number >= 1, not 0"),
     "bool epochs": ("max_epochs=12", "max_epochs=True", 3, r"max_epochs: must be a whole number"),
     "float epochs": ("max_epochs=12", "max_epochs=12.", 3, r"max_epochs: must be a whole number"),
-    "negative lr": ("lr=0.02", "lr=-0.02", 23, r"optimizer\.lr: must be a finite number > 0, not -0\.02"),
+    "negative lr": ("lr=0.02", "lr=-0.02", 23, r"optimizer\.lr: must be .* > 0 and <= 1000, not -0\.02"),
+    "lr beyond every use": ("lr=0.02", "lr=1e300", 23, r"optimizer\.lr: must be .* <= 1000, not 1e\+300"),
+    "epochs beyond every use": ("max_epochs=12", "max_epochs=1000000", 3, r"max_epochs: must be .* <= 100000"),
+    "fused with dampening": ("momentum=0.9", "momentum=0.9, dampening=0.1, fused=True", 23, r"leave fused out"),
     "infinite lr": ("lr=0.02", "lr=1e999", 23, r"optimizer\.lr: must be a finite number"),
     "huge lr": ("lr=0.02", "lr=1" + "0" * 400, 23, r"optimizer\.lr: must be a finite number"),
-    "text lr": ("lr=0.02", "lr='0.02'", 23, r"optimizer\.lr: must be a finite number > 0, not '0\.02'"),
+    "text lr": ("lr=0.02", "lr='0.02'", 23, r"optimizer\.lr: must be a finite number .*, not '0\.02'"),
     "falling milestones": ("[8, 11]", "[11, 8]", 16, r"milestones: must be a list .* each larger"),
     "milestones no list": ("[8, 11]", "8", 16, r"milestones: must be a list"),
     "zero gamma": ("gamma=0.1", "gamma=0", 17, r"gamma: must be a finite number > 0"),
@@ -205,6 +208,11 @@ def test_what_is_not_known_is_refused_with_file_line_and_key(read, case):
     with pytest.raises(ScheduleError, match=message) as caught:
         read(with_line(MMDETECTION_STYLE, old, new))
     assert f"mine.py, line {line}: " in str(caught.value)
+
+
+def test_a_device_is_no_schedule_and_not_missing_either():
+    with pytest.raises(ScheduleError, match="/dev/null: is no regular file; give 1x"):
+        load_schedule("/dev/null")
 
 
 def test_nothing_in_a_file_is_executed(read, tmp_path):

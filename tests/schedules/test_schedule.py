@@ -117,7 +117,7 @@ def test_mixed_precision_can_be_switched_on_and_off():
         ("lr", "", "no value given"),
         ("lr", "0.01 * 2", "arithmetic found"),
         ("lr", "__import__('os')", "a call found"),
-        ("lr", "fast", "must be a finite number > 0, not 'fast'"),
+        ("lr", "fast", "must be a finite number > 0 and <= 1000, not 'fast'"),
         ("lr", "-1", "must be a finite number > 0"),
         ("lr", "[" * 300, "not readable|too deeply"),
         ("max_epochs", "None", "must be a whole number"),
@@ -128,6 +128,13 @@ def test_mixed_precision_can_be_switched_on_and_off():
 def test_an_override_that_does_not_fit_is_refused(key, value, message):
     with pytest.raises(ScheduleError, match=message):
         overridden({key: value})
+
+
+def test_float16_keeps_its_loss_scale():
+    wrapper = {"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.loss_scale": "dict(init_scale=8, enabled=True)"}
+    assert overridden(wrapper)[0].loss_scale == {"init_scale": 8.0}
+    with pytest.raises(ScheduleError, match=r"loss_scale.enabled: must be True \(dtype='bfloat16' trains without"):
+        overridden({**wrapper, "optim_wrapper.loss_scale": "dict(enabled=False)"})
 
 
 def test_one_setting_cannot_be_overridden_twice():

@@ -122,6 +122,18 @@ def test_a_scheduler_that_begins_after_the_run_in_iterations_says_so():
     assert late.learning_rate(0, 100) == 0.02
 
 
+def test_a_learning_rate_that_overflows_is_an_error_of_the_schedule():
+    growing = schedule_of([{"type": "ExponentialLR", "gamma": 1e30}])
+    with pytest.raises(ScheduleError, match=r"the learning rate is 2e\+148 in iteration 50: give a smaller lr"):
+        growing.learning_rate(0, 10)
+
+
+def test_schedulers_that_must_be_replayed_are_refused_for_runs_without_an_end():
+    overlapping = schedule_of([{"type": "PolyLR", "eta_min": 0.001}, {"type": "CosineAnnealingLR", "eta_min": 0.002}])
+    with pytest.raises(ScheduleError, match=r"computed step by step, for at most 50,000,000 iterations"):
+        overlapping.learning_rate(0, 10_000_000)
+
+
 def test_a_call_costs_the_same_at_every_iteration():
     schedule = load_schedule("1x")
     schedule.learning_rate(0, 7330)

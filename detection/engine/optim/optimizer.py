@@ -36,15 +36,21 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
             for (lr_mult, decay_mult), parameters in groups.items()
         ],
         lr=schedule.optimizer.lr,
-        # With dampening the first step is unlike the others, which zeros as first momentum would not be.
-        fused=not settings.kwargs.get("dampening"),
-        **settings.kwargs,
+        **{"fused": is_fused(schedule), **settings.kwargs},
     )
     if settings.type == "SGD" and settings.kwargs.get("momentum") and not settings.kwargs.get("dampening"):
         # torch's fused step leaves the momentum as uninitialized memory where float16 overflows at the very first one.
         for parameter in trained_parameters(optimizer):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def is_fused(schedule: Schedule) -> bool:
+    """Whether the optimizer makes its step in one kernel, which can be skipped on the device: unless the schedule asks
+    otherwise."""
+    kwargs = schedule.optimizer.kwargs
+    # With dampening the first step is unlike the others, which zeros as first momentum would not be.
+    return bool(kwargs.get("fused", not kwargs.get("dampening") and not kwargs.get("foreach")))
 
 
 def set_learning_rate(optimizer: Optimizer, schedule: Schedule, iteration: int, iterations_per_epoch: int) -> float:

@@ -229,7 +229,10 @@ def _suit_backbone(model: FasterRCNN, stored: StoredWeights, norm_eps: float | N
     notes = []
     backbone = model.backbone
     norms = [norm for norm in backbone.modules() if isinstance(norm, (FrozenBatchNorm, nn.BatchNorm2d))]
-    if norm_eps is not None and any(norm.eps != norm_eps for norm in norms):
+    if norm_eps == 0 and model.config.norm == "bn":
+        kept = f"{model.config.norm_eps:g}"
+        notes.append(f"these weights need an epsilon of 0, with which batch norm cannot be trained: it stays {kept}")
+    elif norm_eps is not None and any(norm.eps != norm_eps for norm in norms):
         for norm in norms:
             norm.eps = norm_eps
         model.config = dataclasses.replace(model.config, norm_eps=norm_eps)

@@ -8,7 +8,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from detection.config import ConfigError
 from detection.engine import RunError
 from detection.engine.metrics import step_metrics as step_records_module
 from detection.engine.optim.nonfinite import NonFiniteGuard
@@ -163,9 +162,10 @@ def test_without_a_checkpoint_the_message_says_so(start, tmp_path, monkeypatch) 
         start(tmp_path / "run")
 
 
-def test_dampening_which_has_no_fused_step_is_refused(start, tmp_path) -> None:
-    with pytest.raises((RunError, ConfigError), match="dampening"):
-        start(tmp_path / "run", "--skip-nonfinite", "--set", "optim_wrapper.optimizer.dampening=0.1")
+@pytest.mark.parametrize("setting", ["dampening=0.1", "foreach=True", "fused=False"])
+def test_an_optimizer_without_a_fused_step_is_refused(setting, start, tmp_path) -> None:
+    with pytest.raises(RunError, match="only a fused step"):
+        start(tmp_path / "run", "--skip-nonfinite", "--set", f"optim_wrapper.optimizer.{setting}")
 
 
 def test_nothing_is_read_from_the_device_to_decide() -> None:

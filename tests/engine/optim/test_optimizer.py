@@ -125,6 +125,17 @@ def test_state_goes_on_by_name_whatever_the_groups_and_the_memory_layout(kind: s
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("how", [{"fused": True}, {"fused": False}, {"foreach": True}, {"foreach": False}])
+def test_every_implementation_that_a_schedule_may_ask_for_makes_the_same_steps(kind: str, how: dict[str, bool]):
+    usual, asked = small_network(), small_network()
+    settings = {"type": kind, "lr": 0.05} | ({"momentum": 0.9} if kind == "SGD" else {})
+    for network, more in ((usual, {}), (asked, how)):
+        steps(network, build_optimizer(network, schedule_with(optimizer=settings | more)), 3)
+    for name, value in asked.state_dict().items():
+        torch.testing.assert_close(value, usual.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
 def test_state_of_another_optimizer_is_left_alone():
     network = small_network()
     stored = optimizer_state(build_optimizer(network, load_schedule("1x")), network)

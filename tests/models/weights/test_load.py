@@ -313,6 +313,15 @@ def test_a_checkpoint_brings_the_epsilon_its_model_had(load):
     assert model.config.norm_eps == model.backbone.bn1.eps == 0.0
 
 
+def test_batch_norm_that_is_trained_keeps_an_epsilon_above_zero(load):
+    source, model = trained(norm_eps=0.0), small(norm="bn")
+    report = load(
+        model, {"format": "detector-weights", "model": source.state_dict(), "model_config": {"norm_eps": 0.0}}
+    )
+    assert model.config.norm_eps == model.backbone.layer4[1].bn2.eps == 1e-5
+    assert any("an epsilon of 0, with which batch norm cannot be trained" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("spec", ["imagenet", "IMAGENET1K_V1", "ResNet18_Weights.IMAGENET1K_V1"])
 def test_published_backbones_come_from_torchs_cache(spec, cache):
     backbone = resnet18()
