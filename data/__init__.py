@@ -12,6 +12,7 @@ from data.loading.loader import EvalLoader, TrainLoader
 from data.loading.prefetcher import DevicePrefetcher, LoadTimes
 from data.loading.sampler import plan_epoch
 from data.loading.unreadable import UnreadableImage
+from data.loading.workers import WorkerError, worker_error
 from data.tools.shapes import make_shapes
 from data.transforms.augmentation import Augmentation, LargeScaleJitter, ScaleSampling
 from data.transforms.color import ColorJitter, PhotometricDistortion
@@ -37,6 +38,7 @@ __all__ = [
     "ScaleSampling",
     "TrainLoader",
     "UnreadableImage",
+    "WorkerError",
     "assemble",
     "check_pair",
     "check_split",
@@ -46,4 +48,5 @@ __all__ = [
     "read_coco",
     "read_image",
     "resized_sizes",
+    "worker_error",
 ]

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.figures import format_table, full_record, headline, write_json
 from checkout import ROOT, empty_folder
-from fault_injection.tagged_processes import kill_marked
+from fault_injection.tagged_processes import kill_tagged
 from gpu_checks.parts import FAILED, NOT_RUN, OK, PARTS, TIMED_OUT, Outcome, Part, plan
 
 MARK = "CHECK_GPU_PART"
@@ -95,7 +95,7 @@ def _run(part: Part, limit: float, work: Path) -> Outcome:
             pass
         finally:
             # Also what a part that failed has left behind: it would disturb the next.
-            kill_marked(MARK, mark)
+            kill_tagged(MARK, mark)
             process.wait()
     outcome = Outcome(part.name, state, time.monotonic() - start, status, shlex.join(part.command))
     outcome.said = log.read_text(errors="replace").splitlines()[-LINES_KEPT:]

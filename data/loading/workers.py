@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from data.errors import DataError
 from data.images.decode import ImageError
 from data.loading.batch import BatchPlan, RawBatch
 from data.loading.dataset import CocoDataset
@@ -28,6 +29,20 @@ ORPHAN_CHECK_SECONDS = 2.0
 LARGEST_BUFFER = 4.0
 """A buffer holds a batch of the largest images, but no more than so many times a batch of average ones: a few huge
 images shall not make every buffer huge, and take a slower way instead."""
+
+
+class WorkerError(DataError):
+    """A worker process ended on its own."""
+
+
+def worker_error(error: RuntimeError) -> WorkerError | None:
+    """The user's error for `error` if it says that a worker is dead; torch raises that wherever the main thread is."""
+    if not str(error).startswith("DataLoader worker (pid"):
+        return None
+    return WorkerError(
+        f"a process that loads images ended: {str(error).rstrip(' .')}. Most often the machine, or its shared memory "
+        "(in a container: --shm-size), has run full: use fewer --workers. Continue with --resume."
+    )
 
 
 class _Jobs(Sampler[Job]):

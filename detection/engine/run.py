@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from data import worker_error
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.allocator import keep_freed_memory
 from detection.engine.build import build, preflight
@@ -80,6 +81,11 @@ def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequ
         if processes.is_main or not isinstance(error, RunError):
             console.log(f"error: {error}")
         raise
+    except RuntimeError as error:
+        if (of_worker := worker_error(error)) is None:
+            raise
+        console.log(f"error: {of_worker}")
+        raise of_worker from error
 
 
 def _prepare(config: RunConfig, processes: Processes, output: RunDir) -> tuple[LoadedCheckpoint | None, list[str]]:

@@ -40,15 +40,15 @@ def fill_and_resume(training: Training, reference: Path, work: Path, say: Say) -
         folder = work / ("freed" if is_freed else "full")
         folder.mkdir(parents=True)
         # last, previous and one epoch, and half of the file that comes next
-        with _limited(folder, int(3.5 * file_bytes) + SPARE_BYTES) as (way, prefix, enlarge):
+        with _limited(folder, int(3.5 * file_bytes) + SPARE_BYTES) as (way, file_limit, enlarge):
             case = DiskCase(what, way)
-            life = Life(training, folder / "run", folder.with_suffix(".txt"), direct=True, prefix=prefix).start()
+            life = Life(training, folder / "run", folder.with_suffix(".txt"), file_limit=file_limit).start()
             if is_freed:
                 _make_room_in_mid_run(life, enlarge)
             _judge(case, life, is_freed)
             if not case.fault and not is_freed:
                 enlarge([])
-                life = Life(training, life.output, life.log, direct=True).start()
+                life = Life(training, life.output, life.log).start()
                 if (statuses := life.wait()) is None or any(statuses):
                     case.fault = f"the resume with room ended with {statuses}: {life.last_words()}"
             if not case.fault:
@@ -63,8 +63,8 @@ Enlarge = Callable[[list[int]], object]
 
 
 @contextlib.contextmanager
-def _limited(folder: Path, num_bytes: int) -> Iterator[tuple[str, tuple[str, ...], Enlarge]]:
-    """The way in which it is limited, what a command begins with for it, and what makes room."""
+def _limited(folder: Path, num_bytes: int) -> Iterator[tuple[str, int | None, Enlarge]]:
+    """The way in which it is limited, the largest file that a process may write, and what makes room."""
 
     def mount(options: str) -> bool:
         command = ["mount", "-t", "tmpfs", "-o", options, "fault_test", str(folder)]
@@ -79,12 +79,12 @@ def _limited(folder: Path, num_bytes: int) -> Iterator[tuple[str, tuple[str, ...
 
     if mount(f"size={num_bytes}"):
         try:
-            yield "tmpfs", (), lambda pids: mount(f"remount,size={20 * num_bytes}")
+            yield "tmpfs", None, lambda pids: mount(f"remount,size={20 * num_bytes}")
         finally:
             subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)
     else:
         # Smaller than any checkpoint and larger than any other file: the first save fails already.
-        yield "RLIMIT_FSIZE", ("prlimit", f"--fsize={SPARE_BYTES}:unlimited"), lift_limit
+        yield "RLIMIT_FSIZE", SPARE_BYTES, lift_limit
 
 
 def _make_room_in_mid_run(life: Life, enlarge: Enlarge) -> None:

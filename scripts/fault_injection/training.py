@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
+import resource
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 from checkout import ROOT
-from fault_injection.tagged_processes import kill_marked, marked_processes
+from fault_injection.tagged_processes import kill_tagged, tagged_processes
 
 ITERATIONS_PER_EPOCH = 10
 SMALL_MODEL = (
@@ -29,6 +32,7 @@ MARK = "FAULT_TEST_LIFE"
 POLL_SECONDS = 0.004
 PATIENCE = 300.0
 """Seconds after which a process that should have done something counts as hung."""
+_FOLDERS = (str(ROOT / "scripts"), str(ROOT))
 
 Say = Callable[[str], None]
 """Tells on stderr what has happened."""
@@ -49,6 +53,8 @@ class Training:
     device: str
     epochs: int
     checkpoint_iterations: int
+    disk_seconds: float = 0.0
+    """Seconds that each fsync, link and renaming takes more: a slow disk."""
 
     def command(self, output: Path, *more: str, resume: bool = True) -> list[str]:
         """train.py and its arguments."""
@@ -124,50 +130,52 @@ def newest_on_disk(output: Path, without: Collection[str] = ()) -> tuple[int, bo
 
 @dataclass
 class Life:
-    """One start of a training, up to its end, whatever that is."""
+    """One start of a training, up to its end, whatever that is.
+
+    Its processes are forked from one that has imported everything: a start takes a second instead of five.
+    """
 
     training: Training
     output: Path
     log: Path
     more: tuple[str, ...] = ()
-    direct: bool = False
-    """Several ranks are started by this program, which sees their exit statuses, instead of by torchrun."""
+    torchrun: bool = False
+    """Several ranks are started by torchrun instead of by this program, which sees their exit statuses."""
     resume: bool = True
-    prefix: tuple[str, ...] = ()
+    file_limit: int | None = None
+    """Largest file that it may write, in bytes."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     began: float = 0.0
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: list[BaseProcess] = field(default_factory=list)
 
     def start(self) -> Life:
         command = self.training.command(self.output, *self.more, resume=self.resume)
         count = self.training.processes
-        environment = {**os.environ, MARK: self.mark, "PYTHONUNBUFFERED": "1"}
-        environment.setdefault("OMP_NUM_THREADS", "1")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.touch()
         self.began = time.monotonic()
-        if count == 1 or not self.direct:
-            agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-            self._popen([*agent, *command], environment)
+        if count == 1 or self.torchrun:
+            agent = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+            self._fork([*agent, *command], {})
             return self
         with socket.socket() as chosen:
             chosen.bind(("127.0.0.1", 0))
             port = chosen.getsockname()[1]
         ranks = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
-            self._popen(command, environment | ranks | own)
+            self._fork(command, {**ranks, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)})
         return self
 
-    def _popen(self, words: list[str], environment: dict[str, str]) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self.prefix, sys.executable, *words]
-        with self.log.open("ab") as out:
-            self.processes.append(
-                subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
-            )
+    def _fork(self, words: list[str], environment: dict[str, str]) -> None:
+        environment |= {MARK: self.mark, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        arguments = (words, environment, self.log, self.file_limit, self.training.disk_seconds)
+        process = _forking().Process(target=_live, args=arguments)
+        process.start()
+        self.processes.append(process)
 
     @property
     def is_over(self) -> bool:
-        return all(process.poll() is not None for process in self.processes)
+        return all(process.exitcode is not None for process in self.processes)
 
     def wait_until(self, happened: Callable[[], bool]) -> bool:
         """Whether it happened before the training ended; FaultTestError where neither does."""
@@ -200,13 +208,13 @@ class Life:
                 self.kill_all()
                 return None
             time.sleep(0.02)
-        return [process.returncode for process in self.processes]
+        return [int(process.exitcode or 0) for process in self.processes]
 
     def rank_ids(self) -> list[int]:
         """Process ids of the ranks; empty while torchrun has not started them."""
         if len(self.processes) > 1 or self.training.processes == 1:
-            return [process.pid for process in self.processes]
-        agent, found = str(self.processes[0].pid), []
+            return self._own_ids()
+        agent, found = str(self._own_ids()[0]), []
         for pid in self.all_ids():
             with contextlib.suppress(OSError):  # ended meanwhile
                 parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
@@ -214,9 +222,16 @@ class Life:
                     found.append(pid)
         return sorted(found)
 
+    def loader_ids(self) -> list[int]:
+        """Process ids of the loader processes of a training without torchrun."""
+        return [pid for pid in self.all_ids() if pid not in self._own_ids()]
+
+    def _own_ids(self) -> list[int]:
+        return [process.pid for process in self.processes if process.pid is not None]
+
     def all_ids(self) -> list[int]:
         """Process ids of everything that belongs to this life, orphans included."""
-        return marked_processes(MARK, self.mark)
+        return tagged_processes(MARK, self.mark, self._own_ids())
 
     def send(self, number: signal.Signals) -> None:
         """A signal to every rank."""
@@ -225,9 +240,9 @@ class Life:
 
     def kill_all(self) -> None:
         """SIGKILL to every process of this life, until none is left."""
-        kill_marked(MARK, self.mark)
+        kill_tagged(MARK, self.mark, self._own_ids())
         for process in self.processes:
-            process.wait()
+            process.join()
 
     def last_words(self, lines: int = 12) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -237,3 +252,42 @@ def send(pid: int, number: signal.Signals) -> None:
     """A signal to a process that may have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def _forking() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["detection.engine", "torch.utils.tensorboard", "fault_injection.training"])
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*_FOLDERS, *filter(None, known)]))
+    return context
+
+
+def _live(
+    words: list[str], environment: dict[str, str], log: Path, file_limit: int | None, disk_seconds: float
+) -> None:
+    """Be the program that `words` names, a file or a module, in a session of its own."""
+    os.setsid()
+    with log.open("ab") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where this test runs under nohup
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    if disk_seconds:
+        for name in ("fsync", "link", "replace"):
+            setattr(os, name, _delayed(getattr(os, name), disk_seconds))
+    sys.argv = words
+    if words[0].endswith(".py"):
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def _delayed(call: Callable[..., object], seconds: float) -> Callable[..., object]:
+    def delayed(*arguments: object, **options: object) -> object:
+        time.sleep(seconds)
+        return call(*arguments, **options)
+
+    return delayed

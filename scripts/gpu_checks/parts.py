@@ -63,7 +63,7 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
     variants = "--variants torchvision-bf16-cl torchvision-bf16-cl-compile ours-bf16-cl ours-bf16-cl-compile"
     variants = f"{variants} ours-bf16-cl-compile-graphs" if on_gpu else ""
     place, trace = shlex.quote(str(work)), shlex.quote(str(out / "trace.json.gz"))
-    kills = f"--kills {num_kills} --corruptions 0 --no-signals --no-disk --epochs 2 --processes 1"
+    kills = f"--kills {num_kills} --corruptions 0 --no-signals --no-disk --epochs 2 --trainings 1 loader"
     few_text = (
         "training step with the few images that the schedule has on each of eight GPUs: the host launches too slowly"
     )

@@ -20,7 +20,7 @@ import checkout
 from benchmarks.figures import full_record, headline, write_json
 from data import make_shapes
 from fault_injection.comparison import differences
-from fault_injection.signals import STOPPED
+from fault_injection.interruptions import STOPPED
 from fault_injection.training import FaultTestError, Life, Training, newest_on_disk, position, starts
 
 CLOSE = 0.05
