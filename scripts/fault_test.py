@@ -224,7 +224,7 @@ def _kill_all(
                 left, started = left - wanted, started + 1
             round_results = [future.result() for future in pending]
             for result in round_results:
-                outcome = result.failure or result.differences or "same bits"
+                outcome = result.failure or "; ".join(result.differences[:3]) or "same bits"
                 say(f"{result.training}: {len(result.interruptions)} kills, {outcome}")
             results += round_results
             if not any(result.interruptions for result in round_results):

@@ -29,7 +29,7 @@ DONE_BY = {
         "--data-path",
     ),
 }
-for _more in ("", " --device cuda --processes 8", " --jobs 4"):  # an hour each; minutes there
+for _more in ("", " --device cuda --trainings 1 8 loader"):  # an hour each; minutes there
     _command = f"python scripts/fault_test.py --kills 100{_more} --report report.md --json report.json"
     DONE_BY[_command] = (".ci/run", "scripts/fault_test.py --kills 6")
 
@@ -43,7 +43,6 @@ class NoWay(LookupError):
 SUBSTITUTIONS = (
     (r"--nproc_per_node=(8|4|gpu)(?= )", "--nproc_per_node=2", "two CPU processes in place of the GPUs"),
     (r"--nproc 8\b", "--nproc 2", "the same"),
-    (r"--processes 8\b", "--processes 2", "the same"),
     (r"--device cuda\b", "--device cpu", "no GPU"),
     (r" (--(cuda-)?graphs|ours-[\w-]+-graphs)\b", "", "CUDA graphs are for GPUs; tests/engine has their stand-in"),
     (r" --work-dir /tmp/\w+", "", "no folder outside the scratch tree"),

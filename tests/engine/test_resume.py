@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data import WorkerError
 from detection.config import RunConfig
 from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
 from detection.engine import RunError
@@ -16,6 +20,7 @@ from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.evaluator import Evaluator
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.resume import resumed_settings
+from detection.engine.trainer import Trainer
 from detection.models.config import model_config
 from detection.reporting import TensorBoardLog
 from tests.engine.tiny_model import Killed
@@ -336,3 +341,23 @@ def test_another_loss_scale_of_the_command_line_is_used(start, tmp_path, load, c
     said = "schedule optim_wrapper.loss_scale: 512.0 in the checkpoint, 64.0 now; the command line wins"
     assert said in capsys.readouterr().out
     assert load(tmp_path / "run" / "checkpoints" / "last.pt")["scaler"]["scale"] == 64
+
+
+def test_a_killed_loader_process_ends_the_run_with_one_message_and_the_resume_is_equal(
+    start, tmp_path, monkeypatch, finished, same_run
+):
+    plain = Trainer.train_step
+
+    def train_step(self, batches):
+        plain(self, batches)
+        if self.state.progress.iteration == 4:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "train_step", train_step)
+        with pytest.raises(WorkerError, match=r"images ended: .*pid.* use fewer --workers"):
+            start(tmp_path / "run", "--workers", "1", "--checkpoint-iterations", "1")
+    assert "error: a process that loads images ended" in (tmp_path / "run" / "train.log").read_text()
+    assert start(tmp_path / "run", "--resume") == 0
+    same_run(tmp_path / "run", finished)

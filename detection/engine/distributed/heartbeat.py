@@ -14,9 +14,9 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -25,9 +25,13 @@ from detection.errors import DetectionError
 BEAT_SECONDS = 1.0
 _PATIENCE_BEATS = 3
 """So many beats without a new sign, and a process counts as gone."""
+STORE_SECONDS = 5.0
+"""How long the store may take for an answer. Its own calls wait for hours where the network loses packets."""
 
 _MARKS = ("gloo", "nccl", "connection closed", "connection reset", "connection was", "timed out", "broken pipe")
 _NETWORK_ERRORS = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+
+T = TypeVar("T")
 
 
 class LostProcess(DetectionError):
@@ -49,6 +53,7 @@ class Heartbeat:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, limit: timedelta) -> None:
         self._store = store
+        self._unanswered = threading.Thread()
         self._rank, self._world_size = rank, world_size
         self._limit = limit.total_seconds()
         self._at = "starting"
@@ -90,12 +95,18 @@ class Heartbeat:
             time.sleep(BEAT_SECONDS)
             self._sign()  # the others may be looking too, and this may be the thread that does it
         after = self._signs()
-        missing, elsewhere = [], []
+        missing: list[str] = []
+        elsewhere: list[str] = []
+        if not any(after):
+            missing.append(
+                "no process can be asked: the store of the run, on process 0's machine, does not answer; "
+                "process 0 or its torchrun has ended, or the network to its machine has failed"
+            )
         for rank, (old, new) in enumerate(zip(before, after, strict=True)):
             if rank == self._rank:
                 continue
             if new is None:
-                missing.append(f"process {rank} cannot be asked: the store of the run, on process 0's machine, is gone")
+                missing += [f"process {rank} has given no sign of life"] if any(after) else []
                 continue
             who = f"process {rank} (pid {new['pid']} on {new['host']})"
             if new["last_words"] is not None:
@@ -150,19 +161,33 @@ class Heartbeat:
             "waits_for": self._waits_for,
             "last_words": self._last_words,
         }
-        with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
-            self._store.set(str(self._rank), json.dumps(sign))
+        text = json.dumps(sign)
+        self._ask(lambda: self._store.set(str(self._rank), text), None)
 
     def _signs(self) -> list[dict[str, Any] | None]:
-        """The latest sign of each process; None where the store cannot be read or it never gave any."""
-        signs: list[dict[str, Any] | None] = []
-        for rank in range(self._world_size):
-            sign = None
+        """The latest sign of each process; None where the store does not answer or it never gave any."""
+
+        def read(rank: int) -> dict[str, Any] | None:
+            return json.loads(self._store.get(str(rank))) if self._store.check([str(rank)]) else None
+
+        return self._ask(lambda: [read(rank) for rank in range(self._world_size)], [None] * self._world_size)
+
+    def _ask(self, question: Callable[[], T], otherwise: T) -> T:
+        """What the store answers; `otherwise` where it takes too long, or has ended with the process that keeps it."""
+        answer = otherwise
+
+        def ask() -> None:
+            nonlocal answer
             with contextlib.suppress(RuntimeError, ValueError):
-                if self._store.check([str(rank)]):
-                    sign = json.loads(self._store.get(str(rank)))
-            signs.append(sign)
-        return signs
+                answer = question()
+
+        if not self._unanswered.is_alive():
+            asking = threading.Thread(target=ask, daemon=True, name="heartbeat's question")
+            asking.start()
+            asking.join(STORE_SECONDS)
+            if asking.is_alive():
+                self._unanswered = asking
+        return answer
 
 
 def start_heartbeat(start: str, rank: int, world_size: int, limit: timedelta) -> Heartbeat:

@@ -1,11 +1,15 @@
 """A process that is lost, stuck or fails alone: the others end soon, and say which it was and what they waited for."""
 
 import re
+import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from detection.engine.distributed import heartbeat
 
 
 @pytest.mark.parametrize(
@@ -14,7 +18,11 @@ import pytest
         ("killed", 1, r"process 1 \(pid {pid} on \S+\) gives no sign of life; the last was in iteration 2"),
         ("stuck", 1, r"process 1 \(pid {pid} on \S+\) is alive and elsewhere: in iteration 2, does not wait"),
         ("fails", 1, r"process 1 \(pid {pid} on \S+\) ended in iteration 2: MemoryError: no more memory"),
-        ("killed", 0, "process 0 cannot be asked: the store of the run, on process 0's machine, is gone"),
+        (
+            "killed",
+            0,
+            "the store of the run, on process 0's machine, does not answer; process 0 .* has ended",
+        ),
     ],
 )
 def test_the_others_end_soon_and_name_it(
@@ -40,3 +48,22 @@ def test_the_others_end_soon_and_name_it(
     ), err
     assert "--resume" in err
     assert "Traceback" not in err
+
+
+class SilentStore:
+    """As PyTorch's, where the network has begun to lose its packets."""
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def check(self, keys: list[str]) -> bool:
+        threading.Event().wait()
+        return False
+
+
+def test_a_store_that_never_answers_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "STORE_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+    here = heartbeat.Heartbeat(SilentStore(), 1, 3, timedelta(minutes=1))  # type: ignore[arg-type]
+    assert "store of the run, on process 0's machine, does not answer" in here.report("nothing came")
+    here.close("lost contact as well")

@@ -113,9 +113,8 @@ def test_whatever_differs_is_found_and_named(script, output, twin, change, named
     ],
 )
 def test_a_kill_is_lost_where_less_is_on_the_disk_than_must_be(script, iterations, before, after, is_lost):
-    kills = script("fault_injection.kills")
-    kill = kills.Kill("name", "training", "training", "all", iterations, 0, False)
-    assert bool(kills.loss(kill, before, after, 2)) == is_lost
+    kill = interruption(script, reached=iterations)
+    assert bool(script("fault_injection.interruptions").loss(kill, before, after, 2)) == is_lost
 
 
 def test_every_kind_of_damage_hits_all_names_of_the_newest_file_and_makes_it_unreadable(script, output, tmp_path):
@@ -133,19 +132,73 @@ def test_every_kind_of_damage_hits_all_names_of_the_newest_file_and_makes_it_unr
     assert load_checkpoint(output / "checkpoints" / "last.pt").state["iteration"] == 2
 
 
-def test_the_report_counts_every_fault(script):
-    report, kills = script("fault_injection.report"), script("fault_injection.kills")
-    kill = kills.Kill("1 process", "save", "save", "all", 5, 4, True, resumed_at=4)
-    good = kills.KilledTraining("1 process", [kill])
-    bad = kills.KilledTraining("1 process", [kills.Kill("1 process", "save", "save", "all", 9, 0, True, lost="gone")])
+def interruption(script, **fields):
+    return script("fault_injection.interruptions").Interruption("1 process", "SIGKILL", "save", "all", **fields)
+
+
+@pytest.fixture
+def record(script) -> dict:
+    """One training that was killed once."""
+    training = script("fault_injection.interruptions").InterruptedTraining(
+        "1 process", [interruption(script, reached=5, saved=4, half_written=True, resumed_at=4)]
+    )
+    return {
+        "command": "python x",
+        "date": "2026-01-01",
+        "minutes": 2.0,
+        "git": {"commit": "abc", "modified": False},
+        "hardware": {"cpu": "a CPU", "cpu_cores": 2, "load_average": [1.0]},
+        "versions": {"torch": "2.8"},
+        "device": "cpu",
+        "settings": {"seed": 0},
+        "trainings": [asdict(training)],
+        "interrupted_twice": [],
+        "corruptions": [],
+        "all_broken": "",
+        "disk": [],
+    }
+
+
+def test_the_report_counts_every_fault(script, record):
+    report, interruptions = script("fault_injection.report"), script("fault_injection.interruptions")
+    assert report.faults(record) == []
+    bad = interruptions.InterruptedTraining("1 process", [interruption(script, reached=9, fault="gone")])
+    bad.interruptions.append(interruptions.Interruption("1 process", "SIGHUP", "training", "rank 0", 3, 4))
     bad.differences = ["last.pt/model/weight: another tensor"]
-    record = {"command": "python x", "corruptions": [], "all_broken": "", "signals": [], "disk": []}
-    assert report.faults(record | {"trainings": [asdict(good)]}) == []
-    faulty = record | {"trainings": [asdict(good), asdict(bad)]}
-    assert len(report.faults(faulty)) == 2
-    text = report.page(faulty, "a machine")
+    record["trainings"].append(asdict(bad))
+    assert len(report.faults(record)) == 2
+    text = report.page(record, "a machine")
     assert "## 2 kills: 1 lost, 1 different" in text
     assert "another tensor" in text
+    assert "## 1 signals: 0 faults" in text
+
+
+def part(record: dict, seed: int, **other) -> dict:
+    return {**record, "settings": {"seed": seed}, **other}
+
+
+def test_parts_of_one_commit_add_up(script, record, tmp_path, capsys):
+    files = [tmp_path / f"{seed}.json" for seed in range(3)]
+    for seed, file in enumerate(files):
+        file.write_text(json.dumps(part(record, seed)))
+    assert script("fault_test").main(["--merge", *map(str, files), "--report", str(tmp_path / "report.md")]) == 0
+    assert "## 3 kills: 0 lost, 0 different" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"git": {"commit": "def", "modified": False}}, "different commit"),
+        ({"git": {"commit": "abc", "modified": True}}, "different commit"),
+        ({"hardware": {"cpu": "another", "cpu_cores": 2}}, "different hardware"),
+        ({"versions": {"torch": "2.9"}}, "different versions"),
+        ({"settings": {"seed": 1}}, "the same seed"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_not_merged(script, record, other, named):
+    report = script("fault_injection.report")
+    with pytest.raises(report.MergeError, match=named):
+        report.merged([part(record, 1), part(record, 2, **other)])
 
 
 def test_a_folder_that_holds_something_is_not_used(script, tmp_path, capsys):
