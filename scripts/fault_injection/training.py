@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -153,6 +154,7 @@ class Life:
         count = self.training.processes
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.touch()
+        _forking()
         self.began = time.monotonic()
         if count == 1 or self.torchrun:
             agent = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
@@ -254,11 +256,16 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+@functools.cache
 def _forking() -> multiprocessing.context.ForkServerContext:
+    """What forks, once it has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["detection.engine", "torch.utils.tensorboard", "fault_injection.training"])
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*_FOLDERS, *filter(None, known)]))
+    first = context.Process(target=time.sleep, args=(0,))
+    first.start()
+    first.join()
     return context
 
 
