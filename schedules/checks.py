@@ -33,7 +33,7 @@ def read_dict(value: Any, place: Place, keys: Keys) -> dict[str, Any]:
             raise place.error(f"has no {key}; add it")
     for key in value:
         if key == "_delete_":
-            raise place.at(key).error("belongs to inheritance from other files, and a schedule is one flat file")
+            raise place.at(key).error("replaces what a base file says, and no base file has this key; take it away")
         if key not in keys:
             raise place.at(key).unknown(keys)
     return result

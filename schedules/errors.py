@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -24,16 +24,21 @@ class UnknownKey(ScheduleError):
 class Place:
     """A key of a schedule, so that a message can name file, line and key.
 
-    source: the file, or "override". path: the keys and list places that lead there. lines: the line of each
-    path, filled by schedules.literals; None for a source without lines.
+    source: the file, or "override". path: the keys and list places that lead there. lines: file and line of each
+    path, filled by schedules.expressions; None for a source without lines.
     """
 
     source: str
     path: tuple[str, ...] = ()
-    lines: dict[tuple[str, ...], int] | None = None
+    lines: dict[tuple[str, ...], tuple[str, int]] | None = None
 
-    def at(self, key: str | int) -> Place:
-        return replace(self, path=(*self.path, str(key)))
+    def at(self, key: object) -> Place:
+        return Place(self.source, (*self.path, str(key)), self.lines)
+
+    def mark(self, line: int, *, anew: bool = True) -> None:
+        """The key is set in this line of the source; not anew: if no line is known of it."""
+        if self.lines is not None and (anew or self.path not in self.lines):
+            self.lines[self.path] = self.source, line
 
     def error(self, message: str, line: int | None = None) -> ScheduleError:
         return ScheduleError(self._message(message, line))
@@ -45,10 +50,13 @@ class Place:
         return UnknownKey(self._message(f"unknown key{nearest(self.path[-1], known)}"), self.path)
 
     def _message(self, message: str, line: int | None = None) -> str:
+        source = self.source
         for length in range(len(self.path), 0, -1):  # the nearest key around it whose line is known
-            line = line or (self.lines or {}).get(self.path[:length])
-        where = self.source + (f", line {line}" if line and self.lines is not None else "")
-        return ": ".join([where, *([".".join(self.path)] if self.path else []), message])
+            if line is None:
+                source, line = (self.lines or {}).get(self.path[:length], (source, None))
+        where = source + (f", line {line}" if line and self.lines is not None else "")
+        text = ": ".join([where, *([".".join(self.path)] if self.path else []), message])
+        return text.encode("utf-8", "backslashreplace").decode()  # a key may hold what no terminal prints
 
 
 def shown(value: Any) -> str:

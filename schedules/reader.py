@@ -4,6 +4,8 @@ parsed, never executed.
 
 from __future__ import annotations
 
+import ast
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,15 +27,15 @@ from schedules.checks import (
     rising_pairs,
     whole,
 )
+from schedules.config_file import read_config, read_text
 from schedules.errors import Place, ScheduleError
-from schedules.literals import read_assignments
+from schedules.expressions import parse, read_assignments
 from schedules.paramwise import ParamwiseSettings
 from schedules.schedule import AMP_NAMES, ClipGrad, OptimizerSettings, Schedule, idle_schedulers
 from schedules.schedulers import KINDS, Scheduler
 
 NAMES = ("1x", "2x", "20e")
 MOST_EPOCHS = 100_000
-MAX_BYTES = 256 * 1024  # the longest schedules of MMDetection have some 3 kB
 
 SCHEDULE_KEYS = ("train_cfg", "val_cfg", "test_cfg", "param_scheduler", "optim_wrapper", "auto_scale_lr")
 
@@ -63,39 +65,55 @@ _OLD_KEYS = ("optimizer", "optimizer_config", "lr_config", "runner", "total_epoc
 def load_schedule(name_or_path: str | os.PathLike[str]) -> Schedule:
     """The schedule "1x", "2x" or "20e", or the one in a file in MMDetection 3.x's vocabulary.
 
-    Keys of whole MMDetection configurations that say nothing about the schedule are left unread;
-    schedule.notes names them. Raises ScheduleError, with file, line and key, for whatever is not known, and
-    for a file that cannot be read.
+    A file with no other keys is a schedule: literals, read as they are. Any other is a whole configuration: its base
+    files count, and names, arithmetic and so on are computed as MMEngine does. Its keys that say nothing about the
+    schedule are not judged; schedule.notes names them. Raises ScheduleError, with file, line and key, for whatever is
+    not known, and for a file that cannot be read.
     """
     given = os.fspath(name_or_path)
     path = Path(__file__).with_name(f"schedule_{given}.py") if given in NAMES else Path(given)
     place = Place(str(path), lines={})
-    values = read_assignments(_text(path, place), place, skip=IGNORED_KEYS.__contains__)
-    notes = [
-        f"{path}, line {line}: {key[0]} is ignored: {IGNORED_KEYS[key[0]]}"
-        for key, line in (place.lines or {}).items()
-        if len(key) == 1 and key[0] in IGNORED_KEYS
-    ]
+    tree = parse(read_text(path, place, f"give {', '.join(NAMES)}, or a schedule file"), place)
+    if any(map(_is_beyond_schedule, tree.body)):
+        values, place = read_config(path, SCHEDULE_KEYS.__contains__)
+        notes = _notes(values, place)
+        values = {key: value for key, value in values.items() if key in SCHEDULE_KEYS}
+    else:
+        values, notes = read_assignments(tree, place), []
     schedule = schedule_from_dict(values, given if given in NAMES else path.stem, str(path), place)
     return replace(schedule, notes=(*notes, *schedule.notes))
 
 
-def _text(path: Path, place: Place) -> str:
-    try:
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-            raise place.error(f"{what}; give {', '.join(NAMES)}, or a schedule file")
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise place.error(f"cannot be read: {error}") from None
-    if len(content) > MAX_BYTES:
-        raise place.error(f"is larger than {MAX_BYTES} bytes, so it is no schedule")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise place.error("is not UTF-8 text; save it as UTF-8", line) from None
+def _is_beyond_schedule(statement: ast.stmt) -> bool:
+    match statement:
+        case ast.With():
+            return True
+        case ast.Assign([ast.Name(key)]):
+            return key not in SCHEDULE_KEYS
+    return False
+
+
+def _notes(values: Mapping[str, Any], place: Place) -> list[str]:
+    """A line for each key of a whole configuration that is known and ignored, and one for names of its own."""
+    notes, own = [], []
+    for key in values:
+        if key in IGNORED_KEYS:
+            source, line = (place.lines or {}).get((key,), (place.source, 1))
+            notes.append(f"{source}, line {line}: {key} is ignored: {IGNORED_KEYS[key]}")
+        elif key not in SCHEDULE_KEYS:
+            _refuse_old(key, place)
+            if difflib.get_close_matches(key, SCHEDULE_KEYS, n=1, cutoff=0.75):
+                raise place.at(key).unknown(SCHEDULE_KEYS)
+            own.append(key)
+    if own:
+        notes.append(f"{place.source}: of {', '.join(own)} only what the schedule uses counts")
+    return notes
+
+
+def _refuse_old(key: str, place: Place) -> None:
+    if key in _OLD_KEYS:
+        message = "is a key of MMDetection 2.x; write the schedule with 3.x's"
+        raise place.at(key).error(f"{message} train_cfg, param_scheduler and optim_wrapper")
 
 
 def schedule_from_dict(
@@ -106,13 +124,8 @@ def schedule_from_dict(
     """
     place = place or Place(source or name)
     for key in values:
-        if key == "_base_":
-            message = "a schedule is one flat file and inherits from no other; copy what the base files say into it"
-            raise place.at(key).error(message)
-        if key in _OLD_KEYS:
-            message = "is a key of MMDetection 2.x; write the schedule with 3.x's"
-            raise place.at(key).error(f"{message} train_cfg, param_scheduler and optim_wrapper")
         if key not in SCHEDULE_KEYS:
+            _refuse_old(key, place)
             raise place.at(key).unknown(SCHEDULE_KEYS)
     for key in ("train_cfg", "optim_wrapper"):
         if key not in values:
