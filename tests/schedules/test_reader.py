@@ -137,6 +137,55 @@ def test_keys_of_a_whole_configuration_are_ignored_and_named_without_reading_the
     assert "--weights" in schedule.notes[2]
 
 
+def test_the_schedule_of_a_whole_configuration_is_computed_from_its_base_files(read, tmp_path):
+    (tmp_path / "base.py").write_text(MMDETECTION_STYLE + "log_level = 'INFO'\n")
+    schedule = read(
+        """
+_base_ = ["./base.py"]
+max_epochs = 24
+scale = 1.5
+model = dict(type="Any", head=dict(lr=open("nothing")))
+train_cfg = dict(max_epochs=max_epochs)
+_base_.param_scheduler[1].update(end=max_epochs, milestones=[max_epochs - n for n in (8, 2)])
+optim_wrapper = dict(_delete_=True, optimizer=dict(type="SGD", lr=0.01 * 2, momentum=0.9, weight_decay=1e-4))
+"""
+    )
+    assert schedule == load_schedule("2x")
+    base, model, own = schedule.notes
+    assert re.search(r"base\.py, line 28: log_level is ignored", base)
+    assert re.search(r"mine\.py, line 5: model is ignored: use --model", model)
+    assert own.endswith("of max_epochs, scale only what the schedule uses counts")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("_base_ = 'base.py'\ntrain_cfg = dict(max_epochs=0)", r"mine\.py, line 2: train_cfg\.max_epochs: must be"),
+        ("_base_ = 'base.py'\noptim_wrapper = dict(optimizer=dict(nestrov=1))", r"line 2: .*nestrov: .*mean nesterov"),
+        (
+            "_base_ = 'worse.py'\ntrain_cfg = dict(max_epochs=3)",
+            r"worse\.py, line 17: param_scheduler\.1\.gama: unknown",
+        ),
+        ("_base_ = 'base.py'\nn = f(1)\ntrain_cfg = dict(max_epochs=n)", r"line 2: n: a call found, f"),
+        ("_base_ = 'base.py'\ntrain_confg = dict(max_epochs=3)", r"line 2: train_confg: .*mean train_cfg"),
+        (
+            "_base_ = 'base.py'\ntest_cfg = dict(_delete_=1, a={{_base_.b}})",
+            r"line 2: test_cfg\.a: the base files have no b",
+        ),
+        ("val_begin = 1\nval_cfg = dict(_delete_=True)", r"has no train_cfg"),
+        (
+            "with read_base():\n    from .._base_.schedules.s import *",
+            r"line 1: .*_base_ = \['\.\./_base_/schedules/s\.py'\]",
+        ),
+    ],
+)
+def test_an_error_in_a_whole_configuration_names_the_file_it_is_in(read, tmp_path, text, message):
+    (tmp_path / "base.py").write_text(MMDETECTION_STYLE)
+    (tmp_path / "worse.py").write_text(with_line(MMDETECTION_STYLE, "gamma", "gama"))
+    with pytest.raises(ScheduleError, match=message):
+        read(text)
+
+
 REFUSED = {
     "unknown top key": ("val_cfg =", "val_confg =", 4, r"val_confg: unknown key; did you mean val_cfg"),
     "unknown inner key": ("val_interval=1", "val_intervall=1", 3, r"train_cfg\.val_intervall: .*mean val_interval\?"),
