@@ -23,6 +23,10 @@ DONE_BY = {
     'OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow"': (".ci/run", "bash scripts/test.sh"),
     # It writes the page.
     "python3 -m detection.config.options_page": ("tests/config/test_run_config.py", "options_page()"),
+    "python scripts/fault_test.py --merge part1.json part2.json --report report.md --json report.json": (
+        "tests/scripts/fault_injection/test_fault_test.py",
+        '"--merge"',
+    ),
     # 20 GB. The test has a server of small archives.
     "python3 scripts/download_coco.py --data-path datasets/coco": (
         "tests/scripts/test_download_coco.py",
