@@ -10,6 +10,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
+import math
 import random
 import signal
 import sys
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--kills", type=int, default=100, help="SIGKILLs in all [100]")
+    add("--minutes", type=float, help="after these minutes nothing more is killed [no limit]")
     add("--corruptions", type=int, default=30, help="damaged checkpoints in all [30]")
     add("--signals", action=argparse.BooleanOptionalAction, default=True, help="[on]")
     add("--disk", action=argparse.BooleanOptionalAction, default=True, help="fill the disk [on]")
@@ -123,7 +125,8 @@ def _run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     trainings = _trainings(arguments, data)
     references = [work / f"undisturbed_{number}" for number in range(len(trainings))]
     durations = [_undisturbed(training, output) for training, output in zip(trainings, references, strict=True)]
-    interrupted = _kill_all(arguments, trainings, references, durations, work)
+    until = math.inf if arguments.minutes is None else begun + 60 * arguments.minutes
+    interrupted = _kill_all(arguments, trainings, references, durations, work, until)
     corruptions, broken, disk = [], "", []
     interrupted_twice: list[Interruption] = []
     first, reference = trainings[0], references[0]
@@ -207,18 +210,22 @@ def _kill_all(
     references: list[Path],
     durations: list[Durations],
     work: Path,
+    until: float,
 ) -> list[InterruptedTraining]:
-    """Trainings with kills, in turn, until there were as many kills as wanted."""
+    """Trainings with kills, in turn, until there were as many kills as wanted, or time.monotonic() is `until`."""
     results: list[InterruptedTraining] = []
     # Few kills are spread over all kinds of training.
     at_most = min(KILLS_PER_TRAINING, -(-arguments.kills // len(trainings)))
     started = 0
     with concurrent.futures.ThreadPoolExecutor(max(arguments.jobs, 1)) as pool:
-        while (left := arguments.kills - sum(len(result.interruptions) for result in results)) > 0:
+        while time.monotonic() < until:
+            left = arguments.kills - sum(len(result.interruptions) for result in results)
+            if left <= 0:
+                break
             pending: list[concurrent.futures.Future[InterruptedTraining]] = []
             while left > 0 and len(pending) < max(arguments.jobs, 1):
                 kind, wanted = started % len(trainings), min(at_most, left)
-                attempts = kills(wanted, durations[kind], random.Random(f"{arguments.seed} kills {started}"))
+                attempts = kills(wanted, until, durations[kind], random.Random(f"{arguments.seed} kills {started}"))
                 known = trainings[kind], references[kind], work / f"killed_{started}"
                 pending.append(pool.submit(interrupt_and_resume, *known, attempts, say))
                 left, started = left - wanted, started + 1
@@ -227,7 +234,7 @@ def _kill_all(
                 outcome = result.failure or "; ".join(result.differences[:3]) or "same bits"
                 say(f"{result.training}: {len(result.interruptions)} kills, {outcome}")
             results += round_results
-            if not any(result.interruptions for result in round_results):
+            if not any(result.interruptions for result in round_results) and time.monotonic() < until:
                 raise FaultTestError("no training could be killed: all of them ended before")
     return results
 

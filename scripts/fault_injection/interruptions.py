@@ -136,9 +136,10 @@ def loss(kill: Interruption, before: tuple[int, bool], after: tuple[int, bool], 
     return f"no checkpoint at or after {at_least} of {kill.reached}" if after[0] < at_least else ""
 
 
-def kills(count: int, durations: Durations, random_state: random.Random) -> Iterator[Attempt]:
-    """SIGKILLs at random moments, to all processes, one rank or one loader process."""
-    for _ in range(count):
+def kills(count: int, until: float, durations: Durations, random_state: random.Random) -> Iterator[Attempt]:
+    """SIGKILLs at random moments, to all processes, one rank or one loader process; none after `until` (monotonic)."""
+    while count > 0 and time.monotonic() < until:
+        count -= 1
         yield Attempt(lambda life: _kill(life, durations, random_state))
 
 
@@ -195,6 +196,9 @@ def _kill(life: Life, durations: Durations, random_state: random.Random) -> Inte
         victim = random_state.randrange(len(ranks))
         to = f"rank {victim}"
         send(ranks[victim], signal.SIGKILL)
+        if len(starts(life.output)) == num_starts:
+            # Before they have met, a rank misses none: torchrun, whose part this plays, ends the others.
+            life.send(signal.SIGTERM)
     else:
         life.kill_all()
     case = _ended(Interruption(life.training.name, "SIGKILL", aimed_at, to, reached), life)
