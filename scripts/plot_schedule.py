@@ -19,7 +19,12 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = program_parser(__doc__)
     add = parser.add_argument
-    add("--schedule", default="1x", metavar="NAME|FILE", help="1x, 2x, 20e, or a schedule file")
+    add(
+        "--schedule",
+        default="1x",
+        metavar="NAME|FILE",
+        help="1x, 2x, 20e, or a file of MMDetection: a schedule or a configuration",
+    )
     text = "optimizer steps in an epoch (default 7330: COCO train2017 at a global batch of 16)"
     add("--iterations-per-epoch", type=positive_int, default=7330, metavar="N", help=text)
     text = "images per optimizer step over all processes: scales the learning rate by N / base_batch_size"

@@ -137,7 +137,13 @@ class ModelConfig:
 class TrainConfig:
     """How the schedule is followed on this machine."""
 
-    schedule: str = setting("1x", SCHEDULE, "1x, 2x, 20e, or a schedule file", group="schedule", metavar="NAME|FILE")
+    schedule: str = setting(
+        "1x",
+        SCHEDULE,
+        "1x, 2x, 20e, or a file of MMDetection: a schedule or a configuration",
+        group="schedule",
+        metavar="NAME|FILE",
+    )
     overrides: tuple[str, ...] = setting(
         (),
         SCHEDULE,
