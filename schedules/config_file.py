@@ -70,7 +70,7 @@ def read_text(path: Path, place: Place, instead: str) -> str:
     except OSError as error:
         raise place.error(f"cannot be read: {error}") from None
     if len(content) > MAX_BYTES:
-        raise place.error(f"is larger than {MAX_BYTES} bytes, so it is no schedule")
+        raise place.error(f"is larger than {MAX_BYTES} bytes, so it is no schedule or configuration")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -205,7 +205,10 @@ class _Reading:
                     result[key] = self._merged(value, result[key], place.at(key))
                 elif not isinstance(result[key], Unread):
                     message = "is a dict here and none in the base files; set _delete_=True in it to replace theirs"
-                    raise place.at(key).error(message)
+                    error = place.at(key).error(message)
+                    if self.wanted((*place.path, key)[0]):
+                        raise error
+                    result[key] = Unread(error)
             else:
                 result[key] = value
         return result

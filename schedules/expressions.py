@@ -13,7 +13,7 @@ from typing import Any
 from schedules.errors import Place, ScheduleError
 
 MAX_DEPTH = 50  # of brackets, and of dicts and lists inside each other; MMDetection's deepest configuration has 14
-MAX_VALUES = 300_000  # evaluated, copied and joined in all; MMDetection's largest configuration has 8,000
+MAX_VALUES = 200_000  # evaluated, copied and joined in all; MMDetection's largest configuration takes 36,000
 MAX_BITS = 4096  # of a whole number
 MAX_WIDTH = 99  # in the format of an f-string
 
@@ -94,7 +94,7 @@ class Budget:
 def parse(text: str, place: Place, mode: str = "exec") -> Any:
     """The syntax tree. Raises ScheduleError."""
     if "\0" in text:
-        raise place.error("holds a NUL character, so it is no text; give a schedule file")
+        raise place.error("holds a NUL character, so it is no text; give a text file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # doubtful escapes in text that is never executed
@@ -102,7 +102,7 @@ def parse(text: str, place: Place, mode: str = "exec") -> Any:
     except SyntaxError as error:
         raise place.error(f"not readable as Python: {error.msg}", line=error.lineno) from None
     except (RecursionError, MemoryError):
-        raise place.error("nested too deeply to be a schedule") from None
+        raise place.error("nested too deeply to be read") from None
     except ValueError as error:
         raise place.error(f"not readable as Python: {error}") from None
 

@@ -173,7 +173,6 @@ HOSTILE = {
     "long list": "a = [0] * 10**9",
     "text again and again": "a = 'xx'\n" + "a = a + a\n" * 60,
     "numbers": "a = [x for x in range(10**15)]",
-    "loops in loops": "a = [1 for x in range(9999) for y in range(9999)]",
     "members": "a = {**{x: 1 for x in range(10**12)}}",
     "unpacked": "a = [*range(10**12)]",
     "enumerated": "a = [x for x in enumerate(range(10**12))]",

@@ -1,4 +1,4 @@
-"""schedules.reader, literals and vocabulary: what is read, what is refused, and that nothing is executed."""
+"""schedules.reader, config_file and expressions: what is read, what is refused, and that nothing is executed."""
 
 import re
 import sys
@@ -138,21 +138,23 @@ def test_keys_of_a_whole_configuration_are_ignored_and_named_without_reading_the
 
 
 def test_the_schedule_of_a_whole_configuration_is_computed_from_its_base_files(read, tmp_path):
-    (tmp_path / "base.py").write_text(MMDETECTION_STYLE + "log_level = 'INFO'\n")
+    (tmp_path / "base.py").write_text(MMDETECTION_STYLE + "resume = False\nlog_level = 'INFO'\n")
     schedule = read(
         """
 _base_ = ["./base.py"]
 max_epochs = 24
 scale = 1.5
 model = dict(type="Any", head=dict(lr=open("nothing")))
+log_level = dict(no="text")
 train_cfg = dict(max_epochs=max_epochs)
 _base_.param_scheduler[1].update(end=max_epochs, milestones=[max_epochs - n for n in (8, 2)])
 optim_wrapper = dict(_delete_=True, optimizer=dict(type="SGD", lr=0.01 * 2, momentum=0.9, weight_decay=1e-4))
 """
     )
     assert schedule == load_schedule("2x")
-    base, model, own = schedule.notes
-    assert re.search(r"base\.py, line 28: log_level is ignored", base)
+    base, log_level, model, own = schedule.notes
+    assert re.search(r"base\.py, line 28: resume is ignored", base)
+    assert re.search(r"mine\.py, line 6: log_level is ignored", log_level)
     assert re.search(r"mine\.py, line 5: model is ignored: use --model", model)
     assert own.endswith("of max_epochs, scale only what the schedule uses counts")
 
