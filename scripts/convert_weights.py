@@ -24,7 +24,7 @@ from checkout import program_parser
 from detection.export.files import whole_file
 from detection.models import MODELS, build_model, load_weights
 from detection.models.weights.files import WeightsError
-from detection.models.weights.layouts import CLASSIFIER, LAYOUTS, REGRESSOR, to_layout
+from detection.models.weights.layouts import LAYOUTS, box_heads, classifier_names, regressor_names, to_layout
 from detection.models.weights.stored import StoredWeights, read_weights, stripped_file
 
 
@@ -70,9 +70,8 @@ def _foreign(stored: StoredWeights, layout: str) -> dict[str, torch.Tensor]:
     if extra:
         print(f"note: {len(extra)} tensors without a counterpart are left out, {extra[0]} among them")
     state = {name: tensor for name, tensor in stored.state.items() if name in stored.origin}
-    classifier, regressor = (state.get(names[0]) for names in (CLASSIFIER, REGRESSOR))
-    if classifier is not None and regressor is not None:
-        has_background = len(regressor) == 4 * len(classifier)
+    for head in box_heads(state)[:1]:
+        has_background = len(state[regressor_names(head)[0]]) == 4 * len(state[classifier_names(head)[0]])
         if has_background and layout == "mmdet":
             print("note: the background's box outputs, which nothing uses, are left out: MMDetection has none")
         if not has_background and layout == "torchvision":
@@ -93,12 +92,14 @@ def _stripped(stored: StoredWeights, arguments: argparse.Namespace) -> dict[str,
             category_ids=payload["category_ids"],
             preprocessing=payload["preprocessing"],
         )
-    if CLASSIFIER[0] not in stored.state:
+    heads = box_heads(stored.state)
+    if not heads:
         raise WeightsError(f"{arguments.input} has no detection head; a detector cannot be made of it")
-    num_classes = len(stored.state[CLASSIFIER[0]]) - 1
+    num_classes = len(stored.state[classifier_names(heads[0])[0]]) - 1
     names, ids = _categories(stored, arguments.categories, num_classes)
     torchvision = stored.layout == "torchvision"
-    name = arguments.model or ("fasterrcnn_resnet50_fpn" if torchvision else "faster_rcnn_r50_fpn")
+    ours = "cascade_rcnn_r50_fpn" if len(heads) > 1 else "faster_rcnn_r50_fpn"
+    name = arguments.model or ("fasterrcnn_resnet50_fpn" if torchvision else ours)
     overrides = {"stride_in_1x1": True} if stored.stride_in_1x1 else {}
     model = build_model(name, num_classes, **overrides)
     report = load_weights(model, arguments.input)

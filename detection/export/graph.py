@@ -68,8 +68,7 @@ class DetectorGraph(nn.Module):
         features = self.model.extract_features(batch)
         boxes, valid = self._proposals(features, batch)
         with implementation(roi_align="operator"):
-            pooled = self.model.pool(features, boxes)
-        class_logits, deltas = self.model.roi_head(pooled)
+            class_logits, deltas, boxes = self.model.second_stage(features, boxes, batch.sizes)
         found, scores, labels, is_box = self._detections(class_logits, deltas, boxes, valid, batch.sizes)
         edges = torch.stack((_scalar(images, 2), _scalar(images, 1))).repeat(2).float()
         found = torch.minimum((found / factors).clamp(min=0), edges)
@@ -155,10 +154,11 @@ class DetectorGraph(nn.Module):
         scores = class_logits.float().softmax(dim=1)[:, : config.num_classes]
         scores = scores.reshape(-1, num_proposals, config.num_classes).permute(0, 2, 1)
         deltas = deltas.float().reshape(-1, num_proposals, deltas.shape[1], 4)[:, :, : config.num_classes]
+        deltas = deltas.expand(-1, -1, config.num_classes, -1)
         boxes = decode_boxes(
             deltas.permute(0, 2, 1, 3),
             boxes_xyxy[:, None],
-            config.roi_delta_stds,
+            config.stages[-1].roi_delta_stds,
             clip_shrinking=config.clip_shrinking,
         ).reshape(-1, config.num_classes * num_proposals, 4)
         boxes = clip_boxes(boxes, sizes)

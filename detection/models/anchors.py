@@ -96,6 +96,12 @@ def anchors_of_map(base: Tensor, size: tuple[int, int], strides: tuple[int, int]
     return (torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4).float() + base).reshape(-1, 4)
 
 
+def anchors_inside_image(grid: AnchorGrid, sizes: Tensor) -> Tensor:
+    """Which anchors lie inside each image, `sizes` [B, 2] (height, width), as a whole: bool [B, A]."""
+    x1, y1, x2, y2 = grid.boxes_xyxy.unbind(1)
+    return (x1 >= 0) & (y1 >= 0) & (x2 < sizes[:, 1:]) & (y2 < sizes[:, :1])
+
+
 def anchors_inside_padding(grid: AnchorGrid, sizes: Tensor) -> Tensor:
     """Which anchors' cells begin inside each image's own padded size, `sizes` [B, 2] rounded up to 32: bool [B, A]."""
     own_heights, own_widths = ((sizes + (SIZE_DIVISOR - 1)) // SIZE_DIVISOR * SIZE_DIVISOR)[..., None].unbind(1)

@@ -1,14 +1,15 @@
-"""The detector's settings, and the two recipes it can follow.
+"""The detector's settings, and the three recipes it can follow.
 
-`FasterRCNNConfig`'s defaults are MMDetection's faster-rcnn_r50_fpn_1x_coco. `TORCHVISION_RECIPE` lists
-everything in which torchvision's fasterrcnn_resnet50_fpn differs; nothing else in this package asks which
-recipe it serves.
+`FasterRCNNConfig`'s defaults are MMDetection's faster-rcnn_r50_fpn_1x_coco. `TORCHVISION_RECIPE` lists everything in
+which torchvision's fasterrcnn_resnet50_fpn differs, `CASCADE_RECIPE` everything in which MMDetection's Cascade R-CNN
+does; nothing else in this package asks which recipe it serves.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,8 @@ class FasterRCNNConfig:
     """
     anchors_within_own_padding: bool = True
     """Anchors take part in training only where their image, padded to a multiple of 32 by itself, reaches."""
+    anchors_within_image: bool = False
+    """Anchors take part in training only where they lie inside their image as a whole."""
 
     # Region proposal network: targets and loss
     rpn_positive_iou: float = number(0.7, 0, 1)
@@ -119,6 +122,17 @@ class FasterRCNNConfig:
     roi_level_eps_inside_log: bool = True
     roi_hidden_channels: int = number(1024, 1, 16_384)
     regressor_has_background: bool = False
+    regressor_is_class_agnostic: bool = False
+    """One box for all classes."""
+
+    # Cascade R-CNN (Cai and Vasconcelos 2018): each stage takes the boxes that the one before has refined
+    cascade_ious: tuple[float, ...] | None = number(None, 0, 1)
+    """The IoU of each stage, instead of roi_iou. None: one stage, Faster R-CNN."""
+    cascade_delta_stds: tuple[float, ...] = number(
+        (0.1, 0.1, 0.2, 0.2, 0.05, 0.05, 0.1, 0.1, 0.033, 0.033, 0.067, 0.067), 1e-6, 1000
+    )
+    """Four a stage, instead of roi_delta_stds."""
+    cascade_loss_weights: tuple[float, ...] = number((1.0, 0.5, 0.25), 0, 1000)
 
     # Detections
     score_threshold: float = number(0.05, 0, 1)
@@ -153,8 +167,34 @@ class FasterRCNNConfig:
                 f"roi_hidden_channels {self.roi_hidden_channels} are {weights:,} weights in one layer: give smaller "
                 f"ones, for at most {_MOST_WEIGHTS_OF_A_LAYER:,}"
             )
+        if self.cascade_ious is not None:
+            self._check_cascade(self.cascade_ious)
+
+    def _check_cascade(self, ious: tuple[float, ...]) -> None:
+        lengths = (len(ious), len(self.cascade_loss_weights), len(self.cascade_delta_stds) / 4)
+        if len(set(lengths)) > 1:
+            raise ModelError(
+                f"cascade_ious has {len(ious)} stages, cascade_loss_weights {lengths[1]} and cascade_delta_stds "
+                f"{len(self.cascade_delta_stds)} numbers: give one IoU, one weight and four numbers for each stage"
+            )
+        if len(ious) > _MOST_STAGES:
+            raise ModelError(f"cascade_ious has {len(ious)} stages; give at most {_MOST_STAGES}")
+        if self.regressor_has_background:
+            raise ModelError("cascade_ious and regressor_has_background do not go together: no such recipe exists")
+
+    @functools.cached_property
+    def stages(self) -> tuple[FasterRCNNConfig, ...]:
+        """The settings of each stage of the second stage: one, or those of a cascade."""
+        if self.cascade_ious is None:
+            return (self,)
+        stds = [self.cascade_delta_stds[4 * stage : 4 * stage + 4] for stage in range(len(self.cascade_ious))]
+        return tuple(
+            dataclasses.replace(self, cascade_ious=None, roi_iou=iou, roi_delta_stds=of_stage)
+            for iou, of_stage in zip(self.cascade_ious, stds, strict=True)
+        )
 
 
+_MOST_STAGES = 4
 _MOST_WEIGHTS_OF_A_LAYER = 2**31  # 8 GiB of float32, which few machines have for one layer
 _LONGEST_LIST = 100
 _KINDS = {"str": "text", "bool": "True or False", "int": "whole number", "float": "number"}
@@ -214,12 +254,26 @@ TORCHVISION_RECIPE: dict[str, Any] = {
     "regressor_has_background": True,
 }
 
+CASCADE_RECIPE: dict[str, Any] = {
+    # MMDetection's cascade-rcnn_r50_fpn_1x_coco: more than the heads differs from its Faster R-CNN.
+    "anchors_within_image": True,
+    "rpn_loss_beta": 1 / 9,
+    "rpn_proposals_train": 2000,
+    "roi_loss_beta": 1.0,
+    "regressor_is_class_agnostic": True,
+    "cascade_ious": (0.5, 0.6, 0.7),
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     "faster_rcnn_r18_fpn": {"backbone": "resnet18"},
     "faster_rcnn_r34_fpn": {"backbone": "resnet34"},
     "faster_rcnn_r50_fpn": {"backbone": "resnet50"},
     "faster_rcnn_r101_fpn": {"backbone": "resnet101"},
     "faster_rcnn_x101_32x4d_fpn": {"backbone": "resnext101_32x4d"},
+    "cascade_rcnn_r18_fpn": {"backbone": "resnet18", **CASCADE_RECIPE},
+    "cascade_rcnn_r50_fpn": {"backbone": "resnet50", **CASCADE_RECIPE},
+    "cascade_rcnn_r101_fpn": {"backbone": "resnet101", **CASCADE_RECIPE},
+    "cascade_rcnn_x101_32x4d_fpn": {"backbone": "resnext101_32x4d", **CASCADE_RECIPE},
     "fasterrcnn_resnet18_fpn": {"backbone": "resnet18", **TORCHVISION_RECIPE},
     "fasterrcnn_resnet50_fpn": {"backbone": "resnet50", **TORCHVISION_RECIPE},
 }

@@ -1,4 +1,4 @@
-"""Faster R-CNN with a feature pyramid: images and targets to losses, images to detections."""
+"""Faster and Cascade R-CNN with a feature pyramid: images and targets to losses, images to detections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.selfcheck import check_kernels
 from detection.models.postprocess import Detections, select_detections
-from detection.models.roi_head import BoxHead, roi_losses, sample_rois
+from detection.models.roi_head import BoxHead, is_proposal, refine_boxes, roi_losses, sample_rois
 from detection.models.rpn import RPNHead, anchor_targets, rpn_losses, select_proposals
 from detection.models.structures import ImageBatch, TargetBatch, batch_images, batch_targets
 
@@ -25,7 +25,8 @@ Targets = TargetBatch | Sequence[Mapping[str, Tensor]]
 
 
 class FasterRCNN(nn.Module):
-    """Ren et al. 2015 with Lin et al.'s feature pyramid (2017), after the recipe that `config` describes.
+    """Ren et al. 2015 with Lin et al.'s feature pyramid (2017), after the recipe that `config` describes; with Cai and
+    Vasconcelos's cascade (2018) where that has one.
 
     In training mode `model(images, targets)` gives losses, in evaluation mode `model(images)` gives
     detections. The dense parts (backbone, fpn, rpn, roi_head) run in autocast's precision where that is on,
@@ -48,7 +49,8 @@ class FasterRCNN(nn.Module):
         )
         self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.fpn_norm)
         self.rpn = RPNHead(config.fpn_channels, len(config.anchor_ratios))
-        self.roi_head = BoxHead(config)
+        heads = [BoxHead(stage) for stage in config.stages]
+        self.roi_head = heads[0] if config.cascade_ious is None else nn.ModuleList(heads)
         self._anchor_generator = AnchorGenerator(config)
         self._roi_align = RoIAlign(
             config.roi_output_size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides
@@ -58,7 +60,8 @@ class FasterRCNN(nn.Module):
             self.register_buffer(name, values[:, None, None], persistent=False)
 
     def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
-        """Training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}, float32 scalars.
+        """Training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}, float32 scalars. A cascade has the last
+        two for each stage, times its weight: "loss_cls_s0", "loss_bbox_s0", "loss_cls_s1", ...
 
         Evaluation: for each image {"boxes_xyxy": float32 [D, 4], "scores": float32 [D], "labels": int64 [D]},
         best first, in pixels of the images as they were given.
@@ -83,9 +86,14 @@ class FasterRCNN(nn.Module):
             raise ModelError(f"there are {len(images.sizes)} images and {len(targets.labels)} targets")
         return self._losses(images, targets)
 
+    @property
+    def roi_heads(self) -> list[nn.Module]:
+        """The box head of each stage: one, or those of a cascade."""
+        return list(self.roi_head) if isinstance(self.roi_head, nn.ModuleList) else [self.roi_head]
+
     def compile_dense_parts(self, **torch_compile_kwargs: Any) -> None:
-        """Compiles backbone, fpn, rpn and roi_head in place; names in the state dict stay."""
-        for part in (self.backbone, self.fpn, self.rpn, self.roi_head):
+        """Compiles backbone, fpn, rpn and box heads in place; names in the state dict stay."""
+        for part in (self.backbone, self.fpn, self.rpn, *self.roi_heads):
             part.compile(**torch_compile_kwargs)
 
     def _losses(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
@@ -109,17 +117,24 @@ class FasterRCNN(nn.Module):
         with _full_precision(images.pixels.device):
             loss_rpn_cls, loss_rpn_bbox = rpn_losses(config, sampled_logits, sampled_deltas, learned)
             proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=True)
-            rois = sample_rois(config, proposals, targets)
-            pooled = self.pool(features, rois.boxes_xyxy, table)
-        class_logits, box_deltas = self.roi_head(pooled)
-        with _full_precision(images.pixels.device):
-            loss_cls, loss_bbox = roi_losses(config, class_logits, box_deltas, rois)
-        return {
-            "loss_rpn_cls": loss_rpn_cls,
-            "loss_rpn_bbox": loss_rpn_bbox,
-            "loss_cls": loss_cls,
-            "loss_bbox": loss_bbox,
-        }
+        losses = {"loss_rpn_cls": loss_rpn_cls, "loss_rpn_bbox": loss_rpn_bbox}
+        boxes, valid = proposals.boxes_xyxy, proposals.valid
+        for number, (head, stage) in enumerate(zip(self.roi_heads, config.stages, strict=True)):
+            with _full_precision(images.pixels.device):
+                rois = sample_rois(stage, boxes, valid, targets, stage=number)
+                pooled = self.pool(features, rois.boxes_xyxy, table)
+            class_logits, box_deltas = head(pooled)
+            with _full_precision(images.pixels.device):
+                loss_cls, loss_bbox = roi_losses(stage, class_logits, box_deltas, rois)
+                if config.cascade_ious is None:
+                    return {**losses, "loss_cls": loss_cls, "loss_bbox": loss_bbox}
+                weight = config.cascade_loss_weights[number]
+                losses |= {f"loss_cls_s{number}": weight * loss_cls, f"loss_bbox_s{number}": weight * loss_bbox}
+                if number + 1 < len(config.stages):
+                    # The next stage puts the ground-truth boxes among them again.
+                    valid = is_proposal(rois, valid.shape[1])
+                    boxes = refine_boxes(stage, rois.boxes_xyxy, class_logits, box_deltas, images.sizes, rois.labels)
+        return losses
 
     @torch.no_grad()
     def _detect(self, images: ImageBatch) -> list[Detections]:
@@ -129,12 +144,28 @@ class FasterRCNN(nn.Module):
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)
             proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=False)
-            pooled = self.pool(features, proposals.boxes_xyxy)
-        class_logits, box_deltas = self.roi_head(pooled)
+        class_logits, box_deltas, boxes = self.second_stage(features, proposals.boxes_xyxy, images.sizes)
         with _full_precision(images.pixels.device):
-            return select_detections(
-                config, class_logits, box_deltas, proposals.boxes_xyxy, proposals.valid, images.sizes
-            )
+            return select_detections(config.stages[-1], class_logits, box_deltas, boxes, proposals.valid, images.sizes)
+
+    def second_stage(
+        self, features: Sequence[Tensor], boxes_xyxy: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the second stage makes of RoIs, float32 [B, R, 4], of images of `sizes` [B, 2].
+
+        Class logits [B * R, K + 1], box deltas [B * R, classes, 4], and the RoIs [B, R, 4] that the deltas move. Of a
+        cascade the mean logits of its stages, and the deltas and RoIs of the last.
+        """
+        first, *others = zip(self.roi_heads, self.config.stages, strict=True)
+        head, stage = first
+        class_logits, box_deltas = head(self._pool_in_full_precision(features, boxes_xyxy))
+        total = class_logits
+        for head, following in others:
+            with _full_precision(boxes_xyxy.device):
+                boxes_xyxy = refine_boxes(stage, boxes_xyxy, class_logits, box_deltas, sizes)
+            class_logits, box_deltas = head(self._pool_in_full_precision(features, boxes_xyxy))
+            total, stage = total + class_logits, following
+        return (total / (1 + len(others)) if others else total), box_deltas, boxes_xyxy
 
     def extract_features(self, images: ImageBatch) -> tuple[Tensor, ...]:
         """P2..P6, [B, fpn_channels, H_l, W_l], of images normalized and with zeros outside."""
@@ -154,6 +185,10 @@ class FasterRCNN(nn.Module):
         height, width = images.pixels.shape[-2:]
         sizes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
         return self._anchor_generator((height, width), sizes, images.pixels.device)
+
+    def _pool_in_full_precision(self, features: Sequence[Tensor], boxes_xyxy: Tensor) -> Tensor:
+        with _full_precision(boxes_xyxy.device):
+            return self.pool(features, boxes_xyxy)
 
     def pool(self, features: Sequence[Tensor], boxes_xyxy: Tensor, table: Tensor | None = None) -> Tensor:
         """Boxes [B, R, 4] in pixels from the level of their size: [B * R, C, S, S]; see `RoIAlign`."""

@@ -27,8 +27,8 @@ def select_detections(
     """Scores above the threshold, decoded and clipped to the image, suppressed within each class, the best of
     the rest.
 
-    class_logits [B * P, K + 1], deltas [B * P, classes, 4], boxes_xyxy float32 [B, P, 4] (the RoIs), valid
-    bool [B, P], sizes int64 [B, 2].
+    class_logits [B * P, K + 1], deltas [B * P, classes, 4] (of each class, or of all together), boxes_xyxy float32
+    [B, P, 4] (the RoIs), valid bool [B, P], sizes int64 [B, 2].
     """
     num_images, num_rois = valid.shape
     scores = class_logits.float().softmax(dim=1)[:, : config.num_classes].view(num_images, num_rois, -1)
@@ -38,7 +38,7 @@ def select_detections(
         roi, label = ((scores[image] > config.score_threshold) & valid[image, :, None]).nonzero(as_tuple=True)
         image_scores = scores[image][roi, label]
         boxes = decode_boxes(
-            deltas[image][roi, label].float(),
+            deltas[image][roi, label.clamp(max=deltas.shape[2] - 1)].float(),
             boxes_xyxy[image][roi],
             config.roi_delta_stds,
             clip_shrinking=config.clip_shrinking,

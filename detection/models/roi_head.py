@@ -1,4 +1,4 @@
-"""Second stage: its box head, the RoIs it learns from, and its losses."""
+"""Second stage: its box heads, the RoIs they learn from, their losses, and the boxes that a cascade passes on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from detection.models.config import FasterRCNNConfig
 from detection.models.losses import count_at_least_one, smooth_l1
-from detection.models.ops.boxes import encode_boxes
+from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes
 from detection.models.ops.matcher import POSITIVE, MaxIoUAssigner
-from detection.models.rpn import Proposals
 from detection.models.samplers import ROI_STAGE, sample
 from detection.models.structures import TargetBatch
 
@@ -20,14 +19,16 @@ _CLASSIFIER_STD, _REGRESSOR_STD = 0.01, 0.001  # Girshick 2015, section 3.1
 
 
 class BoxHead(nn.Module):
-    """Two hidden layers, class logits and class-specific box deltas."""
+    """Two hidden layers, class logits and box deltas: of each class, or one for all."""
 
     def __init__(self, config: FasterRCNNConfig) -> None:
         super().__init__()
         inputs = config.fpn_channels * config.roi_output_size**2
         hidden = config.roi_hidden_channels
         self.num_classes = config.num_classes
-        num_regressed = config.num_classes + config.regressor_has_background
+        num_regressed = (
+            1 if config.regressor_is_class_agnostic else config.num_classes + config.regressor_has_background
+        )
         self.fc1 = nn.Linear(inputs, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.classifier = nn.Linear(hidden, config.num_classes + 1)
@@ -55,7 +56,8 @@ class RoISample(NamedTuple):
 
     boxes_xyxy: float32 [B, S, 4], empty boxes at the origin in slots not chosen. chosen, positive: bool [B,
     S]. labels: int64 [B, S], num_classes for the background. delta_targets: float32 [B, S, 4], 0 where not
-    positive.
+    positive. candidate: int64 [B, S], the place of each among the proposals and the ground-truth boxes behind
+    them; None where slot i is candidate i.
     """
 
     boxes_xyxy: Tensor
@@ -63,23 +65,30 @@ class RoISample(NamedTuple):
     positive: Tensor
     labels: Tensor
     delta_targets: Tensor
+    candidate: Tensor | None
 
 
 @torch.no_grad()
-def sample_rois(config: FasterRCNNConfig, proposals: Proposals, targets: TargetBatch) -> RoISample:
-    """Assigns and samples proposals, with the ground-truth boxes among them."""
-    candidates = torch.cat((proposals.boxes_xyxy, targets.boxes_xyxy), dim=1)
-    valid = torch.cat((proposals.valid, targets.valid), dim=1)
+def sample_rois(
+    config: FasterRCNNConfig, boxes_xyxy: Tensor, valid: Tensor, targets: TargetBatch, *, stage: int = 0
+) -> RoISample:
+    """Assigns and samples proposals, with the ground-truth boxes among them.
+
+    config: that of the stage. boxes_xyxy float32 [B, P, 4], valid bool [B, P].
+    """
+    num_proposals = valid.shape[1]
+    candidates = torch.cat((boxes_xyxy, targets.boxes_xyxy), dim=1)
+    valid = torch.cat((valid, targets.valid), dim=1)
     assigner = MaxIoUAssigner(config.roi_iou, config.roi_iou)
     kind, gt_index = assigner(targets.boxes_xyxy, targets.valid, candidates, valid)
     if config.roi_box_matches_itself:
-        num_proposals, num_gt = proposals.valid.shape[1], targets.valid.shape[1]
+        num_gt = targets.valid.shape[1]
         kind[:, num_proposals:].masked_fill_(targets.valid, POSITIVE)
         gt_index[:, num_proposals:] = torch.arange(num_gt, device=gt_index.device)
     chosen = sample(
         kind,
         targets.sample_keys,
-        stage=ROI_STAGE,
+        stage=ROI_STAGE + stage,
         num_samples=config.roi_samples_per_image,
         positive_fraction=config.roi_positive_fraction,
     )
@@ -93,6 +102,7 @@ def sample_rois(config: FasterRCNNConfig, proposals: Proposals, targets: TargetB
         chosen.positive,
         torch.where(chosen.positive, targets.labels.gather(1, gt_index), config.num_classes),
         torch.where(chosen.positive[..., None], deltas, 0.0),
+        chosen.candidate,
     )
 
 
@@ -112,3 +122,38 @@ def roi_losses(
     differences = own_deltas - rois.delta_targets.view(-1, 4)
     loss_bbox = (smooth_l1(differences, config.roi_loss_beta) * rois.positive.view(-1, 1)).sum()
     return (per_roi * rois.chosen.view(-1)).sum() / normalizer, loss_bbox / normalizer
+
+
+@torch.no_grad()
+def refine_boxes(
+    config: FasterRCNNConfig,
+    boxes_xyxy: Tensor,
+    class_logits: Tensor,
+    deltas: Tensor,
+    sizes: Tensor,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """RoIs as a stage of a cascade passes them on: moved by its deltas and cut at the image's edges, float32 [B, S, 4].
+
+    config: that of the stage. boxes_xyxy float32 [B, S, 4], class_logits [B * S, K + 1], deltas [B * S, classes, 4],
+    sizes int64 [B, 2]. labels: int64 [B, S], whose deltas a RoI takes where it learns a class; other RoIs take those of
+    the class with the largest logit.
+    """
+    own_deltas = deltas[:, 0]
+    if deltas.shape[1] > 1:
+        own_class = class_logits[:, : config.num_classes].argmax(dim=1)
+        if labels is not None:
+            own_class = torch.where(labels.view(-1) < config.num_classes, labels.view(-1), own_class)
+        own_deltas = deltas.gather(1, own_class[:, None, None].expand(-1, 1, 4))[:, 0]
+    refined = decode_boxes(
+        own_deltas.float().view_as(boxes_xyxy), boxes_xyxy, config.roi_delta_stds, clip_shrinking=config.clip_shrinking
+    )
+    return clip_boxes(refined, sizes)
+
+
+def is_proposal(rois: RoISample, num_proposals: int) -> Tensor:
+    """Which slots hold a proposal, and not a ground-truth box that was put among them: bool [B, S]."""
+    place = rois.candidate
+    if place is None:
+        place = torch.arange(rois.chosen.shape[1], device=rois.chosen.device)
+    return rois.chosen & (place < num_proposals)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.anchors import AnchorGrid, anchors_inside_padding
+from detection.models.anchors import AnchorGrid, anchors_inside_image, anchors_inside_padding
 from detection.models.config import FasterRCNNConfig
 from detection.models.losses import count_at_least_one, smooth_l1
 from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes, sides_above
@@ -94,6 +94,9 @@ def anchor_targets(config: FasterRCNNConfig, anchors: AnchorGrid, sizes: Tensor,
         config.rpn_low_quality_takes_own_box,
     )
     usable = anchors_inside_padding(anchors, sizes) if config.anchors_within_own_padding else None
+    if config.anchors_within_image:
+        inside = anchors_inside_image(anchors, sizes)
+        usable = inside if usable is None else usable & inside
     anchor_boxes = anchors.boxes_xyxy[None]
     kind, gt_index = assigner(targets.boxes_xyxy, targets.valid, anchor_boxes, usable)
     chosen = sample(

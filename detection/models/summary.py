@@ -66,13 +66,19 @@ def summarize_model(model: FasterRCNN, height: int, width: int) -> list[PartSumm
     return summaries
 
 
+def _modules(model: FasterRCNN, name: str) -> list[str]:
+    """The modules that run for a part: itself, or each of a list."""
+    part = model.get_submodule(name)
+    return [f"{name}.{number}" for number in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
+
+
 def _count_flops(model: FasterRCNN, image: Tensor) -> dict[str, int]:
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model([image])
     counts = counter.get_flop_counts()
     root = type(model).__name__
-    flops = {name: sum(counts[f"{root}.{name}"].values()) for name in PARTS}
+    flops = {name: sum(sum(counts[f"{root}.{module}"].values()) for module in _modules(model, name)) for name in PARTS}
     return {**flops, REST: counter.get_total_flops() - sum(flops.values())}
 
 
@@ -103,8 +109,8 @@ def _measure_saved(model: FasterRCNN, images: list[Tensor]) -> dict[str, int]:
 
     hooks = []
     for name in PARTS:
-        part = model.get_submodule(name)
-        hooks += [part.register_forward_pre_hook(enter(name)), part.register_forward_hook(enter(REST))]
+        for part in map(model.get_submodule, _modules(model, name)):
+            hooks += [part.register_forward_pre_hook(enter(name)), part.register_forward_hook(enter(REST))]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses = model(images, [target] * len(images))
     assert losses, "the graph, and with it what was saved, must live until here"

@@ -147,7 +147,7 @@ def test_the_random_samplers_take_as_many_as_mmdetections(model, features, image
     with torch.no_grad():
         logits, deltas = model.rpn(features)
     proposals = select_proposals(config, logits, deltas, anchors, batch.sizes, training=True)
-    of_roi = sample_rois(config, proposals, truth)
+    of_roi = sample_rois(config, proposals.boxes_xyxy, proposals.valid, truth)
     for positive, chosen, counts in (
         (of_rpn.sample.positive, of_rpn.sample.chosen, expected["rpn"]),
         (of_roi.positive, of_roi.chosen, expected["rcnn"]),
@@ -201,8 +201,8 @@ def test_losses_in_bf16_stay_within_one_percent(model, weights, features, images
     model.load_state_dict(weights)
     recorded = []
 
-    def record(*arguments):
-        recorded.append(sample_rois(*arguments))
+    def record(*arguments, stage):
+        recorded.append(sample_rois(*arguments, stage=stage))
         return recorded[0]
 
     with torch.no_grad():

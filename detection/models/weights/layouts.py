@@ -18,10 +18,23 @@ from torch import Tensor
 LAYOUTS = ("ours", "mmdet", "torchvision")
 """What `to_layout` can write. `to_ours` reads "detectron2" and "backbone" (a bare ResNet) as well."""
 
-CLASSIFIER = ("roi_head.classifier.weight", "roi_head.classifier.bias")
-REGRESSOR = ("roi_head.regressor.weight", "roi_head.regressor.bias")
-# Rows of a class in each of these tensors.
-_ROWS_OF_CLASS = {**dict.fromkeys(CLASSIFIER, 1), **dict.fromkeys(REGRESSOR, 4)}
+_HEAD = re.compile(r"(roi_head\.(?:\d\.)?)classifier\.weight")
+
+
+def box_heads(names: Iterable[str]) -> list[str]:
+    """The prefixes of the box heads among our names: one, or those of a cascade."""
+    return [match[1] for match in map(_HEAD.fullmatch, names) if match]
+
+
+def classifier_names(head: str) -> tuple[str, str]:
+    """The tensors of a box head that have one row for each class, the background's last."""
+    return f"{head}classifier.weight", f"{head}classifier.bias"
+
+
+def regressor_names(head: str) -> tuple[str, str]:
+    """The tensors of a box head that have four rows for each class, or for all classes together."""
+    return f"{head}regressor.weight", f"{head}regressor.bias"
+
 
 # Prefixes of names: ours, MMDetection 2.x and 3.x, torchvision, Detectron2. {0} is the pyramid level, {1} its stride's
 # power of two. Detectron2's pyramids with norms are not read.
@@ -49,6 +62,11 @@ _PREFIXES = (
         *("roi_head.regressor.", "roi_head.bbox_head.fc_reg."),
         *("roi_heads.box_predictor.bbox_pred.", "roi_heads.box_predictor.bbox_pred."),
     ),
+    # A cascade, whose stages are numbered; torchvision has none.
+    ("roi_head.{0}.fc1.", "roi_head.bbox_head.{0}.shared_fcs.0.", "", "roi_heads.box_head.{0}.fc1."),
+    ("roi_head.{0}.fc2.", "roi_head.bbox_head.{0}.shared_fcs.1.", "", "roi_heads.box_head.{0}.fc2."),
+    ("roi_head.{0}.classifier.", "roi_head.bbox_head.{0}.fc_cls.", "", "roi_heads.box_predictor.{0}.cls_score."),
+    ("roi_head.{0}.regressor.", "roi_head.bbox_head.{0}.fc_reg.", "", "roi_heads.box_predictor.{0}.bbox_pred."),
 )
 
 
@@ -98,8 +116,15 @@ def recognize(names: Iterable[str]) -> str | None:
     """
     names = list(names)
     starts = {
-        "ours": ("fpn.lateral", "rpn.objectness.", "roi_head.fc1.", "roi_head.classifier."),
-        "detectron2": ("backbone.bottom_up.", "proposal_generator.", "stem.conv1.", "res2.", "roi_heads.box_head.fc1."),
+        "ours": ("fpn.lateral", "rpn.objectness.", "roi_head.fc1.", "roi_head.classifier.", "roi_head.0."),
+        "detectron2": (
+            "backbone.bottom_up.",
+            "proposal_generator.",
+            "stem.conv1.",
+            "res2.",
+            "roi_heads.box_head.fc1.",
+            "roi_heads.box_head.0.",
+        ),
         "torchvision": ("backbone.body.", "rpn.head.", "roi_heads."),
         # A backbone alone under its own prefix has the same names in MMDetection and here.
         "mmdet": ("neck.", "rpn_head.", "roi_head.bbox_head.", "backbone.conv1.", "backbone.layer1."),
@@ -139,16 +164,21 @@ def to_layout(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     `to_ours` turns the result back into exactly `state`, but for two things: norm counters
     (num_batches_tracked, zero) that both projects expect and frozen norms here do not have; and the
     regressor's rows for the background, which torchvision needs (zeros where `state` has none) and
-    MMDetection cannot hold (they are never used). Raises ValueError for a layout that is not one of LAYOUTS.
+    MMDetection cannot hold (they are never used). Raises ValueError for a layout that is not one of LAYOUTS, and for
+    torchvision's layout of a cascade.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} cannot be written; choose one of {', '.join(LAYOUTS)}")
     state = dict(state)
     if layout == "ours":
         return state
-    for name in REGRESSOR:
-        if name in state and CLASSIFIER[0] in state:
-            foreground = state[name][: 4 * (len(state[CLASSIFIER[0]]) - 1)]
+    heads = box_heads(state)
+    if layout == "torchvision" and len(heads) > 1:
+        raise ValueError("torchvision has no Cascade R-CNN: choose the layout mmdet or ours")
+    for head in heads:
+        num_classes = len(state[classifier_names(head)[0]]) - 1
+        for name in regressor_names(head):
+            foreground = state[name][: 4 * num_classes]
             if layout == "mmdet":
                 state[name] = foreground
             elif len(state[name]) == len(foreground):
@@ -186,17 +216,22 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str | None:
 
 def _move_background(state: dict[str, Tensor], *, first_to_last: bool) -> None:
     """The background's rows (one of the classifier, four of the regressor) from one end to the other."""
-    for name, count in _ROWS_OF_CLASS.items():
-        if name in state:
-            state[name] = torch.roll(state[name], -count if first_to_last else count, dims=0)
+    for head in box_heads(state):
+        for name, count in _rows_of_class(head):
+            if name in state:
+                state[name] = torch.roll(state[name], -count if first_to_last else count, dims=0)
 
 
-def take_categories(state: dict[str, Tensor], category_ids: Sequence[int]) -> None:
-    """Leaves the head (of our layout) the rows of these labels, in this order, and the background's. Labels begin at
+def _rows_of_class(head: str) -> list[tuple[str, int]]:
+    return [*((name, 1) for name in classifier_names(head)), *((name, 4) for name in regressor_names(head))]
+
+
+def take_categories(state: dict[str, Tensor], head: str, category_ids: Sequence[int]) -> None:
+    """Leaves a box head (of our layout) the rows of these labels, in this order, and the background's. Labels begin at
     1."""
-    background = len(state[CLASSIFIER[0]]) - 1
+    background = len(state[classifier_names(head)[0]]) - 1
     rows = torch.tensor([*(number - 1 for number in category_ids), background])
-    for name, count in _ROWS_OF_CLASS.items():
+    for name, count in _rows_of_class(head):
         if name in state:
             blocks = state[name].unflatten(0, (-1, count))
             kept = rows[rows < len(blocks)].to(blocks.device)  # a regressor may have no background

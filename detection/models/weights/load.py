@@ -17,10 +17,11 @@ from detection.models.detector import Detector, DetectorError
 from detection.models.faster_rcnn import FasterRCNN, model_from_config
 from detection.models.weights.files import WeightsError
 from detection.models.weights.layouts import (
-    CLASSIFIER,
     COCO_CATEGORY_IDS,
-    REGRESSOR,
+    box_heads,
+    classifier_names,
     clean_names,
+    regressor_names,
     take_categories,
     to_layout,
 )
@@ -203,20 +204,32 @@ def _fit_head(
     state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str], *, is_coco_by_id: bool
 ) -> tuple[str, ...]:
     """Gives the file's class-dependent layers the model's rows; their names where the numbers of classes differ."""
-    weight = CLASSIFIER[0]
-    if weight not in state or weight not in own:
+    differing: list[str] = []
+    for head in box_heads(own):
+        differing += _fit_box_head(head, state, own, notes, is_coco_by_id=is_coco_by_id)
+    return tuple(differing)
+
+
+def _fit_box_head(
+    head: str, state: dict[str, Tensor], own: dict[str, Tensor], notes: list[str], *, is_coco_by_id: bool
+) -> tuple[str, ...]:
+    weight = classifier_names(head)[0]
+    if weight not in state:
         return ()
     num_rows = len(own[weight])
     if is_coco_by_id and (len(state[weight]), num_rows) == (COCO_CATEGORY_IDS[-1] + 1, len(COCO_CATEGORY_IDS) + 1):
-        take_categories(state, COCO_CATEGORY_IDS)
+        take_categories(state, head, COCO_CATEGORY_IDS)
         notes.append("of the 90 ids that the file's head has rows for, COCO's 80 categories take theirs")
     if len(state[weight]) != num_rows:
-        notes.append(
+        note = (
             f"the file's head is for {len(state[weight]) - 1} classes, the model's for {num_rows - 1}: "
             "classifier and regressor are re-initialized"
         )
-        return (*CLASSIFIER, *REGRESSOR)
-    for name in REGRESSOR:
+        notes += [note] if note not in notes else []
+        # One box for all classes is the same box for others.
+        agnostic = len(own[regressor_names(head)[0]]) == 4
+        return (*classifier_names(head), *(() if agnostic else regressor_names(head)))
+    for name in regressor_names(head):
         theirs, ours = state.get(name), own[name]
         # The four box outputs of the background are last, and nothing uses them.
         if theirs is not None and abs(len(theirs) - len(ours)) == 4 and min(len(theirs), len(ours)) > 4:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
+CASCADE = FOLDER.parent / "parity_cascade"
 BACKGROUND_BIAS = 9.2  # added to the background logit, so that few RoIs count as objects
 
 # He-like variances: gain / fan_in. The first rule whose text occurs in the name holds.
@@ -20,6 +21,7 @@ GAINS = (
     ("rpn_cls.", 0.5),
     ("rpn_reg.", 0.15),
     ("shared_fcs.0.", 8.0),
+    *((f"bbox_head.{stage}.fc_cls.", 4.5) for stage in range(3)),  # a cascade averages the logits of three heads
     ("fc_cls.", 1.5),
     ("fc_reg.", 0.2),
     ("", 2.0),
@@ -36,6 +38,10 @@ PREFIXES = {
     "roi_head.bbox_head.shared_fcs.1": "roi_head.fc2",
     "roi_head.bbox_head.fc_cls": "roi_head.classifier",
     "roi_head.bbox_head.fc_reg": "roi_head.regressor",
+    **{f"roi_head.bbox_head.{stage}.shared_fcs.0": f"roi_head.{stage}.fc1" for stage in range(3)},
+    **{f"roi_head.bbox_head.{stage}.shared_fcs.1": f"roi_head.{stage}.fc2" for stage in range(3)},
+    **{f"roi_head.bbox_head.{stage}.fc_cls": f"roi_head.{stage}.classifier" for stage in range(3)},
+    **{f"roi_head.bbox_head.{stage}.fc_reg": f"roi_head.{stage}.regressor" for stage in range(3)},
 }
 
 
@@ -44,17 +50,17 @@ def our_name(mmdetection_name: str) -> str:
     return f"{PREFIXES.get(prefix, prefix)}.{leaf}"
 
 
-def load_json(name: str) -> dict:
-    return json.loads((FOLDER / name).read_text())
+def load_json(name: str, folder: Path = FOLDER) -> dict:
+    return json.loads((folder / name).read_text())
 
 
-def load_arrays(name: str) -> dict[str, Tensor]:
-    with np.load(FOLDER / name) as arrays:
+def load_arrays(name: str, folder: Path = FOLDER) -> dict[str, Tensor]:
+    with np.load(folder / name) as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
-def load_rows(name: str) -> list[dict[str, str]]:
-    with (FOLDER / name).open(newline="") as file:
+def load_rows(name: str, folder: Path = FOLDER) -> list[dict[str, str]]:
+    with (folder / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -84,10 +90,10 @@ def weight_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def state_dict() -> dict[str, Tensor]:
+def state_dict(folder: Path = FOLDER) -> dict[str, Tensor]:
     """The whole model's weights under our names."""
     entries = {}
-    for row in load_rows("state_dict.csv"):
+    for row in load_rows("state_dict.csv", folder):
         if not row["name"].endswith("num_batches_tracked"):
             shape = tuple(int(size) for size in row["shape"].split("x"))
             entries[our_name(row["name"])] = torch.from_numpy(weight_array(row["name"], shape))
@@ -105,17 +111,17 @@ def image(height: int, width: int, seed: int) -> np.ndarray:
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def images() -> list[Tensor]:
+def images(folder: Path = FOLDER) -> list[Tensor]:
     """The two images, uint8 [3, H, W]."""
     return [
         torch.from_numpy(image(entry["h"], entry["w"], entry["img_seed"])).permute(2, 0, 1).contiguous()
-        for entry in load_json("inputs.json")["images"]
+        for entry in load_json("inputs.json", folder)["images"]
     ]
 
 
-def targets() -> list[dict[str, Tensor]]:
+def targets(folder: Path = FOLDER) -> list[dict[str, Tensor]]:
     """Their boxes and labels."""
     return [
         {"boxes_xyxy": torch.tensor(entry["gt_bboxes"]), "labels": torch.tensor(entry["gt_labels"])}
-        for entry in load_json("inputs.json")["images"]
+        for entry in load_json("inputs.json", folder)["images"]
     ]
