@@ -19,6 +19,10 @@ for schedule in 1x 2x 20e; do
     recipes+=("$schedule" "${schedule}_1gpu" "${schedule}_1gpu_scaled")
     options[$schedule]="--schedule $schedule"
 done
+for schedule in 1x 20e; do
+    recipes+=("cascade_$schedule" "cascade_${schedule}_1gpu" "cascade_${schedule}_1gpu_scaled")
+    options[cascade_$schedule]="--schedule $schedule --model cascade_rcnn_r50_fpn"
+done
 # Newer ImageNet weights and AdamW. AdamW's rate does not scale with the batch: no scaled form.
 recipes+=(1x_adamw 1x_adamw_1gpu)
 options[1x_adamw]="--schedule schedules/schedule_1x_adamw.py --weights IMAGENET1K_V2"
@@ -60,7 +64,7 @@ done
 case "$action" in
     list)
         for name in "${chosen[@]:-${recipes[@]}}"; do
-            printf '%-17s%s\n' "$name" "$(command_of "$name")${extra[*]:+ ${extra[*]}}"
+            printf '%-23s%s\n' "$name" "$(command_of "$name")${extra[*]:+ ${extra[*]}}"
         done
         ;;
     dry_run)

@@ -37,8 +37,8 @@ _PAGES = {
     "Losses": {
         "RPN: object or not": ["^train/loss_rpn_cls$"],
         "RPN: boxes": ["^train/loss_rpn_bbox$"],
-        "box head: classes": ["^train/loss_cls$"],
-        "box head: boxes": ["^train/loss_bbox$"],
+        "box head: classes": ["^train/loss_cls(_s[0-9])?$"],
+        "box head: boxes": ["^train/loss_bbox(_s[0-9])?$"],
         "gradient norm": ["^train/grad_norm$"],
     },
     "Validation": {

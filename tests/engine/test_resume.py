@@ -51,6 +51,22 @@ def same_run(records_of, load, same_state):
     return compare
 
 
+def test_a_cascade_records_the_losses_of_each_stage_and_resumes_to_the_same_bits(
+    start, start_and_kill, tmp_path, same_run, records_of
+):
+    words = ["--model", "tiny_cascade", "--checkpoint-iterations", "1"]
+    assert start(tmp_path / "whole", *words) == 0
+    start_and_kill(4, tmp_path / "run", *words)
+    assert start(tmp_path / "run", *words, "--resume") == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    for record in records_of(tmp_path / "run", "train"):
+        losses = {name: value for name, value in record.items() if name.startswith("loss_")}
+        stages = [f"loss_{kind}_s{stage}" for stage in range(3) for kind in ("cls", "bbox")]
+        assert list(losses) == ["loss_rpn_cls", "loss_rpn_bbox", *stages]
+        assert record["loss"] == pytest.approx(sum(losses.values()), rel=1e-5)
+    assert "train/loss_bbox_s2" in EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()["scalars"]
+
+
 @pytest.mark.parametrize(
     ("killed_at", "saved_each", "resumed_at"),
     [(3, "9", 3), (5, "1", 5), (5, "2", 4)],

@@ -3,6 +3,7 @@
 import train
 from detection.models import MODELS
 from detection.models.backbones import ARCHITECTURES, Architecture
+from detection.models.config import CASCADE_RECIPE
 from detection.process_exit import leave
 
 BACKBONE = "resnet10"
@@ -28,10 +29,11 @@ class Killed(BaseException):
 
 
 def make_known() -> None:
-    """Models "tiny" and "tiny_other" exist from now on."""
+    """Models "tiny", "tiny_other" and "tiny_cascade" exist from now on."""
     ARCHITECTURES[BACKBONE] = Architecture((1, 1, 1, 1), bottleneck=False)
     MODELS["tiny"] = TINY
     MODELS["tiny_other"] = {**TINY, "fpn_channels": 64}
+    MODELS["tiny_cascade"] = {**CASCADE_RECIPE, **TINY}
 
 
 if __name__ == "__main__":

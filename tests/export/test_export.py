@@ -19,7 +19,7 @@ from detection.export.graph import suppress_groups
 from detection.models import backbones, build_model
 from detection.models.detector import Detector
 
-RECIPES = ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"]
+RECIPES = ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn", "cascade_rcnn_r18_fpn"]
 SHAPES = [(100, 150), (150, 100), (128, 128), (40, 300), (1, 60)]
 
 

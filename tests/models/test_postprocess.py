@@ -10,13 +10,14 @@ from detection.models.structures import batch_images
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
+@pytest.fixture(scope="module", params=["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn", "cascade_rcnn_r18_fpn"])
 def model(request):
     torch.manual_seed(0)
     model = build_model(
         request.param, num_classes=5, score_threshold=0.2, fpn_channels=32, roi_hidden_channels=64
     ).eval()
-    for layer, std in ((model.rpn.objectness, 0.1), (model.rpn.deltas, 0.05), (model.roi_head.classifier, 0.1)):
+    classifiers = [(head.classifier, 0.1) for head in model.roi_heads]
+    for layer, std in ((model.rpn.objectness, 0.1), (model.rpn.deltas, 0.05), *classifiers):
         torch.nn.init.normal_(layer.weight, std=std)
     return model
 

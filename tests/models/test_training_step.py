@@ -19,6 +19,7 @@ from detection.models.rpn import rpn_losses
 from detection.models.structures import batch_images, batch_targets
 
 LOSSES = {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}
+LOSSES_OF_A_CASCADE = {"loss_rpn_cls", "loss_rpn_bbox"} | {f"loss_{k}_s{s}" for k in ("cls", "bbox") for s in range(3)}
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 96, 128
@@ -61,7 +62,7 @@ def step(model, images, targets):
     """Losses of a step, after checks that hold for every step: finite, and every trained parameter takes part."""
     model.zero_grad(set_to_none=True)
     losses = model(images, targets)
-    assert losses.keys() == LOSSES
+    assert losses.keys() == (LOSSES if model.config.cascade_ious is None else LOSSES_OF_A_CASCADE)
     sum(losses.values()).backward()
     assert all(loss.isfinite() and loss.dtype == torch.float32 and loss.dim() == 0 for loss in losses.values())
     for name, parameter in model.named_parameters():
@@ -115,7 +116,7 @@ def test_a_fresh_models_losses_are_those_of_guessing(name):
     [
         pytest.param(name, marks=() if "18" in name else pytest.mark.slow)
         for name in MODELS
-        if name.startswith("faster")
+        if name.startswith("faster_") or name == "cascade_rcnn_r18_fpn"
     ],
 )
 def test_every_model_trains_with_every_norm_in_both_precisions(name, norm, precision):
@@ -257,7 +258,7 @@ def test_the_code_for_other_devices_gives_the_same_losses(model):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn"])
+@pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn", "cascade_rcnn_r18_fpn"])
 @pytest.mark.parametrize("with_triton", [True, False])
 def test_a_step_on_the_gpu_waits_for_nothing_and_without_triton_once_for_its_suppression(name, with_triton):
     device = torch.device("cuda")

@@ -14,9 +14,6 @@ from data import UnreadableImage
 from detection.engine.distributed.comm import Processes
 from detection.errors import DetectionError
 
-LOSSES = ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")
-_FIGURES = ("loss", *LOSSES, "grad_norm")
-
 MOST_SKIPPED_IN_A_ROW = 100
 """Iterations. A run that learns nothing for as long as that is over, also with --skip-nonfinite. A loss scale that
 begins at 2**16 finds one that fits in a quarter of them."""
@@ -60,6 +57,7 @@ class StepMetrics:
         self.take_idle_seconds: Callable[[], float] = lambda: 0.0
         """How long this process's device has waited for data since the last call, see DevicePrefetcher."""
         self._skipped_in_a_row = 0
+        self._figures: tuple[str, ...] = ()
         self._values: list[Tensor] = []
         self._facts: list[dict[str, Any]] = []
         self._image_ids: list[list[int]] = []
@@ -84,13 +82,14 @@ class StepMetrics:
         """Note one iteration.
 
         Args:
-            losses: the four losses of this process, scalars on the device.
+            losses: this process's, scalars on the device; the same names in every iteration.
             grad_norm: scalar on the device.
             image_ids: images of this process in this iteration.
             unreadable: images of this process that could not be used.
             facts: epoch, iteration, lr, data_seconds.
         """
-        parts = [losses[name].detach().float() for name in LOSSES]
+        self._figures = ("loss", *losses, "grad_norm")
+        parts = [value.detach().float() for value in losses.values()]
         total = sum(parts, start=torch.zeros_like(parts[0]))
         # full_like, unlike a tensor made from a number, copies nothing to a GPU.
         replaced = torch.full_like(total, sum(fault.place is not None for fault in unreadable))
@@ -128,11 +127,11 @@ class StepMetrics:
         idle_seconds = max(means[0][values.shape[1] :]) * self._processes.world_size
         idle_share = min(idle_seconds / max(now - self._since, 1e-9), 1.0)
         rate = len(rows) * self._images_per_iteration / max(now - self._since, 1e-9)
-        checked = len(_FIGURES) - 1 if self._gradient_may_overflow else len(_FIGURES)
+        checked = len(self._figures) - 1 if self._gradient_may_overflow else len(self._figures)
         records, bad = [], []
         stuck_at = None
         for place, (facts, (*row, replaced)) in enumerate(zip(self._facts, rows, strict=True)):
-            record = {**facts, **dict(zip(_FIGURES, row, strict=True)), "images_per_second": rate}
+            record = {**facts, **dict(zip(self._figures, row, strict=True)), "images_per_second": rate}
             record["idle_share"] = idle_share
             if self._processes.device.type == "cuda":
                 record["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
@@ -164,8 +163,10 @@ class StepMetrics:
 
     def _report(self, place: int, values: Tensor) -> str:
         """Which iteration it is and what each process saw, the same on every process."""
-        *losses, grad_norm = values[place].tolist()[: len(_FIGURES)]
-        bad = [f"{name} = {value}" for name, value in zip(_FIGURES, losses, strict=False) if not math.isfinite(value)]
+        *losses, grad_norm = values[place].tolist()[: len(self._figures)]
+        bad = [
+            f"{name} = {value}" for name, value in zip(self._figures, losses, strict=False) if not math.isfinite(value)
+        ]
         parts = self._processes.gather_objects((bad, self._image_ids[place]))
         facts = self._facts[place]
         lines = [

@@ -24,7 +24,7 @@ from detection.engine.distributed.agreement import run_on_all_ranks, run_on_main
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
 from detection.engine.evaluator import EvalLoader
-from detection.engine.metrics.step_metrics import LOSSES, NonFiniteLoss, StepMetrics
+from detection.engine.metrics.step_metrics import NonFiniteLoss, StepMetrics
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
@@ -78,7 +78,7 @@ def agreed(processes: Processes) -> dict[str, Any]:
 def non_finite(processes: Processes) -> str:
     records = StepMetrics(processes, images_per_iteration=4, gradient_may_overflow=False)
     for iteration in range(2):
-        losses = {name: torch.tensor(1.0) for name in LOSSES}
+        losses = {name: torch.tensor(1.0) for name in ("loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox")}
         if (processes.rank, iteration) == (1, 1):
             losses["loss_cls"] = torch.tensor(float("nan"))
         facts = {"epoch": 0, "iteration": iteration, "lr": 0.1, "data_seconds": 0.0}

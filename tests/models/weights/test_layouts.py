@@ -12,7 +12,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from detection.models import build_model, export_state_dict
 from detection.models.weights.layouts import PIXEL_STD_RGB, recognize, stem_from_bgr, to_layout, to_ours
 
-REFERENCE = Path(__file__).parents[2] / "reference" / "parity" / "state_dict.csv"
+REFERENCES = Path(__file__).parents[2] / "reference"
 SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16}
 
 
@@ -30,10 +30,13 @@ def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_mmdetections_names_and_shapes_are_written():
+@pytest.mark.parametrize(
+    ("model", "folder"), [("faster_rcnn_r50_fpn", "parity"), ("cascade_rcnn_r50_fpn", "parity_cascade")]
+)
+def test_mmdetections_names_and_shapes_are_written(model, folder):
     with torch.device("meta"):
-        exported = export_state_dict(build_model("faster_rcnn_r50_fpn", 80), "mmdet")
-    with REFERENCE.open() as file:
+        exported = export_state_dict(build_model(model, 80), "mmdet")
+    with (REFERENCES / folder / "state_dict.csv").open() as file:
         expected = {row["name"]: row["shape"] for row in csv.DictReader(file)}
     assert {name: "x".join(map(str, t.shape)) or "scalar" for name, t in exported.items()} == expected
 
@@ -55,6 +58,7 @@ def test_torchvisions_names_shapes_and_order_are_written_and_load_strictly():
         ("faster_rcnn_r18_fpn", "mmdet"),
         ("faster_rcnn_r50_fpn", "mmdet"),
         ("faster_rcnn_x101_32x4d_fpn", "mmdet"),
+        ("cascade_rcnn_r18_fpn", "mmdet"),
         ("fasterrcnn_resnet18_fpn", "torchvision"),
         ("fasterrcnn_resnet50_fpn", "torchvision"),
         ("faster_rcnn_r50_fpn", "ours"),
