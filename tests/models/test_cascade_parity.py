@@ -1,4 +1,4 @@
-"""Cascade R-CNN against MMDetection's figures: losses, gradients, steps and detections, of the same weights and images."""
+"""Cascade R-CNN against the figures of MMDetection: losses, gradients, steps and detections of the same weights."""
 
 import dataclasses
 
