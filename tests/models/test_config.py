@@ -97,3 +97,16 @@ def test_whole_numbers_are_numbers_and_every_default_passes():
     assert model_config("faster_rcnn_r50_fpn", nms_iou=1, frozen_stages=-1).frozen_stages == -1
     for name in MODELS:
         assert config_from_dict(dataclasses.asdict(model_config(name))) == model_config(name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cascade_ious": (0.5, 0.6)}, "2 stages, cascade_loss_weights 3 and cascade_delta_stds 12 numbers"),
+        ({"cascade_ious": (0.5, 0.6, 1.7)}, "cascade_ious is .* from 0 to 1"),
+        ({"regressor_has_background": True}, "do not go together"),
+    ],
+)
+def test_settings_of_a_cascade_that_do_not_fit_each_other_are_refused(settings, message):
+    with pytest.raises(ModelError, match=message):
+        build_model("cascade_rcnn_r18_fpn", 3, **settings)
