@@ -5,15 +5,17 @@ them.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.coco.cache import Packed, load_or_build
-from data.coco.columns import MAX_IMAGE_PIXELS, AnnotationError, Records, parse_coco
+from data.coco.cache import Packed, load_or_build, read_packed
+from data.coco.columns import MAX_IMAGE_PIXELS, AnnotationError, Records, parse_coco, unreadable
 from data.coco.findings import MAX_PLACES, Finding, examples
 
 MIN_TRAINED_SIDE = 32  # pixels; the min_size of MMDetection's COCO configurations
@@ -144,6 +146,29 @@ class CocoAnnotations:
             offsets=_offsets(counts),
         )
 
+    def with_classes(self, wanted: Sequence[str]) -> "CocoAnnotations":
+        """The same with the labels of another class list, matched by name.
+
+        Raises AnnotationError where the categories are not just these.
+        """
+        label_of = {name: label for label, name in enumerate(self.class_names)}
+        missing = [name for name in wanted if name not in label_of]
+        other = [name for name in label_of if name not in set(wanted)]
+        if missing or other:
+            problems = [f"lacks {examples(map(repr, missing))}"] if missing else []
+            problems += [f"has besides {examples(map(repr, other))}"] if other else []
+            raise AnnotationError(
+                f"{self.source}: the categories are not the {len(wanted)} classes asked for: it "
+                f"{' and '.join(problems)}. Give all files of a run the same category names (ids may differ)."
+            )
+        new_label = np.argsort(np.array([label_of[name] for name in wanted], dtype=np.int64))
+        return replace(
+            self,
+            labels=new_label[self.labels],
+            category_ids=tuple(self.category_ids[label_of[name]] for name in wanted),
+            class_names=tuple(wanted),
+        )
+
     def digest(self) -> str:
         """SHA-256 of all that training depends on (not of the path): equal digests mean equal data, but for
         pixels."""
@@ -174,19 +199,46 @@ def read_coco(
     or not positive, numbers that are not finite, file names that leave the image folder. Boxes without area,
     outside the image and the like are read as they are; training_view leaves them out and counts them.
 
-    With cache_dir, the packed arrays are kept in a file there and mapped by later calls, in all processes, as long
-    as the annotation file stays as it is. A folder that cannot be written to is a finding, no error.
+    With cache_dir, the packed arrays are kept in a file there, and later calls map it for any annotation file of the
+    same content. A folder that cannot be written to is a finding, no error.
+    """
+    if cache_dir is None or not Path(file).is_file():
+        annotations = _read_file(Path(file))
+    else:
+        with share_coco(file, cache_dir) as (annotations, _):
+            pass
+    return annotations if class_names is None else annotations.with_classes(class_names)
+
+
+@contextmanager
+def share_coco(file: str | Path, cache_dir: str | Path) -> Iterator[tuple[CocoAnnotations, tuple[str, str]]]:
+    """What read_coco gives, and words for other processes of this machine.
+
+    Inside the context, shared_coco maps the same memory with these words. So one process reads or parses for all.
     """
     path = Path(file)
-    if cache_dir is None or not path.is_file():
-        annotations = _read_file(path)
-    else:
-        packed, problem = load_or_build(path, Path(cache_dir), lambda: _pack(_read_file(path)))
-        annotations = _unpack(str(path), packed)
-        if problem is not None:
-            finding = Finding.of("no-cache", folder=cache_dir, source=path, problem=problem)
+    try:
+        packed = load_or_build(path, Path(cache_dir), lambda: _pack(_read_file(path)))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    with packed.file:
+        annotations = _unpack(str(path), packed.packed)
+        if packed.problem is not None:
+            finding = Finding.of("no-cache", folder=cache_dir, source=path, problem=packed.problem)
             annotations = replace(annotations, findings=(*annotations.findings, finding))
-    return annotations if class_names is None else _with_classes(annotations, class_names)
+        yield annotations, (str(packed.path), packed.key)
+
+
+def shared_coco(file: str | Path, words: tuple[str, str]) -> CocoAnnotations | None:
+    """The annotations of `file` that another process shares; None where it cannot be reached (another container)."""
+    path, key = words
+    try:
+        # Another container's process of that number may have a pipe there, which this shall not wait for.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as shared:
+            packed = read_packed(shared, key)
+    except OSError:
+        return None
+    return None if packed is None else _unpack(str(file), packed)
 
 
 def find_fatal(file: str | Path) -> list[Finding]:
@@ -313,36 +365,18 @@ def _read_categories(records: Records) -> tuple[tuple[int, ...], tuple[str, ...]
     return tuple(id_of[name] for name in ordered), tuple(ordered)
 
 
-def _with_classes(annotations: CocoAnnotations, wanted: Sequence[str]) -> CocoAnnotations:
-    """The annotations with the labels of another class list, matched by name."""
-    label_of = {name: label for label, name in enumerate(annotations.class_names)}
-    missing = [name for name in wanted if name not in label_of]
-    other = [name for name in label_of if name not in set(wanted)]
-    if missing or other:
-        problems = [f"lacks {examples(map(repr, missing))}"] if missing else []
-        problems += [f"has besides {examples(map(repr, other))}"] if other else []
-        raise AnnotationError(
-            f"{annotations.source}: the categories are not the {len(wanted)} classes asked for: it "
-            f"{' and '.join(problems)}. Give all files of a run the same category names (ids may differ)."
-        )
-    new_label = np.argsort(np.array([label_of[name] for name in wanted], dtype=np.int64))
-    return replace(
-        annotations,
-        labels=new_label[annotations.labels],
-        category_ids=tuple(annotations.category_ids[label_of[name]] for name in wanted),
-        class_names=tuple(wanted),
-    )
-
-
 def _pack(annotations: CocoAnnotations) -> Packed:
-    facts = dict(vars(annotations), findings=[finding.to_dict() for finding in annotations.findings])
+    # The texts name the file, which may have another path where the same content is read next.
+    facts = dict(vars(annotations), findings=[(f.code, f.places, f.count) for f in annotations.findings])
     arrays = {name: facts.pop(name) for name, value in vars(annotations).items() if isinstance(value, np.ndarray)}
     return Packed(arrays, facts)
 
 
 def _unpack(source: str, packed: Packed) -> CocoAnnotations:
     facts: dict[str, Any] = {name: tuple(values) for name, values in packed.facts.items() if name != "source"}
-    facts["findings"] = tuple(Finding(**{**fact, "places": tuple(fact["places"])}) for fact in facts["findings"])
+    facts["findings"] = tuple(
+        Finding.of(code, places, count=count, source=source) for code, places, count in facts["findings"]
+    )
     return CocoAnnotations(source=source, **(facts | packed.arrays))
 
 

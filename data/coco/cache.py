@@ -10,16 +10,25 @@ import hashlib
 import json
 import mmap
 import os
+import platform
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-MAGIC = b"packed annotations 3\n"  # another number whenever what is stored changes its meaning
+from data.errors import DataError
+
+MAGIC = b"packed annotations 4\n"  # another number whenever what is stored changes its meaning
 ALIGNMENT = 64
+PATIENCE_SECONDS = 600.0
+"""How long a program waits for another one that packs the same file, before it does so itself."""
+_POLL_SECONDS = 0.1
+_CHUNK_BYTES = 1 << 20
 
 
 class Packed(NamedTuple):
@@ -29,40 +38,56 @@ class Packed(NamedTuple):
     facts: dict[str, Any]
 
 
-def load_or_build(source: Path, folder: Path, build: Callable[[], Packed]) -> tuple[Packed, OSError | None]:
+class PackedFile(NamedTuple):
+    """Packed arrays, and the open file that they are mapped from: in the cache, or without a name in memory."""
+
+    packed: Packed
+    file: BinaryIO
+    key: str
+    """SHA-256 of the source's content"""
+    problem: OSError | None
+    """Why the cache cannot keep them; None where it does."""
+
+    @property
+    def path(self) -> Path:
+        """Where other processes of this machine can open the file, as long as this one has it open."""
+        return Path(f"/proc/{os.getpid()}/fd/{self.file.fileno()}")
+
+
+def load_or_build(source: Path, folder: Path, build: Callable[[], Packed]) -> PackedFile:
     """What build() makes of `source`, out of the cache folder where it is there already.
 
-    A cache file counts only for the very file that it was made of (path, size, times of change) and only when it is
-    whole; otherwise it is made anew. Of several processes that start at once, one builds and the others wait for
-    it. Where the folder cannot be written to, the built value is returned with the error. Errors of build() pass
-    through.
+    A cache file counts only for the content that it was made of, whatever the source's path and times of change, and
+    only when it is whole; otherwise it is made anew. Of several programs that start at once, one builds and the others
+    wait for it, PATIENCE_SECONDS at most. Where the folder cannot be written to, the file is one in memory.
+
+    Raises:
+        OSError: the source cannot be read.
+        DataError: it changed while it was read. Errors of build() pass through.
     """
-    status = source.stat()
-    path = str(source.resolve())
-    key = [path, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    name = f"{source.stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.packed"
-    found = read_packed(folder / name, key)
+    key = _digest(source)
+    path = folder / f"{key}.packed"
+    found = _open(path, key)
     if found is not None:
-        return found, None
-    built = None
+        return PackedFile(*found, key, None)
+    built = problem = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock"):
-            found = read_packed(folder / name, key)
+        with _one_builder(source, path):
+            found = _open(path, key)
             if found is None:
-                built = build()
-                write_packed(folder / name, built, key)
-                found = read_packed(folder / name, key) or built
-            return found, None
+                built = _built(source, key, build)
+                write_packed(path, built, key)
+                found = _open(path, key)
     except OSError as error:
-        return built or build(), error
+        problem = error
+    return PackedFile(*(found or _in_memory(built or _built(source, key, build), key)), key, problem)
 
 
-def read_packed(path: Path, key: list[Any]) -> Packed | None:
-    """The arrays of the file, mapped read-only; None for a file that is missing, of another key, or not whole."""
+def read_packed(file: BinaryIO, key: str) -> Packed | None:
+    """The arrays of the file, mapped read-only; None for one of another key, or that is not whole."""
     try:
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # mmap's word for an empty file
         return None
     if content[: len(MAGIC)] != MAGIC or hashlib.sha256(memoryview(content)[:-32]).digest() != content[-32:]:
@@ -78,21 +103,12 @@ def read_packed(path: Path, key: list[Any]) -> Packed | None:
     return Packed(arrays, header["facts"])
 
 
-def write_packed(path: Path, packed: Packed, key: list[Any]) -> None:
+def write_packed(path: Path, packed: Packed, key: str) -> None:
     """Writes the file under a temporary name and renames it, so that none ever sees a part of it."""
-    chunks, entries = [MAGIC.ljust(ALIGNMENT)], []
-    for name, array in packed.arrays.items():
-        content = np.ascontiguousarray(array).tobytes()
-        entries.append([name, array.dtype.str, list(array.shape), sum(map(len, chunks))])
-        chunks.append(content + bytes(-len(content) % ALIGNMENT))
-    header = json.dumps({"key": key, "facts": packed.facts, "arrays": entries}).encode()
-    body = b"".join([*chunks, header, len(header).to_bytes(8, "little")])
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(body)
-            file.write(hashlib.sha256(body).digest())
-            file.flush()
+            _write(file, packed, key)
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp's file is for its owner alone
         Path(temporary).replace(path)
@@ -101,9 +117,86 @@ def write_packed(path: Path, packed: Packed, key: list[Any]) -> None:
         raise
 
 
+def _digest(source: Path) -> str:
+    sha = hashlib.sha256()
+    with source.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _built(source: Path, key: str, build: Callable[[], Packed]) -> Packed:
+    built = build()
+    if _digest(source) != key:
+        raise DataError(f"{source}: was changed while it was read. Start again when it is complete.")
+    return built
+
+
+def _open(path: Path, key: str) -> tuple[Packed, BinaryIO] | None:
+    try:
+        file = path.open("rb")
+    except OSError:
+        return None
+    packed = read_packed(file, key)
+    if packed is None:
+        file.close()
+        return None
+    return packed, file
+
+
+def _in_memory(packed: Packed, key: str) -> tuple[Packed, BinaryIO]:
+    file: BinaryIO
+    if sys.platform == "linux":
+        file = os.fdopen(os.memfd_create("annotations"), "w+b")
+    else:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    _write(file, packed, key)
+    mapped = read_packed(file, key)
+    assert mapped is not None
+    return mapped, file
+
+
+def _write(file: BinaryIO, packed: Packed, key: str) -> None:
+    chunks, entries = [MAGIC.ljust(ALIGNMENT)], []
+    for name, array in packed.arrays.items():
+        content = np.ascontiguousarray(array).tobytes()
+        entries.append([name, array.dtype.str, list(array.shape), sum(map(len, chunks))])
+        chunks.append(content + bytes(-len(content) % ALIGNMENT))
+    header = json.dumps({"key": key, "facts": packed.facts, "arrays": entries}).encode()
+    body = b"".join([*chunks, header, len(header).to_bytes(8, "little")])
+    file.write(body)
+    file.write(hashlib.sha256(body).digest())
+    file.flush()
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; released by the system when that dies."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _one_builder(source: Path, path: Path) -> Iterator[None]:
+    """Inside, other programs that would build `path` wait for this one.
+
+    It spares work and keeps nothing safe: where the file system has no locks, or the one that holds the lock neither
+    comes to an end nor dies, each builds for itself.
+    """
+    with path.with_suffix(".lock").open("a+") as lock:
+        since = time.monotonic()
+        told = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):  # somebody holds it; over NFS there are two words for that
+                if path.exists() or time.monotonic() - since > PATIENCE_SECONDS:
+                    break
+                if not told:
+                    lock.seek(0)
+                    holder = lock.read() or "another process"
+                    limit = f"{PATIENCE_SECONDS / 60:g} minutes at most"
+                    print(f"{source}: {holder} packs it (lock: {lock.name}); waiting, {limit}", file=sys.stderr)
+                    told = True
+            except OSError:
+                break
+            else:
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {platform.node()}")
+                lock.flush()
+                break
+            time.sleep(_POLL_SECONDS)
         yield

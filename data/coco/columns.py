@@ -209,15 +209,12 @@ def parse_coco(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise AnnotationError(f"{path}: no such file. Check the path of the annotation file.") from None
     except UnicodeDecodeError as error:
         raise AnnotationError(
             f"{path}: not UTF-8 text (byte {error.start}). Give the annotation file, JSON in UTF-8."
         ) from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AnnotationError(f"{path}: cannot be read: {reason}. Check the path and its permissions.") from None
+        raise unreadable(path, error) from None
     try:
         with _without_garbage_collection():
             content = json.loads(text, object_hook=_without_polygons)
@@ -236,6 +233,14 @@ def parse_coco(path: Path) -> dict[str, Any]:
             "A list is COCO's results format: give the annotation file."
         )
     return content
+
+
+def unreadable(path: Path, error: Exception) -> AnnotationError:
+    """What to raise where the system does not let the file be read."""
+    if isinstance(error, FileNotFoundError):
+        return AnnotationError(f"{path}: no such file. Check the path of the annotation file.")
+    reason = getattr(error, "strerror", None) or error
+    return AnnotationError(f"{path}: cannot be read: {reason}. Check the path and its permissions.")
 
 
 def _without_polygons(record: dict[str, Any]) -> dict[str, Any]:

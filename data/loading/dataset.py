@@ -21,12 +21,15 @@ class CocoDataset:
     image of the file, and the boxes serve to be shown. Crowd regions and ignored annotations are never among
     the boxes. Image indices are those of `annotations`, which is the view.
 
-    All data lie in flat arrays, which worker processes share rather than copy.
+    All data lie in flat arrays, which worker processes share rather than copy. look_for_images=False: another process
+    has listed the folder, which takes seconds on a network's file system.
 
     Raises DatasetError when the folder or some image is missing, or when no image is left.
     """
 
-    def __init__(self, images_dir: str | Path, annotations: CocoAnnotations, *, training: bool) -> None:
+    def __init__(
+        self, images_dir: str | Path, annotations: CocoAnnotations, *, training: bool, look_for_images: bool = True
+    ) -> None:
         self.images_dir = Path(images_dir)
         self.annotations = annotations.training_view() if training else annotations
         self.image_ids = self.annotations.image_ids
@@ -35,7 +38,8 @@ class CocoDataset:
         """int64 [N] each, pixels as stored"""
         self.class_names = self.annotations.class_names
         """By label"""
-        self._require_files()
+        if look_for_images:
+            self._require_files()
         if len(self) == 0:
             raise DatasetError(
                 f"{annotations.source}: none of its {len(annotations)} images can be trained on: training "

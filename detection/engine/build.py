@@ -19,10 +19,7 @@ from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
 from detection.engine.inputs.datasets import (
     DatasetFiles,
     SplitFiles,
-    categories_of,
     dataset_files,
-    load_evaluation,
-    load_train,
     prepare_files,
 )
 from detection.engine.optim.optimizer import is_fused
@@ -136,23 +133,40 @@ def _load_schedule(config: RunConfig) -> tuple[Schedule, list[str]]:
     return schedule, lines
 
 
-def build(config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint | None) -> Components:
+def build(
+    config: RunConfig,
+    processes: Processes,
+    checkpoint: LoadedCheckpoint | None,
+    annotations: dict[Path, CocoAnnotations],
+) -> Components:
+    """What every process builds for itself, of the checkpoint and the annotation files (by path) that all have."""
     schedule, overrides = _load_schedule(config)
     global_batch_size = config.train.batch_size * processes.world_size * schedule.accumulative_counts
     if config.train.auto_scale_lr or schedule.auto_scale_lr_enabled:
         schedule = schedule.scaled(global_batch_size)
     files = dataset_files(config.data, mode=config.mode)
+    # A listing of the image folder takes seconds on a network's file system. Process 0 has made one in `preflight`.
+    look_for_images = processes.rank == processes.node_main and not processes.is_main
     if config.mode == "train":
         assert files.train is not None
-        train_set = load_train(files.train)
+        train_set = CocoDataset(
+            files.train.images, annotations[files.train.annotations], training=True, look_for_images=look_for_images
+        )
         class_names = train_set.class_names
         model, weights_line = _model_to_train(config, processes, checkpoint, train_set.annotations)
     else:
         train_set = None
-        model, class_names, weights_line = _model_to_evaluate(config, checkpoint, files)
+        model, class_names, weights_line = _model_to_evaluate(config, checkpoint, files, annotations)
     model = _place(config, processes, model)
     evaluation_files = files.test if config.mode == "test" else files.val
-    evaluation_set = load_evaluation(evaluation_files, class_names) if evaluation_files is not None else None
+    evaluation_set = None
+    if evaluation_files is not None:
+        evaluation_set = CocoDataset(
+            evaluation_files.images,
+            annotations[evaluation_files.annotations].with_classes(class_names),
+            training=False,
+            look_for_images=look_for_images,
+        )
     return Components(schedule, overrides, train_set, evaluation_set, evaluation_files, model, weights_line)
 
 
@@ -209,7 +223,10 @@ def _describe_frozen(model: FasterRCNN) -> str:
 
 
 def _model_to_evaluate(
-    config: RunConfig, checkpoint: LoadedCheckpoint | None, files: DatasetFiles
+    config: RunConfig,
+    checkpoint: LoadedCheckpoint | None,
+    files: DatasetFiles,
+    annotations: dict[Path, CocoAnnotations],
 ) -> tuple[FasterRCNN, tuple[str, ...], str]:
     """The model with trained weights, its class names, and a line that says where the weights come from."""
     spec = config.model.weights
@@ -228,7 +245,7 @@ def _model_to_evaluate(
             return _with_chosen_settings(config, detector.model), detector.class_names, line
     chosen = files.test if config.mode == "test" else files.val
     assert chosen is not None
-    names, category_ids = categories_of(chosen)
+    names, category_ids = annotations[chosen.annotations].class_names, annotations[chosen.annotations].category_ids
     model = build_model(config.model.model, len(names), **_model_settings(config))
     report = load_weights(model, spec, category_ids=category_ids) if spec != "none" else None
     if report is None or report.missing or report.reshaped:

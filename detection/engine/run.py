@@ -19,6 +19,7 @@ from detection.engine.distributed.agreement import USER_ERRORS, RunError, run_on
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.distributed.heartbeat import LostProcess, is_network_error
 from detection.engine.evaluator import evaluate_model
+from detection.engine.inputs.datasets import read_annotations
 from detection.engine.resume import resumed_settings
 from detection.engine.run_dir import RunDir
 from detection.engine.signals import StopRequest
@@ -68,7 +69,8 @@ def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequ
     changes: list[str] = []
     if checkpoint is not None and config.mode == "train":
         config, changes = run_on_all_ranks(processes, partial(resumed_settings, checkpoint, config))
-    components = run_on_all_ranks(processes, partial(build, config, processes, checkpoint))
+    annotations = read_annotations(config.data, processes, mode=config.mode)
+    components = run_on_all_ranks(processes, partial(build, config, processes, checkpoint, annotations))
     console = Console(None if config.dry_run else output.log, is_main=processes.is_main, rank=processes.rank)
     context = RunContext(config, processes, output, stop, console)
     for line in lines:

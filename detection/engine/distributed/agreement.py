@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from data import DataError
-from detection.engine.distributed.comm import Processes
+from detection.engine.distributed.comm import CONTROL_TIMEOUT, Processes
 from detection.errors import DetectionError
 from schedules import ScheduleError
 
@@ -34,6 +34,17 @@ def run_on_main_rank(processes: Processes, action: Callable[[], T]) -> T:
     result, error = _attempt(action) if processes.is_main else (None, None)
     result, error = processes.broadcast((result, error))
     return _agreed(result, [error])
+
+
+def run_on_each_node(processes: Processes, action: Callable[[], T]) -> T:
+    """Do `action` on one process of each machine; its result (plain types) on every process there, or RunError on all.
+
+    The others wait as long as for what the main process does alone.
+    """
+    result, error = _attempt(action) if processes.rank == processes.node_main else (None, None)
+    with processes.waiting("what one process of each machine does alone", CONTROL_TIMEOUT):
+        told = processes.gather_objects((result, error))
+    return _agreed(told[processes.node_main][0], [error for _, error in told])
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:

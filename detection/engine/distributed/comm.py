@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import io
 import os
+import platform
+import uuid
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,10 +51,17 @@ class Processes:
     """gloo group of all processes; None where there is one process."""
     heartbeat: Heartbeat | None = None
     """Who is still there; None where there is one process."""
+    nodes: tuple[str, ...] = ("",)
+    """By rank: the machine, and the torchrun on it that started the process. Equal ones share memory and disks."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def node_main(self) -> int:
+        """The first rank on this process's machine, which does there what one process can do for all."""
+        return self.nodes.index(self.nodes[self.rank])
 
     def at(self, place: str) -> None:
         """Note what this process is doing ("in iteration 7"), for the message of the others should it be lost."""
@@ -208,7 +219,7 @@ def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> 
         timeout: how long a process waits for the others before it ends with an error that names them.
 
     Raises:
-        DeviceError: cuda is asked for and absent, or has fewer GPUs than local processes.
+        DeviceError: cuda is asked for and absent, or two processes would use one GPU.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -219,14 +230,11 @@ def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> 
         raise DeviceError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
     if device == "auto":
         device = "cuda" if num_gpus else "cpu"
-    if device == "cuda" and local_world_size > num_gpus:
-        raise DeviceError(
-            f"{local_world_size} processes on this machine and {num_gpus} GPUs: "
-            f"start torchrun with --nproc_per_node={num_gpus}"
-        )
-    chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
-    if chosen.type == "cuda":
+    chosen, gpu = torch.device("cpu"), None
+    if device == "cuda":
+        chosen = torch.device("cuda", own_gpu(local_rank, local_world_size, num_gpus))
         torch.cuda.set_device(chosen)
+        gpu = str(getattr(torch.cuda.get_device_properties(chosen), "uuid", f"of process {rank}"))
     else:
         _share_cpu_cores(local_world_size)
     group = heartbeat = None
@@ -236,7 +244,61 @@ def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> 
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + _GRACE)
         group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT + _GRACE)
         heartbeat = start_heartbeat(start, rank, world_size, timeout)
-    return Processes(rank, local_rank, world_size, local_world_size, chosen, group, heartbeat)
+    processes = Processes(rank, local_rank, world_size, local_world_size, chosen, group, heartbeat)
+    nodes, gpus = zip(*processes.gather_objects((_node(), gpu)), strict=True)
+    require_own_gpus(nodes, gpus)
+    return replace(processes, nodes=nodes)
+
+
+def own_gpu(local_rank: int, local_world_size: int, num_gpus: int) -> int:
+    """Which of the `num_gpus` GPUs that this process sees is the one for it.
+
+    Raises:
+        DeviceError: there are too few for the processes of this machine.
+    """
+    if num_gpus == 1:  # srun --gpus-per-task=1 shows each process its own; whether it did, require_own_gpus finds out
+        return 0
+    if max(local_rank + 1, local_world_size) > num_gpus:
+        raise DeviceError(
+            f"{local_world_size} processes on this machine and {num_gpus} GPUs: "
+            f"start torchrun with --nproc_per_node={num_gpus}, or show each process one GPU (srun --gpus-per-task=1)"
+        )
+    return local_rank
+
+
+def require_own_gpus(nodes: Sequence[str], gpus: Sequence[str | None]) -> None:
+    """Raises DeviceError where two processes have the same GPU (by its UUID; None: a CPU); both arguments by rank."""
+    for rank, gpu in enumerate(gpus):
+        sharing = [str(other) for other, its in enumerate(gpus) if its == gpu]
+        if gpu is not None and len(sharing) > 1:
+            raise DeviceError(
+                f"processes {', '.join(sharing)} would share one GPU of {nodes[rank].split(',')[0]} (UUID {gpu}). Start no "
+                "more processes than the machine has GPUs: torchrun --nproc_per_node=gpu. Without torchrun, LOCAL_RANK "
+                "must be each process's number on its machine, or each must see its own GPU: srun --gpus-per-task=1"
+            )
+
+
+def _node() -> str:
+    """This machine since its start, and the torchrun that started this process; it stays the same over restarts.
+
+    A torchrun's number may come again: in a container it is process 1. The moment of its start does not.
+    """
+    try:
+        node = f"{platform.node()}, started as {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            pid = os.getppid()
+            # A script of the user's may stand between the two.
+            while b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pid}/environ").read_bytes():
+                pid = int(_stat_of(pid)[1])
+            node += f", torchrun is process {pid}, begun {_stat_of(pid)[19]} after that"
+    except OSError:  # where the system does not tell, each process stands alone
+        node = uuid.uuid4().hex
+    return node
+
+
+def _stat_of(pid: int) -> list[str]:
+    # Without the name, which may have anything in it: the parent is the second of these, the start the twentieth.
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
 
 
 def stop_processes(*, failed: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from tqdm import tqdm
 
 from data import (
     CocoAnnotations,
-    CocoDataset,
     DatasetError,
     Finding,
     check_pair,
@@ -19,7 +19,10 @@ from data import (
     make_shapes,
     read_coco,
 )
+from data.coco.annotations import share_coco, shared_coco
 from detection.config.run_config import DataConfig
+from detection.engine.distributed.agreement import run_on_all_ranks, run_on_each_node
+from detection.engine.distributed.comm import Processes
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,7 @@ class DatasetFiles:
 def prepare_files(config: DataConfig, *, mode: str) -> list[str]:
     """Find and check the files of every split, making the shapes set where it is asked for; main process only.
 
-    The checks read annotations and list folders, and open no image: a few seconds for COCO. The packed annotations
-    stay in the cache folder, from where the other processes map them.
+    The checks read annotations and list folders, and open no image: a few seconds for COCO.
 
     Args:
         mode: train, val or test: which splits are needed.
@@ -66,7 +68,7 @@ def prepare_files(config: DataConfig, *, mode: str) -> list[str]:
     for split, needs_boxes in bar:
         if split is not None:
             bar.set_description(f"reading {split.annotations.name}")
-            annotations = _read(split)
+            annotations = read_coco(split.annotations, cache_dir=cache_folder())
             splits[split] = annotations
             training = split == files.train
             findings += check_split(annotations, split.images, training=training, needs_boxes=needs_boxes)
@@ -96,32 +98,39 @@ def dataset_files(config: DataConfig, *, mode: str) -> DatasetFiles:
     return DatasetFiles(train if mode == "train" else None, val, test)
 
 
-def load_train(files: SplitFiles) -> CocoDataset:
-    """The training set: images and boxes that MMDetection's rules keep.
+def read_annotations(config: DataConfig, processes: Processes, *, mode: str) -> dict[Path, CocoAnnotations]:
+    """The annotation files of every split, by path; after `prepare_files`, collective.
+
+    One process of each machine reads them, out of the cache where they are there. The others map what it has, so that a
+    machine holds them once, and parses once where no cache can be kept.
 
     Raises:
-        AnnotationError, DatasetError: nothing is left to train on, or files are faulty or missing.
+        RunError: files are faulty or missing on one of the machines.
     """
-    return CocoDataset(files.images, _read(files), training=True)
+    with ExitStack() as shared:
+        read: dict[Path, CocoAnnotations] = {}
+
+        def share() -> dict[str, tuple[str, str]]:
+            processes.at("reading the annotations for the processes of its machine")
+            words = {}
+            for path in _annotation_files(config, mode):
+                read[path], words[str(path)] = shared.enter_context(share_coco(path, cache_folder()))
+            return words
+
+        def take() -> None:
+            for path in _annotation_files(config, mode):
+                if path not in read:
+                    annotations = shared_coco(path, words[str(path)])
+                    read[path] = annotations or read_coco(path, cache_dir=cache_folder())
+
+        words = run_on_each_node(processes, share)
+        run_on_all_ranks(processes, take)
+    return read
 
 
-def load_evaluation(files: SplitFiles, class_names: tuple[str, ...]) -> CocoDataset:
-    """A validation or test set whose classes are those the model was trained on.
-
-    Raises:
-        AnnotationError, DatasetError: other classes, or files that are faulty or missing.
-    """
-    return CocoDataset(files.images, _read(files, class_names), training=False)
-
-
-def categories_of(files: SplitFiles) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and ids of the classes of an annotation file, by label."""
-    annotations = _read(files)
-    return annotations.class_names, annotations.category_ids
-
-
-def _read(files: SplitFiles, class_names: tuple[str, ...] | None = None) -> CocoAnnotations:
-    return read_coco(files.annotations, class_names, cache_dir=cache_folder())
+def _annotation_files(config: DataConfig, mode: str) -> list[Path]:
+    files = dataset_files(config, mode=mode)
+    return [split.annotations for split in (files.train, files.val, files.test) if split is not None]
 
 
 def cache_folder() -> Path:
