@@ -121,6 +121,10 @@ class TrainLoader:
             within = iteration % self.iterations_per_epoch
             yield from self._plans_of(iteration, epoch, order[within], repeats[within])
 
+    def start(self) -> None:
+        """Starts the worker processes, which otherwise begin with the first batch: before threads that forbid a fork."""
+        self._stream.start()
+
     def close(self) -> None:
         """Ends the worker processes."""
         self._stream.close()
@@ -210,6 +214,10 @@ class EvalLoader:
         Raises ImageError for an image that cannot be used, where max_bad_images is None.
         """
         return self._stream.run(map(self._plan, self._numbers, self._batches))
+
+    def start(self) -> None:
+        """Starts the worker processes, which otherwise begin with the first batch: before threads that forbid a fork."""
+        self._stream.start()
 
     def close(self) -> None:
         """Ends the worker processes."""

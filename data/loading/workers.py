@@ -90,6 +90,11 @@ class WorkerPool:
             generator=torch.Generator(),
         )
 
+    def start(self) -> None:
+        """Fork the workers now; otherwise they are when the first batch is wanted, in whatever state this process is."""
+        if self._loader is not None and self._loader.num_workers > 0:
+            iter(self._loader)
+
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[RawBatch]:
         if self._loader is None:
             raise RuntimeError("The loader is closed.")
@@ -126,7 +131,8 @@ def _buffer_size(dataset: CocoDataset, batch_size: int) -> int:
 
 
 def worker_context() -> str | None:
-    # A forked worker has the annotations at once and shares their pages; it never touches a GPU.
+    # A forked worker has the annotations at once and shares their pages; it never touches a GPU. With COCO's, one of a
+    # fork server takes @@@.
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 

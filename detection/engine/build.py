@@ -54,7 +54,7 @@ class Components:
     """Where its weights come from, and what of it is trained."""
 
 
-def preflight(config: RunConfig, output: RunDir, device: torch.device) -> tuple[LoadedCheckpoint | None, list[str]]:
+def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[LoadedCheckpoint | None, list[str]]:
     """Everything that only the main process may do, and everything cheap that can be wrong.
 
     Returns:
@@ -69,7 +69,7 @@ def preflight(config: RunConfig, output: RunDir, device: torch.device) -> tuple[
     if config.mode != "test":
         resolve_backend(config.output.eval_backend)
     resume, overwrite = config.output.resume, config.output.overwrite
-    is_restart = config.mode == "train" and not config.dry_run and output.was_begun_by_this_torchrun()
+    is_restart = config.mode == "train" and not config.dry_run and output.was_begun_by_torchrun(processes.nodes)
     if is_restart:
         # What the run was begun with, an older checkpoint or none, would throw away what it has done since.
         resume, overwrite = "auto", False
@@ -77,7 +77,7 @@ def preflight(config: RunConfig, output: RunDir, device: torch.device) -> tuple[
     settings = _model_settings(config) if resume is None else _chosen_settings(config)
     model_config(config.model.model, num_classes=1, **settings)
     lines = prepare_files(config.data, mode=config.mode)
-    if schedule.amp == "fp16" and device.type == "cpu":
+    if schedule.amp == "fp16" and processes.device.type == "cpu":
         # Not refused: the figures are right, and float16 can be tried where there is no GPU.
         lines.append("warning: float16 on a CPU takes some forty times as long as float32: use --amp bf16 or --amp off")
     if is_restart:
@@ -86,14 +86,13 @@ def preflight(config: RunConfig, output: RunDir, device: torch.device) -> tuple[
         prefetch_weights(config.model.weights, config.model.model)
     # The output directory comes last: a run that cannot begin leaves it as it was.
     if config.mode == "train" and not config.dry_run:
-        moved = output.claim(overwrite=overwrite, resume=resume is not None)
-        lines += [moved] if moved else []
+        lines += output.claim(overwrite=overwrite, resume=resume is not None)
     elif config.dry_run:
         if config.mode == "train":
             output.check(overwrite=overwrite, resume=resume is not None)
         output.check_usable()
     else:
-        output.lock()
+        lines += output.lock()
     if resume is None:
         return None, lines
     checkpoint = _checkpoint_to_resume(resume, output, is_restart=is_restart)

@@ -99,7 +99,7 @@ def _prepare(config: RunConfig, processes: Processes, output: RunDir) -> tuple[L
 
     def check() -> tuple[Path | None, list[str]]:
         nonlocal found
-        found, lines = preflight(config, output, processes.device)
+        found, lines = preflight(config, output, processes)
         return None if found is None else found.path, lines
 
     path, lines = run_on_main_rank(processes, check)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from detection.errors import DetectionError
 from detection.reporting import check_writable, write_whole
+
+LEASE_SECONDS = 120.0
+"""How long a run waits for the lock of a process on another machine, which may be dead."""
+_POLL_SECONDS = 0.5
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunDirError(DetectionError):
@@ -42,7 +49,7 @@ class RunDir:
         """Something was trained here: iterations were logged, or a checkpoint was written."""
         return any(self.checkpoints.glob("*.pt")) or (self.metrics.is_file() and self.metrics.stat().st_size > 0)
 
-    def claim(self, *, overwrite: bool, resume: bool) -> str | None:
+    def claim(self, *, overwrite: bool, resume: bool) -> list[str]:
         """Make the folder and lock it for this process; main process only.
 
         Args:
@@ -50,40 +57,47 @@ class RunDir:
             resume: an earlier run in the folder is continued.
 
         Returns:
-            A line saying where an earlier run was moved to; None where there was none.
+            Remarks for the start of the run: where an earlier one was moved to, and those of `lock`.
 
         Raises:
             RunDirError: another process works in the folder, it holds a run and neither is asked for, or it
                 cannot be made.
         """
-        moved = None
-        self.lock()
+        remarks = self.lock()
         if self.holds_a_run and overwrite:
             with self._must_be_usable():
-                moved = f"the run that was in {self.path} is now in {self._move_aside()}"
+                remarks.append(f"the run that was in {self.path} is now in {self._move_aside()}")
         self.check(overwrite=overwrite, resume=resume)
-        return moved
+        return remarks
 
-    def was_begun_by_this_torchrun(self) -> bool:
-        """Whether the run in the folder is of an earlier start of this process by the torchrun that starts it again."""
+    def was_begun_by_torchrun(self, nodes: Iterable[str]) -> bool:
+        """Whether the run in the folder is of an earlier start by the torchrun that starts it again now.
+
+        nodes: the machines of all processes, with their torchruns (Processes.nodes). Machines may have left since, and
+        others have joined: one that stayed is enough, whichever has process 0 now.
+        """
         try:
-            return self._begun_by.read_text() == _launcher()
+            begun_by = self._begun_by.read_text().splitlines()
         except OSError:
             return False
+        return "TORCHELASTIC_RUN_ID" in os.environ and not set(nodes).isdisjoint(begun_by)
 
-    def mark_as_begun(self) -> None:
-        """Note which torchrun's run this is, once its first checkpoint, if it resumes from one, is in the folder."""
-        self._begun_by.write_text(_launcher() or "")
+    def mark_as_begun(self, nodes: Iterable[str]) -> None:
+        """Note which torchruns' run this is, once its first checkpoint, if it resumes from one, is in the folder."""
+        self._begun_by.write_text("\n".join(dict.fromkeys(nodes)))
 
-    def lock(self) -> None:
+    def lock(self) -> list[str]:
         """Make the folder and keep others out, for as long as this process works in it; main process only.
+
+        Returns:
+            A warning where the file system has no locks.
 
         Raises:
             RunDirError: another process works in the folder, or it cannot be made.
         """
         with self._must_be_usable():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            return self._take_lock()
 
     def check_usable(self) -> None:
         """Raises RunDirError where the folder cannot be written, or not be made; leaves nothing behind."""
@@ -129,8 +143,9 @@ class RunDir:
             old_lock.close()
         return aside
 
-    def _take_lock(self) -> None:
-        while True:
+    def _take_lock(self) -> list[str]:
+        begun, remarks = time.monotonic(), []
+        for attempt in itertools.count():
             lock = (self.path / ".lock").open("a+")
             try:
                 # A record lock, not flock: loader processes, which outlive a killed run for a few seconds, do not
@@ -138,19 +153,38 @@ class RunDir:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 lock.seek(0)
-                owner = lock.read().strip()
+                owner = lock.read().strip() or "an unknown process"
                 lock.close()
-                raise RunDirError(
-                    f"{self.path}: another run is writing here (process {owner or 'unknown'}). "
-                    "Wait for it, or give another --output-dir (an evaluation beside a training: --resume FILE, too)."
-                ) from error
+                # A machine that died keeps its locks on a network's file system for a while: 90 seconds over NFS 4.
+                is_here = owner.endswith(f" on {platform.node()}")
+                if is_here or time.monotonic() - begun > LEASE_SECONDS:
+                    raise RunDirError(
+                        f"{self.path}: another run is writing here ({owner}; lock: {lock.name}). "
+                        "Wait for it, or give another --output-dir (an evaluation beside a training: --resume FILE, "
+                        "too)."
+                    ) from error
+                if attempt == 0:
+                    waiting = f"waiting, {LEASE_SECONDS / 60:g} minutes at most"
+                    print(f"{self.path}: {owner} holds the lock {lock.name}; {waiting}", file=sys.stderr)
+                time.sleep(_POLL_SECONDS)
+                continue
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                reason = os.strerror(error.errno)
+                remarks = [
+                    f"warning: {self.path}: the file system has no locks ({reason}): nothing keeps a second run out of "
+                    "this folder"
+                ]
             if self._is_ours(lock):
                 break
             lock.close()
         lock.truncate(0)
-        lock.write(f"{os.getpid()}")
+        lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
+        os.fsync(lock.fileno())  # so that another machine reads it
         self._lock = lock
+        return remarks
 
     def _is_ours(self, lock: IO[str]) -> bool:
         # Another run may have moved the folder aside between the opening and the locking.
@@ -158,23 +192,6 @@ class RunDir:
             return os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat())
         except FileNotFoundError:
             return False
-
-
-def _launcher() -> str | None:
-    """The torchrun that has started this process, which is the same after a restart; None without one, or where the
-    system does not tell.
-
-    Its number and run id may come again: in a container torchrun is process 1. The moment of its start does not.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    try:
-        # Fields of /proc/PID/stat after the name, which may have anything in it: the 22nd of all is the start.
-        start = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
-    return f"process {os.getppid()} on {platform.node()}, begun {start} after the start {boot}"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -66,6 +66,10 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
         logger.images(0, [training_mosaic(first, loader.dataset.class_names)], "train/batch")
     evaluator = _validation(context, components, state.precision, logger, bad_images)
     store = CheckpointStore(context.output.checkpoints, config.output.keep_checkpoints)
+    # NCCL is not safe to fork under, and begins in _build_trainer.
+    loader.start()
+    if evaluator is not None:
+        evaluator.loader.start()
     trainer = _build_trainer(context, state, loader, logger, bad_images, evaluator, store, graphs)
     status, problem = 0, None
     try:
@@ -268,7 +272,7 @@ def _open_logger(context: RunContext, schedule: Schedule, progress: Progress) ->
         describe = partial(_describe, context, schedule, configuration_text(record))
         logger = MetricLogger(console, log, board, describe=describe, best_epoch=progress.best_epoch)
         logger.flush()
-        output.mark_as_begun()
+        output.mark_as_begun(context.processes.nodes)
     except OSError as error:
         raise RunDirError(f"{output.path}: cannot be written: {error}") from error
     return logger

@@ -272,9 +272,10 @@ def require_own_gpus(nodes: Sequence[str], gpus: Sequence[str | None]) -> None:
         sharing = [str(other) for other, its in enumerate(gpus) if its == gpu]
         if gpu is not None and len(sharing) > 1:
             raise DeviceError(
-                f"processes {', '.join(sharing)} would share one GPU of {nodes[rank].split(',')[0]} (UUID {gpu}). Start no "
-                "more processes than the machine has GPUs: torchrun --nproc_per_node=gpu. Without torchrun, LOCAL_RANK "
-                "must be each process's number on its machine, or each must see its own GPU: srun --gpus-per-task=1"
+                f"processes {', '.join(sharing)} would share a GPU of {nodes[rank].split(',')[0]} (UUID {gpu}). Start "
+                "no more processes than the machine has GPUs: torchrun --nproc_per_node=gpu. Without torchrun, "
+                "LOCAL_RANK must be each process's number on its machine, or each must see its own GPU: "
+                "srun --gpus-per-task=1"
             )
 
 
