@@ -1,13 +1,22 @@
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import platform
+import shutil
+import signal
+import sys
+import time
 
 import numpy as np
 import pytest
 
 import data.coco.annotations
-from data.coco.annotations import AnnotationError, read_coco
+import data.coco.cache
+from data.coco.annotations import AnnotationError, read_coco, share_coco, shared_coco
 from data.coco.cache import MAGIC, Packed, read_packed, write_packed
+from data.errors import DataError
 
 
 @pytest.fixture
@@ -84,6 +93,27 @@ def test_files_of_one_name_in_two_folders_do_not_share_a_cache_file(file, tmp_pa
     assert read_coco(file, cache_dir=tmp_path / "cache").widths[0] == 100
 
 
+def test_copies_of_a_file_share_a_cache_file_and_findings_name_the_copy_that_is_read(file, tmp_path, parses):
+    read_coco(file, cache_dir=tmp_path / "cache")
+    (tmp_path / "other_disk").mkdir()
+    copy = shutil.copyfile(file, tmp_path / "other_disk" / "copy.json")
+    os.utime(copy, ns=(1, 1))
+    annotations = read_coco(copy, cache_dir=tmp_path / "cache")
+    assert len(parses) == 1
+    assert packed_file(tmp_path / "cache").is_file()
+    assert annotations.source == str(copy)
+    assert annotations.findings == read_coco(copy).findings
+    assert len(annotations.findings) == 3 and all(str(copy) in finding.text for finding in annotations.findings)
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_kept(file, tmp_path, monkeypatch):
+    real = data.coco.annotations.parse_coco
+    monkeypatch.setattr(data.coco.annotations, "parse_coco", lambda path: (real(path), store(path, width=101))[0])
+    with pytest.raises(DataError, match=r"instances.json: was changed while it was read"):
+        read_coco(file, cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("*.packed")) == []
+
+
 def cut(content):
     return content[: len(content) // 2]
 
@@ -113,16 +143,21 @@ def test_a_torn_or_foreign_cache_file_is_made_anew(file, tmp_path, parses, damag
 
 def test_every_truncation_of_a_small_file_is_recognized(tmp_path):
     path = tmp_path / "a.packed"
-    write_packed(path, Packed({"a": np.arange(5), "b": np.zeros((0, 4), dtype=np.float32)}, {"n": 1}), ["key"])
+    write_packed(path, Packed({"a": np.arange(5), "b": np.zeros((0, 4), dtype=np.float32)}, {"n": 1}), "key")
     whole = path.read_bytes()
-    packed = read_packed(path, ["key"])
+
+    def read(key):
+        with path.open("rb") as file:
+            return read_packed(file, key)
+
+    packed = read("key")
     assert packed.arrays["a"].tolist() == [0, 1, 2, 3, 4]
     assert packed.arrays["b"].shape == (0, 4)
     assert packed.facts == {"n": 1}
-    assert read_packed(path, ["other"]) is None
+    assert read("other") is None
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        assert read_packed(path, ["key"]) is None
+        assert read("key") is None
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_finding_and_no_error(file, tmp_path):
@@ -151,6 +186,99 @@ def test_a_failed_write_leaves_no_part_behind(file, tmp_path, monkeypatch, parse
     assert len(parses) == 1
     assert "No space left" in annotations.findings[-1].text
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def refusing(error):
+    def flock(_file, _operation):
+        raise OSError(error, os.strerror(error))
+
+    return flock
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_keeps_a_cache_all_the_same(file, tmp_path, monkeypatch, parses, error):
+    monkeypatch.setattr(fcntl, "flock", refusing(error))
+    first = read_coco(file, cache_dir=tmp_path / "cache")
+    assert "no-cache" not in {finding.code for finding in first.findings}
+    assert read_coco(file, cache_dir=tmp_path / "cache").digest() == first.digest()
+    assert len(parses) == 1
+
+
+def _in_another_process(action, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=action, args=arguments)
+    process.start()
+    return process
+
+
+def _pack_for_ever(file, cache, begun):
+    def parse(_path):
+        begun.set()
+        time.sleep(600)
+
+    data.coco.annotations.parse_coco = parse
+    read_coco(file, cache_dir=cache)
+
+
+@pytest.fixture
+def builder(file, tmp_path):
+    """A process that packs the file and does not come to an end."""
+    begun = multiprocessing.get_context("fork").Event()
+    process = _in_another_process(_pack_for_ever, file, tmp_path / "cache", begun)
+    assert begun.wait(60)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_killed_builder_keeps_nobody_waiting(file, tmp_path, builder, parses, capfd):
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.join()
+    assert len(read_coco(file, cache_dir=tmp_path / "cache")) == 7
+    assert len(parses) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_a_builder_that_does_not_end_is_named_and_waited_for_no_longer_than_the_limit(
+    file, tmp_path, builder, parses, capfd, monkeypatch
+):
+    monkeypatch.setattr(data.coco.cache, "PATIENCE_SECONDS", 0.3)
+    assert len(read_coco(file, cache_dir=tmp_path / "cache")) == 7
+    assert len(parses) == 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{file}: process {builder.pid} on {platform.node()} packs it (lock: {tmp_path / 'cache'}" in said
+    assert packed_file(tmp_path / "cache").is_file()
+
+
+def _report_shared(file, words, queue):
+    calls = []
+    real = data.coco.annotations.parse_coco
+    data.coco.annotations.parse_coco = lambda path: (calls.append(path), real(path))[1]
+    annotations = shared_coco(file, words)
+    queue.put((annotations.digest(), annotations.source, annotations.findings, len(calls)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another process's files have no names")
+@pytest.mark.parametrize("folder", ["cache", "occupied"])
+def test_another_process_maps_what_this_one_has_with_and_without_a_cache(file, tmp_path, folder):
+    (tmp_path / "occupied").write_text("a file where the folder should be")
+    plain = read_coco(file)
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    with share_coco(file, tmp_path / folder) as (annotations, words):
+        assert annotations.digest() == plain.digest()
+        process = _in_another_process(_report_shared, file, words, queue)
+        assert queue.get() == (plain.digest(), str(file), plain.findings, 0)
+        process.join(30)
+    assert annotations.digest() == plain.digest()  # the mapping outlives the file
+    assert shared_coco(file, words) is None
+
+
+def test_words_of_another_container_lead_to_nothing(file, tmp_path):
+    with share_coco(file, tmp_path / "cache") as (_, (path, key)):
+        assert shared_coco(file, (path, "another key")) is None
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path / "pipe", tmp_path, file, os.devnull):
+        assert shared_coco(file, (str(other), key)) is None
 
 
 def _count_parses(file, cache, barrier, queue):
