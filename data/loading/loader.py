@@ -122,7 +122,7 @@ class TrainLoader:
             yield from self._plans_of(iteration, epoch, order[within], repeats[within])
 
     def start(self) -> None:
-        """Starts the worker processes, which otherwise begin with the first batch: before threads that forbid a fork."""
+        """Starts the worker processes, which otherwise begin with the first batch."""
         self._stream.start()
 
     def close(self) -> None:
@@ -216,7 +216,7 @@ class EvalLoader:
         return self._stream.run(map(self._plan, self._numbers, self._batches))
 
     def start(self) -> None:
-        """Starts the worker processes, which otherwise begin with the first batch: before threads that forbid a fork."""
+        """Starts the worker processes, which otherwise begin with the first batch."""
         self._stream.start()
 
     def close(self) -> None:
