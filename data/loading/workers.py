@@ -131,8 +131,8 @@ def _buffer_size(dataset: CocoDataset, batch_size: int) -> int:
 
 
 def worker_context() -> str | None:
-    # A forked worker has the annotations at once and shares their pages; it never touches a GPU. With COCO's annotations
-    # two are ready in 0.2 s and hold 9 MB each of their own; of a fork server in 5 s, with 78 MB (AMD EPYC, 2 cores).
+    # A forked worker has the annotations at once and shares their pages; it never touches a GPU. With annotations of
+    # COCO's size four are ready in 0.2 s and hold 9 MB each of their own; a fork server's take 5 s and 79 MB each.
     return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 
 
