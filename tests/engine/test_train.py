@@ -1,7 +1,9 @@
 """A training from beginning to end: what it does, what it leaves behind, how it fails."""
 
+import gc
 import json
 import math
+import multiprocessing
 import shutil
 import threading
 from pathlib import Path
@@ -12,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data import TrainLoader
 from detection.engine import RunError
+from detection.engine.distributed.comm import Processes
 from detection.engine.evaluator import Evaluator
 from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN
@@ -329,3 +332,18 @@ def test_the_start_says_where_bfloat16_would_be_faster(start, tmp_path, monkeypa
     assert ("--amp bf16 halves the time of a step" in capsys.readouterr().out) == has_instructions
     assert start(tmp_path / "run", "--dry-run", "--amp", "bf16") == 0
     assert "halves the time" not in capsys.readouterr().out
+
+
+def test_loader_processes_are_there_before_the_first_exchange_of_weights(start, tmp_path: Path, monkeypatch):
+    """NCCL begins with it, and is not safe to fork under."""
+    before = set(multiprocessing.active_children())
+    plain, there = Processes.broadcast_weights, []
+
+    def broadcast(self, module):
+        there.append(len(set(multiprocessing.active_children()) - before))
+        plain(self, module)
+
+    monkeypatch.setattr(Processes, "broadcast_weights", broadcast)
+    assert start(tmp_path / "run", "--workers", "1", "--max-epochs", "1", "--limit-train-batches", "1") == 0
+    assert there == [2]  # of the training and of the validation
+    gc.collect()  # the processes end with their loader, and other tests count processes

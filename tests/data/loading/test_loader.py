@@ -23,6 +23,18 @@ def eval_loader(dataset: CocoDataset, **options: object) -> EvalLoader:
     return EvalLoader(dataset, **({"min_size": 64, "max_size": 112, "batch_size": 2} | options))
 
 
+def test_workers_started_before_the_first_batch_are_those_that_serve(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES)
+    expected = [facts(raw) for raw in train_loader(dataset).batches(3, 9)]
+    before = {process.pid for process in multiprocessing.active_children()}
+    with closing(train_loader(dataset, workers=2)) as loader:
+        loader.start()
+        started = {process.pid for process in multiprocessing.active_children()} - before
+        assert len(started) == 2
+        assert [facts(raw) for raw in loader.batches(3, 9)] == expected
+        assert {process.pid for process in multiprocessing.active_children()} - before == started
+
+
 def test_workers_change_nothing_and_serve_several_passes(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     expected = [facts(raw) for raw in train_loader(dataset).batches(0, 14)]
