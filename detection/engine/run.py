@@ -11,7 +11,6 @@ import torch
 
 from data import worker_error
 from detection.config.run_config import RunConfig
-from detection.engine.accelerate.allocator import keep_freed_memory
 from detection.engine.build import build, preflight
 from detection.engine.checkpoint import LoadedCheckpoint
 from detection.engine.context import RunContext
@@ -63,8 +62,6 @@ def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequ
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    if processes.device.type == "cpu":
-        keep_freed_memory()
     checkpoint, lines = _prepare(config, processes, output)
     changes: list[str] = []
     if checkpoint is not None and config.mode == "train":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.backbones import GROUPS_OF_GROUP_NORM
-from detection.models.ops.conv import convolution_with_sparse_gradient
+from detection.models.ops.conv import convolution
 
 
 def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d:
@@ -22,7 +22,8 @@ def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d
 
 def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(conv, nn.Conv2d)
-    return convolution_with_sparse_gradient(x, conv.weight, conv.bias)
+    padding = conv.kernel_size[0] // 2
+    return convolution(x, conv.weight, conv.bias, padding=(padding, padding))
 
 
 def _enlarged(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -54,11 +54,10 @@ def interleave(
     *,
     wait: Callable[[], None] = lambda: None,
     say: Say = lambda text: None,
-    settle: Callable[[str], object] = lambda name: None,
 ) -> Samples:
     """Time each of `runs` once a round, `repeats` rounds, after one untimed round.
 
-    `wait` ends when the device has done all it was given. `settle(name)` goes before each timed run of that name.
+    `wait` ends when the device has done all it was given.
     """
     samples: Samples = {name: {"seconds": [], "cpu_seconds": []} for name in runs}
     for name, run in runs.items():
@@ -69,7 +68,6 @@ def interleave(
     for number, names in enumerate(rotated(list(runs), repeats), start=1):
         for name in names:
             gc.collect()
-            settle(name)
             wait()
             wall, cpu = time.perf_counter(), time.process_time()
             runs[name]()

@@ -20,7 +20,6 @@ import checkout  # noqa: F401
 from benchmarks.figures import BenchmarkError
 from benchmarks.scenes import open_images
 from data import DevicePrefetcher, RawBatch, TrainLoader
-from detection.engine.accelerate.allocator import keep_freed_memory, return_freed_memory
 from detection.engine.accelerate.compile import compile_for_training, prepare_compiler
 from detection.engine.accelerate.cuda_graphs import cuda_step_graphs
 from detection.engine.distributed.comm import Processes
@@ -38,12 +37,11 @@ from schedules import load_schedule
 Inputs = tuple[list[Tensor], list[dict[str, Tensor]]]
 """Images and targets as torchvision takes them."""
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FUSED_OPTIMIZER, KEPT_MEMORY = "fused-optimizer", "kept-memory"
+FUSED_OPTIMIZER = "fused-optimizer"
 _LEARNING_RATE_ITERATION = 0  # the first of the warmup: small enough for random weights to stay finite
 _TORCHVISION_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 _RESIDUAL_SCALE = 0.3  # of each block's last norm, so that random weights give activations of ordinary size
 _LOGIT_STD = 1.0  # lets about 2 of 100 class scores pass the score threshold, as after training
-_SETTLING_RUNS = 3  # the second still had 59,000 page faults, the third 60 (R50, 800x1088, batch 2)
 
 
 class Switch(NamedTuple):
@@ -58,10 +56,7 @@ class Switch(NamedTuple):
 
 SWITCHES = {
     FUSED_OPTIMIZER: Switch("fused SGD"),
-    KEPT_MEMORY: Switch("freed memory stays with the process", "cpu"),
     "sparse-roi-align": Switch("RoIAlign as a sparse matrix product", "cpu", {"roi_align": "operator"}),
-    "sparse-pyramid-gradient": Switch("pyramid's convolutions: no backward work where nothing was learned", "cpu",
-                                      {"pyramid_gradient": "dense"}),
     "triton-nms": Switch("NMS as a Triton kernel, instead of rounds of products", "cuda", {"nms": "rounds"}),
     "joint-nms": Switch("NMS of all images and levels at once, instead of an operator call each", "cuda",
                         {"nms": "per_level"}),
@@ -152,24 +147,6 @@ def load_work(arguments: argparse.Namespace, folder: Path, device: torch.device)
     if not weights.exists():
         write_starting_weights(weights, arguments.model, num_classes, batches[0])
     return Work(arguments.model, num_classes, *sizes, device, new_loader(), batches, weights)
-
-
-class HostMemory:
-    """Whether this process keeps what it frees: train.py on the CPU does, torchvision's reference training does not."""
-
-    keeps = False
-
-    @classmethod
-    def settle(cls, variant: Variant, run: Callable[[], object]) -> None:
-        """Right before `run` is timed on a CPU: memory as the variant's own program has it."""
-        keep = variant.owner == "ours" and variant.without != KEPT_MEMORY
-        if keep == cls.keeps:
-            return
-        cls.keeps = keep
-        if (keep_freed_memory() if keep else return_freed_memory()) and variant.owner == "ours":
-            # These take their memory from the system, as the first few of a training's thousands of steps do.
-            for _ in range(_SETTLING_RUNS):
-                run()
 
 
 class OurStep:

@@ -33,7 +33,7 @@ from benchmarks.figures import (
 from benchmarks.profilers import STAGES, synchronize
 from benchmarks.scaling import measure_scaling
 from benchmarks.scenes import add_image_arguments
-from benchmarks.steps import DTYPES, SWITCHES, HostMemory, Step, Variant, Work, build_step, load_work
+from benchmarks.steps import DTYPES, SWITCHES, Step, Variant, Work, build_step, load_work
 from data import RawBatch
 
 _GPU_BLOCKS = 2  # untimed passes over the batches before anything is measured on a GPU
@@ -158,22 +158,12 @@ class Comparison:
         torchvisions = [variant.name for variant in variants if variant.owner == "torchvision"]
         self.peers = [variants[0].name] if arguments.ablation else torchvisions
 
-    def settle(self, name: str, run: Callable[[], object]) -> None:
-        """Memory of the CPU as the variant's own program has it."""
-        if not self.on_gpu:
-            HostMemory.settle(self.steps[name].variant, run)
-
     def interleaved(
         self, runs: Mapping[str, Callable[[], None]], batches: Sequence[RawBatch]
     ) -> tuple[list[dict[str, Any]], str]:
         """The rows with images/s, and their table; a run goes over all of `batches`."""
-        samples = interleave(
-            runs,
-            self.arguments.repeats,
-            wait=partial(synchronize, self.work.device),
-            say=self.say,
-            settle=lambda name: self.settle(name, runs[name]),
-        )
+        wait = partial(synchronize, self.work.device)
+        samples = interleave(runs, self.arguments.repeats, wait=wait, say=self.say)
         rows = figure_rows(samples, self.peers, self.key, units=len(batches))
         for row in rows:
             row["images_per_second"] = len(batches[0]) / row[self.key]["median"]
@@ -257,7 +247,6 @@ class Comparison:
         for row in rows:
             name, step = row["name"], steps[row["name"]]
             run = partial(step.train, work.batches)
-            self.settle(name, run)
             events = profilers.profile(run, work.device, arguments.profile if name == rows[-1]["name"] else None)
             ours = step.variant.owner == "ours"
             spans = profilers.StageSpans(events, profilers.OUR_FUNCTIONS if ours else profilers.THEIR_FUNCTIONS)
@@ -304,7 +293,6 @@ def bytes_added(variant: Variant, work: Work, threads: int) -> int:
     torch.set_num_threads(threads)
     before, files_before = kilobytes("VmRSS"), kilobytes("RssFile")
     run = partial(build_step(variant, work).train, work.batches)
-    HostMemory.settle(variant, run)
     run()  # what happens once only, a compiler at work say, is over after a first run
     with contextlib.suppress(OSError):  # forbidden in some containers: then it counts after all
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak becomes the present size

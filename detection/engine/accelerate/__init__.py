@@ -1,1 +1,1 @@
-"""CUDA graphs, torch.compile and the host's memory allocator."""
+"""CUDA graphs and torch.compile."""

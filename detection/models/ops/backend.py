@@ -5,7 +5,6 @@
     assignment         trimmed          blocks          triton
     roi_align          sparse_matrix    operator        triton
     convolution        torch            torch           triton (bias, residual and ReLU in one pass)
-    pyramid_gradient   sparse           dense           dense
 
 All of a row give the same results but for rounding.
 """
@@ -18,15 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-CPU = {
-    "nms": "per_level", "assignment": "trimmed", "roi_align": "sparse_matrix", "convolution": "torch",
-    "pyramid_gradient": "sparse",
-}  # fmt: skip
-DEVICE = {
-    "nms": "rounds", "assignment": "blocks", "roi_align": "operator", "convolution": "torch",
-    "pyramid_gradient": "dense",
-}  # fmt: skip
-TRITON = {**dict.fromkeys(CPU, "triton"), "pyramid_gradient": "dense"}
+CPU = {"nms": "per_level", "assignment": "trimmed", "roi_align": "sparse_matrix", "convolution": "torch"}
+DEVICE = {"nms": "rounds", "assignment": "blocks", "roi_align": "operator", "convolution": "torch"}
+TRITON = dict.fromkeys(CPU, "triton")
 
 
 class Verdict(NamedTuple):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detection.models.ops.backend import implementation_of
-from detection.models.ops.cpu import conv as cpu_conv
 
 
 def convolution(
@@ -44,12 +43,3 @@ def end_of_block(out: Tensor, residual: Tensor, *, relu: bool) -> Tensor:
     """The sum with the residual, in the memory of `out`, then ReLU if that is asked for."""
     out = out.add_(residual)
     return F.relu_(out) if relu else out
-
-
-def convolution_with_sparse_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.conv2d(x, weight, bias) with the padding that keeps the size; on a CPU without backward work for cells that
-    have no gradient."""
-    if not torch.compiler.is_compiling() and implementation_of("pyramid_gradient", x.device) == "sparse":
-        return cpu_conv.convolution_with_sparse_gradient(x, weight, bias)
-    padding = weight.shape[-1] // 2
-    return convolution(x, weight, bias, padding=(padding, padding))
