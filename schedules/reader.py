@@ -50,7 +50,7 @@ IGNORED_KEYS = {
             "train_pipeline test_pipeline val_evaluator test_evaluator",
             "the data set is named on the command line (--dataset, --data-path, --train-images, ...)",
         ),
-        ("tta_model tta_pipeline img_scales", "there is no test-time augmentation"),
+        ("tta_model tta_pipeline img_scales", "use scripts/predict.py --tta"),
         ("model data_preprocessor", "use --model"),
         ("load_from", "use --weights"),
         ("resume", "use --resume"),

@@ -30,12 +30,13 @@ GROUPS_OF_GROUP_NORM = 32  # Wu and He, Group Normalization, section 4
 
 @dataclass(frozen=True)
 class Architecture:
-    """Blocks per stage, their kind, and the grouping of the 3x3 convolutions."""
+    """Blocks per stage, their kind, the grouping of the 3x3 convolutions, and the channels of stem and first stage."""
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool
     groups: int = 1
     width_per_group: int = 64
+    channels: int = 64
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -220,12 +221,12 @@ class ResNet(nn.Module):
             kind = "frozen_bn" if frozen and norm == "bn" else norm
             return functools.partial(_make_norm, kind, train_norm_affine and not frozen, norm_eps)
 
-        self.conv1 = _conv(3, 64, 7, stride=2)
-        self.bn1 = norm_of(0)(64)
-        channels = 64
+        channels = architecture.channels
+        self.conv1 = _conv(3, channels, 7, stride=2)
+        self.bn1 = norm_of(0)(channels)
         out_channels = []
         for stage, num_blocks in enumerate(architecture.blocks, 1):
-            planes = 64 * 2 ** (stage - 1)
+            planes = architecture.channels * 2 ** (stage - 1)
             blocks: list[nn.Module] = []
             for index in range(num_blocks):
                 stride = 2 if stage > 1 and index == 0 else 1

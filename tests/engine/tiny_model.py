@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 def make_known() -> None:
     """Models "tiny", "tiny_other" and "tiny_cascade" exist from now on."""
-    ARCHITECTURES[BACKBONE] = Architecture((1, 1, 1, 1), bottleneck=False)
+    ARCHITECTURES[BACKBONE] = Architecture((1, 1, 1, 1), bottleneck=False, channels=32)
     MODELS["tiny"] = TINY
     MODELS["tiny_other"] = {**TINY, "fpn_channels": 64}
     MODELS["tiny_cascade"] = {**CASCADE_RECIPE, **TINY}

@@ -122,7 +122,7 @@ def test_a_fresh_models_losses_are_those_of_guessing(name):
 def test_every_model_trains_with_every_norm_in_both_precisions(name, norm, precision):
     model = make_model(name, norm=norm).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        step(model, photos((192, 256)), [target([BOX])])
+        step(model, photos((HEIGHT, WIDTH)), [target([BOX])])
 
 
 @pytest.mark.slow
