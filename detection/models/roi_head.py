@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.config import FasterRCNNConfig
-from detection.models.losses import count_at_least_one, smooth_l1
 from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes
 from detection.models.ops.matcher import POSITIVE, MaxIoUAssigner
 from detection.models.samplers import ROI_STAGE, sample
@@ -114,13 +113,15 @@ def roi_losses(
     class_logits [B * S, K + 1], deltas [B * S, classes, 4].
     """
     labels = rois.labels.view(-1)
-    normalizer = count_at_least_one(rois.chosen)
+    normalizer = rois.chosen.sum().clamp(min=1)
     per_roi = F.cross_entropy(class_logits.float(), labels, reduction="none")
     # A background RoI has no outputs of its own in MMDetection's recipe; any will do, its weight is 0.
     own_class = labels.clamp(max=deltas.shape[1] - 1)
     own_deltas = deltas.gather(1, own_class[:, None, None].expand(-1, 1, 4)).float()[:, 0]
-    differences = own_deltas - rois.delta_targets.view(-1, 4)
-    loss_bbox = (smooth_l1(differences, config.roi_loss_beta) * rois.positive.view(-1, 1)).sum()
+    differences = F.smooth_l1_loss(
+        own_deltas, rois.delta_targets.view(-1, 4), reduction="none", beta=config.roi_loss_beta
+    )
+    loss_bbox = (differences * rois.positive.view(-1, 1)).sum()
     return (per_roi * rois.chosen.view(-1)).sum() / normalizer, loss_bbox / normalizer
 
 

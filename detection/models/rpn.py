@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from detection.models.anchors import AnchorGrid, anchors_inside_image, anchors_inside_padding
 from detection.models.config import FasterRCNNConfig
-from detection.models.losses import count_at_least_one, smooth_l1
 from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes, sides_above
 from detection.models.ops.conv import convolution
 from detection.models.ops.matcher import MaxIoUAssigner
@@ -114,7 +113,7 @@ def anchor_targets(config: FasterRCNNConfig, anchors: AnchorGrid, sizes: Tensor,
     if config.rpn_counts_at_least_one:
         normalizer = (num_positive.clamp(min=1) + (num_chosen - num_positive).clamp(min=1)).sum()
     else:
-        normalizer = count_at_least_one(num_chosen)
+        normalizer = num_chosen.sum().clamp(min=1)
     return AnchorTargets(chosen, torch.where(chosen.positive[..., None], deltas, 0.0), normalizer)
 
 
@@ -129,7 +128,7 @@ def rpn_losses(
     loss_cls = F.binary_cross_entropy_with_logits(
         logits.float(), chosen.positive.float(), weight=chosen.chosen.float(), reduction="sum"
     )
-    differences = smooth_l1(deltas.float() - targets.delta_targets, config.rpn_loss_beta)
+    differences = F.smooth_l1_loss(deltas.float(), targets.delta_targets, reduction="none", beta=config.rpn_loss_beta)
     loss_bbox = (differences * chosen.positive[..., None]).sum()
     return loss_cls / targets.normalizer, loss_bbox / targets.normalizer
 

@@ -12,7 +12,10 @@ pytestmark = pytest.mark.slow
 def test_the_end_of_a_run_names_its_files_and_commands_that_exist(start, shapes_set, tmp_path, capsys):
     output = tmp_path / "a run"  # a space: what is pasted must survive it
     assert start(output, "--limit-val-batches", "9") == 0
-    closing = capsys.readouterr().out.split("\n\ncheckpoints ")[-1].splitlines()
+    printed = capsys.readouterr().out
+    table = printed.split("validation after epoch 2")[1].split("epoch    mAP")[1].splitlines()
+    assert [line.split()[0] for line in table[1:3]] == ["1", "2"]  # epochs count from 1
+    closing = printed.split("\n\ncheckpoints ")[-1].splitlines()
     said = {line[:13].strip(): line[13:] for line in closing[1:]}
     assert list(said) == ["detections", "figures", "curves", "why so", "try it"]
     assert Path(said["detections"].removesuffix(" (of the last validation)")).is_file()

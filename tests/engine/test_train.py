@@ -75,52 +75,30 @@ def test_tensorboard_shows_every_curve_from_the_first_iteration_on_one_axis(fini
     assert drawn == pytest.approx([record["lr"] for record in records_of(finished, "train")], rel=1e-6)
 
 
-def test_the_summary_at_the_end_counts_epochs_from_1(start, tmp_path, capsys):
-    assert start(tmp_path / "run") == 0
-    table = capsys.readouterr().out.split("validation after epoch 2")[1].split("epoch    mAP")[1].splitlines()
-    assert [line.split()[0] for line in table[1:3]] == ["1", "2"]
-
-
-def test_the_learning_rate_of_the_optimizer_is_the_one_logged(start, tmp_path, records_of, monkeypatch):
-    used = []
-    plain = torch.optim.SGD.step
-
-    def step(self, *arguments, **keywords):
-        used.append({group["lr"] for group in self.param_groups})
-        return plain(self, *arguments, **keywords)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
-    assert start(tmp_path / "run", "--max-epochs", "1") == 0
-    assert used == [{record["lr"]} for record in records_of(tmp_path / "run", "train")]
-
-
 def test_auto_scale_lr_multiplies_by_the_global_batch_over_the_base(start, tmp_path, records_of):
     assert start(tmp_path / "run", "--max-epochs", "1", "--auto-scale-lr", "--accumulate", "2") == 0
     expected = load_schedule("1x").scaled(4)
     assert [r["lr"] for r in records_of(tmp_path / "run", "train")] == [expected.learning_rate(i, 3) for i in range(3)]
 
 
-def test_a_float16_training_steps_with_a_loss_scale(start, tmp_path, load, records_of):
-    assert start(tmp_path / "run", "--max-epochs", "1", "--amp", "fp16") == 0
-    scaler = load(tmp_path / "run" / "checkpoints" / "last.pt")["scaler"]
-    assert 0 < scaler["scale"] <= 2**16
-    assert any(record["grad_norm"] is not None for record in records_of(tmp_path / "run", "train"))
-
-
-def test_clipping_bounds_the_gradient_that_the_optimizer_sees(start, tmp_path, records_of, monkeypatch):
-    seen = []
+def test_the_optimizer_sees_the_learning_rate_that_is_logged_and_the_gradient_after_clipping(
+    start, tmp_path, records_of, monkeypatch
+):
+    rates, norms = [], []
     plain = torch.optim.SGD.step
 
     def step(self, *arguments, **keywords):
+        rates.append({group["lr"] for group in self.param_groups})
         gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
-        seen.append(float(torch.cat(gradients).norm()))
+        norms.append(float(torch.cat(gradients).norm()))
         return plain(self, *arguments, **keywords)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     assert start(tmp_path / "run", "--max-epochs", "1", "--clip-grad", "0.5") == 0
-    logged = [record["grad_norm"] for record in records_of(tmp_path / "run", "train")]
-    assert min(logged) > 0.5  # before clipping
-    assert seen == pytest.approx([0.5] * 3, rel=1e-4)
+    records = records_of(tmp_path / "run", "train")
+    assert rates == [{record["lr"]} for record in records]
+    assert min(record["grad_norm"] for record in records) > 0.5  # before clipping
+    assert norms == pytest.approx([0.5] * 3, rel=1e-4)
 
 
 def test_an_adamw_schedule_of_a_file_trains(start, tmp_path, load, records_of):
@@ -168,7 +146,9 @@ def test_a_dry_run_refuses_a_used_output_directory_as_the_run_would(start, finis
         start(finished, "--dry-run")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_where_and_which_and_advice(start, tmp_path, monkeypatch, load):
+def test_a_loss_that_is_not_finite_ends_the_run_with_where_and_which_and_advice(
+    start, tmp_path, monkeypatch, load, records_of
+):
     plain, calls = FasterRCNN._losses, []
 
     def losses(self, images, targets):
@@ -191,10 +171,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_where_and_which_and_advice(
     with pytest.raises(RunError) as failed:
         start(tmp_path / "run", "--checkpoint-iterations", "1")
     message = str(failed.value)
-    assert "iteration 4 (epoch 2" in message
+    assert "iteration 4 (epoch 2, learning rate " in message and "grad_norm " in message
     assert "loss_cls = nan" in message and "loss_rpn_cls" not in message
     assert f"image ids {ids[-1]}" in message
-    assert "--clip-grad" in message and "--resume" in message
+    assert "checkpoints/last.pt is from before it (after 4 iterations)" in message
+    assert all(option in message for option in ("--clip-grad", "--lr", "--skip-nonfinite", "--resume"))
+    # The curves lead up to it.
+    assert [record["iteration"] for record in records_of(tmp_path / "run", "train")] == [0, 1, 2, 3, 4]
     assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] == 4
     assert all(value.isfinite().all() for value in load(tmp_path / "run" / "checkpoints" / "last.pt")["model"].values())
     assert "loss_cls = nan" in (tmp_path / "run" / "train.log").read_text()

@@ -35,7 +35,7 @@ def ranks_of(agent: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("begun_with", ["--resume", "--overwrite", "--resume FILE"])
+@pytest.mark.parametrize("begun_with", ["--overwrite", "--resume FILE"])
 def test_a_killed_rank_restarts_the_job_from_the_last_checkpoint(
     begun_with: str, start: Callable[..., int], arguments: Callable[..., list[str]], tmp_path: Path, records_of, load
 ):

@@ -86,6 +86,7 @@ def assert_rounds_each_operation(ptx: str) -> None:
     assert re.search(r"\bdiv\.rn(\.ftz)?\.f32", ptx) and not re.search(r"\bfma\.rn\.f32|\bdiv\.(full|approx)", ptx)
 
 
+@pytest.mark.slow
 def test_suppression_compiles_for_a_gpu_and_rounds_as_the_plain_code_does():
     from detection.models.ops.triton.nms import overlap_bits, walk_down
 
@@ -113,6 +114,7 @@ def test_assignment_compiles_for_a_gpu_and_rounds_as_the_plain_code_does(has_val
         assert_rounds_each_operation(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize(("ratio", "aligned", "dtype"), [(0, True, "bf16"), (2, False, "fp32")])
 def test_roi_align_compiles_for_a_gpu(backward, ratio, aligned, dtype):
