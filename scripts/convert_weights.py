@@ -25,7 +25,7 @@ from detection.export.files import whole_file
 from detection.models import MODELS, build_model, load_weights
 from detection.models.weights.files import WeightsError
 from detection.models.weights.layouts import LAYOUTS, box_heads, classifier_names, regressor_names, to_layout
-from detection.models.weights.stored import StoredWeights, read_weights, stripped_file
+from detection.models.weights.stored import StoredWeights, read_detector_file, read_weights, stripped_file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.output.exists() and not arguments.overwrite:
             raise WeightsError(f"{arguments.output} exists; give another --output, or --overwrite")
         stored = read_weights(arguments.input)
+        if stored.is_ours:
+            stored = read_detector_file(arguments.input)  # which checks what else it holds
         if arguments.to == "ours":
             content = _stripped(stored, arguments)
             count = len(content["model"])

@@ -1,6 +1,8 @@
 """What every test shares: one torch thread a process, and the cuda marker's meaning."""
 
 import random
+import resource
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -25,6 +27,16 @@ def random_numbers_of_a_module() -> None:
 def random_numbers_of_a_test(random_numbers_of_a_module: None) -> None:
     """What a test draws is the same in every run, and whatever ran before it."""
     begin_random_numbers()
+
+
+@pytest.fixture(scope="module")
+def bounded_memory() -> Iterator[None]:
+    """However many hostile files, all of them small, the tests of a module try: they take no more memory than this."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    print(f"memory grew by {grown} MiB at most")
+    assert grown < 512
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

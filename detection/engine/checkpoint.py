@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import errno
-import io
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from detection.engine.train_state import REQUIRED, Progress
+from detection.engine.train_state import Progress, find_fault
 from detection.errors import DetectionError
+from detection.models import read_archive
 
 FORMAT = "detection-checkpoint"
 VERSION = 1
@@ -40,36 +37,29 @@ class LoadedCheckpoint:
 
 
 def load_checkpoint(path: Path) -> LoadedCheckpoint:
-    """Read one checkpoint, with every checksum verified; nothing in the file is executed.
+    """Read one checkpoint, with every checksum verified; nothing in the file is executed, see read_archive.
 
     Raises:
         CheckpointOutOfReach: the file cannot be read at the moment.
         CheckpointError: missing, truncated, altered, or no checkpoint of this project.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'no such checkpoint'}")
     try:
-        content = io.BytesIO(path.read_bytes())
         # torch.save writes a zip file; its CRC-32 of every entry is what tells a flipped bit.
-        with zipfile.ZipFile(content) as archive:
-            broken = archive.testzip()
-        content.seek(0)
-        state = torch.load(content, map_location="cpu", weights_only=True) if broken is None else None
+        state = read_archive(path, verified=True)
     except Exception as error:  # a damaged file fails in the zip reader or the unpickler, with any error of theirs
         _refuse_to_judge(path, error)
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
-    if broken is not None:
-        raise CheckpointError(f"{path}: the checksum of {broken} is wrong, the file was altered")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a training checkpoint of this project (give weights with --weights)")
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: checkpoint version {state.get('version')}, this program reads version {VERSION}"
         )
-    missing = [key for key in REQUIRED if key not in state]
-    if missing:
-        raise CheckpointError(f"{path}: an incomplete checkpoint, it lacks {', '.join(missing)}")
+    if fault := find_fault(state):
+        raise CheckpointError(f"{path}: an incomplete or altered checkpoint: {fault}")
     return LoadedCheckpoint(path, state)
 
 
@@ -137,8 +127,8 @@ def epoch_of(name: str) -> int | None:
 
 
 def _glance_at(path: Path) -> dict[str, Any]:
-    # mmap: only the small pickled part is read here, the tensors when one is chosen.
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Only the small pickled part is read here, the tensors when one is chosen.
+    state: dict[str, Any] = read_archive(path, with_tensors=False)
     return state
 
 

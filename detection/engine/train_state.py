@@ -10,11 +10,13 @@ A checkpoint's state is a dictionary of tensors and plain types (loaded with wei
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import NoneType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data import CocoDataset, TrainLoader
@@ -118,12 +120,79 @@ class TrainState:
         return lines
 
 
-REQUIRED = (
-    *(each.name for each in fields(Progress) if each.name != "skipped_steps"),
-    *("model", "ema", "optimizer", "scaler", "schedule", "model_config", "config"),
-    *("iterations_per_epoch", "class_names", "category_ids", "preprocessing", "run"),
-)
-"""Keys that every checkpoint has; skipped_steps came later."""
+@dataclass(frozen=True)
+class EachIs:
+    """A dictionary with text for keys, or a list, of any length, whose values are all of one kind."""
+
+    container: type
+    kind: Any
+
+
+SHAPE: dict[str, Any] = {
+    "iteration": (int,),
+    "validation_due": (bool,),
+    "best_map": (float, NoneType),
+    "best_epoch": (int, NoneType),
+    "skipped_steps?": (int,),
+    "model": EachIs(dict, (Tensor,)),
+    "ema": (EachIs(dict, (Tensor,)), NoneType),
+    "optimizer": {"type": (str,), "state": EachIs(dict, EachIs(dict, (Tensor, int, float, NoneType)))},
+    "scaler": EachIs(dict, (int, float)),
+    "schedule": (dict,),
+    "model_config": {"norm": (str,), "frozen_stages": (int,)},
+    "config": {"model": {"weights": (str,)}},
+    "iterations_per_epoch": (int,),
+    "class_names": EachIs(list, (str,)),
+    "category_ids": EachIs(list, (int,)),
+    "preprocessing": {"min_size": (int,), "max_size": (int,)},
+    "run": {
+        "model_name": (str,),
+        "seed": (int,),
+        "global_batch_size": (int,),
+        "world_size": (int,),
+        "data_digest": (str,),
+        "augmentation?": EachIs(dict, (str, bool, int, float, list, tuple, NoneType)),
+        "validation?": ({"num_images": (int,)}, NoneType),
+    },
+}
+"""Entries of a checkpoint, with the types that their values may have. Those with a "?" may be absent."""
+_PLAIN = ("schedule", "model_config", "config", "run")  # compared with others as they are, at any depth
+
+
+def find_fault(state: Any, shape: Any = SHAPE, place: str = "") -> str | None:
+    """What in a checkpoint's state is not of SHAPE, whoever wrote the file; None where all is."""
+    if isinstance(shape, tuple):
+        if type(state) in shape:
+            return None
+        shape = next((each for each in shape if not isinstance(each, type)), None)
+    kind = dict if isinstance(shape, dict) else getattr(shape, "container", None)
+    if type(state) is not kind:
+        return f"{place or 'it'} is a {type(state).__name__}"
+    if isinstance(shape, dict):
+        if missing := [key for key in shape if key not in state and not key.endswith("?")]:
+            return f"{place or 'it'} lacks {', '.join(missing)}"
+        names = [(key.removesuffix("?"), each) for key, each in shape.items()]
+        inside = [(key, state[key], each) for key, each in names if key in state]
+    else:
+        if type(state) is dict and not all(type(key) is str for key in state):
+            return f"{place} has a key that is not text"
+        inside = [
+            (key, value, shape.kind) for key, value in (state.items() if type(state) is dict else enumerate(state))
+        ]
+    for key, value, each in inside:
+        if fault := find_fault(value, each, f"{place}.{key}".lstrip(".")):
+            return fault
+        if not place and key in _PLAIN and not _is_plain(value):
+            return f"{key} holds other than plain values"
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def stored_model(state: Mapping[str, Any], *, averaged: bool = False) -> FasterRCNN:
@@ -133,11 +202,9 @@ def stored_model(state: Mapping[str, Any], *, averaged: bool = False) -> FasterR
         ValueError: the weights are not of the model described.
     """
     try:
-        model = model_from_config(state["model_config"])
-        model.load_state_dict(state["ema" if averaged else "model"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return model_from_config(state["model_config"], weights=state["ema" if averaged else "model"])
+    except Exception as error:  # whatever settings of another kind make a model raise
         raise ValueError(f"its weights are not of its own model ({error})") from error
-    return model
 
 
 def run_facts(

@@ -15,6 +15,7 @@ from detection.models.weights.load import (
     prefetch_weights,
 )
 from detection.models.weights.sources import WeightsUnavailable
+from detection.models.weights.torch_files import read_archive
 
 __all__ = [
     "MODELS",
@@ -37,5 +38,6 @@ __all__ = [
     "model_config",
     "model_from_config",
     "prefetch_weights",
+    "read_archive",
     "uses_triton",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -207,9 +208,25 @@ def build_model(name: str = "faster_rcnn_r50_fpn", num_classes: int = 80, **over
     return FasterRCNN(model_config(name, num_classes, **overrides))
 
 
-def model_from_config(settings: Mapping[str, Any]) -> FasterRCNN:
-    """A fresh model from `dataclasses.asdict(model.config)`, which may have been through JSON."""
-    return FasterRCNN(config_from_dict(settings))
+def model_from_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> FasterRCNN:
+    """A model from `dataclasses.asdict(model.config)`, which may have been through JSON.
+
+    weights: its state dict; None: a fresh model. Raises ModelError for settings of no model, and RuntimeError for
+    weights of another: before memory is taken for the model, of which settings from a file may say any size.
+    """
+    config = config_from_dict(settings)
+    if weights is None:
+        return FasterRCNN(config)
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
+    with torch.device("meta"):
+        empty = FasterRCNN(config)
+    try:
+        empty.load_state_dict(shapes)
+    except RuntimeError as error:  # whose message has a line for every tensor
+        raise RuntimeError(textwrap.shorten(str(error), 300)) from error
+    model = FasterRCNN(config)
+    model.load_state_dict(weights)
+    return model
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

@@ -21,19 +21,13 @@ from detection.engine.checkpoint import (
     newest_checkpoint,
 )
 from detection.engine.checkpoint_store import CheckpointStore, continue_from
-from detection.engine.train_state import REQUIRED, Progress
-
-
-def state_at(iteration: int, *, due: bool = False) -> dict:
-    """What a run would save after `iteration` iterations, with a tensor that tells."""
-    values = dict.fromkeys(REQUIRED)
-    weights = {"w": torch.full((4, 4), float(iteration))}
-    return {**values, "iteration": iteration, "validation_due": due, "model": weights}
+from detection.engine.train_state import Progress
+from tests.engine.checkpoint_states import state_at
 
 
 def save(folder: Path, iteration: int, names: list[str], *, keep: int = 3, due: bool = False) -> None:
     store = CheckpointStore(folder, keep)
-    assert store.save(state_at(iteration, due=due), names) is None
+    assert store.save(state_at(iteration, validation_due=due), names) is None
     assert store.close() is None
 
 
@@ -91,6 +85,8 @@ def test_where_every_file_is_broken_all_are_named_and_a_way_out(tmp_path: Path):
 
 
 def test_no_file_at_all_is_no_checkpoint(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="/dev/null: not a regular file"):
+        load_checkpoint(Path("/dev/null"))
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
@@ -366,20 +362,14 @@ def test_a_best_that_counts_no_more_is_set_aside(three_epochs: Path):
 def test_a_file_that_cannot_be_read_at_the_moment_is_not_taken_for_a_broken_one(tmp_path: Path, monkeypatch):
     save(tmp_path, 1, [LAST])
     save(tmp_path, 2, [LAST])
-    plain = torch.load, Path.read_bytes
+    plain = Path.open
 
-    def load(path, **named):
-        if Path(path).name == LAST:
-            raise OSError(errno.EIO, "Input/output error")
-        return plain[0](path, **named)
-
-    def read_bytes(path):
+    def fail_at_last(path, *arguments, **named):
         if path.name == LAST:
             raise OSError(errno.EIO, "Input/output error")
-        return plain[1](path)
+        return plain(path, *arguments, **named)
 
-    monkeypatch.setattr(torch, "load", load)
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(Path, "open", fail_at_last)
     for attempt in (lambda: newest_checkpoint(tmp_path), lambda: load_checkpoint(tmp_path / LAST)):
         with pytest.raises(CheckpointError, match=r"last\.pt: cannot be read now .*Input/output error.*--resume FILE"):
             attempt()
@@ -390,10 +380,10 @@ def test_a_file_that_cannot_be_read_at_the_moment_is_not_taken_for_a_broken_one(
 def test_want_of_memory_does_not_make_a_checkpoint_a_broken_one(tmp_path: Path, monkeypatch):
     save(tmp_path, 1, [LAST])
 
-    def load(path, **named):
+    def no_memory(*sizes, **named):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: not enough memory: you tried ...")
 
-    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(torch, "empty", no_memory)
     with pytest.raises(CheckpointError, match="cannot be read now"):
         newest_checkpoint(tmp_path)
 

@@ -1,27 +1,32 @@
-"""Checkpoint files with random damage: found and named, or harmless; the one before them is used.
+"""Checkpoint files with damage, or of somebody who means harm: named and passed over, or the run can use them."""
 
-FUZZ_EXAMPLES=10000 python -m pytest tests/engine/test_checkpoint_fuzz.py tries as many files as that in each test.
-"""
-
+import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import given
 
+from detection.config.run_config import ModelConfig
 from detection.engine.checkpoint import (
+    FORMAT,
     LAST,
     PREVIOUS,
+    VERSION,
     CheckpointError,
     load_checkpoint,
     newest_checkpoint,
 )
-from detection.engine.checkpoint_store import CheckpointStore
-from detection.engine.train_state import REQUIRED
-from detection.models import FasterRCNN, WeightsError, build_model, load_weights
-from tests.fuzzing import examples
+from detection.engine.checkpoint_store import CheckpointStore, continue_from
+from detection.engine.resume import check_resumable, ignored_on_resume, resumed_progress
+from detection.engine.train_state import stored_model
+from detection.models import build_model
+from tests.engine.checkpoint_states import state_at as plain_state
+from tests.fuzzing import DAMAGE, SEEDS, Damage, damaged, examples, with_odd_entries
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("bounded_memory")]
 
 
 def state_at(iteration: int) -> dict[str, Any]:
@@ -33,18 +38,7 @@ def state_at(iteration: int) -> dict[str, Any]:
         "empty": torch.zeros(0, 4),
     }
     momentum = {"conv.weight": {"momentum_buffer": torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(1))}}
-    return {
-        **dict.fromkeys(REQUIRED),
-        "iteration": iteration,
-        "iterations_per_epoch": 10,
-        "validation_due": False,
-        "best_map": 0.25,
-        "model": weights,
-        "optimizer": {"type": "SGD", "state": momentum},
-        "schedule": {"train_cfg": {"max_epochs": 12}, "param_scheduler": [{"type": "LinearLR"}]},
-        "class_names": ["circle", "dreieck ü"],
-        "config": {"train": {"batch_size": 2}},
-    }
+    return plain_state(iteration, model=weights, optimizer={"type": "SGD", "state": momentum}, best_map=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -63,40 +57,6 @@ def intact(folder: Path) -> bytes:
     return (folder / LAST).read_bytes()
 
 
-Damage = list[tuple[str, float, int, int]]
-PLACE = st.floats(0, 1, exclude_max=True)
-"""As a share of the file; the second half of a zip file is its directory, the first the pickle and the tensors."""
-CUT = st.tuples(st.just("cut"), PLACE, st.just(0), st.just(0))
-FLIP = st.tuples(st.just("flip"), PLACE, st.integers(0, 7), st.just(0))
-WRITE = st.tuples(st.sampled_from(["zero", "fill", "drop", "repeat"]), PLACE, st.just(0), st.integers(1, 600))
-DAMAGE = st.one_of(
-    st.lists(CUT, min_size=1, max_size=1),
-    st.lists(FLIP, min_size=1, max_size=1),
-    st.lists(FLIP | WRITE, min_size=1, max_size=8),
-    st.lists(FLIP | WRITE | CUT, min_size=1, max_size=3),
-)
-
-
-def damaged(content: bytes, damage: Damage) -> bytes:
-    altered = bytearray(content)
-    for how, share, bit, length in damage:
-        place = int(share * len(altered))
-        end = min(place + length, len(altered))
-        if how == "cut" or not altered:
-            del altered[place:]
-        elif how == "flip":
-            altered[place] ^= 1 << bit
-        elif how == "zero":
-            altered[place:end] = bytes(end - place)
-        elif how == "fill":
-            altered[place:end] = b"\xff" * (end - place)
-        elif how == "drop":
-            del altered[place:end]
-        else:
-            altered[place:place] = altered[place:end]
-    return bytes(altered)
-
-
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
@@ -105,7 +65,6 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and one == other
 
 
-@pytest.mark.slow
 @examples(300)
 @given(damage=DAMAGE)
 def test_damage_is_found_or_harmless_and_the_checkpoint_before_is_used(
@@ -133,35 +92,45 @@ def test_damage_is_found_or_harmless_and_the_checkpoint_before_is_used(
 
 
 @pytest.fixture(scope="module")
-def model() -> FasterRCNN:
-    return build_model("tiny", 2)
-
-
-@pytest.fixture(scope="module", params=["zip", "pickle"])
-def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small file of weights, in torch's present format and in the one of before 1.6."""
-    file = tmp_path_factory.mktemp("weights") / "weights.pth"
-    torch.save(
-        {
-            "state_dict": {"backbone.conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.ones(3)},
-            "meta": {"epoch": 1},
-        },
-        file,
-        _use_new_zipfile_serialization=request.param == "zip",
+def whole() -> dict[str, Any]:
+    """A checkpoint of which a run can be resumed, but for most of its weights."""
+    model = build_model("tiny", 2)
+    weights = dict(list(model.state_dict().items())[:4])
+    momentum = {name: {"momentum_buffer": torch.ones_like(tensor)} for name, tensor in weights.items()}
+    state = plain_state(
+        10,
+        model=weights,
+        ema=weights,
+        optimizer={"type": "SGD", "state": momentum},
+        model_config=asdict(model.config),
+        best_map=0.5,
+        best_epoch=1,
     )
-    return file
+    state["run"] |= {"augmentation": {}, "validation": {"digest": "0", "num_images": 6}}
+    return {"format": FORMAT, "version": VERSION, **state}
 
 
-@examples(150)
-@given(damage=DAMAGE)
-@example(damage=[("cut", share, 0, 0) for share in (0.25, 0.25, 0.1875)])  # inside a number of an old file
-@example(damage=[("cut", share, 0, 0) for share in (0.25, 0.25, 0.125)])
-def test_damaged_weights_are_refused_with_the_readers_own_error_or_read(
-    model: FasterRCNN, weights: Path, tmp_path: Path, damage: Damage
-) -> None:
-    file = tmp_path / "damaged.pth"
-    file.write_bytes(damaged(weights.read_bytes(), damage))
+@examples(100)
+@given(seed=SEEDS)
+def test_odd_entries_are_found_or_the_run_resumes(whole: dict[str, Any], tmp_path: Path, seed: int) -> None:
+    state = with_odd_entries(whole, random.Random(seed))
+    file = tmp_path / LAST
+    torch.save(state, file)
     try:
-        load_weights(model, str(file))
-    except WeightsError as error:
+        loaded = load_checkpoint(file)
+    except CheckpointError as error:
+        assert str(file) in str(error) and len(str(error)) < 1000
+        with pytest.raises(CheckpointError, match="no checkpoint is intact"):
+            newest_checkpoint(tmp_path)
+        return
+    assert newest_checkpoint(tmp_path) is not None
+    try:
+        lines = check_resumable(loaded, whole, 100) + ignored_on_resume(loaded, ModelConfig())
+        progress = resumed_progress(loaded, whole, 100)
+    except CheckpointError as error:
         assert str(file) in str(error)
+        return
+    assert all(isinstance(line, str) for line in lines)
+    continue_from(tmp_path, loaded, progress)
+    with pytest.raises(ValueError, match="its weights are not of its own model"):
+        stored_model(loaded.state)

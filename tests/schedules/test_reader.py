@@ -5,11 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import schedules
-from schedules import ParamwiseSettings, ScheduleError, load_schedule, schedule_from_dict
+from schedules import ParamwiseSettings, ScheduleError, load_schedule
 
 MMDETECTION_STYLE = """
 # training schedule for 1x
@@ -313,41 +311,6 @@ def test_a_name_that_is_no_schedule_lists_the_known_ones_or_says_why(name):
 
 def test_a_byte_order_mark_and_windows_lines_are_read(read):
     assert read(b"\xef\xbb\xbf" + MMDETECTION_STYLE.replace("\n", "\r\n").encode()) == load_schedule("1x")
-
-
-SOURCES = [MMDETECTION_STYLE] + [
-    (Path(schedules.__file__).parent / f"schedule_{name}.py").read_text() for name in ("1x", "20e")
-]
-SNIPPETS = st.sampled_from(
-    ["(", ")", "[", "]", "{", "}", ",", "=", "dict(", "-", "1e999", "None", "True", "'", '"""', "\n", "\0", "lambda:0",
-     "*", "**", ":", "0x", "\\", "é", "type", "0.5", "99999999999999999999", "end", "by_epoch", "#", "f'{1}'", "-1"]
-)  # fmt: skip
-
-
-@st.composite
-def mutated(draw):
-    text = draw(st.sampled_from(SOURCES))
-    for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(0, len(text)))
-        stop = start + draw(st.integers(0, 12))
-        text = text[:start] + draw(st.one_of(SNIPPETS, st.text(max_size=5))) + text[stop:]
-    return text.encode("utf-8", "surrogatepass")
-
-
-@pytest.mark.slow
-@settings(max_examples=600, deadline=None)
-@given(content=mutated())
-def test_a_mutated_file_gives_a_schedule_or_a_schedule_error(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "mutated.py"
-    path.write_bytes(content)
-    try:
-        schedule = load_schedule(path)
-    except ScheduleError as error:
-        assert str(path) in str(error)
-        return
-    assert schedule_from_dict(schedule.to_dict()) == schedule
-    for iteration in (0, 1, 499, 5000):
-        assert isinstance(schedule.learning_rate(iteration, 50), float)
 
 
 def test_the_package_imports_only_the_standard_library():

@@ -58,7 +58,10 @@ def test_of_a_checkpoint_the_moving_average_counts_and_a_mixture_is_told(average
     ("changes", "message"),
     [
         ({"class_names": ["a", "c"]}, "do not have the same class_names"),
-        ({"preprocessing": {"min_size": 80, "max_size": 96}}, "(min_size: 64 and 80)"),
+        (
+            {"preprocessing": {"min_size": 80, "max_size": 96}},
+            "other.pt do not have the same preprocessing (min_size: 64 and 80)",
+        ),
         ({"format": "something else"}, "no checkpoint or detector of this project"),
         ({"model": "another shape"}, "do not have the same tensors: rpn.conv.bias differs"),
         ({"model": "nan"}, "holds NaN or infinity"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.models.backbones import FrozenBatchNorm
-from detection.models.config import ModelError, model_config
+from detection.models.config import model_config
 from detection.models.detector import Detector, DetectorError
 from detection.models.faster_rcnn import FasterRCNN, model_from_config
 from detection.models.weights.files import WeightsError
@@ -93,12 +93,12 @@ def load_weights(
     """
     published = find_published(str(spec), model.backbone.name)
     path = Path(spec) if published is None else fetch(published)
-    stored = read_weights(path, map_location)
+    stored = read_weights(path)
     notes = list(stored.notes)
     source = f"{path if published is None else published.name} ({_LAYOUT_WORDS[stored.layout]})"
 
     own = clean_names(model.state_dict())
-    state = dict(stored.state)
+    state = {name: tensor.to(map_location) for name, tensor in stored.state.items()}
     refused = _foreign_norms(state, own)
     if refused:
         notes.append("the file's batch norms have no use for the model's group norms; those keep their initialization")
@@ -137,17 +137,12 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     stored = read_detector_file(path)
     payload = stored.payload
     try:
-        model = model_from_config(payload["model_config"])
-        model.load_state_dict(stored.state)
-        preprocessing = payload["preprocessing"]
-        detector = Detector(
-            model.eval(),
-            tuple(str(name) for name in payload["class_names"]),
-            tuple(int(number) for number in payload["category_ids"]),
-            int(preprocessing["min_size"]),
-            int(preprocessing["max_size"]),
-        )
-    except (ModelError, RuntimeError, KeyError, TypeError) as error:
+        names = tuple(str(name) for name in payload["class_names"])
+        category_ids = tuple(int(number) for number in payload["category_ids"])
+        sizes = tuple(int(payload["preprocessing"][side]) for side in ("min_size", "max_size"))
+        model = model_from_config(payload["model_config"], weights=stored.state)
+        detector = Detector(model.eval(), names, category_ids, *sizes)
+    except Exception as error:  # whatever settings of another kind make a model raise
         raise WeightsError(f"{path} does not hold together: {error}") from error
     if not len(detector.class_names) == len(detector.category_ids) == model.config.num_classes:
         raise WeightsError(
@@ -232,7 +227,9 @@ def _fit_box_head(
     for name in regressor_names(head):
         theirs, ours = state.get(name), own[name]
         # The four box outputs of the background are last, and nothing uses them.
-        if theirs is not None and abs(len(theirs) - len(ours)) == 4 and min(len(theirs), len(ours)) > 4:
+        if theirs is None or theirs.shape[1:] != ours.shape[1:]:
+            continue
+        if abs(len(theirs) - len(ours)) == 4 and min(len(theirs), len(ours)) > 4:
             state[name] = torch.cat((theirs[: len(ours)], ours[len(theirs) :].to(theirs)))
     return ()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +14,21 @@ import torch
 from torch import Tensor
 
 from detection.models.weights.files import WeightsError, read_weight_file
-from detection.models.weights.layouts import clean_names, recognize, stem_from_bgr, to_ours
+from detection.models.weights.layouts import (
+    box_heads,
+    classifier_names,
+    clean_names,
+    recognize,
+    regressor_names,
+    stem_from_bgr,
+    to_ours,
+)
 from detection.models.weights.sources import is_zero_eps_file
 
 CHECKPOINT_FORMAT = "detection-checkpoint"
 STRIPPED_FORMAT = "detector-weights"
 _STEM = "backbone.conv1.weight"
-_DETECTOR_ENTRIES = ("model_config", "class_names", "category_ids", "preprocessing")
+_DETECTOR_ENTRIES = {"model_config": dict, "class_names": list, "category_ids": list, "preprocessing": dict}
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,17 @@ class StoredWeights:
 
 
 def _is_ours(payload: Mapping[str, Any]) -> bool:
-    return payload.get("format") in (CHECKPOINT_FORMAT, STRIPPED_FORMAT)
+    name = payload.get("format")
+    return isinstance(name, str) and name in (CHECKPOINT_FORMAT, STRIPPED_FORMAT)
 
 
-def read_weights(path: Path, map_location: str | torch.device = "cpu") -> StoredWeights:
+def read_weights(path: Path) -> StoredWeights:
     """Reads a file of ours, torchvision's, MMDetection's or Detectron2's and translates its names and
-    tensors.
+    tensors, which are on the CPU.
 
     Raises WeightsError where it cannot be read or is none of these.
     """
-    payload = read_weight_file(path, map_location)
+    payload = read_weight_file(path)
     if not isinstance(payload, Mapping):
         raise WeightsError(f"{path} holds a {type(payload).__name__}, not a dictionary of weights")
     found, notes = _find_state(path, payload)
@@ -67,16 +78,28 @@ def read_weights(path: Path, map_location: str | torch.device = "cpu") -> Stored
             f"the names in {path} are of no known layout ({', '.join(list(state)[:4])}, ...). Readable are our "
             "checkpoints, Faster R-CNNs of torchvision, MMDetection and Detectron2, and torchvision's ResNets"
         )
-    ours, origin = to_ours(state, layout)
-    if _is_ours(payload):
-        config = payload.get("model_config") or {}
-        norm_eps, stride_in_1x1 = config.get("norm_eps"), config.get("stride_in_1x1")
-    else:
-        norm_eps = 0.0 if layout == "torchvision" and is_zero_eps_file(path) else None
-        stride_in_1x1, undivided_bgr = _input_and_strides(layout, state, payload)
-        if undivided_bgr and _STEM in ours:
-            ours[_STEM] = stem_from_bgr(ours[_STEM])
-            notes.append("the stem was turned from the input it was made for (BGR, undivided) to ours (RGB, divided)")
+    try:
+        ours, origin = to_ours(state, layout)
+        if _is_ours(payload):
+            config = payload["model_config"] if isinstance(payload.get("model_config"), dict) else {}
+            norm_eps = config["norm_eps"] if isinstance(config.get("norm_eps"), float) else None
+            stride_in_1x1 = config["stride_in_1x1"] if isinstance(config.get("stride_in_1x1"), bool) else None
+        else:
+            norm_eps = 0.0 if layout == "torchvision" and is_zero_eps_file(path) else None
+            stride_in_1x1, undivided_bgr = _input_and_strides(layout, state, payload)
+            if undivided_bgr and _STEM in ours:
+                ours[_STEM] = stem_from_bgr(ours[_STEM])
+                notes.append(
+                    "the stem was turned from the input it was made for (BGR, undivided) to ours (RGB, divided)"
+                )
+    except (IndexError, RuntimeError) as error:
+        raise WeightsError(f"{path}: a tensor has not the shape that its name calls for ({error})") from error
+    for head in box_heads(ours):
+        for names, rows in ((classifier_names(head), 1), (regressor_names(head), 4)):
+            for name, dimensions in zip(names, (2, 1), strict=True):
+                shape = ours[name].shape if name in ours else None
+                if shape is not None and (len(shape) != dimensions or shape[0] < max(2, rows) or shape[0] % rows):
+                    raise WeightsError(f"{path}: {origin.get(name, name)} has the shape {list(shape)}")
     return StoredWeights(ours, origin, layout, norm_eps, stride_in_1x1, tuple(notes), payload)
 
 
@@ -88,9 +111,14 @@ def read_detector_file(path: Path) -> StoredWeights:
             f"{path} is no checkpoint or detector of this project: it holds weights alone, without class names and the "
             "model's settings; make a detector of it with scripts/convert_weights.py --to ours"
         )
-    for key in _DETECTOR_ENTRIES:
+    for key, kind in _DETECTOR_ENTRIES.items():
         if stored.payload.get(key) is None:
             raise WeightsError(f"{path} lacks {key!r}, which a detector needs")
+        with contextlib.suppress(TypeError, ValueError):
+            json.dumps(stored.payload[key])  # of nothing but plain values
+            if isinstance(stored.payload[key], kind):
+                continue
+        raise WeightsError(f"{path} does not hold together: {key!r} is not what a detector needs")
     return stored
 
 
@@ -143,12 +171,15 @@ def stripped_file(
 
 def _find_state(path: Path, payload: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """The names and tensors inside what a training program saved, and what to say about the choice."""
+    notes = []
     if _is_ours(payload):
         if isinstance(payload.get("ema"), Mapping):
-            return dict(payload["ema"]), ["the checkpoint's moving average (EMA) of the weights was taken"]
-        if not isinstance(payload.get("model"), Mapping):
+            payload = payload["ema"]
+            notes.append("the checkpoint's moving average (EMA) of the weights was taken")
+        elif isinstance(payload.get("model"), Mapping):
+            payload = payload["model"]
+        else:
             raise WeightsError(f"{path} calls itself a {payload['format']} but has no weights under 'model'")
-        return dict(payload["model"]), []
     for key in ("state_dict", "model"):
         if isinstance(payload.get(key), Mapping) and payload[key]:
             payload = payload[key]
@@ -159,7 +190,7 @@ def _find_state(path: Path, payload: Mapping[str, Any]) -> tuple[dict[str, Tenso
     if not tensors:
         keys = ", ".join(map(str, list(payload)[:8]))
         raise WeightsError(f"there are no weights in {path}; it holds {keys or 'nothing'}")
-    return tensors, []
+    return tensors, notes
 
 
 def _tensor(value: Any) -> Tensor | None:
@@ -219,8 +250,8 @@ def _check_same_model(first_path: Path, first: StoredWeights, path: Path, stored
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             field = next(field for field in {**one, **other} if one.get(field) != other.get(field))
             detail = f" ({field}: {one.get(field)} and {other.get(field)})"
-        raise WeightsError(f"{path} and {first_path} do not have the same {key}{detail}; only equal models average")
+        raise WeightsError(f"{first_path} and {path} do not have the same {key}{detail}; only equal models average")
     shapes, others = ({name: tensor.shape for name, tensor in s.state.items()} for s in (first, stored))
     if shapes != others:
         name = next(name for name in {**shapes, **others} if shapes.get(name) != others.get(name))
-        raise WeightsError(f"{path} and {first_path} do not have the same tensors: {name} differs")
+        raise WeightsError(f"{first_path} and {path} do not have the same tensors: {name} differs")

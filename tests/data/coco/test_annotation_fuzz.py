@@ -1,11 +1,7 @@
-"""Annotation files with random faults: the reader's own error comes out, or arrays that everything after can use.
-
-FUZZ_EXAMPLES=10000 python -m pytest tests/data/coco/test_annotation_fuzz.py tries as many files as that in each test.
-"""
+"""Annotation files with random faults: the reader's own error comes out, or arrays that everything after can use."""
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,9 @@ from PIL import Image
 from data import AnnotationError, CocoAnnotations, CocoDataset, DatasetError, check_pair, check_split, read_coco
 from data.coco.annotations import find_fatal
 from tests.data.coco.valid import VALID
-from tests.fuzzing import examples
+from tests.fuzzing import examples, places
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("bounded_memory")]
 
 # Written as text of its own into the JSON: json.dumps refuses them.
 RAW = {"<deep>": "[" * 100_000, "<deep closed>": "[" * 3000 + "]" * 3000, "<digits>": "7" * 5000, "<bare>": "NaNa"}
@@ -38,14 +36,7 @@ ODD_VALUES = st.one_of(
 DELETE, TWICE = object(), object()
 
 
-def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from _places(inner, (*path, key))
-
-
-PLACES = [path for path in _places(VALID) if path]
+PLACES = [path for path in places(VALID) if path]
 
 
 def mutated(changes: list[tuple[tuple, Any]]) -> str:
@@ -123,7 +114,6 @@ def judge(file: Path, images: Path) -> None:
 CHANGES = st.tuples(st.sampled_from(PLACES), ODD_VALUES | st.just(DELETE) | st.just(TWICE))
 
 
-@pytest.mark.slow
 @examples(300)
 @given(changes=st.lists(CHANGES, min_size=1, max_size=4), cut=st.none() | st.none() | st.none() | st.integers(0, 900))
 def test_odd_values_anywhere_give_sound_arrays_or_the_readers_own_error(
@@ -134,7 +124,6 @@ def test_odd_values_anywhere_give_sound_arrays_or_the_readers_own_error(
     judge(file, images)
 
 
-@pytest.mark.slow
 @examples(200)
 @given(
     damage=st.lists(

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from detection.models.weights.files import StandIn, WeightsError, read_weight_file
+from detection.models.weights.files import WeightsError, read_weight_file
+from detection.models.weights.pickles import StandIn
 
 WEIGHTS = {"layer1.0.conv1.weight": torch.arange(6.0).reshape(2, 3)}
 
@@ -177,6 +178,8 @@ def test_python_2s_pickles_are_read(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(WeightsError, match="nowhere.pth"):
         read_weight_file(tmp_path / "nowhere.pth")
+    with pytest.raises(WeightsError, match="/dev/null is not a regular file"):
+        read_weight_file(pathlib.Path("/dev/null"))
 
 
 @pytest.mark.parametrize("write", WRITERS)

@@ -14,15 +14,13 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from detection.engine.checkpoint import FORMAT, VERSION, CheckpointError, load_checkpoint
-from detection.engine.train_state import REQUIRED
+from tests.engine.checkpoint_states import state_at
 
 
 def state(iteration: int, weight: float, output_dir: str) -> dict:
-    told = dict.fromkeys(REQUIRED)
-    told |= {"format": FORMAT, "version": VERSION, "iteration": iteration, "validation_due": False}
-    told["config"] = {"output": {"output_dir": output_dir, "resume": None}, "train": {"seed": 0}}
-    told["model"] = {"weight": torch.tensor([weight, float("nan")]), "many": torch.zeros(5000)}
-    return told
+    config = {"model": {"weights": "none"}, "output": {"output_dir": output_dir, "resume": None}, "train": {"seed": 0}}
+    weights = {"weight": torch.tensor([weight, float("nan")]), "many": torch.zeros(5000)}
+    return {"format": FORMAT, "version": VERSION, **state_at(iteration, config=config, model=weights)}
 
 
 @pytest.fixture
