@@ -11,11 +11,12 @@ from typing import Any
 from schedules.checks import dictionary, flag, number, optional, read_dict
 from schedules.errors import Place
 
-_RATIO = {"check": optional(number(at_least=0))}
+_MULTIPLIER = number(at_least=0, at_most=1000)
+_RATIO = {"check": optional(_MULTIPLIER)}
 
 
 def _custom_keys(value: Any, place: Place) -> dict[str, tuple[float, float]]:
-    keys = dict.fromkeys(("lr_mult", "decay_mult"), (number(at_least=0), 1.0))
+    keys = dict.fromkeys(("lr_mult", "decay_mult"), (_MULTIPLIER, 1.0))
     custom = {key: read_dict(one, place.at(key), keys) for key, one in dictionary(value, place).items()}
     return {key: (mult["lr_mult"], mult["decay_mult"]) for key, mult in custom.items()}
 

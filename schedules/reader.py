@@ -246,7 +246,9 @@ def _betas(value: Any, place: Place) -> tuple[float, float]:
 
 
 _LR = number(above=0, at_most=1000)
-_RATIO = number(at_least=0)
+_RATIO = number(at_least=0, at_most=1000)
+_SHARE = number(at_least=0, at_most=1)
+_LOSS_SCALE = number(at_least=1e-6, at_most=1e30)  # what float32 holds, with room for gradients
 _IMPLEMENTATION: Keys = {"foreach": (optional(flag), None), "fused": (optional(flag), None)}
 _ADAM: Keys = {
     "lr": _LR,
@@ -259,8 +261,8 @@ _ADAM: Keys = {
 OPTIMIZERS: dict[str, Keys] = {  # the defaults are torch's own
     "SGD": {
         "lr": _LR,
-        "momentum": (_RATIO, 0.0),
-        "dampening": (number(), 0.0),
+        "momentum": (_SHARE, 0.0),
+        "dampening": (_SHARE, 0.0),
         "weight_decay": (_RATIO, 0.0),
         "nesterov": (flag, False),
         **_IMPLEMENTATION,
@@ -278,9 +280,9 @@ def _clip_grad(value: Any, place: Place) -> ClipGrad:
 def _loss_scale(value: Any, place: Place) -> str | float | dict[str, Any]:
     if isinstance(value, dict):
         keys: Keys = {
-            "init_scale": (number(above=0), None),
-            "growth_factor": (number(above=1), None),
-            "backoff_factor": (number(above=0, at_most=1), None),
+            "init_scale": (_LOSS_SCALE, None),
+            "growth_factor": (number(above=1, at_most=1000), None),
+            "backoff_factor": (number(at_least=0.001, at_most=1), None),
             "growth_interval": (whole(1), None),
             # Without a scale, small float16 gradients become 0; bfloat16 is what needs none.
             "enabled": (choice(True, hint=" (dtype='bfloat16' trains without a loss scale)"), None),
@@ -290,9 +292,9 @@ def _loss_scale(value: Any, place: Place) -> str | float | dict[str, Any]:
     if value == "dynamic":
         return "dynamic"
     try:
-        return number(above=0)(value, place)
+        return _LOSS_SCALE(value, place)
     except ScheduleError:
-        raise place.unfit("must be 'dynamic', a finite number > 0, or dict(init_scale=...)", value) from None
+        raise place.unfit("must be 'dynamic', a number from 1e-6 to 1e30, or dict(init_scale=...)", value) from None
 
 
 def _paramwise(value: Any, place: Place) -> ParamwiseSettings:
@@ -305,7 +307,7 @@ _WRAPPER_KEYS: Keys = {
     "constructor": (optional(choice("DefaultOptimWrapperConstructor")), None),
     "optimizer": _optimizer,
     "clip_grad": (optional(_clip_grad), None),
-    "accumulative_counts": (whole(1), 1),
+    "accumulative_counts": (whole(1, 4096), 1),
     "paramwise_cfg": (optional(_paramwise), None),
 }
 _OPTIM_WRAPPERS: dict[str, Keys] = {

@@ -29,7 +29,7 @@ class OptimizerSettings:
 
 
 def _norm_type(value: Any, place: Place) -> float:
-    return float("inf") if value in ("inf", float("inf")) else number(above=0)(value, place)
+    return float("inf") if value in ("inf", float("inf")) else number(at_least=0.1, at_most=100)(value, place)
 
 
 @dataclass(frozen=True)

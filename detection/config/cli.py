@@ -85,7 +85,7 @@ def _model_setting(text: str) -> tuple[str, Any]:
         if not equals:
             raise ValueError
         return key.strip(), ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # whatever a text's parser raises
         raise ConfigError(
             f"--model-set {text}: write it as KEY=VALUE with a Python literal, e.g. --model-set score_threshold=0.01 "
             "or --model-set anchor_sizes=[16,32,64,128,256]"

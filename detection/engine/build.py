@@ -13,6 +13,7 @@ from torch import nn
 from data import CocoAnnotations, CocoDataset
 from detection.config import ConfigError
 from detection.config.run_config import RunConfig
+from detection.engine.accelerate.cuda_graphs import require_cuda_graphs
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
@@ -66,6 +67,8 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
             "--skip-nonfinite does not go with an optimizer's dampening, foreach=True or fused=False: only a fused "
             "step can be skipped on the device. Leave one of them away"
         )
+    if config.train.cuda_graphs:
+        require_cuda_graphs(device)
     if config.mode != "test":
         resolve_backend(config.output.eval_backend)
     resume, overwrite = config.output.resume, config.output.overwrite

@@ -25,7 +25,7 @@ from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.nonfinite import KeepEveryStep, NonFiniteGuard
-from detection.engine.optim.optimizer import build_optimizer, parameter_facts
+from detection.engine.optim.optimizer import build_optimizer, parameter_facts, set_learning_rate
 from detection.engine.optim.update import ParameterUpdate
 from detection.engine.resume import check_resumable, resumed_progress
 from detection.engine.run_dir import RunDirError, write_json
@@ -46,7 +46,7 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
     loader = _train_loader(context, components, workers=context.num_workers)
     graphs = None
     if config.train.cuda_graphs:
-        graphs = run_on_all_ranks(processes, partial(cuda_step_graphs, processes, components.model, console.warn))
+        graphs = run_on_all_ranks(processes, partial(cuda_step_graphs, components.model, console.warn))
     state = _build_state(context, components, loader, checkpoint, changes)
     progress = state.progress
     if progress.iteration >= state.num_iterations and not progress.validation_due:
@@ -125,9 +125,13 @@ def _build_state(
         changes = changes + run_on_all_ranks(processes, partial(check_resumable, checkpoint, facts, num_iterations))
         progress = resumed_progress(checkpoint, facts, num_iterations)
     console.say(describe_run(context, components, loader, progress, changes=changes, notes=notes))
+    optimizer = build_optimizer(model, schedule)
+    # Of every group: a multiplier may take its rate beyond what is possible.
+    first = partial(set_learning_rate, optimizer, schedule, progress.iteration, loader.iterations_per_epoch)
+    run_on_all_ranks(processes, first)
     state = TrainState(
         model,
-        build_optimizer(model, schedule),
+        optimizer,
         Precision(schedule.amp or "off", processes.device, schedule.loss_scale),
         AveragedModel(model, config.train.ema) if config.train.ema is not None else None,
         schedule,

@@ -40,6 +40,11 @@ def test_a_backend_that_is_not_installed_is_told_by_a_dry_run(start, tmp_path, m
         start(tmp_path / "run", "--eval-backend", "hotcoco", "--data-path", tmp_path / "nothing", "--dry-run")
 
 
+def test_cuda_graphs_on_a_cpu_are_refused_before_missing_data(start, tmp_path):
+    with pytest.raises(RunError, match="--cuda-graphs is for GPUs: leave it away on a CPU"):
+        start(tmp_path / "run", "--cuda-graphs", "--data-path", tmp_path / "nothing")
+
+
 def test_float16_on_a_cpu_is_warned_of(start, tmp_path, capsys):
     assert start(tmp_path / "run", "--amp", "fp16", "--dry-run") == 0
     assert (

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data import WorkerError
 from detection.config import RunConfig
 from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
-from detection.engine import RunError
+from detection.engine import RunError, build
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.evaluator import Evaluator
 from detection.engine.metrics.logger import MetricLogger
@@ -348,6 +348,19 @@ def test_a_checkpoint_from_before_there_was_a_setting_counts_as_one_with_its_def
     checkpoint = checkpoint_of(RunConfig())
     del checkpoint.state["config"]["train"]["channels_last"], checkpoint.state["config"]["augmentation"]
     assert resumed_settings(checkpoint, RunConfig()) == (RunConfig(), [])
+
+
+def test_batch_norm_is_synchronized_as_before_where_the_command_line_forgets_it(
+    start, tmp_path, monkeypatch, capsys, load
+):
+    synchronized = []
+    monkeypatch.setattr(build, "synchronize_batch_norm", lambda model, device: synchronized.append(model))
+    assert start(tmp_path / "run", "--sync-bn", "--max-epochs", "1", "--limit-train-batches", "1") == 0
+    assert start(tmp_path / "run", "--resume", "--limit-train-batches", "1") == 0
+    assert len(synchronized) == 2
+    assert "--sync-bn: on in the checkpoint, off now; the checkpoint wins" in capsys.readouterr().out
+    # The next resume finds what the run was trained with, and not what the command line said.
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["config"]["model"]["sync_bn"] is True
 
 
 def test_another_loss_scale_of_the_command_line_is_used(start, tmp_path, load, capsys):

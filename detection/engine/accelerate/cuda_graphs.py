@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from detection.config import ConfigError
-from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.sync_batch_norm import has_synchronized_batch_norm
 from detection.models import ImageBatch, TargetBatch, describe_kernels, uses_triton
 
@@ -154,20 +153,23 @@ class CudaGraphBackend:
         return replay
 
 
-def cuda_step_graphs(processes: Processes, model: nn.Module, warn: Callable[[str], None]) -> StepGraphs:
-    """Graphs for a training on a GPU.
-
-    Raises:
-        ConfigError: this training's passes cannot be recorded: they run on a CPU, ask the device, or talk to other
-            processes.
-    """
-    if processes.device.type != "cuda":
+def require_cuda_graphs(device: torch.device) -> None:
+    """Raises ConfigError where no training's passes can be recorded: on a CPU, and where they ask the device."""
+    if device.type != "cuda":
         raise ConfigError("--cuda-graphs is for GPUs: leave it away on a CPU")
-    if not uses_triton(processes.device):
+    if not uses_triton(device):
         raise ConfigError(
             "--cuda-graphs needs the Triton kernels, because PyTorch's own suppression waits for the host; here are "
-            f"{describe_kernels(processes.device)}"
+            f"{describe_kernels(device)}"
         )
+
+
+def cuda_step_graphs(model: nn.Module, warn: Callable[[str], None]) -> StepGraphs:
+    """Graphs for a training on a device that has passed require_cuda_graphs.
+
+    Raises:
+        ConfigError: this training's passes cannot be recorded, because they talk to other processes.
+    """
     if has_synchronized_batch_norm(model):
         raise ConfigError(
             "--cuda-graphs does not go with --sync-bn, whose forward pass talks to the other processes: leave one of "

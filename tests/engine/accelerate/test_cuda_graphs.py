@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from detection.config import ConfigError
-from detection.engine import train
+from detection.engine import build, train
 from detection.engine.accelerate import cuda_graphs
-from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, StepGraphs, cuda_step_graphs
+from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, StepGraphs, cuda_step_graphs, require_cuda_graphs
 from detection.engine.distributed.comm import Processes
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.trainer import Trainer
@@ -155,12 +155,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, code_of_gpus: None) -> list[StepGrap
     """--cuda-graphs with the stand-in; the graphs of each training."""
     made: list[StepGraphs] = []
 
-    def graphs(processes: Processes, model: nn.Module, warn: Any) -> StepGraphs:
+    def graphs(model: nn.Module, warn: Any) -> StepGraphs:
         recorder = OperatorRecorder()
         recorder.untouched = lambda: [p.grad for p in model.parameters() if p.requires_grad]
         made.append(StepGraphs(recorder, warn))
         return made[-1]
 
+    monkeypatch.setattr(build, "require_cuda_graphs", lambda device: None)
     monkeypatch.setattr(train, "cuda_step_graphs", graphs)
     return made
 
@@ -222,8 +223,8 @@ def test_a_gradient_that_graphs_no_longer_reach_is_an_error_at_the_next_log(on_c
         start(tmp_path / "run", "--cuda-graphs", "--norm", "gn", "--log-interval", "1")
 
 
-def test_graphs_that_cannot_be_recorded_are_told_and_the_training_goes_on(monkeypatch, start, tmp_path, capsys):
-    monkeypatch.setattr(train, "cuda_step_graphs", lambda processes, model, warn: StepGraphs(Refuser(), warn))
+def test_graphs_that_cannot_be_recorded_are_told_and_the_training_goes_on(on_cpu, monkeypatch, start, tmp_path, capsys):
+    monkeypatch.setattr(train, "cuda_step_graphs", lambda model, warn: StepGraphs(Refuser(), warn))
     assert start(tmp_path / "run", "--cuda-graphs", "--norm", "gn") == 0
     said = capsys.readouterr()
     assert "cannot be recorded as a CUDA graph, they run without: operation not permitted" in said.out + said.err
@@ -246,4 +247,5 @@ def test_passes_that_no_graph_can_hold_are_refused_before_the_training(
     if synchronized:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     with pytest.raises(ConfigError, match=message):
-        cuda_step_graphs(Processes(0, 0, 2, 2, torch.device(device)), model, pytest.fail)
+        require_cuda_graphs(torch.device(device))
+        cuda_step_graphs(model, pytest.fail)
