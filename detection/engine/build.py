@@ -68,7 +68,7 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
             "step can be skipped on the device. Leave one of them away"
         )
     if config.train.cuda_graphs:
-        require_cuda_graphs(device)
+        require_cuda_graphs(processes.device)
     if config.mode != "test":
         resolve_backend(config.output.eval_backend)
     resume, overwrite = config.output.resume, config.output.overwrite

@@ -165,7 +165,7 @@ class OurStep:
             for group in optimizer.param_groups:
                 group.update(fused=False, foreach=None)
         self.precision = Precision(variant.amp, work.device)
-        graphs = cuda_step_graphs(processes, self.model, self._refuse) if variant.graphs else None
+        graphs = cuda_step_graphs(self.model, self._refuse) if variant.graphs else None
         buckets = GradientBuckets(trained_parameters(optimizer), processes, stay=graphs is not None)
         self.gradients = GradientComputer(self.model, buckets, self.precision, guard, accumulate=1, graphs=graphs)
         length = work.loader.iterations_per_epoch

@@ -68,5 +68,7 @@ def test_a_combination_trains_and_resumes_or_is_refused_by_a_dry_run_too(number,
     trained = outcome(row)
     assert planned == trained or "not finite" in trained
     if not trained:
-        # Resumed with other options, but for those without which it is another run.
-        outcome({**ROWS[(number + 1) % len(ROWS)], **{group: row[group] for group in OF_A_RUN}}, "--resume")
+        # Resumed with other options, but for those without which it is another run; evaluated with any.
+        other = ROWS[(number + 1) % len(ROWS)]
+        outcome({**other, **{group: row[group] for group in OF_A_RUN}}, "--resume")
+        outcome(other, "--val-only", "--resume")
