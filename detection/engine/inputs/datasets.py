@@ -120,7 +120,8 @@ def read_annotations(config: DataConfig, processes: Processes, *, mode: str) -> 
         def take() -> None:
             for path in _annotation_files(config, mode):
                 if path not in read:
-                    annotations = shared_coco(path, words[str(path)])
+                    # Another command line may name another file; that they agree is checked later.
+                    annotations = shared_coco(path, words[str(path)]) if str(path) in words else None
                     read[path] = annotations or read_coco(path, cache_dir=cache_folder())
 
         words = run_on_each_node(processes, share)
