@@ -115,6 +115,40 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"iteration": "2"}, "iteration is a str"),
+        ({"validation_due": 1}, "validation_due is a int"),
+        ({"model": {"w": [1.0]}}, "model.w is a list"),
+        ({"model": {1: torch.ones(1)}}, "model has a key that is not text"),
+        ({"ema": {"w": None}}, "ema.w is a NoneType"),
+        ({"class_names": ["a", 1]}, "class_names.1 is a int"),
+        ({"run": {}}, "run lacks model_name, seed, "),
+        ({"schedule": {"lr": torch.ones(1)}}, "schedule holds other than plain values"),
+        ({"skipped_steps": None}, "skipped_steps is a NoneType"),
+    ],
+)
+def test_a_checkpoint_with_entries_of_another_kind_is_a_broken_one(changes: dict, words: str, tmp_path: Path):
+    save(tmp_path, 1, ["epoch_0001.pt"])
+    torch.save({"format": checkpoint.FORMAT, "version": 1, **state_at(2), **changes}, tmp_path / LAST)
+    with pytest.raises(CheckpointError, match=f"{LAST}: an incomplete or altered checkpoint: {words}"):
+        load_checkpoint(tmp_path / LAST)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.state["iteration"] == 1 and len(found.skipped) == 1
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path: Path):
+    save(tmp_path, 1, [LAST])
+    with zipfile.ZipFile(tmp_path / LAST) as archive:
+        members = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / LAST, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match=r"last\.pt: not a readable checkpoint \(its member .* is compressed"):
+        load_checkpoint(tmp_path / LAST)
+
+
 def test_what_is_saved_is_checksummed(tmp_path: Path):
     save(tmp_path, 1, [LAST])
     with zipfile.ZipFile(tmp_path / LAST) as archive:
