@@ -112,7 +112,7 @@ start_nodes() {
         TWO_NODE_TEST="$name-$node" OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="$interface" \
             "${inside[@]}" "$PYTHON" -m torch.distributed.run --nnodes="$nnodes" --nproc_per_node=1 \
             --max-restarts="$restarts" --rdzv_backend=c10d --rdzv_endpoint="${address[a]}:$port" --rdzv_id="$name" \
-            --rdzv_conf=is_host="$([ "$node" = a ] && echo true || echo false)",join_timeout=300,last_call_timeout=20 \
+            --rdzv_conf=is_host="$([ "$node" = a ] && echo true || echo false)",join_timeout=300,last_call_timeout=20,read_timeout=300 \
             --local_addr="${address[$node]}" \
             train.py --dataset shapes --data-path "$work/shapes" --model faster_rcnn_r18_fpn --weights none --device cpu \
             --model-set fpn_channels=16 --model-set roi_hidden_channels=32 --model-set roi_samples_per_image=32 \
