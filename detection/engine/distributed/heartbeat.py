@@ -32,6 +32,8 @@ _MARKS = ("gloo", "nccl", "connection closed", "connection reset", "connection w
 _NETWORK_ERRORS = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 
 T = TypeVar("T")
+Sign = dict[str, Any] | None
+"""What a process has last written: beats, pid, host, at, waits_for, last_words. None: nothing, or it cannot be read."""
 
 
 class LostProcess(DetectionError):
@@ -136,14 +138,32 @@ class Heartbeat:
             self._sign()
 
     def _beat_on(self) -> None:
+        looked_for, looked_at, before = 0.0, 0.0, None
         while not self._over.wait(BEAT_SECONDS):
             self._sign()
-            if self._waits_for is not None and time.monotonic() - self._waits_since >= self._allowed:
-                self._end_here(self._waits_since)
+            since, now = self._waits_since, time.monotonic()
+            if self._waits_for is None or now < since:
+                continue
+            if now - since >= self._allowed:
+                self._end_here(since)
+            # gloo does not notice every death. What may take hours is waited for only while all give signs of life.
+            if looked_for != since:
+                looked_for, looked_at, before = since, since, None
+            if now - looked_at >= self._limit / 2:
+                after = self._signs()
+                if before is not None and any(map(self._is_lost, range(self._world_size), before, after)):
+                    self._end_here(since)
+                looked_at, before = now, after
+
+    def _is_lost(self, rank: int, before: Sign, after: Sign) -> bool:
+        if rank == self._rank or before is None:
+            return False
+        return after is None or before["beats"] == after["beats"]
 
     def _end_here(self, since: float) -> None:
         # The main thread hangs in a collective, from which nothing but the end of the process brings it back.
-        text = self.report(f"nothing came for {self._allowed / 60:g} minutes (--collective-timeout)")
+        minutes = (time.monotonic() - since) / 60
+        text = self.report(f"nothing came for {minutes:.2g} minutes (--collective-timeout {self._limit / 60:g})")
         if self._waits_for is None or self._waits_since != since:  # it came after all
             return
         self._last_words = f"gave up waiting for {self._waits_for}"
@@ -164,10 +184,10 @@ class Heartbeat:
         text = json.dumps(sign)
         self._ask(lambda: self._store.set(str(self._rank), text), None)
 
-    def _signs(self) -> list[dict[str, Any] | None]:
+    def _signs(self) -> list[Sign]:
         """The latest sign of each process; None where the store does not answer or it never gave any."""
 
-        def read(rank: int) -> dict[str, Any] | None:
+        def read(rank: int) -> Sign:
             return json.loads(self._store.get(str(rank))) if self._store.check([str(rank)]) else None
 
         return self._ask(lambda: [read(rank) for rank in range(self._world_size)], [None] * self._world_size)

@@ -1,5 +1,6 @@
 """A process that is lost, stuck or fails alone: the others end soon, and say which it was and what they waited for."""
 
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -61,9 +62,38 @@ class SilentStore:
         return False
 
 
+class StoreOfTheDead:
+    """Process 0 has written its last sign."""
+
+    def __init__(self) -> None:
+        self.content = {"0": json.dumps({"beats": 7, "pid": 4, "host": "node0", "at": "starting", "last_words": None})}
+
+    def set(self, key: str, value: str) -> None:
+        self.content[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return keys[0] in self.content
+
+    def get(self, key: str) -> str:
+        return self.content[key]
+
+
 def test_a_store_that_never_answers_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "STORE_SECONDS", 0.1)
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
     here = heartbeat.Heartbeat(SilentStore(), 1, 3, timedelta(minutes=1))  # type: ignore[arg-type]
     assert "store of the run, on process 0's machine, does not answer" in here.report("nothing came")
     here.close("lost contact as well")
+
+
+def test_what_may_take_hours_is_not_waited_for_where_its_process_is_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+    is_over = threading.Event()
+    monkeypatch.setattr(heartbeat.os, "_exit", lambda status: is_over.set())
+    here = heartbeat.Heartbeat(StoreOfTheDead(), 1, 2, timedelta(seconds=0.2))  # type: ignore[arg-type]
+    with here.waiting("what process 0 does alone", timedelta(hours=3)):
+        assert is_over.wait(60)
+    here.close()
+    assert "process 0 (pid 4 on node0) gives no sign of life" in capsys.readouterr().err
