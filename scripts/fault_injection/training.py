@@ -62,7 +62,8 @@ class Training:
         settings = (
             "--model faster_rcnn_r18_fpn --weights none --workers 0 --min-size 64 --max-size 96 --batch-size 1 "
             f"--limit-train-batches {ITERATIONS_PER_EPOCH} --log-interval 1 --keep-checkpoints 2 "
-            f"--collective-timeout 0.5 --device {self.device} --max-epochs {self.epochs} --checkpoint-iterations {self.checkpoint_iterations}"
+            f"--collective-timeout 1 --device {self.device} --max-epochs {self.epochs} "
+            f"--checkpoint-iterations {self.checkpoint_iterations}"
         )
         words = ["--data-path", str(self.data), "--output-dir", str(output), *settings.split()]
         words += [word for setting in SMALL_MODEL for word in ("--model-set", setting)]
