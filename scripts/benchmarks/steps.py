@@ -21,7 +21,7 @@ from benchmarks.figures import BenchmarkError
 from benchmarks.scenes import open_images
 from data import DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine.accelerate.compile import compile_for_training, prepare_compiler
-from detection.engine.accelerate.cuda_graphs import cuda_step_graphs
+from detection.engine.accelerate.cuda_graphs import cuda_step_graphs, require_cuda_graphs
 from detection.engine.distributed.comm import Processes
 from detection.engine.metrics.step_metrics import StepMetrics
 from detection.engine.optim.amp import Precision
@@ -165,6 +165,8 @@ class OurStep:
             for group in optimizer.param_groups:
                 group.update(fused=False, foreach=None)
         self.precision = Precision(variant.amp, work.device)
+        if variant.graphs:
+            require_cuda_graphs(work.device)
         graphs = cuda_step_graphs(self.model, self._refuse) if variant.graphs else None
         buckets = GradientBuckets(trained_parameters(optimizer), processes, stay=graphs is not None)
         self.gradients = GradientComputer(self.model, buckets, self.precision, guard, accumulate=1, graphs=graphs)
