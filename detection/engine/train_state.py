@@ -146,8 +146,8 @@ SHAPE: dict[str, Any] = {
     "category_ids": EachIs(list, (int,)),
     "preprocessing": {"min_size": (int,), "max_size": (int,)},
     "run": {
-        "model_name": (str,),
-        "seed": (int,),
+        "model_name?": (str,),
+        "seed?": (int,),
         "global_batch_size": (int,),
         "world_size": (int,),
         "data_digest": (str,),
