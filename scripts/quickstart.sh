@@ -20,6 +20,11 @@ fi
 
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 processes=$((gpus > 0 ? gpus : 2))
+# Where a device has instructions for bfloat16 it is faster than float32, elsewhere much slower.
+amp=$(python -c "
+import torch
+from detection.engine.optim.amp import multiplies_bfloat16
+print('bf16' if multiplies_bfloat16(torch.device('cuda' if $gpus else 'cpu')) else 'off')")
 
 # A detector of the size that small images of simple things need; everything else is as on COCO.
 set -x
@@ -27,7 +32,7 @@ torchrun --nproc_per_node="$processes" train.py --schedule 1x \
     --dataset shapes --model faster_rcnn_r18_fpn --weights none \
     --model-set fpn_channels=128 --model-set roi_hidden_channels=256 --model-set roi_samples_per_image=256 \
     --model-set rpn_nms_pre_train=1000 --model-set rpn_proposals_test=300 \
-    --min-size 192 --max-size 256 --batch-size 4 --set param_scheduler.0.end=200 --clip-grad 35 --amp bf16 \
+    --min-size 192 --max-size 256 --batch-size 4 --set param_scheduler.0.end=200 --clip-grad 35 --amp "$amp" \
     --output-dir "$output" --resume auto "${extra[@]}"
 python scripts/predict.py --weights "$output/checkpoints/best.pt" --output-dir "$output/predictions" \
     --overwrite --min-score 0.5 --limit 8 datasets/shapes/val2017

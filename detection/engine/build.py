@@ -23,6 +23,7 @@ from detection.engine.inputs.datasets import (
     dataset_files,
     prepare_files,
 )
+from detection.engine.optim.amp import multiplies_bfloat16
 from detection.engine.optim.optimizer import is_fused
 from detection.engine.run_dir import RunDir
 from detection.engine.train_state import stored_model
@@ -83,6 +84,8 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
     if schedule.amp == "fp16" and processes.device.type == "cpu":
         # Not refused: the figures are right, and float16 can be tried where there is no GPU.
         lines.append("warning: float16 on a CPU takes some forty times as long as float32: use --amp bf16 or --amp off")
+    elif schedule.amp == "bf16" and not multiplies_bfloat16(processes.device):
+        lines.append("warning: this device has no instructions for bfloat16, so float32 is faster: use --amp off")
     if is_restart:
         lines.append("started again by torchrun: the run resumes from its own newest checkpoint")
     if resume is None:

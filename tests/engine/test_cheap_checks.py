@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from detection.engine import RunError
+from detection.engine import RunError, build
 
 
 def test_a_mistyped_model_is_told_before_missing_data(start, tmp_path):
@@ -50,6 +50,14 @@ def test_float16_on_a_cpu_is_warned_of(start, tmp_path, capsys):
     assert (
         "warning: float16 on a CPU takes some forty times as long as float32: use --amp bf16" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bfloat16_without_instructions_for_it_is_warned_of(start, tmp_path, capsys, monkeypatch, has_instructions):
+    monkeypatch.setattr(build, "multiplies_bfloat16", lambda device: has_instructions)
+    assert start(tmp_path / "run", "--amp", "bf16", "--dry-run") == 0
+    said = "warning: this device has no instructions for bfloat16" in capsys.readouterr().out
+    assert said is not has_instructions
 
 
 def test_images_too_small_to_be_trained_on_are_told_with_the_other_faults_of_the_data(start, shapes_set, tmp_path):
