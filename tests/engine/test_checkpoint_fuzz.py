@@ -110,7 +110,7 @@ def whole() -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, **state}
 
 
-@examples(100)
+@examples(50)
 @given(seed=SEEDS)
 def test_odd_entries_are_found_or_the_run_resumes(whole: dict[str, Any], tmp_path: Path, seed: int) -> None:
     state = with_odd_entries(whole, random.Random(seed))

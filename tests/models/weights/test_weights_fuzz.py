@@ -94,7 +94,7 @@ def judge(model: FasterRCNN, file: Path, content: bytes) -> None:
             assert str(file) in str(error) and len(str(error)) < 2000
 
 
-@examples(200)
+@examples(60)
 @given(damage=DAMAGE)
 @pytest.mark.parametrize("form", FORMS)
 @example(damage=[("cut", share, 0, 0) for share in (0.25, 0.25, 0.1875)])  # inside a number of an old file
@@ -103,7 +103,7 @@ def test_damaged_bytes(model: FasterRCNN, tmp_path: Path, form: str, damage: Dam
     judge(model, tmp_path / "damaged.pth", damaged(INTACT[form], damage))
 
 
-@examples(200)
+@examples(60)
 @given(seed=SEEDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_pickles_with_other_operations(model: FasterRCNN, tmp_path: Path, form: str, seed: int) -> None:
@@ -111,14 +111,14 @@ def test_pickles_with_other_operations(model: FasterRCNN, tmp_path: Path, form: 
     judge(model, tmp_path / "changed.pth", with_pickle(changed(program, random.Random(seed)), form))
 
 
-@examples(200)
+@examples(60)
 @given(seed=SEEDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_pickles_that_are_hostile_throughout(model: FasterRCNN, tmp_path: Path, form: str, seed: int) -> None:
     judge(model, tmp_path / "hostile.pth", with_pickle(HostilePickles(random.Random(seed)).stream(), form))
 
 
-@examples(200)
+@examples(60)
 @given(seed=SEEDS)
 def test_archives_whose_members_are_not_as_they_should_be(model: FasterRCNN, tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
@@ -139,7 +139,7 @@ def test_archives_whose_members_are_not_as_they_should_be(model: FasterRCNN, tmp
     judge(model, tmp_path / "archive.pth", bytes(raw))
 
 
-@examples(100)
+@examples(40)
 @given(seed=SEEDS)
 @pytest.mark.parametrize("ours", [True, False])
 def test_odd_entries(model: FasterRCNN, tmp_path: Path, ours: bool, seed: int) -> None:
