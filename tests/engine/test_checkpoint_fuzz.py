@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from detection.config.run_config import ModelConfig
+from detection.config.run_config import RunConfig
 from detection.engine.checkpoint import (
     FORMAT,
     LAST,
@@ -20,7 +20,7 @@ from detection.engine.checkpoint import (
     newest_checkpoint,
 )
 from detection.engine.checkpoint_store import CheckpointStore, continue_from
-from detection.engine.resume import check_resumable, ignored_on_resume, resumed_progress
+from detection.engine.resume import check_resumable, resumed_progress, resumed_settings
 from detection.engine.train_state import stored_model
 from detection.models import build_model
 from tests.engine.checkpoint_states import state_at as plain_state
@@ -125,7 +125,8 @@ def test_odd_entries_are_found_or_the_run_resumes(whole: dict[str, Any], tmp_pat
         return
     assert newest_checkpoint(tmp_path) is not None
     try:
-        lines = check_resumable(loaded, whole, 100) + ignored_on_resume(loaded, ModelConfig())
+        _, lines = resumed_settings(loaded, RunConfig())
+        lines += check_resumable(loaded, whole, 100)
         progress = resumed_progress(loaded, whole, 100)
     except CheckpointError as error:
         assert str(file) in str(error)
