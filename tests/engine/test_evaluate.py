@@ -90,11 +90,14 @@ def test_boxes_come_back_in_pixels_of_the_stored_image(start, shapes_set, weight
     results = json.loads((tmp_path / "out" / "detections_val.json").read_text())
     images = json.loads((shapes_set / "annotations" / "instances_val2017.json").read_text())["images"]
     predicted = load_detector(weights).predict([shapes_set / "val2017" / image["file_name"] for image in images])
+    num_matched = 0
     for image, found in zip(images, predicted, strict=True):
-        mine = max((e for e in results if e["image_id"] == image["id"]), key=lambda entry: entry["score"])
-        x1, y1, x2, y2 = found["boxes_xyxy"][0].tolist()
-        assert mine["score"] == pytest.approx(float(found["scores"][0]), abs=2e-3)
-        assert mine["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1.5)
+        x1, y1, x2, y2 = found["boxes_xyxy"].T
+        theirs = torch.stack((x1, y1, x2 - x1, y2 - y1, 500 * found["scores"]), dim=1)
+        mine = [[*e["bbox"], 500 * e["score"]] for e in results if e["image_id"] == image["id"]]
+        num_matched += int((torch.cdist(torch.tensor(mine), theirs, p=torch.inf).amin(dim=1) < 1.5).sum())
+    # Of nearly equal scores, which a network has that has hardly learned, rounding decides which survive.
+    assert num_matched > len(results) / 2 > 20
 
 
 def test_weights_of_a_backbone_alone_are_not_evaluated(start, tmp_path, finished, load):
