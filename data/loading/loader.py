@@ -102,8 +102,13 @@ class TrainLoader:
         """
         return self._stream.run(self.plans(first_iteration, last_iteration))
 
-    def plans(self, first_iteration: int, last_iteration: int) -> Iterator[BatchPlan]:
-        """What `batches` loads, without loading it."""
+    def read_iteration(self, iteration: int, rank: int) -> Iterator[RawBatch]:
+        """The batches of process `rank` in one iteration, as `batches` has them there: read in this process, whatever
+        the workers are at."""
+        return map(self._stream.read, self.plans(iteration, iteration + 1, rank))
+
+    def plans(self, first_iteration: int, last_iteration: int, rank: int | None = None) -> Iterator[BatchPlan]:
+        """What `batches` loads, without loading it; of process `rank` where one is given."""
         epoch, order = -1, np.empty((0, 0), dtype=np.int64)
         repeats = order
         for iteration in range(first_iteration, last_iteration):
@@ -119,7 +124,8 @@ class TrainLoader:
                 )
                 repeats = repeat_numbers(order)
             within = iteration % self.iterations_per_epoch
-            yield from self._plans_of(iteration, epoch, order[within], repeats[within])
+            here = self._rank if rank is None else rank
+            yield from self._plans_of(iteration, epoch, order[within], repeats[within], here)
 
     def start(self) -> None:
         """Starts the worker processes, which otherwise begin with the first batch."""
@@ -129,7 +135,9 @@ class TrainLoader:
         """Ends the worker processes."""
         self._stream.close()
 
-    def _plans_of(self, iteration: int, epoch: int, images: np.ndarray, repeats: np.ndarray) -> Iterator[BatchPlan]:
+    def _plans_of(
+        self, iteration: int, epoch: int, images: np.ndarray, repeats: np.ndarray, rank: int
+    ) -> Iterator[BatchPlan]:
         words = image_words(images, repeats)
         whole = self._augmentation.geometry(
             self.dataset.widths[images],
@@ -143,7 +151,7 @@ class TrainLoader:
         whole = replace(whole, padded_size=bucket_of(whole.padded_size, self._buckets))
         num_box_rows = _box_rows(self.dataset.box_counts[images])
         for micro_step in range(self._accumulate):
-            start = (micro_step * self._world_size + self._rank) * self._batch_size
+            start = (micro_step * self._world_size + rank) * self._batch_size
             places = np.arange(start, start + self._batch_size)
             yield BatchPlan(
                 **vars(whole.of_images(places)),

@@ -78,8 +78,9 @@ class WorkerPool:
             number = workers * PLANS_AHEAD_PER_WORKER + BATCHES_IN_USE
             self._buffers = SharedBuffers(number, _buffer_size(dataset, batch_size))
         # A generator of its own: a DataLoader draws from the global one at each pass otherwise.
+        self._reader = BatchReader(dataset, on_unreadable, max_faults, self._buffers)
         self._loader: DataLoader | None = DataLoader(
-            BatchReader(dataset, on_unreadable, max_faults, self._buffers),
+            self._reader,
             batch_size=None,
             sampler=self._jobs,
             num_workers=workers,
@@ -94,6 +95,10 @@ class WorkerPool:
         """Fork the workers now, before this process is in a state that forbids it; otherwise the first `run` does."""
         if self._loader is not None and self._loader.num_workers > 0:
             iter(self._loader)
+
+    def read(self, plan: BatchPlan) -> RawBatch:
+        """A plan's batch, read in this process."""
+        return self._reader.read(plan)
 
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[RawBatch]:
         if self._loader is None:

@@ -63,7 +63,7 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
         The checkpoint to resume from, and lines that the start of the run should show.
     """
     schedule, _ = _load_schedule(config)
-    if config.train.skip_nonfinite and not is_fused(schedule):
+    if config.train.skip_nonfinite and (schedule.optimizer.kwargs.get("dampening") or not is_fused(schedule)):
         raise ConfigError(
             "--skip-nonfinite does not go with an optimizer's dampening, foreach=True or fused=False: only a fused "
             "step can be skipped on the device. Leave one of them away"

@@ -100,18 +100,18 @@ class Evaluator:
         """
         verb = "validating" if self.split == "val" else "testing"
         started = time.perf_counter()
-        detections, image_ids, num_unreadable = self._detect(model, verb)
+        detections, image_ids, *counts = self._detect(model, verb)
         forward_seconds = time.perf_counter() - started
         # The others wait here, on gloo, for as long as rank 0 needs.
         self.processes.at("computing the metrics" if self.processes.is_main else f"{verb}, all batches done")
-        metrics = run_on_main_rank(self.processes, partial(self._judge, detections, image_ids, num_unreadable))
+        metrics = run_on_main_rank(self.processes, partial(self._judge, detections, image_ids, *counts))
         if metrics is not None and self.split == "val":
             metrics["seconds"] = time.perf_counter() - started
             metrics["images_per_second"] = metrics["num_images"] / forward_seconds
         return metrics, detections
 
     def _judge(
-        self, detections: Detections | None, image_ids: np.ndarray, num_unreadable: int
+        self, detections: Detections | None, image_ids: np.ndarray, num_unreadable: int, num_nonfinite: int
     ) -> dict[str, Any] | None:
         """Write the results file; the metrics, with the number of images and what a reader must know of them."""
         assert detections is not None
@@ -123,6 +123,10 @@ class Evaluator:
                 raise RunDirError(problem) from error
             # A full disk does not end a training; the metrics need no file.
             self._logger.warn(f"{problem}; the run continues")
+        if num_nonfinite:
+            self._logger.warn(
+                f"the network gave NaN or infinity for {counted(num_nonfinite, 'image')}: such values are no detections"
+            )
         if self.coco is None:
             return None
         metrics = self.coco.evaluate(detections, image_ids.tolist())
@@ -130,6 +134,8 @@ class Evaluator:
         if num_unreadable:
             metrics["unreadable_images"] = num_unreadable
             metrics["notes"].append(f"{counted(num_unreadable, 'image')} could not be read: without a detection")
+        if num_nonfinite:
+            metrics["nonfinite_images"] = num_nonfinite
         if self._is_limited:
             metrics["notes"].append(
                 f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
@@ -137,20 +143,22 @@ class Evaluator:
         return metrics
 
     @torch.no_grad()
-    def _detect(self, model: nn.Module, verb: str) -> tuple[Detections | None, np.ndarray, int]:
+    def _detect(self, model: nn.Module, verb: str) -> tuple[Detections | None, np.ndarray, int, int]:
         """Detections of every image of the loader's set, in pixels of the stored images; collective.
 
         An image that cannot be read is reported, and has no detections.
 
         Returns:
             On rank 0 all detections, ordered by image id, and the ids int64 [n] of the images run, each of them once.
-            On other processes (None, empty). On all of them, the number of images that could not be read.
+            On other processes (None, empty). On all of them, the number of images that could not be read, and of those
+            for which the network gave values that are not finite.
         """
         was_training = model.training
         model.eval()
         parts: list[Detections] = []
         image_ids: list[int] = []
         unreadable: list[UnreadableImage] = []
+        num_nonfinite = 0
         # Processes have unequal shards. All go through as many rounds, so that a signal to one is seen by all.
         rounds = max(self.processes.gather_objects(len(self.loader)))
         batches = DevicePrefetcher(self.loader.batches(), self.processes.device)
@@ -163,7 +171,9 @@ class Evaluator:
                     if round_index < len(self.loader):
                         batch = next(batches)
                         batches.prepare()
-                        parts.append(self._detect_batch(model, batch))
+                        found, num_bad = self._detect_batch(model, batch)
+                        parts.append(found)
+                        num_nonfinite += num_bad
                         image_ids += batch.image_ids.tolist()
                         unreadable += batch.unreadable
                         bar.update(1)
@@ -175,25 +185,30 @@ class Evaluator:
         finally:
             model.train(was_training)
         num_unreadable = self._bad_images.agree(self.split, unreadable)
-        return *self._collect(Detections.concatenate(parts), np.asarray(image_ids, np.int64)), num_unreadable
+        num_nonfinite = sum(self.processes.gather_objects(num_nonfinite))
+        collected = self._collect(Detections.concatenate(parts), np.asarray(image_ids, np.int64))
+        return *collected, num_unreadable, num_nonfinite
 
-    def _detect_batch(self, model: nn.Module, batch: DeviceBatch) -> Detections:
+    def _detect_batch(self, model: nn.Module, batch: DeviceBatch) -> tuple[Detections, int]:
+        """Detections in a batch, and how many of its images have values that are not finite."""
         with self._precision.autocast():
             found = model(ImageBatch(batch.pixels, batch.sizes))
         # The network saw the image enlarged by (x, y) factors: boxes go back the same way.
         scales = batch.scale_factors.cpu().numpy()
         black = {fault.image_id for fault in batch.unreadable}
+        num_nonfinite = sum(not entry.pop("is_finite") for entry in found)
         found = [
             {name: value[: 0 if image_id in black else None] for name, value in entry.items()}
             for image_id, entry in zip(batch.image_ids.tolist(), found, strict=True)
         ]
-        return Detections.from_lists(
+        detections = Detections.from_lists(
             batch.image_ids.tolist(),
             [entry["boxes_xyxy"].float().cpu().numpy() / np.tile(s, 2) for entry, s in zip(found, scales, strict=True)],
             [entry["scores"].float().cpu().numpy() for entry in found],
             [entry["labels"].cpu().numpy() for entry in found],
             category_ids=self.dataset.annotations.category_ids,
         )
+        return detections, num_nonfinite
 
     def _collect(self, mine: Detections, image_ids: np.ndarray) -> tuple[Detections | None, np.ndarray]:
         ids, values, images = map(self.processes.gather_arrays, (*mine.as_arrays(), image_ids))

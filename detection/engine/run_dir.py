@@ -38,6 +38,7 @@ class RunDir:
         self.tensorboard = path / "tensorboard"
         self.log = path / "train.log"
         self.config = path / "config.json"
+        self.nonfinite = path / "nonfinite"
         self._begun_by = path / ".begun_by"
         self._lock: IO[str] | None = None
 

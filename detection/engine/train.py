@@ -24,7 +24,7 @@ from detection.engine.optim.amp import Precision
 from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.optim.gradients import GradientComputer
-from detection.engine.optim.nonfinite import KeepEveryStep, NonFiniteGuard
+from detection.engine.optim.nonfinite import NonFiniteGuard
 from detection.engine.optim.optimizer import build_optimizer, parameter_facts, set_learning_rate
 from detection.engine.optim.update import ParameterUpdate
 from detection.engine.resume import check_resumable, resumed_progress
@@ -185,7 +185,8 @@ def _build_trainer(
         stay=graphs is not None,
         in_rank_order=config.train.deterministic,
     )
-    guard = NonFiniteGuard(model) if config.train.skip_nonfinite else KeepEveryStep()
+    may_overflow, skips = precision.amp == "fp16", config.train.skip_nonfinite
+    guard = NonFiniteGuard(model, skips=skips, gradient_may_overflow=may_overflow)
     gradients = GradientComputer(
         model, buckets, precision, guard, accumulate=schedule.accumulative_counts, graphs=graphs
     )
@@ -201,8 +202,8 @@ def _build_trainer(
     metrics = StepMetrics(
         processes,
         images_per_iteration=loader.global_batch_size,
-        gradient_may_overflow=precision.amp == "fp16",
-        skips_nonfinite=config.train.skip_nonfinite,
+        gradient_may_overflow=may_overflow,
+        skips_nonfinite=skips,
     )
     log_interval = config.output.log_interval_on(processes.device.type)
     log = TrainingLog(processes, loader, metrics, logger, bad_images, log_interval=log_interval)

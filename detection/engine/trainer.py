@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,10 +12,12 @@ from data import DevicePrefetcher, TrainLoader
 from detection.engine.checkpoint import BEST, LAST, epoch_file
 from detection.engine.checkpoint_store import Checkpointer
 from detection.engine.context import RunContext
+from detection.engine.distributed.agreement import run_on_main_rank
 from detection.engine.metrics.step_metrics import NonFiniteLoss
 from detection.engine.metrics.training_log import TrainingLog
 from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.update import ParameterUpdate
+from detection.engine.replay.captured_step import capture_step
 from detection.engine.signals import Stopped
 from detection.engine.train_state import TrainState
 
@@ -37,7 +40,7 @@ class Trainer:
         Args:
             validate: (iteration, model) -> metrics; collective. None: the run has no validation set.
         """
-        self.processes, self.stop = context.processes, context.stop
+        self.processes, self.stop, self.output = context.processes, context.stop, context.output
         self.state = state
         self.loader = loader
         self.gradients = gradients
@@ -100,7 +103,10 @@ class Trainer:
         try:
             self.log.write()
         except NonFiniteLoss as error:
-            raise NonFiniteLoss(f"{error}\n{self.checkpoints.advice()}") from None
+            state, folder = self.state, self.output.nonfinite
+            keep = partial(capture_step, folder, error, self.loader, state.model, state.precision, state.facts)
+            kept = run_on_main_rank(self.processes, keep)
+            raise NonFiniteLoss(f"{error}\n{kept}\n{self.checkpoints.advice()}", error.step) from None
         self.state.progress.skipped_steps = self.log.metrics.skipped_steps
 
     def run_validation_if_due(self) -> None:

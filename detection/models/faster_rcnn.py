@@ -65,7 +65,8 @@ class FasterRCNN(nn.Module):
         two for each stage, times its weight: "loss_cls_s0", "loss_bbox_s0", "loss_cls_s1", ...
 
         Evaluation: for each image {"boxes_xyxy": float32 [D, 4], "scores": float32 [D], "labels": int64 [D]},
-        best first, in pixels of the images as they were given.
+        best first, in pixels of the images as they were given, and "is_finite": bool [], False where the network gave
+        NaN or infinity for it; such values are no detections.
 
         images: an ImageBatch, or a list of uint8 or float [3, H, W], RGB, 0..255. targets, for training only:
         a TargetBatch, or a list of {"boxes_xyxy": float [N, 4], "labels": int64 [N]}.
@@ -147,7 +148,10 @@ class FasterRCNN(nn.Module):
             proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=False)
         class_logits, box_deltas, boxes = self.second_stage(features, proposals.boxes_xyxy, images.sizes)
         with _full_precision(images.pixels.device):
-            return select_detections(config.stages[-1], class_logits, box_deltas, boxes, proposals.valid, images.sizes)
+            found = select_detections(config.stages[-1], class_logits, box_deltas, boxes, proposals.valid, images.sizes)
+        outputs = (logits, deltas, class_logits, box_deltas, boxes)
+        is_finite = torch.stack([each.isfinite().view(len(found), -1).all(dim=1) for each in outputs]).all(dim=0)
+        return [{**each, "is_finite": one} for each, one in zip(found, is_finite, strict=True)]
 
     def second_stage(
         self, features: Sequence[Tensor], boxes_xyxy: Tensor, sizes: Tensor

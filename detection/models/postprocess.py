@@ -25,7 +25,7 @@ def select_detections(
     sizes: Tensor,
 ) -> list[Detections]:
     """Scores above the threshold, decoded and clipped to the image, suppressed within each class, the best of
-    the rest.
+    the rest. What is not finite is no detection.
 
     class_logits [B * P, K + 1], deltas [B * P, classes, 4] (of each class, or of all together), boxes_xyxy float32
     [B, P, 4] (the RoIs), valid bool [B, P], sizes int64 [B, 2].
@@ -33,9 +33,11 @@ def select_detections(
     num_images, num_rois = valid.shape
     scores = class_logits.float().softmax(dim=1)[:, : config.num_classes].view(num_images, num_rois, -1)
     deltas = deltas.view(num_images, num_rois, -1, 4)
+    # A score that is NaN is above no threshold.
+    usable = deltas.isfinite().all(dim=3)[..., : config.num_classes] & (valid & boxes_xyxy.isfinite().all(dim=2))[..., None]
     detections = []
     for image in range(num_images):
-        roi, label = ((scores[image] > config.score_threshold) & valid[image, :, None]).nonzero(as_tuple=True)
+        roi, label = ((scores[image] > config.score_threshold) & usable[image]).nonzero(as_tuple=True)
         image_scores = scores[image][roi, label]
         boxes = decode_boxes(
             deltas[image][roi, label.clamp(max=deltas.shape[2] - 1)].float(),

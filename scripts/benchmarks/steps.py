@@ -27,7 +27,7 @@ from detection.engine.metrics.step_metrics import StepMetrics
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.optim.gradients import GradientComputer
-from detection.engine.optim.nonfinite import KeepEveryStep
+from detection.engine.optim.nonfinite import NonFiniteGuard
 from detection.engine.optim.optimizer import build_optimizer, trained_parameters
 from detection.engine.optim.update import ParameterUpdate
 from detection.models import FasterRCNN, ImageBatch, build_model, load_weights, model_config
@@ -149,6 +149,13 @@ def load_work(arguments: argparse.Namespace, folder: Path, device: torch.device)
     return Work(arguments.model, num_classes, *sizes, device, new_loader(), batches, weights)
 
 
+class _Unguarded(NonFiniteGuard):
+    """For an optimizer that is not fused, whose steps cannot be skipped on the device."""
+
+    def finish(self, grad_norm: Tensor) -> None:  # type: ignore[override]
+        super().finish(grad_norm)
+
+
 class OurStep:
     """The parts of Trainer.train_step, with the prefetcher in front of them and the metrics behind them."""
 
@@ -159,7 +166,9 @@ class OurStep:
         self.model: FasterRCNN = model.to(work.device).to(memory_format=variant.memory_format)
         if variant.compiled:
             compile_for_training(self.model, by_stage=False)
-        schedule, guard, processes = load_schedule("1x"), KeepEveryStep(), Processes(0, 0, 1, 1, work.device)
+        schedule, processes = load_schedule("1x"), Processes(0, 0, 1, 1, work.device)
+        guarding = _Unguarded if variant.without == FUSED_OPTIMIZER else NonFiniteGuard
+        guard = guarding(self.model, skips=False, gradient_may_overflow=variant.amp == "fp16")
         optimizer = build_optimizer(self.model, schedule)
         if variant.without == FUSED_OPTIMIZER:
             for group in optimizer.param_groups:

@@ -153,8 +153,14 @@ class Trees:
         for name in ("other", "NAME"):
             shutil.copytree(given / "runs" / "quickstart", given / "runs" / name, copy_function=os.link)
 
-    def _run(self, program: Path, *words: str, cwd: Path) -> None:
+        # One that was not finite.
+        self._run(self.checkout / "train.py", *words, "--lr=1e12", "--output-dir=runs/hot", cwd=given, status=1)
+        (step,) = (given / "runs" / "hot" / "nonfinite").iterdir()
+        (given / "runs" / "NAME" / "nonfinite").mkdir()
+        step.rename(given / "runs" / "NAME" / "nonfinite" / "iteration_0000123.pt")
+
+    def _run(self, program: Path, *words: str, cwd: Path, status: int = 0) -> None:
         command = [sys.executable, str(program), *words]
         done = subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True, check=False)
-        if done.returncode:
+        if done.returncode != status:
             raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")

@@ -36,6 +36,17 @@ def test_a_validation_alone_gives_the_figures_of_the_trainings_last(start, finis
     assert "iteration 6" in capsys.readouterr().out
 
 
+def test_weights_that_are_not_finite_detect_nothing_and_are_told_once(start, finished, tmp_path, load, capsys):
+    state = load(finished / "checkpoints" / "last.pt")
+    state["model"]["rpn.conv.weight"].fill_(torch.nan)
+    torch.save(state, tmp_path / "nan.pt")
+    words = ["--val-only", "--resume", tmp_path / "nan.pt", "--limit-val-batches", "3"]
+    assert start(tmp_path / "out", *words) == 0
+    assert json.loads((tmp_path / "out" / "detections_val.json").read_text()) == []
+    assert json.loads((tmp_path / "out" / "metrics_val.json").read_text())["nonfinite_images"] == 6
+    assert capsys.readouterr().err.count("the network gave NaN or infinity for 6 images") == 1
+
+
 @pytest.mark.parametrize("kind", ["stripped", "checkpoint"])
 def test_a_file_of_ours_brings_its_own_model_classes_and_scale(kind, start, finished, weights, tmp_path, capsys):
     file = weights if kind == "stripped" else finished / "checkpoints" / "last.pt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,23 @@ MOST_SKIPPED_IN_A_ROW = 100
 begins at 2**16 finds one that fits in a quarter of them."""
 
 
+@dataclass(frozen=True)
+class BadStep:
+    """The iteration that a run ended with because it was not finite."""
+
+    iteration: int
+    ranks: tuple[int, ...]
+    """The processes whose losses were not finite; all of them where only the exchanged gradient was not."""
+    steps_missed: int
+    """Iterations since then, itself counted: none of them changed the model."""
+
+
 class NonFiniteLoss(DetectionError):
     """A loss or the gradient became NaN or infinite. The message says where; `records` lead up to it."""
 
-    def __init__(self, message: str, records: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, message: str, step: BadStep, records: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(message)
+        self.step = step
         self.records = list(records)
 
 
@@ -129,7 +142,6 @@ class StepMetrics:
         rate = len(rows) * self._images_per_iteration / max(now - self._since, 1e-9)
         checked = len(self._figures) - 1 if self._gradient_may_overflow else len(self._figures)
         records, bad = [], []
-        stuck_at = None
         for place, (facts, (*row, replaced)) in enumerate(zip(self._facts, rows, strict=True)):
             record = {**facts, **dict(zip(self._figures, row, strict=True)), "images_per_second": rate}
             record["idle_share"] = idle_share
@@ -142,8 +154,6 @@ class StepMetrics:
                 bad.append(place)
             # With float16 the gradient is not among what is checked, and such an iteration makes no step either.
             self._skipped_in_a_row = 0 if all(map(math.isfinite, row)) else self._skipped_in_a_row + 1
-            if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-                stuck_at = place
             if self._skips_nonfinite:
                 self.skipped_steps += is_bad
                 record["skipped_steps"] = self.skipped_steps
@@ -151,17 +161,19 @@ class StepMetrics:
             if is_bad and not self._skips_nonfinite:
                 break
         if bad and not self._skips_nonfinite:
-            raise NonFiniteLoss(f"the training is no longer finite: {self._report(bad[0], values)}", records)
-        if stuck_at is not None:
+            report, step = self._report(bad[0], values)
+            raise NonFiniteLoss(f"the training is no longer finite: {report}", step, records)
+        if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             words = f"{MOST_SKIPPED_IN_A_ROW} iterations in a row were not finite and made no step, the last:"
-            raise NonFiniteLoss(f"{words}\n{self._report(stuck_at, values)}", records)
+            report, step = self._report(len(records) - 1, values)
+            raise NonFiniteLoss(f"{words}\n{report}", step, records)
         if bad:
-            self.warnings = [f"step skipped ({self.skipped_steps} so far): {self._report(bad[-1], values)}"]
+            self.warnings = [f"step skipped ({self.skipped_steps} so far): {self._report(bad[-1], values)[0]}"]
         self.unreadable = self._unreadable
         self._values, self._facts, self._image_ids, self._unreadable, self._since = [], [], [], [], now
         return records
 
-    def _report(self, place: int, values: Tensor) -> str:
+    def _report(self, place: int, values: Tensor) -> tuple[str, BadStep]:
         """Which iteration it is and what each process saw, the same on every process."""
         *losses, grad_norm = values[place].tolist()[: len(self._figures)]
         bad = [
@@ -174,8 +186,8 @@ class StepMetrics:
             f"grad_norm {grad_norm:.6g}; iterations count from 0) is not finite"
         ]
         # Through the exchanged gradients one loss spoils those of all: only the process that had it is named.
-        any_loss = any(found for found, _ in parts)
-        for rank, (found, image_ids) in enumerate(parts):
-            if found or not any_loss:
-                lines.append(f"  process {rank}: {', '.join(found) or 'losses are finite'}; image ids {image_ids}")
-        return "\n".join(lines)
+        ranks = tuple(rank for rank, (found, _) in enumerate(parts) if found) or tuple(range(len(parts)))
+        for rank in ranks:
+            found, image_ids = parts[rank]
+            lines.append(f"  process {rank}: {', '.join(found) or 'losses are finite'}; image ids {image_ids}")
+        return "\n".join(lines), BadStep(facts["iteration"], ranks, steps_missed=len(self._facts) - place)

@@ -65,6 +65,12 @@ class Precision:
                 del optimizer.found_inf  # type: ignore[attr-defined]
         self.scaler.update(self._fixed_scale)
 
+    def loss_scale_before(self, steps_missed: int) -> float:
+        """The loss scale before the last so many steps, none of which was made; waits for the device."""
+        scale = float(self.scaler.get_scale())
+        halves = self.scaler.is_enabled() and self._fixed_scale is None
+        return scale / self.scaler.get_backoff_factor() ** steps_missed if halves else scale
+
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict()
 

@@ -12,7 +12,7 @@ from data import DevicePrefetcher, UnreadableImage
 from detection.engine.accelerate.cuda_graphs import StepGraphs
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.gradient_buckets import GradientBuckets
-from detection.engine.optim.nonfinite import KeepEveryStep
+from detection.engine.optim.nonfinite import NonFiniteGuard
 from detection.models import ImageBatch, TargetBatch
 
 Losses = dict[str, Tensor]
@@ -38,7 +38,7 @@ class GradientComputer:
         model: nn.Module,
         buckets: GradientBuckets,
         precision: Precision,
-        guard: KeepEveryStep,
+        guard: NonFiniteGuard,
         *,
         accumulate: int,
         graphs: StepGraphs | None = None,

@@ -1,4 +1,4 @@
-"""Iterations that are not finite: they end the run, or leave nothing behind (--skip-nonfinite)."""
+"""Iterations that are not finite make no step: nothing of them stays in the model."""
 
 from __future__ import annotations
 
@@ -6,48 +6,61 @@ import torch
 from torch import Tensor, nn
 
 
-class KeepEveryStep:
-    """Every iteration makes its step: one that is not finite is found when the losses are read, and ends the run."""
-
-    def begin(self) -> None:
-        """Before an iteration's first forward pass."""
-
-    def mark(self, loss: Tensor) -> Tensor:
-        """`loss` (a scalar) as the backward pass takes it."""
-        return loss
-
-    def finish(self, grad_norm: Tensor) -> Tensor | None:
-        """After the backward pass: 1.0 where the iteration is to be skipped, else 0.0; None where none ever is."""
-        return None
-
-
-class NonFiniteGuard(KeepEveryStep):
-    """Decides on the device whether an iteration counts, and takes back what its forward pass left in the model.
+class NonFiniteGuard:
+    """Decides on the device whether an iteration counts; the host does not wait for it.
 
     Every process decides alike without a message: `mark` makes the gradients of a non-finite loss NaN, the gradient
     exchange brings them to all processes, and each looks at the norm of the exchanged gradients.
+
+    With `skips` the run continues with the next iteration. Without it the first such iteration is the last that could
+    have changed anything: the gradients of all later ones are made NaN too. So when the losses are read, which ends the
+    run, the model still is what it was before that iteration.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, skips: bool, gradient_may_overflow: bool = False) -> None:
+        """
+        Args:
+            skips: --skip-nonfinite.
+            gradient_may_overflow: float16: a gradient that is not finite is the loss scaler's case, a loss is not.
+        """
+        self.skips = skips
+        self._gradient_may_overflow = gradient_may_overflow
+        self._bad = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)
         # Running statistics of batch norm: NaN in the activations would stay in them for good.
-        self._buffers = [
+        buffers = [
             buffer
             for module in model.modules()
             if isinstance(module, nn.modules.batchnorm._NormBase)
             for buffer in module.buffers(recurse=False)
         ]
-        self._before = [buffer.clone() for buffer in self._buffers]
+        by_type = {buffer.dtype: [each for each in buffers if each.dtype == buffer.dtype] for buffer in buffers}
+        self._buffers = list(by_type.values())
+        self._before: list[Tensor] = []
 
     def begin(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._before, self._buffers)
+        """Before an iteration's first forward pass."""
+        if self.skips:
+            self._bad.zero_()
+        self._before = [_flat(buffers) for buffers in self._buffers]
 
     def mark(self, loss: Tensor) -> Tensor:
-        """`loss` with gradients that are all NaN where it is not finite; bit-equal where it is."""
-        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        """`loss` (a scalar) as the backward pass takes it: bit-equal where all is finite, else with gradients that are
+        all NaN."""
+        self._bad.logical_or_(loss.detach().isfinite().logical_not_())
+        return loss * torch.where(self._bad, torch.nan, 1.0)
 
     def finish(self, grad_norm: Tensor) -> Tensor:
-        skip = grad_norm.isfinite().logical_not()
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(torch.where(skip, before, buffer))
+        """After the backward pass: 1.0 where the iteration is to make no step, else 0.0."""
+        skip = grad_norm.isfinite().logical_not_()
+        if not self._gradient_may_overflow:
+            self._bad.logical_or_(skip)
+        undo = skip if self.skips else self._bad
+        for buffers, before in zip(self._buffers, self._before, strict=True):
+            kept = torch.where(undo, before, _flat(buffers)).split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [value.view_as(buffer) for value, buffer in zip(kept, buffers, strict=True)])
         return skip.float()
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    # One kernel for all, where each tensor's own would cost the host more than the device.
+    return torch.cat([tensor.flatten() for tensor in tensors])

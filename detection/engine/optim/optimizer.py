@@ -38,6 +38,7 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
         lr=schedule.optimizer.lr,
         **{"fused": is_fused(schedule), **settings.kwargs},
     )
+    # With dampening the first step is unlike the others, which zeros as first momentum would not be.
     if settings.type == "SGD" and settings.kwargs.get("momentum") and not settings.kwargs.get("dampening"):
         # torch's fused step leaves the momentum as uninitialized memory where float16 overflows at the very first one.
         for parameter in trained_parameters(optimizer):
@@ -49,8 +50,9 @@ def is_fused(schedule: Schedule) -> bool:
     """Whether the optimizer makes its step in one kernel, which can be skipped on the device: unless the schedule asks
     otherwise."""
     kwargs = schedule.optimizer.kwargs
-    # With dampening the first step is unlike the others, which zeros as first momentum would not be.
-    return bool(kwargs.get("fused", not kwargs.get("dampening") and not kwargs.get("foreach")))
+    # Of an optimizer with dampening the very first step cannot be skipped, which float16 may want.
+    may_skip_first = kwargs.get("dampening") and schedule.amp == "fp16"
+    return bool(kwargs.get("fused", not may_skip_first and not kwargs.get("foreach")))
 
 
 def set_learning_rate(optimizer: Optimizer, schedule: Schedule, iteration: int, iterations_per_epoch: int) -> float:

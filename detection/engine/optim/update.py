@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from detection.engine.optim.amp import Precision, gradient_norm
 from detection.engine.optim.ema import AveragedModel
-from detection.engine.optim.nonfinite import KeepEveryStep
+from detection.engine.optim.nonfinite import NonFiniteGuard
 from detection.engine.optim.optimizer import set_learning_rate, trained_parameters
 from schedules import Schedule
 
@@ -21,7 +21,7 @@ class ParameterUpdate:
         optimizer: Optimizer,
         schedule: Schedule,
         precision: Precision,
-        guard: KeepEveryStep,
+        guard: NonFiniteGuard,
         *,
         iterations_per_epoch: int,
         ema: AveragedModel | None = None,
@@ -50,5 +50,6 @@ class ParameterUpdate:
         skip = self._guard.finish(norm)
         self._precision.step(self._optimizer, skip)
         if self._ema is not None:
-            self._ema.update(self._model, iteration, skip)
+            # A run that ends there needs no average any more.
+            self._ema.update(self._model, iteration, skip if self._guard.skips else None)
         return learning_rate, norm

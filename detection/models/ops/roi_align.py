@@ -10,24 +10,23 @@ import torchvision
 from torch import Tensor
 
 from detection.models.ops.backend import implementation_of
-from detection.models.ops.cpu.roi_align import Sampling, pooling_matrix, weighted_row_sums
+from detection.models.ops.cpu.roi_align import FAR_OUTSIDE, Sampling, pooling_matrix, weighted_row_sums
 from detection.models.ops.feature_table import cell_table
 
 ROI_LEVELS = 4  # P2..P5; P6 serves the RPN only
 _EPS = 1e-6
-_FAR_OUTSIDE = -1e6  # pixels; samples more than one cell outside a map count as zero and receive no gradient
 
 
 def roi_levels(boxes_xyxy: Tensor, *, finest_scale: float, eps_inside_log: bool) -> Tensor:
     """Pyramid level of each RoI, 0 (P2) to 3 (P5): int64 [...] for boxes [..., 4].
 
     floor(log2(sqrt(area) / finest_scale)), Lin et al. 2017, equation 1. An eps lets sizes at a boundary go up: inside
-    the logarithm (MMDetection) or outside (torchvision).
+    the logarithm (MMDetection) or outside (torchvision). A box that is not a number counts as empty: P2.
     """
     sides = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
     relative = (sides[..., 0] * sides[..., 1]).sqrt() / finest_scale
     exponent = torch.log2(relative + _EPS) if eps_inside_log else torch.log2(relative) + _EPS
-    return exponent.floor().clamp(0, ROI_LEVELS - 1).long()
+    return exponent.floor().nan_to_num(nan=0.0).clamp(0, ROI_LEVELS - 1).long()
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class RoIAlign:
         """Boxes [B, R, 4] in pixels, each from the map of its level [B, R] among [B, C, H_l, W_l], P2 first.
 
         table: `cell_table(features)` where it exists already. Gives [B * R, C, output_size, output_size] in the
-        features' dtype on the CPU and through Triton, float32 elsewhere.
+        features' dtype on the CPU and through Triton, float32 elsewhere. A box that is infinite or NaN gives zeros.
         """
         name = implementation_of("roi_align", boxes_xyxy.device)
         if name == "sparse_matrix":
@@ -82,9 +81,11 @@ class RoIAlign:
         num_images, num_rois = levels.shape
         images = torch.arange(num_images, device=levels.device, dtype=boxes_xyxy.dtype)
         images = images[:, None, None].expand(-1, num_rois, 1)
+        # The operator would take the size of an infinite box for a number of samples.
+        is_finite = boxes_xyxy.isfinite().all(dim=-1)
         pooled: Tensor | None = None
         for level, (feature, stride) in enumerate(zip(features[:ROI_LEVELS], self.strides, strict=False)):
-            here = torch.where((levels == level)[..., None], boxes_xyxy, _FAR_OUTSIDE)
+            here = torch.where((is_finite & (levels == level))[..., None], boxes_xyxy, FAR_OUTSIDE)
             rois = torch.cat((images, here), dim=2).view(-1, 5)
             of_level = torchvision.ops.roi_align(
                 feature.to(torch.float32, memory_format=torch.contiguous_format),

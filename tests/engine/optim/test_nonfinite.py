@@ -168,10 +168,11 @@ def test_an_optimizer_without_a_fused_step_is_refused(setting, start, tmp_path) 
         start(tmp_path / "run", "--skip-nonfinite", "--set", f"optim_wrapper.optimizer.{setting}")
 
 
-def test_nothing_is_read_from_the_device_to_decide() -> None:
+@pytest.mark.parametrize("skips", [True, False])
+def test_nothing_is_read_from_the_device_to_decide(skips: bool) -> None:
     """On a meta device, where reading a value is an error."""
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).to("meta")
-    guard = NonFiniteGuard(network)
+    guard = NonFiniteGuard(network, skips=skips)
     guard.begin()
     loss = guard.mark(network(torch.ones(1, 1, 2, 2, device="meta")).sum())
     assert guard.finish(loss.detach()).device.type == "meta"

@@ -64,7 +64,7 @@ def train(name: str, batch: Any, device: torch.device, amp: str, **settings: Any
     optimizer = build_optimizer(model, schedule)
     set_learning_rate(optimizer, schedule, 3, 100)
     precision = Precision(amp, device)
-    guard = NonFiniteGuard(model)
+    guard = NonFiniteGuard(model, skips=True)
     before = {key: value.dtype for key, value in model.state_dict().items()}
     ema = AveragedModel.__new__(AveragedModel)
     ema.decay, ema.module = 0.5, model

@@ -94,6 +94,8 @@ def pooled() -> dict[str, list[float]]:
     rois[0, 0] = 0.0  # as empty slots are
     rois[0, 1] = torch.tensor([0.0, 50, 160, 51])
     rois[1, 3] = torch.tensor([0.0, 0, 400, 320])  # beyond the map: its samples there count as zero
+    rois[1, 4:6] = torch.tensor([[0.0, 0, torch.inf, 50], [-torch.inf, -torch.inf, torch.inf, torch.inf]])
+    rois[1, 6:8] = torch.tensor([[torch.nan] * 4, [9.0, torch.nan, 50, 60]])
     levels = roi_levels(rois, finest_scale=20, eps_inside_log=True)
     found = {"levels": levels.unique().tolist()}
     for ratio, aligned in ((0, True), (2, False), (3, True)):

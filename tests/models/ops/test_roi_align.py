@@ -101,3 +101,24 @@ def test_levels_equal_those_of_torchvision():
     sides = torch.cat((torch.logspace(0, 3.2, 500), torch.tensor([0.0, 56, 111.9999, 112, 223.9999, 224, 448])))
     boxes = torch.stack((torch.zeros_like(sides), torch.zeros_like(sides), sides, sides), dim=1)
     assert torch.equal(roi_levels(boxes, finest_scale=56, eps_inside_log=False), LevelMapper(2, 5)([boxes]).long())
+
+
+@pytest.mark.usefixtures("each_implementation")
+@pytest.mark.parametrize(("ratio", "aligned"), [(0, True), (0, False), (2, False)])
+def test_a_box_that_is_infinite_or_nan_gives_zeros_and_changes_no_other(pyramid, ratio, aligned):
+    maps, boxes = pyramid
+    maps, boxes = [each.clone().requires_grad_() for each in maps], boxes[:, :9].clone()
+    inf, nan = torch.inf, torch.nan
+    bad = torch.tensor([[0.0, 0, inf, 50], [-inf, -inf, inf, inf], [nan] * 4, [9.0, nan, 50, 60], [inf] * 4])
+    boxes[1, 4:] = 0.0
+    pool = RoIAlign(7, ratio, aligned, STRIDES)
+    levels = roi_levels(boxes, finest_scale=56, eps_inside_log=True)
+    expected = pool(maps, boxes, levels).unflatten(0, (2, 9))
+    boxes[1, 4:] = bad
+    levels = roi_levels(boxes, finest_scale=56, eps_inside_log=True)
+    assert levels.min() >= 0 and levels.max() <= 3
+    pooled = pool(maps, boxes, levels).unflatten(0, (2, 9))
+    assert not pooled[1, 4:].any()
+    assert torch.equal(pooled[0], expected[0]) and torch.equal(pooled[1, :4], expected[1, :4])
+    gradients = torch.autograd.grad(pooled.sum(), maps, allow_unused=True)
+    assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)

@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FAR_OUTSIDE = -1e6
+"""Pixels or cells: samples more than one cell outside a map count as zero and receive no gradient."""
+
 
 class Sampling(NamedTuple):
     """The three settings of RoIAlign: bins per axis, samples per bin and axis (0: one a cell), half-cell shift."""
@@ -71,7 +74,9 @@ def pooling_matrix(
 
     scale = 1 / torch.tensor(strides, dtype=torch.float32)[level]
     shift = 0.5 if sampling.aligned else 0.0
-    x1, y1, x2, y2 = (boxes_xyxy.view(-1, 4) * scale[:, None] - shift).unbind(-1)
+    corners = boxes_xyxy.view(-1, 4) * scale[:, None] - shift
+    # No cell can be told of a box that is infinite or NaN. Far outside of the map all samples count as zero.
+    x1, y1, x2, y2 = torch.where(corners.isfinite().all(dim=1, keepdim=True), corners, FAR_OUTSIDE).unbind(-1)
     rows = _axis_cells(sampling, y1, y2 - y1, heights)
     columns = _axis_cells(sampling, x1, x2 - x1, widths)
     row_starts = first_cell[:, None, None] + rows.cells * widths[:, None, None]

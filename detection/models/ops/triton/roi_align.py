@@ -15,6 +15,8 @@ from torch import Tensor
 
 _CHANNELS = 32  # of a program, at most
 _LEVELS = 4
+# Cells; far above those of any map.
+LONGEST_BIN = tl.constexpr(2.0**20)
 # Sums in whole numbers do not depend on their order: so many of them are the largest gradient.
 _LARGEST = 2.0**40
 # Numbers that change with the size of a batch, for which nothing is to be compiled anew.
@@ -39,7 +41,8 @@ def roi_extent(low, high, scale, size, ALIGNED: tl.constexpr, RATIO: tl.constexp
     bin_length = tl.div_rn(length, size)
     samples = RATIO
     if RATIO == 0:
-        samples = tl.ceil(bin_length).to(tl.int32)
+        # No loop over the samples of a box that is infinite or NaN; comparisons with NaN are false.
+        samples = tl.where(bin_length < LONGEST_BIN, tl.ceil(bin_length), 0.0).to(tl.int32)
     return start, bin_length, samples
 
 
