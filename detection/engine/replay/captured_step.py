@@ -35,6 +35,8 @@ MOST_FILES = 4
 OF_BATCH = ("pixels", "sizes", "boxes_xyxy", "labels", "valid", "sample_keys")
 """Tensors of a batch, an entry an image: those of ImageBatch, then those of TargetBatch."""
 
+_REQUIRED = "iteration message amp loss_scale device model model_config config run batches".split()
+
 
 class CapturedStepError(DetectionError):
     """A file that does not hold a captured step. The message names it."""
@@ -109,4 +111,6 @@ def read_captured_step(path: Path) -> dict[str, Any]:
         raise CapturedStepError(f"{path}: not a captured step; a run that is not finite leaves one in nonfinite/")
     if content.get("version") != VERSION:
         raise CapturedStepError(f"{path}: version {content.get('version')}, this program reads version {VERSION}")
+    if missing := [key for key in _REQUIRED if key not in content]:
+        raise CapturedStepError(f"{path}: an incomplete captured step, it lacks {', '.join(missing)}")
     return content

@@ -13,12 +13,11 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from detection.engine.optim.amp import Precision, gradient_norm
-from detection.engine.replay.captured_step import OF_BATCH
+from detection.engine.replay.captured_step import OF_BATCH, CapturedStepError
 from detection.models import ImageBatch, TargetBatch, model_from_config
 
 MODEL = "the model itself"
 """What is computed in no module of its own: normalization of pixels, RoIAlign, losses."""
-
 
 _HANDS_ON = {"ToCopy", "T", "Transpose", "Permute", "View", "UnsafeView", "Reshape", "ReshapeAlias", "Clone", "Mul"}
 """Operations that weights go through before they are used."""
@@ -29,7 +28,7 @@ class Finding:
     """The first value of a step that is not finite."""
 
     phase: str
-    """batch, weights, forward, backward or norm"""
+    """batch, weights, forward or backward"""
     module: str
     """Dotted name; MODEL for what is outside of all modules. Of a batch, the name of the tensor."""
     what: str
@@ -139,9 +138,15 @@ def replay(content: Mapping[str, Any], batch: Mapping[str, Any], device: torch.d
     Args:
         content: see captured_step.
         amp: off, bf16 or fp16.
+
+    Raises:
+        CapturedStepError: the weights are not of the model described.
     """
-    model = model_from_config(content["model_config"])
-    model.load_state_dict(content["model"])
+    try:
+        model = model_from_config(content["model_config"])
+        model.load_state_dict(content["model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CapturedStepError(f"the step's weights are not of its own model ({error})") from error
     model.to(device).train()
     if content["config"]["train"]["channels_last"]:
         model.to(memory_format=torch.channels_last)

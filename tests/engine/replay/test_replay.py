@@ -1,54 +1,14 @@
 """A captured step run again: the first module whose output or gradient is not finite, and the image."""
 
-from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
-from detection.engine.replay.captured_step import FORMAT, VERSION
 from detection.engine.replay.replay import Finding, images_alone, remedy, replay
-from detection.models import build_model
+from tests.engine.replay.small_step import captured_step
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def captured() -> Callable[..., dict[str, Any]]:
-    """captured(amp="off", **settings of the model): a step of two images that is finite in float32."""
-
-    def make(amp: str = "off", **settings: Any) -> dict[str, Any]:
-        torch.manual_seed(0)
-        model = build_model("tiny", 3, **settings)
-        batch = {
-            "rank": 0,
-            "micro_step": 0,
-            "image_ids": [7, 9],
-            "file_names": ["seven.jpg", "nine.jpg"],
-            "pixels": torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8),
-            "sizes": torch.tensor([[64, 96], [60, 80]]),
-            "boxes_xyxy": torch.tensor([[[8.0, 8, 40, 44], [0, 0, 0, 0]], [[2.0, 5, 30, 20], [10, 10, 60, 50]]]),
-            "labels": torch.tensor([[1, 0], [2, 0]]),
-            "valid": torch.tensor([[True, False], [True, True]]),
-            "sample_keys": torch.tensor([3, 4]),
-        }
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "iteration": 5,
-            "message": "iteration 5 is not finite",
-            "amp": amp,
-            "loss_scale": 1.0,
-            "device": "cpu",
-            "model_config": asdict(model.config),
-            "config": {"train": {"channels_last": False}, "model": {"sync_bn": False}},
-            "run": {"world_size": 1},
-            "model": model.state_dict(),
-            "batches": [batch],
-        }
-
-    return make
 
 
 def found(content: dict[str, Any], amp: str | None = None) -> Finding | None:
@@ -56,8 +16,8 @@ def found(content: dict[str, Any], amp: str | None = None) -> Finding | None:
 
 
 @pytest.mark.parametrize(("amp", "norm"), [("off", "bn"), ("bf16", "frozen_bn")])
-def test_where_all_is_finite_nothing_is_found(amp, norm, captured):
-    content = captured(amp, norm=norm)
+def test_where_all_is_finite_nothing_is_found(amp, norm):
+    content = captured_step(amp, norm=norm)
     assert found(content) is None
     assert images_alone(content, content["batches"][0], CPU, amp) == []
     assert "try --device cpu" in remedy(content, None, None)
@@ -72,8 +32,8 @@ def test_where_all_is_finite_nothing_is_found(amp, norm, captured):
         ("roi_head.fc1.weight", "roi_head.fc1"),
     ],
 )
-def test_an_overflow_of_float16_is_found_in_its_layer_and_not_in_float32(weight, module, captured):
-    content = captured("fp16", norm="frozen_bn", frozen_stages=-1)
+def test_an_overflow_of_float16_is_found_in_its_layer_and_not_in_float32(weight, module):
+    content = captured_step("fp16", norm="frozen_bn", frozen_stages=-1)
     content["model"][weight] *= 1e6
     finding, in_float32 = found(content), found(content, "off")
     assert finding is not None and (finding.phase, finding.module) == ("forward", module)
@@ -82,9 +42,9 @@ def test_an_overflow_of_float16_is_found_in_its_layer_and_not_in_float32(weight,
     assert "--amp bf16" in remedy(content, finding, None)
 
 
-def test_a_gradient_that_overflows_is_found_in_the_layer_that_makes_it(captured):
+def test_a_gradient_that_overflows_is_found_in_the_layer_that_makes_it():
     """Forward, fc2 multiplies zeros by its huge weights; backward, a gradient."""
-    content = captured()
+    content = captured_step()
     state = content["model"]
     for name, value in (("fc1.weight", 0.0), ("fc1.bias", 0.0), ("fc2.bias", 1e-20)):
         state[f"roi_head.{name}"].fill_(value)
@@ -95,16 +55,16 @@ def test_a_gradient_that_overflows_is_found_in_the_layer_that_makes_it(captured)
     assert "--clip-grad" in remedy(content, finding, finding)
 
 
-def test_a_loss_scale_that_is_too_large_is_found_backward_in_float16_alone(captured):
-    content = captured("fp16")
+def test_a_loss_scale_that_is_too_large_is_found_backward_in_float16_alone():
+    content = captured_step("fp16")
     content["loss_scale"] = 2.0**40
     finding = found(content)
     assert finding is not None and finding.phase == "backward" and finding.module.startswith("roi_head")
     assert found(content, "off") is None
 
 
-def test_a_norm_that_overflows_is_found_where_the_gradients_are_largest(captured):
-    content = captured()
+def test_a_norm_that_overflows_is_found_where_the_gradients_are_largest():
+    content = captured_step()
     content["model"]["roi_head.fc2.bias"].fill_(1e25)
     content["model"]["roi_head.classifier.weight"] *= 1e-25
     content["model"]["roi_head.regressor.weight"] *= 1e-25
@@ -113,8 +73,8 @@ def test_a_norm_that_overflows_is_found_where_the_gradients_are_largest(captured
     assert finding.module in ("roi_head.classifier", "roi_head.regressor")
 
 
-def test_the_image_of_an_infinite_box_is_found(captured):
-    content = captured()
+def test_the_image_of_an_infinite_box_is_found():
+    content = captured_step()
     (batch,) = content["batches"]
     batch["boxes_xyxy"][1, 1, 2] = torch.inf
     finding = found(content)
@@ -123,8 +83,8 @@ def test_the_image_of_an_infinite_box_is_found(captured):
     assert "check_dataset.py" in remedy(content, finding, finding)
 
 
-def test_pixels_that_become_infinite_are_found_before_the_first_layer(captured):
-    content = captured(pixel_std=(1e-38, 1e-38, 1e-38))
+def test_pixels_that_become_infinite_are_found_before_the_first_layer():
+    content = captured_step(pixel_std=(1e-38, 1e-38, 1e-38))
     content["batches"][0]["pixels"][0] = 0
     content["batches"][0]["pixels"][0, :, :4] = 255
     finding = found(content)
@@ -132,17 +92,17 @@ def test_pixels_that_become_infinite_are_found_before_the_first_layer(captured):
     assert finding.module == "the model itself" and "what it gives to backbone" in finding.what
 
 
-def test_weights_that_are_not_finite_are_found_before_anything_is_run(captured):
-    content = captured()
+def test_weights_that_are_not_finite_are_found_before_anything_is_run():
+    content = captured_step()
     content["model"]["rpn.conv.weight"][0, 0, 0, 0] = torch.nan
     finding = found(content)
     assert finding is not None and (finding.phase, finding.module) == ("weights", "rpn.conv.weight")
     assert "--weights" in remedy(content, finding, finding)
 
 
-def test_one_image_of_a_batch_is_found_alone(captured):
+def test_one_image_of_a_batch_is_found_alone():
     """A channel that one image lights up, and a weight that it overflows."""
-    content = captured("fp16", norm="frozen_bn", frozen_stages=-1)
+    content = captured_step("fp16", norm="frozen_bn", frozen_stages=-1)
     (batch,) = content["batches"]
     batch["pixels"][1] = 124  # about the mean: next to nothing is left after normalization
     content["model"]["backbone.conv1.weight"] *= 2e4
