@@ -35,7 +35,7 @@ MOST_FILES = 4
 OF_BATCH = ("pixels", "sizes", "boxes_xyxy", "labels", "valid", "sample_keys")
 """Tensors of a batch, an entry an image: those of ImageBatch, then those of TargetBatch."""
 
-_REQUIRED = "iteration message amp loss_scale device model model_config config run batches".split()
+_REQUIRED = ["iteration", "message", "amp", "loss_scale", "device", "model", "model_config", "config", "run", "batches"]
 
 
 class CapturedStepError(DetectionError):
