@@ -46,7 +46,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     [
         ("loss", ["--accumulate", "2", "--set", "optim_wrapper.optimizer=dict(type='AdamW', lr=1e-3)"]),
         ("gradient", ["--ema", "0.5", "--set", "optim_wrapper.optimizer.dampening=0.1"]),
-        ("activations", ["--color-jitter", "--amp", "bf16"]),
+        ("activations", ["--color-jitter", "0.4", "0.4", "0.4", "0.1", "--amp", "bf16"]),
         ("loss", ["--schedule", "half.py", "--amp", "fp16"]),
     ],
 )
