@@ -55,7 +55,8 @@ def neighbors(start, bin_length, samples, bins, sample, map_length):
     place = tl.maximum(place, 0.0)
     before = tl.minimum(place.to(tl.int32), map_length - 1)
     after = tl.minimum(before + 1, map_length - 1)
-    fraction = tl.where(before < map_length - 1, place - before, 0.0)
+    # Off the map a cell counts as zero, which a place that is NaN must not make NaN.
+    fraction = tl.where(inside & (before < map_length - 1), place - before, 0.0)
     return before, after, 1.0 - fraction, fraction, inside
 
 
