@@ -103,9 +103,11 @@ class Trainer:
         try:
             self.log.write()
         except NonFiniteLoss as error:
-            state, folder = self.state, self.output.nonfinite
-            keep = partial(capture_step, folder, error, self.loader, state.model, state.precision, state.facts)
-            kept = run_on_main_rank(self.processes, keep)
+            state, kept = self.state, "The step is not kept: without a fused optimizer the weights before it are gone."
+            if self.update.can_skip:
+                folder, model = self.output.nonfinite, state.model
+                keep = partial(capture_step, folder, error, self.loader, model, state.precision, state.facts)
+                kept = run_on_main_rank(self.processes, keep)
             raise NonFiniteLoss(f"{error}\n{kept}\n{self.checkpoints.advice()}", error.step) from None
         self.state.progress.skipped_steps = self.log.metrics.skipped_steps
 

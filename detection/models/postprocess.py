@@ -34,7 +34,8 @@ def select_detections(
     scores = class_logits.float().softmax(dim=1)[:, : config.num_classes].view(num_images, num_rois, -1)
     deltas = deltas.view(num_images, num_rois, -1, 4)
     # A score that is NaN is above no threshold.
-    usable = deltas.isfinite().all(dim=3)[..., : config.num_classes] & (valid & boxes_xyxy.isfinite().all(dim=2))[..., None]
+    usable = deltas.isfinite().all(dim=3)[..., : config.num_classes]
+    usable = usable & (valid & boxes_xyxy.isfinite().all(dim=2))[..., None]
     detections = []
     for image in range(num_images):
         roi, label = ((scores[image] > config.score_threshold) & usable[image]).nonzero(as_tuple=True)

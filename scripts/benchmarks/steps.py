@@ -149,11 +149,6 @@ def load_work(arguments: argparse.Namespace, folder: Path, device: torch.device)
     return Work(arguments.model, num_classes, *sizes, device, new_loader(), batches, weights)
 
 
-class _Unguarded(NonFiniteGuard):
-    """For an optimizer that is not fused, whose steps cannot be skipped on the device."""
-
-    def finish(self, grad_norm: Tensor) -> None:  # type: ignore[override]
-        super().finish(grad_norm)
 
 
 class OurStep:
@@ -167,8 +162,7 @@ class OurStep:
         if variant.compiled:
             compile_for_training(self.model, by_stage=False)
         schedule, processes = load_schedule("1x"), Processes(0, 0, 1, 1, work.device)
-        guarding = _Unguarded if variant.without == FUSED_OPTIMIZER else NonFiniteGuard
-        guard = guarding(self.model, skips=False, gradient_may_overflow=variant.amp == "fp16")
+        guard = NonFiniteGuard(self.model, skips=False, gradient_may_overflow=variant.amp == "fp16")
         optimizer = build_optimizer(self.model, schedule)
         if variant.without == FUSED_OPTIMIZER:
             for group in optimizer.param_groups:

@@ -41,6 +41,8 @@ class ParameterUpdate:
         clip = schedule.clip_grad
         self._norm_type = clip.norm_type if clip else 2.0
         self._clip_to = clip.max_norm if clip else None
+        self.can_skip = precision.amp == "fp16" or all(group["fused"] for group in optimizer.param_groups)
+        """Whether a step that is not finite leaves the model as it was; foreach=True and fused=False cannot."""
 
     def apply(self, iteration: int) -> tuple[float, Tensor]:
         """One optimizer step; its learning rate, and the gradients' norm (scalar on the device, before clipping)."""
@@ -48,7 +50,7 @@ class ParameterUpdate:
         self._precision.unscale(self._optimizer)
         norm = gradient_norm(self._parameters, norm_type=self._norm_type, clip_to=self._clip_to)
         skip = self._guard.finish(norm)
-        self._precision.step(self._optimizer, skip)
+        self._precision.step(self._optimizer, skip if self.can_skip else None)
         if self._ema is not None:
             # A run that ends there needs no average any more.
             self._ema.update(self._model, iteration, skip if self._guard.skips else None)

@@ -94,6 +94,13 @@ def test_what_cannot_be_written_leaves_the_message_and_no_file(start, tmp_path, 
     assert not list((tmp_path / "run" / "nonfinite").iterdir())
 
 
+def test_an_optimizer_that_cannot_hold_a_step_back_leaves_no_file(start, tmp_path, monkeypatch) -> None:
+    spoil_losses(monkeypatch, 0, "loss")
+    with pytest.raises(RunError, match="not kept: without a fused optimizer"):
+        start(tmp_path / "run", "--set", "optim_wrapper.optimizer.foreach=True")
+    assert not (tmp_path / "run" / "nonfinite").exists()
+
+
 def test_a_run_that_only_skips_leaves_its_last_step(start, tmp_path, monkeypatch, seen, same_state) -> None:
     monkeypatch.setattr("detection.engine.metrics.step_metrics.MOST_SKIPPED_IN_A_ROW", 2)
     spoil_losses(monkeypatch, 1, "gradient", last=9)
