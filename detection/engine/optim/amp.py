@@ -53,7 +53,8 @@ class Precision:
 
         Args:
             skip: 1.0 on the device for no step (weights and states stay as they are), 0.0 for one. Fused optimizers
-                look at it there; None for others. With float16 it is not asked: a gradient that is not finite is the scaler's own case.
+                look at it there; None for others. With float16 it is not asked: a gradient that is not finite is the
+                scaler's own case.
         """
         if skip is None or self.scaler.is_enabled():
             self.scaler.step(optimizer)
