@@ -149,8 +149,6 @@ def load_work(arguments: argparse.Namespace, folder: Path, device: torch.device)
     return Work(arguments.model, num_classes, *sizes, device, new_loader(), batches, weights)
 
 
-
-
 class OurStep:
     """The parts of Trainer.train_step, with the prefetcher in front of them and the metrics behind them."""
 

@@ -26,6 +26,7 @@ from detection.engine.distributed.agreement import USER_ERRORS
 from detection.engine.metrics.step_metrics import NonFiniteLoss
 from detection.engine.optim.amp import Precision
 from detection.errors import DetectionError
+from detection.models import read_archive
 from detection.reporting import write_whole
 
 FORMAT = "detection-captured-step"
@@ -103,7 +104,7 @@ def read_captured_step(path: Path) -> dict[str, Any]:
         CapturedStepError: it cannot be read, or is something else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_archive(path, verified=True)
     except Exception as error:  # a damaged file fails in the zip reader or the unpickler, with any error of theirs
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CapturedStepError(f"{path}: not a readable file of a captured step ({reason})") from error
