@@ -73,7 +73,10 @@ def with_odd_entries(content: dict[str, Any], dice: random.Random) -> dict[str, 
     """A copy in which one to three entries, at any depth, are left out or something else than they should be."""
     content = copy.deepcopy(content)
     for _ in range(dice.randint(1, 3)):
-        *path, last = dice.choice([place for place in places(content) if place])
+        there = [place for place in places(content) if place]
+        if not there:
+            break
+        *path, last = dice.choice(there)
         holder: Any = content
         for key in path:
             holder = holder[key]
