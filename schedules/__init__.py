@@ -5,7 +5,7 @@ only.
 from schedules.errors import ScheduleError
 from schedules.overrides import with_overrides
 from schedules.paramwise import ParameterFacts, ParamwiseSettings, parameter_multipliers, unmatched_custom_keys
-from schedules.reader import load_schedule, schedule_from_dict
+from schedules.reader import config_schedule, load_schedule, schedule_from_dict
 from schedules.schedule import Schedule
 from schedules.schedulers import LinearLR, MultiStepLR
 
@@ -16,6 +16,7 @@ __all__ = [
     "ParamwiseSettings",
     "Schedule",
     "ScheduleError",
+    "config_schedule",
     "load_schedule",
     "parameter_multipliers",
     "schedule_from_dict",

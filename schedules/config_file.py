@@ -9,11 +9,12 @@ import ast
 import operator
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from schedules.config_options import set_options
 from schedules.errors import Place, ScheduleError
 from schedules.expressions import (
     MAX_DEPTH,
@@ -40,11 +41,12 @@ _REFERENCE_IN_TEXT = re.compile(r"\{\{\s*_base_\.")
 
 
 def read_config(
-    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda key: True
+    path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda key: True, options: Iterable[str] = ()
 ) -> tuple[dict[str, Any], Place]:
     """The values of the file by top-level key, and a place that knows file and line of each key.
 
-    A key that is not `wanted` and cannot be read is Unread. Raises ScheduleError for anything else that cannot be read.
+    options: KEY=VALUE each, over what the file says (schedules.config_options). A key that is not `wanted` and cannot
+    be read is Unread. Raises ScheduleError for anything else that cannot be read.
     """
     place = Place(os.fspath(path), lines={})
     reading = _Reading(wanted, {})
@@ -54,7 +56,9 @@ def read_config(
             if key in whole:
                 raise place.at(key).error("is a name that MMEngine keeps for itself; take another")
         place = Place(place.source, (), reading.lines)
-        return reading.settled(whole, dict, place), place
+        values = reading.settled(whole, dict, place)
+        set_options(values, place, [each for each in options if wanted(re.split("[.=]", each)[0])])
+        return values, place
     except RecursionError:
         raise place.error("nested too deeply to be a configuration") from None
 

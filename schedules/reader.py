@@ -7,7 +7,7 @@ from __future__ import annotations
 import ast
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,16 @@ def load_schedule(name_or_path: str | os.PathLike[str]) -> Schedule:
         values, notes = read_assignments(tree, place), []
     schedule = schedule_from_dict(values, given if given in NAMES else path.stem, str(path), place)
     return replace(schedule, notes=(*notes, *schedule.notes))
+
+
+def config_schedule(path: str | os.PathLike[str], options: Iterable[str] = ()) -> Schedule:
+    """The schedule of a whole configuration, the other keys unread. options: KEY=VALUE each, over what the file says.
+
+    Raises ScheduleError as load_schedule does.
+    """
+    values, place = read_config(path, SCHEDULE_KEYS.__contains__, options)
+    values = {key: value for key, value in values.items() if key in SCHEDULE_KEYS}
+    return schedule_from_dict(values, Path(path).stem, os.fspath(path), place)
 
 
 def _is_beyond_schedule(statement: ast.stmt) -> bool:

@@ -43,7 +43,8 @@ class TrainLoader:
 
     min_size, max_size: the keep-ratio resize, see geometry.py, where augmentation chooses no other. augmentation:
     what is done at random, an image that comes again in an epoch being another draw. repeat_threshold: images of
-    classes that are in a smaller part of the images come several times an epoch, see sampler.py.
+    classes that are in a smaller part of the images come several times an epoch, see sampler.py. repeat_times: the
+    whole set comes as often in an epoch.
 
     few_shapes: padded sizes are of shape_buckets.py, for code that is compiled for each size. pin: hand over
     page-locked memory (for GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: an image that
@@ -65,6 +66,7 @@ class TrainLoader:
         workers: int = 0,
         augmentation: Augmentation = _FLIPS_ONLY,
         repeat_threshold: float | None = None,
+        repeat_times: int = 1,
         limit_batches: int | None = None,
         few_shapes: bool = False,
         pin: bool = False,
@@ -74,10 +76,13 @@ class TrainLoader:
         self.dataset = dataset
         self.global_batch_size = world_size * batch_size * accumulate
         self.repeat_factors: np.ndarray | None = None
-        """float64 [N] of the images, where there is a threshold"""
+        """float64 [N] of the images, where they come more often than once"""
         if repeat_threshold is not None:
             images = np.repeat(np.arange(len(dataset)), dataset.box_counts)
             self.repeat_factors = repeat_factors(images, dataset.labels, len(dataset), repeat_threshold)
+        if repeat_times > 1:
+            once = np.ones(len(dataset)) if self.repeat_factors is None else self.repeat_factors
+            self.repeat_factors = repeat_times * once
         self.images_per_epoch = len(dataset) if self.repeat_factors is None else epoch_length(self.repeat_factors)
         """Before the last batch is filled up; limit_batches has no part in it"""
         self.iterations_per_epoch = iterations_per_epoch(self.images_per_epoch, self.global_batch_size)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from detection.config.arg_types import Number, fraction, side
+from detection.config.arg_types import Number, fraction, side, whole
 from detection.config.settings import COMMAND_LINE, COMPATIBLE, ConfigError, add_options, plain, setting
 
 TITLE = "training images at random (docs/augmentation.md)"
@@ -95,6 +95,10 @@ class AugmentationConfig:
         "epoch",
         type=fraction,
         metavar="T",
+    )
+
+    repeat_times: int = setting(
+        1, COMPATIBLE, "how often the whole train set comes in an epoch, each time as another draw", type=whole(1, 1000)
     )
 
     def __post_init__(self) -> None:

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from detection.config import augmentation
+from detection.config.mmdet_run import read_run
 from detection.config.run_config import RunConfig
 from detection.config.settings import ConfigError, add_options, filled, settings_of
+from schedules.reader import SCHEDULE_KEYS
 
 GROUPS = {
+    "config": "whole run from a file",
     "schedule": "schedule (how long, which learning rate, when to validate)",
     "data": "data",
     "augmentation": augmentation.TITLE,
@@ -73,10 +76,37 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
             raise ConfigError(f"--set {text}: write it as KEY=VALUE, e.g. --set optim_wrapper.optimizer.weight_decay=0")
     shorter = [f"{key}={given[key]}" for key in ("lr", "max_epochs", "val_interval") if key in given]
     given["overrides"] = (*given.get("set", ()), *shorter)
+    given = _with_config_file(given)
     config = filled(RunConfig, given)
     augmentation.check_effect(config.augmentation, given, config.data.max_size)
     _check_options(config, given)
     return config
+
+
+def _with_config_file(given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, over what the file of --config says."""
+    path, options = given.get("config_file"), given.get("cfg_options", ())
+    if path is None:
+        if options:
+            raise ConfigError(
+                f"--cfg-options {options[0]} has no effect without --config: give --config FILE, or --set"
+            )
+        return given
+    if "model" in given:
+        raise ConfigError("--model and --config both choose the model: leave --model away, or give --cfg-options")
+    flags = {
+        field.name: option.flag_for(field)
+        for _, _, field in settings_of(RunConfig)
+        for option in field.metadata["options"]
+    }
+    values, lines = read_run(path, options, given["mode"]).under(given, flags)
+    if "schedule" in given:
+        of_schedule = [each for each in options if each.partition("=")[0].split(".")[0] in SCHEDULE_KEYS]
+        if of_schedule:
+            raise ConfigError(f"--cfg-options {of_schedule[0]} has no effect beside --schedule: give it as --set")
+        lines.append(f"--schedule {given['schedule']} in place of the schedule of {path}")
+    values.setdefault("schedule", str(path))
+    return values | {"config_notes": tuple(lines)}
 
 
 def _model_setting(text: str) -> tuple[str, Any]:

@@ -63,6 +63,8 @@ class DataConfig:
     workers: int | None = setting(
         None, COMMAND_LINE, "loader processes a process", shown=_by_device(WORKERS), type=whole(0, 256)
     )
+    class_names: tuple[str, ...] | None = setting(None, COMMAND_LINE)
+    """Classes that the annotations must have, in any order; from --config. None: any."""
     limit_train_batches: int | None = setting(None, COMPATIBLE, "iterations an epoch at most", type=positive_int)
     limit_val_batches: int | None = setting(
         None, COMMAND_LINE, "evaluation batches a process at most", type=positive_int
@@ -263,6 +265,27 @@ class RunConfig:
         type=Number(float, 0.01, MINUTES_A_WEEK),
         metavar="MIN",
     )
+    config_file: Path | None = setting(
+        None,
+        EACH_START,
+        "a configuration of MMDetection 3.x that says the whole run; options count over it",
+        flag="--config",
+        group="config",
+        type=Path,
+        metavar="FILE",
+        dest="config_file",
+    )
+    cfg_options: tuple[str, ...] = setting(
+        (),
+        EACH_START,
+        "with --config: set keys of the configuration, e.g. train_dataloader.batch_size=4",
+        group="config",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+    )
+    config_notes: tuple[str, ...] = setting((), EACH_START)
+    """What of the configuration other options replace, and what has no effect: lines for the start of the run."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     def for_processes(self, world_size: int) -> RunConfig:

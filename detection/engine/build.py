@@ -38,7 +38,7 @@ from detection.models import (
     model_from_config,
     prefetch_weights,
 )
-from schedules import Schedule, load_schedule, with_overrides
+from schedules import Schedule, config_schedule, load_schedule, with_overrides
 
 
 @dataclass
@@ -80,7 +80,7 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
     # Before the data, which may take a while to find and to read.
     settings = _model_settings(config) if resume is None else _chosen_settings(config)
     model_config(config.model.model, num_classes=1, **settings)
-    lines = prepare_files(config.data, mode=config.mode)
+    lines = [*config.config_notes, *prepare_files(config.data, mode=config.mode)]
     if schedule.amp == "fp16" and processes.device.type == "cpu":
         # Not refused: the figures are right, and float16 can be tried where there is no GPU.
         lines.append("warning: float16 on a CPU takes some forty times as long as float32: use --amp bf16 or --amp off")
@@ -121,7 +121,10 @@ def _checkpoint_to_resume(resume: str, output: RunDir, *, is_restart: bool) -> L
 
 
 def _load_schedule(config: RunConfig) -> tuple[Schedule, list[str]]:
-    schedule = load_schedule(config.train.schedule)
+    if config.config_file is not None and config.train.schedule == str(config.config_file):
+        schedule = config_schedule(config.config_file, config.cfg_options)
+    else:
+        schedule = load_schedule(config.train.schedule)
     pairs = dict(text.split("=", 1) for text in config.train.overrides)
     schedule, lines = with_overrides(schedule, {key.strip(): value.strip() for key, value in pairs.items()})
     if config.train.accumulate not in (None, schedule.accumulative_counts):
@@ -162,6 +165,7 @@ def build(
     else:
         train_set = None
         model, class_names, weights_line = _model_to_evaluate(config, checkpoint, files, annotations)
+    _require_classes(config, class_names)
     model = _place(config, processes, model)
     evaluation_files = files.test if config.mode == "test" else files.val
     evaluation_set = None
@@ -173,6 +177,18 @@ def build(
             look_for_images=look_for_images,
         )
     return Components(schedule, overrides, train_set, evaluation_set, evaluation_files, model, weights_line)
+
+
+def _require_classes(config: RunConfig, class_names: tuple[str, ...]) -> None:
+    expected = config.data.class_names
+    if expected is None or set(expected) == set(class_names):
+        return
+    here, there = (", ".join(names[:5]) + (", ..." if len(names) > 5 else "") for names in (class_names, expected))
+    raise ConfigError(
+        f"{config.config_file}: its data sets are of {len(expected)} classes ({there}), and the annotations have "
+        f"{len(class_names)} ({here}). Give the annotations' own as metainfo=dict(classes=(...)) in the data sets, and "
+        "their number as num_classes; where some classes shall be left out, write annotations without them"
+    )
 
 
 def _model_to_train(

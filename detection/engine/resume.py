@@ -32,7 +32,8 @@ def resumed_settings(checkpoint: LoadedCheckpoint, config: RunConfig) -> tuple[R
     lines: list[str] = []
     kept: dict[str, Any] = {}
     for _, key, field in settings_of(RunConfig):
-        decides, name = field.metadata["on_resume"], field.metadata["options"][0].flag_for(field)
+        options = field.metadata["options"]
+        decides, name = field.metadata["on_resume"], options[0].flag_for(field) if options else key
         default, given = _at(defaults, key), _at(now, key)
         was = _at(before, key, default)
         if decides is CHECKPOINT:

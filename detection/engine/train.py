@@ -33,6 +33,7 @@ from detection.engine.run_summary import closing_summary, config_record, configu
 from detection.engine.signals import STOPPED_EXIT_CODE, Stopped
 from detection.engine.train_state import Progress, TrainState, assert_same_on_all_ranks, run_facts
 from detection.engine.trainer import Trainer
+from detection.models import model_config
 from detection.reporting import MetricsLog, TensorBoardLog
 from schedules import Schedule, unmatched_custom_keys
 
@@ -118,7 +119,8 @@ def _build_state(
     progress = Progress()
     notes = [*components.overrides, *schedule.notes]
     if checkpoint is None:
-        notes += [f"model {key}: {value}" for key, value in config.model.settings]
+        named = vars(model_config(config.model.model))
+        notes += [f"model {key}: {value}" for key, value in config.model.settings if named.get(key) != value]
     unused = unmatched_custom_keys(schedule.paramwise, parameter_facts(model))
     notes += [f"paramwise_cfg custom key {key!r} matches no parameter: it has no effect" for key in unused]
     if checkpoint is not None:
@@ -232,6 +234,7 @@ def _train_loader(context: RunContext, components: Components, *, workers: int) 
         workers=workers,
         augmentation=augmentation_of(config.augmentation, config.data.max_size),
         repeat_threshold=config.augmentation.repeat_threshold,
+        repeat_times=config.augmentation.repeat_times,
         limit_batches=config.data.limit_train_batches,
         few_shapes=config.train.compile or config.train.cuda_graphs,
         pin=processes.device.type == "cuda" and workers > 0,

@@ -40,8 +40,10 @@ def describe_augmentation(config: RunConfig, loader: TrainLoader) -> list[str]:
         lines.insert(0, f"scale {max_size}x{min_size}")
     else:
         lines[0] += f" (validation: {max_size}x{min_size})"
-    factors = loader.repeat_factors
-    if factors is not None:
+    factors, times = loader.repeat_factors, config.augmentation.repeat_times
+    if times > 1:
+        lines.append(f"the train set comes {times} times an epoch: {loader.images_per_epoch:,} images")
+    if factors is not None and config.augmentation.repeat_threshold is not None:
         lines.append(
             f"repeat factors for classes in less than {config.augmentation.repeat_threshold:.3g} of the images: "
             f"{int((factors > 1).sum()):,} of {len(factors):,} images come more often than once, up to "

@@ -1,0 +1,213 @@
+"""The keys of a configuration of MMDetection that say which data are loaded and evaluated, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from detection.config.mmdet_keys import (
+    NEAREST,
+    Found,
+    Idle,
+    absent,
+    found_in,
+    idle,
+    keyed,
+    local_file,
+    only,
+    several,
+    text,
+    to,
+    typed,
+)
+from schedules.checks import Check, Keys, choice, dictionary, number, optional, read_dict, read_typed, whole
+from schedules.errors import Place
+
+_BACKEND = {key: only(None, {"backend": "local"}) for key in ("backend_args", "file_client_args")}
+_TRANSFORM_IO: dict[str, Keys] = {
+    "LoadImageFromFile": {
+        "to_float32": only(False),
+        "color_type": only("color"),
+        "ignore_empty": only(False),
+        "imdecode_backend": idle("loading")["imdecode_backend"],
+        **_BACKEND,
+    },
+    "LoadAnnotations": {
+        "with_bbox": only(True),
+        "with_label": only(True),
+        **{key: only(False, hint="masks are not supported") for key in ("with_mask", "with_seg", "with_keypoints")},
+        "poly2mask": only(True, False),
+        "box_type": only("hbox"),
+        "imdecode_backend": idle("loading")["imdecode_backend"],
+        **_BACKEND,
+    },
+    "PackDetInputs": idle("packing"),
+}
+
+
+def _scale(value: Any, place: Place) -> tuple[int, int]:
+    """Two sides in pixels, the longer first."""
+    sides = several(whole(33, 16384), 2)(value, place)
+    return max(sides), min(sides)
+
+
+_RESIZE: Keys = {
+    "keep_ratio": only(True, required=True, hint="images keep their ratio"),
+    "scale_factor": only(None),
+    "clip_object_border": only(True),
+    "backend": only("cv2"),
+    "interpolation": only("bilinear"),
+}
+_MULTI_SCALE: Keys = {**_RESIZE, "resize_type": only("Resize")}
+_FIXED = {"Resize": {**_RESIZE, "scale": _scale}}
+_RESIZES: dict[str, Keys] = {
+    **_FIXED,
+    "RandomChoiceResize": {**_MULTI_SCALE, "scales": several(_scale)},
+    "RandomResize": {
+        **_MULTI_SCALE,
+        "scale": several(_scale, 2),
+        "ratio_range": absent("a range of ratios is", "two scales, or --lsj"),
+    },
+}
+_FLIP = {
+    "RandomFlip": {
+        "prob": number(at_least=0, at_most=1),
+        "direction": (choice("horizontal", "vertical", hint=" here"), "horizontal"),
+    }
+}
+
+
+def _pipeline(training: bool) -> Check:
+    kinds = {**_TRANSFORM_IO, **(_RESIZES | _FLIP if training else _FIXED)}
+    order = ("LoadImageFromFile", "LoadAnnotations", "Resize", *(["RandomFlip"] if training else []), "PackDetInputs")
+    near = "--lsj, --photometric-distortion or --color-jitter beside --config do more" if training else ""
+    hint = f" (transforms here: {', '.join(kinds)}{near and '; ' + near})"
+
+    def read(value: Any, place: Place) -> list[Any]:
+        steps = several(lambda each, at: (at, read_typed(each, at, kinds, hint=hint)))(value, place)
+        found: list[Any] = [step for _, step in steps]
+        names = ["Resize" if step["type"] in _RESIZES else step["type"] for step in found]
+        known = names if training else sorted(names, key=order.index)  # theirs loads the boxes after the resize
+        if tuple(each for each in known if each != "RandomFlip") != tuple(e for e in order if e != "RandomFlip"):
+            raise place.error(f"is {' '.join(names)}; here it is {' '.join(order)}, each once and in this order")
+        if "RandomFlip" in names and names.index("RandomFlip") != 3:
+            raise place.error(f"has RandomFlip in another place than here: {' '.join(order)}")
+        at, resize = next(step for step in steps if step[1]["type"] in _RESIZES)
+        if not training:
+            longer, shorter = resize["scale"]
+            found += [Found("max_size", longer, at.at("scale")), Found("min_size", shorter, at.at("scale"))]
+            return found
+        scales = resize["scales"] if "scales" in resize else resize["scale"]
+        scales = (scales,) if resize["type"] == "Resize" else scales
+        sampling = "range" if resize["type"] == "RandomResize" else "choice"
+        found += [Found("train_scales", scales, at), Found("train_scale_sampling", sampling, at)]
+        flips = {"horizontal": 0.0, "vertical": 0.0}
+        flips |= {step["direction"]: step["prob"] for step in found if isinstance(step, dict) and "prob" in step}
+        found += [
+            Found("flip_probability", flips["horizontal"], place),
+            Found("vertical_flip_probability", flips["vertical"], place),
+        ]
+        return found
+
+    return read
+
+
+def _classes(value: Any, place: Place) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise place.unfit("must be a list of names, e.g. ('cat', 'dog')", value)
+    return several(text)(value, place)
+
+
+def _coco_dataset(split: str) -> dict[str, Keys]:
+    training = split == "train"
+    rules = {"filter_empty_gt": only(True, required=True), "min_size": only(32, required=True)}
+    keys: Keys = {
+        "data_root": (optional(local_file), None),
+        "ann_file": local_file,
+        "data_prefix": keyed({"img": local_file}),
+        "metainfo": (optional(keyed({"classes": _classes, "palette": (lambda value, place: None, None)})), None),
+        "pipeline": _pipeline(training),
+        "filter_cfg": keyed(rules) if training else (optional(keyed(rules)), None),
+        "test_mode": only(False) if training else only(True, required=True),
+        "indices": only(None, hint=f"{NEAREST}--limit-train-batches"),
+        "return_classes": only(False),
+        **_BACKEND,
+        **idle("dataset"),
+    }
+    return {"CocoDataset": keys}
+
+
+def _dataset(split: str) -> Check:
+    kinds = _coco_dataset(split)
+    hint = " (others are not supported; scripts/convert_voc.py and convert_yolo.py write COCO files)"
+
+    def read(value: Any, place: Place) -> list[Found | Idle]:
+        if split == "train" and dictionary(value, place).get("type") == "RepeatDataset":
+            keys = {"times": to("repeat_times", whole(1, 1000)), "dataset": read}
+            return list(found_in(read_typed(value, place, {"RepeatDataset": keys})))
+        found = read_typed(value, place, kinds, hint=hint)
+        root = found["data_root"] or ""
+        images, annotations = (Path(root) / name for name in (found["data_prefix"]["img"], found["ann_file"]))
+        meta = found["metainfo"]
+        at_classes = place.at("metainfo").at("classes") if meta else place.at("type")
+        return [
+            *found_in(found),
+            Found(f"{split}_images", images, place.at("data_prefix")),
+            Found(f"{split}_annotations", annotations, place.at("ann_file")),
+            Found("class_names", meta["classes"] if meta else COCO_CLASSES, at_classes),
+        ]
+
+    return read
+
+
+def loader(split: str) -> Check:
+    training = split == "train"
+    own: Keys
+    if training:
+        own = {
+            "batch_size": to("batch_size", whole(1, 4096)),
+            "num_workers": to("workers", whole(0, 256)),
+            "batch_sampler": keyed({"type": only("AspectRatioBatchSampler", required=True), "drop_last": only(False)}),
+        }
+    else:
+        own = {**idle("evaluation dataloader"), "batch_sampler": only(None)}
+    shuffle = {"shuffle": only(training, required=True), "round_up": only(True, False), "seed": only(None)}
+    keys: Keys = {
+        **own,
+        "sampler": typed({"DefaultSampler": shuffle}, hint="the other samplers are not supported"),
+        "dataset": _dataset(split),
+        "drop_last": only(False),
+        "collate_fn": only(None, {"type": "pseudo_collate"}),
+        **idle("dataloader"),
+    }
+    return lambda value, place: read_dict(value, place, keys)
+
+
+def evaluator(split: str) -> Check:
+    keys: Keys = {
+        "ann_file": (
+            lambda value, place: value and Found(f"{split}_annotations", Path(local_file(value, place)), place),
+            None,
+        ),
+        "metric": only("bbox", ["bbox"], hint="bbox is the only metric"),
+        "format_only": only(False),
+        "outfile_prefix": only(None),
+        "proposal_nums": only([100, 300, 1000]),
+        **{key: only(None) for key in ("iou_thrs", "metric_items", "prefix")},
+        **_BACKEND,
+        **idle("evaluator"),
+    }
+    kind: Check = typed({"CocoMetric": keys}, hint="the other metrics are not supported")
+    return lambda value, place: several(kind, 1)(value, place) if isinstance(value, list) else kind(value, place)
+
+
+_NAMES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+)
+COCO_CLASSES = tuple(_NAMES.split(","))
+"""What MMDetection's CocoDataset takes without metainfo."""

@@ -1,0 +1,414 @@
+"""The keys of `model` in a configuration of MMDetection, and the settings of a model here that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from detection.config.mmdet_keys import (
+    NEAREST,
+    Found,
+    Idle,
+    absent,
+    found_in,
+    idle,
+    keyed,
+    only,
+    several,
+    text,
+    to,
+    typed,
+    united,
+)
+from schedules.checks import Check, Keys, choice, dictionary, flag, number, optional, read_dict, read_typed, whole
+from schedules.errors import Place
+
+_fraction, _iou = number(at_least=0, at_most=1), number(at_least=0, at_most=1)
+_size, _std = number(at_least=0, at_most=100_000), number(above=0, at_most=1000)
+_count = whole(1, 1_000_000)
+_NO_IOU_LOSS = "IoU losses are not supported; " + NEAREST + "L1Loss"
+_NO_C4 = "C4 and DC5 heads are not supported; " + NEAREST + "the configuration with FPN"
+_LINEAR = only({"type": "Linear"})
+
+
+def _class_loss(use_sigmoid: bool) -> Check:
+    keys = {
+        "use_sigmoid": only(use_sigmoid, required=use_sigmoid),
+        "loss_weight": only(1.0),
+        "reduction": only("mean"),
+        **{key: only(None) for key in ("class_weight", "ignore_index")},
+        **{key: only(False) for key in ("use_mask", "avg_non_ignore")},
+    }
+    return typed({"CrossEntropyLoss": keys}, hint="the other losses of classes are not supported")
+
+
+def _box_loss(name: str) -> Check:
+    keys = {"loss_weight": only(1.0), "reduction": only("mean")}
+    kinds = {"L1Loss": keys, "SmoothL1Loss": {**keys, "beta": to(name, number(above=0, at_most=1000), 1.0)}}
+
+    def read(value: Any, place: Place) -> Any:
+        found = read_typed(value, place, kinds, hint=f" ({_NO_IOU_LOSS})")
+        return Found(name, 0.0, place) if found["type"] == "L1Loss" else found
+
+    return read
+
+
+def _coder(stds: Any) -> Check:
+    keys = {
+        "target_means": only([0.0, 0.0, 0.0, 0.0]),
+        "target_stds": stds,
+        "clip_border": only(True),
+        "add_ctr_clamp": only(False),
+        "ctr_clamp": only(32),
+        "use_box_type": only(False),
+    }
+    return typed({"DeltaXYWHBBoxCoder": keys}, hint="the other box coders are not supported")
+
+
+def _nms(name: str) -> Check:
+    hint = "soft-NMS and others are not supported; " + NEAREST + "nms"
+    return typed({"nms": {"iou_threshold": to(name, _iou), "class_agnostic": only(False), **idle("nms")}}, "nms", hint)
+
+
+def _assigner(positive: Any, negative: Any, lowest: Any, low_quality: bool) -> Check:
+    keys = {
+        "pos_iou_thr": positive,
+        "neg_iou_thr": negative,
+        "min_pos_iou": lowest,
+        "match_low_quality": only(low_quality, required=not low_quality),
+        "gt_max_assign_all": only(True),
+        "ignore_iof_thr": only(-1),
+        "ignore_wrt_candidates": only(True),
+        "gpu_assign_thr": only(-1),
+        "iou_calculator": only({"type": "BboxOverlaps2D"}),
+    }
+    return typed({"MaxIoUAssigner": keys}, hint="the other assigners are not supported")
+
+
+def _sampler(prefix: str, adds_boxes: bool) -> Check:
+    keys = {
+        "num": to(f"model.{prefix}_samples_per_image", _count),
+        "pos_fraction": to(f"model.{prefix}_positive_fraction", _fraction),
+        "neg_pos_ub": only(-1),
+        "add_gt_as_proposals": only(adds_boxes, required=not adds_boxes),
+    }
+    return typed({"RandomSampler": keys}, hint="OHEM and others are not supported; " + NEAREST + "RandomSampler")
+
+
+_TARGETS = {"pos_weight": only(-1), "debug": only(False)}
+
+
+def _border(value: Any, place: Place) -> Found:
+    if value not in (0, -1) or isinstance(value, bool):
+        raise place.unfit("must be -1 (any anchor trains) or 0 (those inside the image) here", value)
+    return Found("model.anchors_within_image", value == 0, place)
+
+
+_RPN_TARGETS: Keys = {
+    "assigner": _assigner(
+        to("model.rpn_positive_iou", _iou),
+        to("model.rpn_negative_iou", _iou),
+        to("model.rpn_low_quality_iou", _iou, 0.0),
+        True,
+    ),
+    "sampler": _sampler("rpn", False),
+    "allowed_border": _border,
+    **_TARGETS,
+}
+_ROI_TARGETS: Keys = {
+    "assigner": _assigner(
+        to("model.roi_iou", _iou), to("model.roi_iou", _iou), (lambda value, place: None, None), False
+    ),
+    "sampler": _sampler("roi", True),
+    **_TARGETS,
+}
+
+
+def _proposals(mode: str) -> Check:
+    keys: Keys = {
+        "nms_pre": to(f"model.rpn_nms_pre_{mode}", _count),
+        "max_per_img": to(f"model.rpn_proposals_{mode}", whole(1, 100_000)),
+        "nms": _nms("model.rpn_nms_iou"),
+        "min_bbox_size": to("model.proposal_min_size", _size),
+    }
+    return lambda value, place: read_dict(value, place, keys)
+
+
+def _anchors(value: Any, place: Place) -> Any:
+    keys: Keys = {
+        "scales": several(number(above=0, at_most=100_000), 1),
+        "ratios": to("model.anchor_ratios", several(number(above=0, at_most=1000))),
+        "strides": several(whole(1, 1024), 5),
+        "center_offset": only(0.0),
+        "scale_major": only(True),
+        "use_box_type": only(False),
+        **{key: only(None) for key in ("base_sizes", "octave_base_scale", "scales_per_octave", "centers")},
+    }
+    found = read_typed(value, place, {"AnchorGenerator": keys}, hint=" (the other anchors are not supported)")
+    strides = found["strides"]
+    sizes = tuple(stride * found["scales"][0] for stride in strides)
+    found["sizes"] = [
+        Found("model.anchor_strides", strides, place.at("strides")),
+        Found("model.anchor_sizes", sizes, place.at("scales")),
+    ]
+    return found
+
+
+_CHANNELS = to("model.fpn_channels", whole(1, 4096))
+_RPN_HEAD = {
+    "RPNHead": {
+        "in_channels": _CHANNELS,
+        "feat_channels": to("model.fpn_channels", whole(1, 4096), 256),
+        "num_classes": only(1),
+        "num_convs": only(1),
+        "anchor_generator": _anchors,
+        "bbox_coder": (_coder(only([1.0, 1.0, 1.0, 1.0])), None),
+        "loss_cls": (_class_loss(True), None),
+        "loss_bbox": (_box_loss("model.rpn_loss_beta"), Found("model.rpn_loss_beta", 1 / 9)),
+        "reg_decoded_bbox": only(False, hint=_NO_IOU_LOSS),
+        "init_cfg": only(None),
+    }
+}
+_STDS = several(number(above=0, at_most=1000), 4)
+_STDS_DEFAULT = (0.1, 0.1, 0.2, 0.2)
+_BOX_HEAD: Check = typed(
+    {
+        "Shared2FCBBoxHead": {
+            "in_channels": to("model.fpn_channels", whole(1, 4096), 256),
+            "fc_out_channels": to("model.roi_hidden_channels", whole(1, 16_384), 1024),
+            "roi_feat_size": to("model.roi_output_size", whole(1, 64), 7),
+            "num_classes": to("num_classes", whole(1, 100_000), 80),
+            # Without stds in a coder that is there, they are 1; without a coder they are 0.1 and 0.2.
+            "bbox_coder": (
+                _coder(to("model.roi_delta_stds", _STDS, (1.0, 1.0, 1.0, 1.0))),
+                Found("model.roi_delta_stds", _STDS_DEFAULT),
+            ),
+            "reg_class_agnostic": to("model.regressor_is_class_agnostic", flag, False),
+            "loss_cls": (_class_loss(False), None),
+            "loss_bbox": (_box_loss("model.roi_loss_beta"), Found("model.roi_loss_beta", 1.0)),
+            "reg_decoded_bbox": only(False, hint=_NO_IOU_LOSS),
+            "with_avg_pool": only(False),
+            **{key: only(True) for key in ("with_cls", "with_reg")},
+            **{key: only(None) for key in ("conv_cfg", "norm_cfg", "init_cfg")},
+            **dict.fromkeys(("reg_predictor_cfg", "cls_predictor_cfg"), _LINEAR),
+            "predict_box_type": only("hbox"),
+        }
+    },
+    hint="the other box heads are not supported",
+)
+_EXTRACTOR: Check = typed(
+    {
+        "SingleRoIExtractor": {
+            "roi_layer": typed(
+                {
+                    "RoIAlign": {
+                        "output_size": to("model.roi_output_size", whole(1, 64)),
+                        "sampling_ratio": to("model.roi_sampling_ratio", whole(0, 64), 0),
+                        "aligned": to("model.roi_aligned", flag, True),
+                        "pool_mode": only("avg"),
+                        "use_torchvision": only(False),
+                    }
+                },
+                hint="the other poolings are not supported",
+            ),
+            "out_channels": _CHANNELS,
+            "featmap_strides": only([4, 8, 16, 32], required=True, hint=_NO_C4),
+            "finest_scale": to("model.roi_finest_scale", number(above=0, at_most=100_000), 56.0),
+            "init_cfg": only(None),
+        }
+    },
+    hint="the other extractors are not supported",
+)
+_ROI_PARTS: Keys = {
+    "shared_head": absent("C4 heads are"),
+    **{key: absent("masks are") for key in ("mask_roi_extractor", "mask_head", "mask_iou_head")},
+    **{key: absent("semantic heads are") for key in ("semantic_roi_extractor", "semantic_head")},
+    "init_cfg": only(None),
+}
+_OF_STAGES = {"model.roi_iou": "model.cascade_ious", "model.roi_delta_stds": "model.cascade_delta_stds"}
+
+
+def _stages(check: Check) -> Check:
+    """A list with an entry for each stage, which may differ in what _OF_STAGES has."""
+
+    def read(value: Any, place: Place) -> list[Found]:
+        entries = several(check)(value, place)
+        settings = [united(found_in(entry)) for entry in entries]
+        same = [each for of_stage in settings for each in of_stage.values() if each.name not in _OF_STAGES]
+        for name, whole_name in _OF_STAGES.items():
+            values = [of_stage[name].value for of_stage in settings if name in of_stage]
+            if values and isinstance(values[0], tuple):
+                values = [number for stage in values for number in stage]
+            if values:
+                same.append(Found(whole_name, tuple(values), place))
+        return same
+
+    return read
+
+
+def _extractors(value: Any, place: Place) -> Any:
+    return several(_EXTRACTOR)(value, place) if isinstance(value, (list, tuple)) else _EXTRACTOR(value, place)
+
+
+_ROI_HEADS: dict[str, Keys] = {
+    "StandardRoIHead": {**_ROI_PARTS, "bbox_roi_extractor": _EXTRACTOR, "bbox_head": _BOX_HEAD},
+    "CascadeRoIHead": {
+        **_ROI_PARTS,
+        "num_stages": whole(1, 4),
+        "stage_loss_weights": to("model.cascade_loss_weights", several(number(at_least=0, at_most=1000))),
+        "bbox_roi_extractor": _extractors,
+        "bbox_head": _stages(_BOX_HEAD),
+    },
+}
+_NORM: dict[str, Keys] = {
+    kind: {
+        "requires_grad": (flag, True),
+        "eps": to("model.norm_eps", number(at_least=0, at_most=1), 1e-5),
+        "momentum": only(0.1),
+    }
+    for kind in ("BN", "SyncBN")
+}
+_RESNET: Keys = {
+    "style": only(
+        "pytorch",
+        hint=f"caffe-style ResNets are not supported; {NEAREST}the configuration without caffe in its name",
+    ),
+    "depth": choice(18, 34, 50, 101, hint=f" here ({NEAREST}50 or 101)"),
+    "num_stages": only(4, hint=_NO_C4),
+    "out_indices": only([0, 1, 2, 3], hint=_NO_C4),
+    "strides": only([1, 2, 2, 2], hint=_NO_C4),
+    "dilations": only([1, 1, 1, 1], hint=_NO_C4),
+    "frozen_stages": to("frozen_stages", whole(-1, 4), -1),
+    "norm_cfg": (
+        typed(_NORM, hint="group norm and others of a configuration are not supported"),
+        {"type": "BN", "requires_grad": True},
+    ),
+    "norm_eval": (flag, True),
+    "init_cfg": (
+        optional(typed({"Pretrained": {"checkpoint": text, "prefix": only(None)}})),
+        None,
+    ),
+    "in_channels": only(3),
+    "stem_channels": only(None, 64),
+    "base_channels": only(64),
+    **{key: only(False) for key in ("deep_stem", "avg_down")},
+    "stage_with_dcn": only([False] * 4),
+    **{key: only(None) for key in ("conv_cfg", "dcn", "plugins", "pretrained")},
+    **idle("backbone"),
+}
+_ONLY_32X4D = "ResNeXt is there as 101 layers, 32x4d"
+_BACKBONES: dict[str, Keys] = {
+    "ResNet": _RESNET,
+    "ResNeXt": {
+        **_RESNET,
+        "depth": only(101, required=True, hint=_ONLY_32X4D),
+        "groups": only(32, required=True, hint=_ONLY_32X4D),
+        "base_width": only(4, hint=_ONLY_32X4D),
+    },
+}
+_NECK: dict[str, Keys] = {
+    "FPN": {
+        "in_channels": several(whole(1), 4),
+        "out_channels": _CHANNELS,
+        "num_outs": only(5, required=True),
+        "start_level": only(0),
+        "end_level": only(-1, 3),
+        **{key: only(False) for key in ("add_extra_convs", "relu_before_extra_convs", "no_norm_on_lateral")},
+        **{key: only(None) for key in ("conv_cfg", "norm_cfg", "act_cfg")},
+        "upsample_cfg": only({"mode": "nearest"}),
+        "init_cfg": only(None, {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}),
+    }
+}
+_DETECTORS = ("FasterRCNN", "CascadeRCNN")
+_PREPROCESSOR: dict[str, Keys] = {
+    "DetDataPreprocessor": {
+        "bgr_to_rgb": only(True, required=True, hint="images are RGB here"),
+        "rgb_to_bgr": only(False, hint="images are RGB here"),
+        "mean": to("model.pixel_mean", several(number(at_least=-1000, at_most=1000), 3)),
+        "std": to("model.pixel_std", several(number(at_least=0.001, at_most=1000), 3)),
+        "pad_size_divisor": only(32, required=True),
+        "pad_value": only(0),
+        "batch_augments": absent("augmentations of a batch are", "--lsj"),
+        **idle("data_preprocessor"),
+    }
+}
+
+
+def model_of(value: Any, place: Place) -> list[Found | Idle]:
+    hint = " (masks, one-stage detectors and others are not supported)"
+    choice(*_DETECTORS, hint=hint)(dictionary(value, place).get("type"), place.at("type"))
+    staged = dictionary(value.get("roi_head"), place.at("roi_head")).get("type") == "CascadeRoIHead"
+    rcnn = _stages(keyed(_ROI_TARGETS)) if staged else keyed(_ROI_TARGETS)
+    keys: Keys = {
+        "type": choice(*_DETECTORS),
+        "backbone": typed(_BACKBONES, hint="the other backbones are not supported"),
+        "data_preprocessor": typed(_PREPROCESSOR),
+        "rpn_head": typed(_RPN_HEAD, hint="FCOS and others as RPN are not supported"),
+        "neck": typed(_NECK, hint="the other necks are not supported"),
+        "roi_head": typed(_ROI_HEADS, hint="masks and other heads are not supported"),
+        "train_cfg": keyed({"rpn": keyed(_RPN_TARGETS), "rpn_proposal": _proposals("train"), "rcnn": rcnn}),
+        "test_cfg": keyed(
+            {
+                "rpn": _proposals("test"),
+                "rcnn": keyed(
+                    {
+                        "score_thr": to("model.score_threshold", _fraction),
+                        "nms": _nms("model.nms_iou"),
+                        "max_per_img": to("model.detections_per_image", whole(1, 100_000)),
+                    }
+                ),
+            }
+        ),
+        "init_cfg": only(None),
+    }
+    found = read_dict(value, place, keys)
+    _require_widths(found, place)
+    _require_stages(found, place)
+    return [*found_in(found), *_backbone(found["backbone"], place.at("backbone"), staged)]
+
+
+def _require_widths(model: Mapping[str, Any], place: Place) -> None:
+    depth = model["backbone"].get("depth") or 101
+    widths = (64, 128, 256, 512) if depth < 50 else (256, 512, 1024, 2048)
+    given = model["neck"]["in_channels"]
+    if given != widths:
+        raise place.at("neck").at("in_channels").unfit(f"must be {list(widths)}, which the backbone gives", given)
+
+
+def _require_stages(model: Mapping[str, Any], place: Place) -> None:
+    if model["roi_head"]["type"] != "CascadeRoIHead":
+        return
+    num_stages = model["roi_head"]["num_stages"]
+    settings = united(found_in(model))
+    lengths = {"model.cascade_ious": 1, "model.cascade_delta_stds": 4, "model.cascade_loss_weights": 1}
+    for name, numbers in lengths.items():
+        if (count := len(settings[name].value) // numbers) != num_stages:
+            at = settings[name].place
+            assert at is not None
+            raise at.error(f"is of {count} stages, and roi_head.num_stages is {num_stages}; give one of each stage")
+
+
+def _backbone(found: Mapping[str, Any], place: Place, is_cascade: bool) -> Iterator[Found]:
+    """Name of the model, norm and starting weights."""
+    is_resnet = found["type"] == "ResNet"
+    depth = found["depth"] if is_resnet else 101
+    if is_cascade and depth == 34:
+        raise place.at("depth").error(f"34 layers are not there under Cascade R-CNN; {NEAREST}18 or 50")
+    short = f"r{depth}" if is_resnet else "x101_32x4d"
+    yield Found("model", f"{'cascade' if is_cascade else 'faster'}_rcnn_{short}_fpn", place.at("depth"))
+    norm = found["norm_cfg"]
+    if not found["norm_eval"] and not norm["requires_grad"]:
+        message = "batch norm whose statistics are trained has trained weights here; set requires_grad=True"
+        raise place.at("norm_cfg").error(message)
+    yield Found("norm", "frozen_bn" if found["norm_eval"] else "bn", place.at("norm_eval"))
+    yield Found("sync_bn", norm["type"] == "SyncBN" and not found["norm_eval"], place.at("norm_cfg"))
+    yield Found("model.train_norm_affine", norm["requires_grad"], place.at("norm_cfg"))
+    at_weights = place.at("init_cfg").at("checkpoint")
+    spec = found["init_cfg"]["checkpoint"] if found["init_cfg"] is not None else "none"
+    if is_resnet and spec == f"torchvision://resnet{depth}":
+        spec = "imagenet"
+    spec = _PUBLISHED.get(spec, spec) if depth == 50 else spec
+    yield Found("weights", spec, at_weights)
+
+
+_PUBLISHED = {"https://download.pytorch.org/models/resnet50-11ad3fa6.pth": "IMAGENET1K_V2"}

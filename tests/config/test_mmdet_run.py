@@ -1,0 +1,203 @@
+"""--config: each key of a configuration of MMDetection is a setting, without effect, or an error."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from detection.config import ConfigError, parse_arguments, read_mmdet_config
+from detection.config.mmdet_page import PAGE, page
+from detection.config.mmdet_run import read_run
+from detection.models import model_config
+from tests.config.test_mmdet_config import wheel_configs
+from tests.fuzzing import examples
+
+CONFIGS = Path(__file__).parents[1] / "reference" / "mmdet_run"
+FASTER, CASCADE = CONFIGS / "faster.py", CONFIGS / "cascade.py"
+
+
+def parsed(*words, path=FASTER):
+    return parse_arguments(["--config", str(path), *words])
+
+
+def with_options(*options, path=FASTER):
+    return parsed("--cfg-options", *options, path=path)
+
+
+@pytest.mark.parametrize(("path", "name"), [(FASTER, "faster_rcnn_r50_fpn"), (CASCADE, "cascade_rcnn_r50_fpn")])
+def test_the_shipped_values_are_those_of_the_model_of_that_name(path, name):
+    config = parsed(path=path)
+    assert config.model.model == name
+    assert model_config(name, **dict(config.model.settings)) == model_config(name)
+    assert (config.model.weights, config.model.norm, config.model.frozen_stages) == ("imagenet", "frozen_bn", 1)
+
+
+def test_data_schedule_and_runtime_arrive_in_their_settings():
+    config = with_options("resume=True", "default_hooks.checkpoint.max_keep_ckpts=-1", "work_dir=mine", path=CASCADE)
+    data, train, output = config.data, config.train, config.output
+    assert data.train_images == Path("data/coco/train2017")
+    assert data.val_annotations == Path("data/coco/annotations/instances_val2017.json")
+    assert (data.min_size, data.max_size, data.workers, len(data.class_names)) == (800, 1333, 2, 80)
+    assert (train.batch_size, train.seed, train.schedule) == (2, 7, str(CASCADE))
+    assert (output.resume, output.output_dir, output.log_interval) == ("auto", Path("mine"), 50)
+    assert output.keep_checkpoints > 100_000
+    assert config.augmentation.train_scales == ((1333, 640), (1333, 800))
+    assert (config.augmentation.train_scale_sampling, config.augmentation.repeat_times) == ("range", 3)
+
+
+CHANGES = [
+    ("model.backbone.norm_eval=False", lambda c: c.model.norm == "bn"),
+    ("model.backbone.norm_cfg.requires_grad=False", lambda c: ("train_norm_affine", False) in c.model.settings),
+    ("model.rpn_head.loss_bbox.type=SmoothL1Loss", lambda c: ("rpn_loss_beta", 1.0) in c.model.settings),
+    ("model.train_cfg.rpn.allowed_border=0", lambda c: ("anchors_within_image", True) in c.model.settings),
+    (
+        "model.rpn_head.anchor_generator.scales=[4]",
+        lambda c: ("anchor_sizes", (16, 32, 64, 128, 256)) in c.model.settings,
+    ),
+    ("model.backbone.init_cfg=None", lambda c: c.model.weights == "none"),
+    ("load_from=theirs.pth", lambda c: c.model.weights == "theirs.pth"),
+    ("randomness.deterministic=True", lambda c: c.train.deterministic),
+    ("train_dataloader.dataset.pipeline.2.scale=(600,400)", lambda c: c.augmentation.train_scales == ((600, 400),)),
+    ("train_dataloader.dataset.pipeline.3.direction=vertical", lambda c: c.augmentation.flip_probability == 0),
+    ("train_dataloader.dataset.data_root=/else", lambda c: c.data.train_images == Path("/else/train2017")),
+    ("default_hooks.checkpoint=None", lambda c: c.output.keep_checkpoints == 3),
+]
+
+
+@pytest.mark.parametrize(("option", "holds"), CHANGES, ids=[option for option, _ in CHANGES])
+def test_a_key_takes_effect(option, holds):
+    assert holds(with_options(option))
+    assert not holds(parsed())
+
+
+REFUSED = [
+    ("model.backbone.style=caffe", "caffe-style ResNets are not supported; nearest"),
+    ("model.backbone.num_stages=3", "C4 and DC5 heads are not supported"),
+    ("model.backbone.strides=(1,2,2,1)", "C4 and DC5 heads are not supported"),
+    ("model.backbone.depth=152", "must be 18 or 34 or 50 or 101"),
+    ("model.backbone.type=RegNet", "the other backbones are not supported"),
+    ("model.backbone.norm_cfg.type=GN", "group norm"),
+    ("model.roi_head.shared_head.type=ResLayer", "C4 heads are not supported"),
+    ("model.roi_head.mask_head.type=FCNMaskHead", "masks are not supported"),
+    ("model.type=MaskRCNN", "masks, one-stage detectors and others are not supported"),
+    ("model.rpn_head.type=FCOSHead", "FCOS and others as RPN are not supported"),
+    ("model.roi_head.bbox_head.loss_bbox.type=GIoULoss", "IoU losses are not supported; nearest: L1Loss"),
+    ("model.roi_head.bbox_head.loss_bbox.loss_weight=2", "must be 1.0 here"),
+    ("model.train_cfg.rcnn.sampler.type=OHEMSampler", "OHEM and others are not supported"),
+    ("model.test_cfg.rcnn.nms.type=soft_nms", "soft-NMS and others are not supported; nearest: nms"),
+    ("model.data_preprocessor.bgr_to_rgb=False", "images are RGB here"),
+    ("model.data_preprocessor.batch_augments=[1]", "augmentations of a batch are not supported here (nearest: --lsj)"),
+    ("model.train_cfg.rpn_proposal.nms.iou_threshold=0.6", "here the two are one setting"),
+    ("model.backbone.frozen_stage=1", "unknown key; did you mean frozen_stages?"),
+    ("model.mask_head=1", "model.mask_head: unknown key"),
+    ("train_dataloader.dataset.pipeline.3.type=RandomCrop", "must be 'LoadImageFromFile' or"),
+    ("train_dataloader.dataset.filter_cfg.min_size=0", "must be 32 here"),
+    ("train_dataloader.dataset.type=VOCDataset", "scripts/convert_voc.py"),
+    ("train_dataloader.batch_sampler.type=Other", "must be 'AspectRatioBatchSampler' here"),
+    ("train_dataloader.dataset.pipeline.2.keep_ratio=False", "images keep their ratio"),
+    ("train_cfg.type=IterBasedTrainLoop", "training by epoch is the only kind here"),
+    ("val_evaluator.metric=segm", "bbox is the only metric"),
+    ("val_evaluator.ann_file=other.json", "here the two are one setting"),
+    ("model.roi_head.bbox_head.num_classes=3", "is 3, and the data sets have 80 classes"),
+    ("load_from=https://host/weights.pth", "download it, and give --weights FILE"),
+    ("optim_wraper.type=OptimWrapper", "did you mean optim_wrapper?"),
+    ("root=/data", "is only a name in the file"),
+    ("custom_imports.imports=mine", "code of one's own is not supported here"),
+    ("compile=True", "nearest: --compile"),
+    ("custom_hooks=[1]", "must be dict(...)"),
+    ("model.neck.in_channels.9=1", "is no place in a list of 4"),
+    ("model.backbone.depth.x=1", "neither a dict nor a list"),
+    ("model.neck.in_channels=[1", "a bracket without the other one"),
+    ("model", "write it as KEY=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("option", "message"), REFUSED, ids=[option for option, _ in REFUSED])
+def test_what_is_not_here_is_refused_with_key_and_source(option, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        with_options(option)
+    text = str(caught.value)
+    assert text.startswith("--cfg-options") or "the two are one setting" in text or "IterBased" in option, text
+
+
+def test_an_error_names_file_line_and_key_of_the_base_file(tmp_path):
+    (tmp_path / "base.py").write_text(
+        FASTER.read_text().replace('type="ResNet",', 'type="ResNet",\n        style="caffe",')
+    )
+    (tmp_path / "mine.py").write_text("_base_ = 'base.py'\n")
+    with pytest.raises(ConfigError, match=r"base\.py, line \d+: model\.backbone\.style: must be 'pytorch'"):
+        parsed(path=tmp_path / "mine.py")
+
+
+def test_options_count_over_the_file_and_each_is_printed_with_its_line():
+    config = parsed("--batch-size", "4", "--seed", "7", "--model-set", "score_threshold=0.01", "--min-size", "600")
+    assert (config.train.batch_size, config.data.min_size) == (4, 600)
+    assert dict(config.model.settings)["score_threshold"] == 0.01
+    line = FASTER.read_text().splitlines().index("train_dataloader = dict(") + 2
+    replaced = [line for line in config.config_notes if "in place of" in line]
+    assert len(replaced) == 3, replaced  # the seed is the file's
+    assert re.search(
+        rf"--batch-size 4 in place of .*faster\.py, line {line}: train_dataloader\.batch_size: 2", replaced[0]
+    )
+
+
+def test_keys_without_effect_are_named_once_grouped_by_reason():
+    notes = [line for line in parsed().config_notes if line.startswith("without effect")]
+    assert "default_hooks.timer, default_scope, log_level" in notes[0]
+    assert len(notes) == len({line.partition(":")[0] for line in notes}) <= 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "faster_rcnn_r18_fpn"], "--model and --config both choose the model"),
+        (["--schedule", "2x", "--cfg-options", "train_cfg.max_epochs=3"], "has no effect beside --schedule"),
+    ],
+)
+def test_options_that_contradict_the_file_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        parsed(*words)
+
+
+def test_cfg_options_need_a_configuration():
+    with pytest.raises(ConfigError, match="no effect without --config"):
+        parse_arguments(["--cfg-options", "a=1"])
+
+
+def test_data_of_the_command_line_replace_those_of_the_file():
+    config = parsed("--data-path", "mine", "--train-min-sizes", "400", "500", path=CASCADE)
+    assert config.data.train_images is None
+    assert config.augmentation.train_scales is None
+
+
+def leaves(value, path=()):
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*path, str(key)))
+    yield ".".join(path)
+
+
+LEAVES = sorted(set(leaves(read_mmdet_config(CASCADE))) - {""})
+ODD = (
+    "None,True,-1,0,1e999,nan,(),[],'',[[[]]],(1),9999999999999999999999,x,1.5,1_0,(1,2),[(1,2),(3,4)],[1 2],../..,a=b"
+)
+odd_values = st.one_of(st.sampled_from(ODD.split(",")), st.text(max_size=8))
+
+
+@examples(150)
+@given(
+    st.lists(st.tuples(st.sampled_from(LEAVES), st.sampled_from(["", ".x", ".0"]), odd_values), min_size=1, max_size=3)
+)
+def test_odd_values_are_settings_or_errors_of_ours(changes):
+    try:
+        read_run(CASCADE, [f"{key}{end}={value}" for key, end, value in changes], "train").under({}, {})
+    except ConfigError as error:
+        assert len(str(error)) < 2000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not wheel_configs().is_dir(), reason="MMDET_CONFIGS names no folder: mmdet/.mim/configs of a wheel")
+def test_the_page_of_shipped_configurations_says_which_run():
+    assert PAGE.read_text() == page(wheel_configs()), "python3 -m detection.config.mmdet_page FOLDER"

@@ -1,0 +1,65 @@
+"""train.py --config: a configuration of MMDetection as a whole run."""
+
+from pathlib import Path
+
+import pytest
+
+from detection.config import ConfigError, parse_arguments
+from detection.engine import run
+
+CONFIGS = Path(__file__).parents[1] / "reference" / "mmdet_run"
+SMALL = {
+    "model.backbone": {"depth": 18, "init_cfg": None, "norm_eval": False, "frozen_stages": -1},
+    "model.neck": {"in_channels": "64,128,256,512"},
+    "model.train_cfg.rpn_proposal": {"nms_pre": 100, "max_per_img": 60},
+    "model.test_cfg.rpn": {"nms_pre": 50, "max_per_img": 30},
+    "train_cfg": {"max_epochs": 2},
+    "train_dataloader": {"num_workers": 0},
+}
+HEADS = {"faster": ["bbox_head"], "cascade": [f"bbox_head.{stage}" for stage in range(3)]}
+
+
+def words(name, folder, *more):
+    train = "train_dataloader.dataset" + (".dataset" if name == "cascade" else "")
+    keys = [f"{part}.{key}={value}" for part, values in SMALL.items() for key, value in values.items()]
+    for part in (train, "val_dataloader.dataset"):
+        keys += [f"{part}.data_root={folder}", f"{part}.metainfo.classes=circle,ring,triangle,square,star,cross"]
+    keys.append(f"val_evaluator.ann_file={folder}/annotations/instances_val2017.json")
+    keys += [f"model.roi_head.{head}.num_classes=6" for head in HEADS[name]]
+    keys += [f"model.roi_head.{head}.fc_out_channels=32" for head in HEADS[name]]
+    keys += ["val_dataloader.dataset.pipeline.1.scale=(96,64)", f"{train}.pipeline.2.scale={SCALES[name]}"]
+    return ["--config", str(CONFIGS / f"{name}.py"), "--device", "cpu", "--cfg-options", *keys, *map(str, more)]
+
+
+SCALES = {"faster": "(96,64)", "cascade": "[(96,48),(96,64)]"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["faster", "cascade"])
+def test_a_configuration_trains_and_resumes_bit_for_bit(name, shapes_set, tmp_path, load, same_state, capsys):
+    def start(output, *more):
+        return run(parse_arguments(words(name, shapes_set, "--limit-train-batches", 2, "--output-dir", output, *more)))
+
+    assert start(tmp_path / "dry", "--dry-run") == 0
+    plan = capsys.readouterr().out
+    assert f"{name}_rcnn_r18_fpn" in plan
+    assert "4 iterations, 2 an epoch" in plan
+    assert not (tmp_path / "dry").exists()
+    if name == "cascade":
+        assert "the train set comes 3 times an epoch: 48 images" in plan
+        assert "scale between 96x48 and 96x64" in plan
+    assert start(tmp_path / "whole") == 0
+    assert start(tmp_path / "part", "--max-epochs", 1) == 0
+    assert start(tmp_path / "part", "--resume") == 0
+    one, other = (load(tmp_path / folder / "checkpoints" / "last.pt") for folder in ("whole", "part"))
+    for key in ("model", "optimizer", "iteration", "epoch"):
+        if key in one:
+            same_state(one[key], other[key])
+
+
+def test_annotations_with_other_classes_than_the_configuration_are_refused(shapes_set, tmp_path):
+    keys = ["model.roi_head.bbox_head.num_classes=2"]
+    keys += [f"{split}_dataloader.dataset.metainfo.classes=ring,cross" for split in ("train", "val")]
+    config = parse_arguments([*words("faster", shapes_set, "--output-dir", tmp_path / "run"), "--cfg-options", *keys])
+    with pytest.raises(ConfigError, match=r"are of 2 classes \(ring, cross\), and the annotations have 6"):
+        run(config)
