@@ -1,16 +1,19 @@
 """--config: each key of a configuration of MMDetection is a setting, without effect, or an error."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from detection.config import ConfigError, parse_arguments, read_mmdet_config
 from detection.config.mmdet_page import PAGE, page
 from detection.config.mmdet_run import read_run
-from detection.models import model_config
+from detection.models import build_model, export_state_dict, model_config
 from tests.config.test_mmdet_config import wheel_configs
 from tests.fuzzing import examples
 
@@ -201,3 +204,41 @@ def test_odd_values_are_settings_or_errors_of_ours(changes):
 @pytest.mark.skipif(not wheel_configs().is_dir(), reason="MMDET_CONFIGS names no folder: mmdet/.mim/configs of a wheel")
 def test_the_page_of_shipped_configurations_says_which_run():
     assert PAGE.read_text() == page(wheel_configs()), "python3 -m detection.config.mmdet_page FOLDER"
+
+
+def parameters_of(config):
+    """Names, shapes and what is trained, as a hash: those of the reference table."""
+    chosen = {"norm": config.model.norm, "frozen_stages": config.model.frozen_stages, **dict(config.model.settings)}
+    model = build_model(config.model.model, len(config.data.class_names), **chosen)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1 if parameter.requires_grad else 0)
+    buffers = ("running_mean", "running_var")
+    entries = [
+        (name, list(tensor.shape), None if name.endswith(buffers) else bool(tensor.flatten()[0]))
+        for name, tensor in export_state_dict(model, "mmdet").items()
+        if not name.endswith("num_batches_tracked")
+    ]
+    return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()[:16]
+
+
+PARAMETERS = json.loads((CONFIGS / "parameters.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "same_as"),
+    [
+        (FASTER, "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"),
+        (CASCADE, "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py"),
+    ],
+)
+def test_names_shapes_and_what_is_trained_are_mmdetections(path, same_as):
+    assert parameters_of(parsed(path=path)) == PARAMETERS[same_as]
+    assert parameters_of(with_options("model.backbone.frozen_stages=2", path=path)) != PARAMETERS[same_as]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not wheel_configs().is_dir(), reason="MMDET_CONFIGS names no folder: mmdet/.mim/configs of a wheel")
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shipped_configurations_make_mmdetections_parameters(name):
+    assert parameters_of(parsed("--weights", "any.pth", path=wheel_configs() / name)) == PARAMETERS[name]
