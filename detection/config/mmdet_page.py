@@ -32,14 +32,14 @@ def page(folder: Path) -> str:
     opening = OPENING.format(
         folders=" and ".join(f"`{name}`" for name in FOLDERS), runs=runs, all=len(said), files=needs_file
     )
-    return "\n".join([opening, *(f"| `{name}` | {text} |" for name, text in said.items())]) + "\n"
+    return "\n".join([opening, *(f"| `configs/{name}` | {text} |" for name, text in said.items())]) + "\n"
 
 
 def _said(path: Path, folder: Path) -> str:
     try:
         run = read_run(path, (), "train")
     except ConfigError as error:
-        return "refused: " + str(error).replace(f"{folder}/", "").replace("|", "\\|").replace("<", "\\<")
+        return "refused: " + str(error).replace(f"{folder}/", "configs/").replace("|", "\\|").replace("<", "\\<")
     try:
         run.under({}, {})
     except ConfigError:

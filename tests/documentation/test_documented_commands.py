@@ -22,7 +22,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 FOREIGN_OPTIONS = {
     *("--timeout", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts"),
     *("--standalone", "--log-dir", "--redirects", "--signals-to-handle", "--logdir", "--signal", "--requeue", "--ipc"),
-    *("--shm-size", "--cfg-options", "--num-gpus", "--eval-only", "--epochs", "--lr-steps"),
+    *("--shm-size", "--config-file", "--num-gpus", "--eval-only", "--epochs", "--lr-steps"),
     *("--trainable-backbone-layers", "--gpus-per-task", "--rdzv_conf"),
 }
 # Options that a shell script of ours compares its arguments with.
