@@ -59,7 +59,7 @@ _RESIZE: Keys = {
     "interpolation": only("bilinear"),
 }
 _MULTI_SCALE: Keys = {**_RESIZE, "resize_type": only("Resize")}
-_FIXED = {"Resize": {**_RESIZE, "scale": _scale}}
+_FIXED: dict[str, Keys] = {"Resize": {**_RESIZE, "scale": _scale}}
 _RESIZES: dict[str, Keys] = {
     **_FIXED,
     "RandomChoiceResize": {**_MULTI_SCALE, "scales": several(_scale)},
@@ -69,7 +69,7 @@ _RESIZES: dict[str, Keys] = {
         "ratio_range": absent("a range of ratios is", "two scales, or --lsj"),
     },
 }
-_FLIP = {
+_FLIP: dict[str, Keys] = {
     "RandomFlip": {
         "prob": number(at_least=0, at_most=1),
         "direction": (choice("horizontal", "vertical", hint=" here"), "horizontal"),

@@ -181,16 +181,17 @@ def _require_file(values: dict[str, Any], mine: Mapping[str, Found], given: Mapp
     load_from = mine.get("load_from")
     values.pop("load_from", None)
     found = mine["weights"]
+    if load_from is not None and "resume" in mine and "resume" not in given:
+        values["resume"] = load_from.value  # that checkpoint, as in MMEngine, in place of the newest
     if "weights" in given:
         return
     if load_from is not None:
         found = load_from
         values["weights"] = found.value
-    if "://" in found.value:
+    if "://" in found.value and "resume" not in given:
         assert found.place is not None
-        raise ConfigError(
-            str(found.place.error(f"{found.value} is not fetched here; download it, and give --weights FILE"))
-        )
+        message = f"{found.value} is not fetched here; download it, and give --weights FILE"
+        raise ConfigError(str(found.place.error(message)))
 
 
 def read_run(path: Path, options: Iterable[str], mode: str) -> FileRun:
@@ -242,14 +243,9 @@ def _finish(found: dict[str, Found], mode: str, path: Path) -> None:
     if len(classes.value) != count.value:
         at = count.place or classes.place
         assert at is not None
-        raise ConfigError(
-            str(
-                at.error(
-                    f"is {count.value}, and the data sets have {len(classes.value)} classes; give the same, and "
-                    "metainfo=dict(classes=(...)) in the data sets where they are not COCO's"
-                )
-            )
-        )
+        message = f"is {count.value}, and the data sets have {len(classes.value)} classes; give the same, and"
+        message += " metainfo=dict(classes=(...)) in the data sets where they are not COCO's"
+        raise ConfigError(str(at.error(message)))
     if mode != "test":
         for name in ("test_images", "test_annotations"):
             found.pop(name, None)

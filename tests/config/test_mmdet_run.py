@@ -164,6 +164,18 @@ def test_options_that_contradict_the_file_are_refused(words, message):
         parsed(*words)
 
 
+def test_resume_in_the_file_takes_the_checkpoint_that_it_loads_from():
+    assert with_options("resume=True", "load_from=theirs.pth").output.resume == "theirs.pth"
+
+
+def test_weights_that_are_not_fetched_matter_neither_with_others_nor_on_a_resume():
+    other = ["--cfg-options", "model.backbone.init_cfg.checkpoint=open-mmlab://resnext101_32x4d"]
+    assert parsed("--weights", "mine.pth", *other).model.weights == "mine.pth"
+    assert parsed("--resume", *other).output.resume == "auto"
+    with pytest.raises(ConfigError, match="download it"):
+        parsed(*other)
+
+
 def test_cfg_options_need_a_configuration():
     with pytest.raises(ConfigError, match="no effect without --config"):
         parse_arguments(["--cfg-options", "a=1"])
