@@ -322,7 +322,8 @@ def checkpoint_of(config: RunConfig) -> LoadedCheckpoint:
 
 @pytest.mark.parametrize("key", SETTINGS)
 def test_of_every_setting_that_differs_it_is_said_which_of_the_two_holds(key):
-    decides, flag = SETTINGS[key].metadata["on_resume"], SETTINGS[key].metadata["options"][0].flag_for(SETTINGS[key])
+    decides, options = SETTINGS[key].metadata["on_resume"], SETTINGS[key].metadata["options"]
+    flag = options[0].flag_for(SETTINGS[key]) if options else key
     before, now = RunConfig(), with_setting(key)
     if decides is EQUAL:
         with pytest.raises(CheckpointError, match=f"give {flag} .* to resume"):
