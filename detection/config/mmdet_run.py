@@ -156,6 +156,7 @@ class FileRun:
         for name, value in chosen.items():
             if name in model and not same(value, model[name].value):
                 lines.append(f"--model-set {name}={value} in place of {self._said(model[name])}")
+        values.setdefault("output_dir", Path("runs") / self.path.stem)
         values["settings"] = tuple(({name: each.value for name, each in model.items()} | chosen).items())
         _require_file(values, mine, given)
         groups: dict[str, list[str]] = {}
@@ -213,7 +214,7 @@ def read_run(path: Path, options: Iterable[str], mode: str) -> FileRun:
         found = united(settings)
     except ScheduleError as error:
         raise ConfigError(str(error)) from None
-    _finish(found, mode, path)
+    _finish(found, mode)
     return FileRun(path, found, [each for each in settings if isinstance(each, Idle)])
 
 
@@ -231,7 +232,7 @@ def _judge_helper(key: str, values: Mapping[str, Any], place: Place, names: Iter
         raise at.error(f"{message}; set the key that counts, e.g. train_dataloader.dataset.data_root")
 
 
-def _finish(found: dict[str, Found], mode: str, path: Path) -> None:
+def _finish(found: dict[str, Found], mode: str) -> None:
     """Settings that follow from several keys together."""
     scales = found["train_scales"]
     if "max_size" not in found:
@@ -249,4 +250,3 @@ def _finish(found: dict[str, Found], mode: str, path: Path) -> None:
     if mode != "test":
         for name in ("test_images", "test_annotations"):
             found.pop(name, None)
-    found.setdefault("output_dir", Found("output_dir", Path("runs") / path.stem))
