@@ -117,7 +117,7 @@ def choice(*allowed: Any, hint: str = "") -> Check:
     def check(value: Any, place: Place) -> Any:
         if any(type(value) is type(one) and value == one for one in allowed):
             return value
-        near = nearest(value, allowed) if isinstance(value, str) and len(allowed) > 3 else ""
+        near = nearest(value, map(str, allowed)) if isinstance(value, str) and len(allowed) > 3 else ""
         near = near if near.startswith("; did") else ""
         raise place.unfit(f"must be {' or '.join(map(repr, allowed))}{hint}{near}", value)
 

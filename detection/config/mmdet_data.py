@@ -112,6 +112,10 @@ def _pipeline(training: bool) -> Check:
     return read
 
 
+def _annotation_file(value: Any, place: Place) -> str:
+    return local_file(text(value, place), place)
+
+
 def _classes(value: Any, place: Place) -> tuple[str, ...]:
     if isinstance(value, str):
         raise place.unfit("must be a list of names, e.g. ('cat', 'dog')", value)
@@ -123,7 +127,7 @@ def _coco_dataset(split: str) -> dict[str, Keys]:
     rules = {"filter_empty_gt": only(True, required=True), "min_size": only(32, required=True)}
     keys: Keys = {
         "data_root": (optional(local_file), None),
-        "ann_file": local_file,
+        "ann_file": _annotation_file,
         "data_prefix": keyed({"img": local_file}),
         "metainfo": (optional(keyed({"classes": _classes, "palette": (lambda value, place: None, None)})), None),
         "pipeline": _pipeline(training),

@@ -168,6 +168,8 @@ def text(value: Any, place: Place) -> str:
 
 
 def local_file(value: Any, place: Place) -> str:
+    if value == "":
+        return value  # of a folder: the one that holds it
     if "://" in text(value, place):
         raise place.unfit("must be a file or folder of this machine", value)
     return value

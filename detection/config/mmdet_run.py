@@ -225,7 +225,7 @@ def _judge_helper(key: str, values: Mapping[str, Any], place: Place, names: Iter
         model = values.get("model")
         if not isinstance(model, dict) or model.get(key) != values[key]:
             raise at.error("is read in model alone; write model=dict(data_preprocessor=...)")
-    elif difflib.get_close_matches(key, names, n=1, cutoff=0.75) and not key.endswith("_pipeline"):
+    elif difflib.get_close_matches(key, names, n=1, cutoff=0.85) and not key.endswith("_pipeline"):
         raise at.unknown(names)
     elif any(path[:1] == (key,) and source == SOURCE for path, (source, _) in (place.lines or {}).items()):
         message = "is only a name in the file, whose other keys have their values already"

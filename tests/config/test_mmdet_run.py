@@ -65,6 +65,7 @@ CHANGES = [
     ("train_dataloader.dataset.pipeline.2.scale=(600,400)", lambda c: c.augmentation.train_scales == ((600, 400),)),
     ("train_dataloader.dataset.pipeline.3.direction=vertical", lambda c: c.augmentation.flip_probability == 0),
     ("train_dataloader.dataset.data_root=/else", lambda c: c.data.train_images == Path("/else/train2017")),
+    ("train_dataloader.dataset.data_prefix.img=", lambda c: c.data.train_images == Path("data/coco")),
     ("default_hooks.checkpoint=None", lambda c: c.output.keep_checkpoints == 3),
 ]
 
@@ -80,6 +81,7 @@ REFUSED = [
     ("model.backbone.num_stages=3", "C4 and DC5 heads are not supported"),
     ("model.backbone.strides=(1,2,2,1)", "C4 and DC5 heads are not supported"),
     ("model.backbone.depth=152", "must be 18 or 34 or 50 or 101"),
+    ("model.backbone.depth=../..", "must be 18 or 34 or 50 or 101"),
     ("model.backbone.type=RegNet", "the other backbones are not supported"),
     ("model.backbone.norm_cfg.type=GN", "group norm"),
     ("model.roi_head.shared_head.type=ResLayer", "C4 heads are not supported"),
@@ -110,6 +112,7 @@ REFUSED = [
     ("custom_imports.imports=mine", "code of one's own is not supported here"),
     ("compile=True", "nearest: --compile"),
     ("custom_hooks=[1]", "must be dict(...)"),
+    ("train_dataloader.dataset.ann_file=", "must be a name in quotes"),
     ("model.neck.in_channels.9=1", "is no place in a list of 4"),
     ("model.backbone.depth.x=1", "neither a dict nor a list"),
     ("model.neck.in_channels=[1", "a bracket without the other one"),
@@ -174,6 +177,11 @@ def test_weights_that_are_not_fetched_matter_neither_with_others_nor_on_a_resume
     assert parsed("--resume", *other).output.resume == "auto"
     with pytest.raises(ConfigError, match="download it"):
         parsed(*other)
+
+
+def test_a_name_that_a_file_gives_to_a_value_of_its_own_is_no_key(tmp_path):
+    (tmp_path / "mine.py").write_text(FASTER.read_text() + "\nnorm_cfg = conv_cfg = dict(type='GN')\nimage_size = 3\n")
+    assert parsed(path=tmp_path / "mine.py").model == parsed().model
 
 
 def test_cfg_options_need_a_configuration():
