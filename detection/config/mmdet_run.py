@@ -35,8 +35,7 @@ from detection.config.mmdet_model import model_of
 from detection.config.settings import ConfigError
 from schedules import ScheduleError, config_schedule
 from schedules.checks import Keys, dictionary, flag, optional, read_dict, whole
-from schedules.config_file import read_config
-from schedules.config_options import SOURCE
+from schedules.config_file import SOURCE, read_config
 from schedules.errors import Place, shown
 from schedules.reader import SCHEDULE_KEYS
 

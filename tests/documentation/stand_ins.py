@@ -25,7 +25,7 @@ DONE_BY = {
     "python3 -m detection.config.options_page": ("tests/config/test_run_config.py", "options_page()"),
     "python3 -m detection.config.mmdet_page FOLDER": ("tests/config/test_mmdet_run.py", "page(wheel_configs())"),
     # It asks for COCO's classes by name.
-    "torchrun --nproc_per_node=8 train.py --config CONFIG": ("tests/engine/test_mmdet_run.py", '"--config"'),
+    "torchrun --nproc_per_node=8 train.py --config CONFIG": ("tests/engine/options/test_mmdet_run.py", '"--config"'),
     "python scripts/fault_test.py --merge part1.json part2.json --report report.md --json report.json": (
         "tests/scripts/fault_injection/test_fault_test.py",
         '"--merge"',

@@ -3,7 +3,7 @@
 import pytest
 
 from schedules import ScheduleError
-from schedules.config_options import set_options
+from schedules.config_file import set_options
 from schedules.errors import Place
 
 

@@ -8,7 +8,7 @@ import pytest
 from detection.config import parse_arguments
 from detection.engine import RunError, run
 
-CONFIGS = Path(__file__).parents[1] / "reference" / "mmdet_run"
+CONFIGS = Path(__file__).parents[2] / "reference" / "mmdet_run"
 SMALL = {
     "model.backbone": {"depth": 18, "init_cfg": None, "norm_eval": False, "frozen_stages": -1},
     "model.neck": {"in_channels": "64,128,256,512"},
