@@ -52,44 +52,42 @@ class DevicePrefetcher:
         return self
 
     def __next__(self) -> DeviceBatch:
-        if self._stream is None:
-            start = time.perf_counter()
-            raw = next(self._batches)
-            self._idle_seconds += time.perf_counter() - start
-            self.load_times.add(raw)
-            batch = assemble(raw, self._device)
-            self.data_seconds = time.perf_counter() - start
-            return batch
-        self.prepare()
+        self.fetch()
         if self._ahead is None:
             raise StopIteration
         batch, self._ahead = self._ahead, None
-        current = torch.cuda.current_stream(self._device)
-        with self._counted_as_idle(current):
-            current.wait_stream(self._stream)
-        batch.record_stream(current)
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            with self._counted_as_idle():
+                current.wait_stream(self._stream)
+            batch.record_stream(current)
         self.data_seconds, self._prepare_seconds = self._prepare_seconds, 0.0
         return batch
 
     def prepare(self) -> None:
-        """Fetch the next batch and begin to assemble it, if there is one and that has not been done.
+        """Fetch the next batch while a GPU is at work: to be called when it has been given its work, as the host may
+        wait for workers then, and nothing else does. On the CPU it does nothing."""
+        if self._stream is not None:
+            self.fetch()
 
-        For a GPU, to be called when it has been given its work: the host may wait for workers then, and nothing else
-        does. On the CPU it does nothing.
-        """
-        if self._stream is None or self._ahead is not None or self._over:
+    def fetch(self) -> None:
+        """Wait for the next batch and assemble it (on a GPU: begin to), if there is one and that has not been done."""
+        if self._ahead is not None or self._over:
             return
         start = time.perf_counter()
-        with self._counted_as_idle(torch.cuda.current_stream(self._device)):
+        with self._counted_as_idle():
             raw = next(self._batches, None)
         if raw is None:
             self._over = True
             return
         self.load_times.add(raw)
-        if not raw.pixels.is_pinned():
-            raw = raw.pin_memory()
-        with torch.cuda.stream(self._stream):
+        if self._stream is None:
             self._ahead = assemble(raw, self._device)
+        else:
+            if not raw.pixels.is_pinned():
+                raw = raw.pin_memory()
+            with torch.cuda.stream(self._stream):
+                self._ahead = assemble(raw, self._device)
         self._prepare_seconds = time.perf_counter() - start
 
     def take_idle_seconds(self) -> float:
@@ -106,9 +104,15 @@ class DevicePrefetcher:
         return seconds
 
     @contextmanager
-    def _counted_as_idle(self, stream: torch.cuda.Stream) -> Iterator[None]:
+    def _counted_as_idle(self) -> Iterator[None]:
+        if self._stream is None:
+            start = time.perf_counter()
+            yield
+            self._idle_seconds += time.perf_counter() - start
+            return
         # The GPU comes to the first event when it has done all that was launched before, and to the second as soon as
         # the host has gone on: next to no time lies between them while it still has work.
+        stream = torch.cuda.current_stream(self._device)
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record(stream)
         yield

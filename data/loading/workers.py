@@ -73,6 +73,7 @@ class WorkerPool:
     ) -> None:
         self._jobs = _Jobs()
         self._pin = pin
+        self._processes: set[multiprocessing.process.BaseProcess] = set()
         self._buffers: SharedBuffers | None = None
         if workers > 0 and worker_context() == "fork":
             number = workers * PLANS_AHEAD_PER_WORKER + BATCHES_IN_USE
@@ -104,7 +105,10 @@ class WorkerPool:
         if self._loader is None:
             raise RuntimeError("The loader is closed.")
         self._jobs.upcoming = self._with_buffers(plans)
-        for result in self._loader:
+        others = set(multiprocessing.active_children())
+        results = iter(self._loader)
+        self._processes |= set(multiprocessing.active_children()) - others
+        for result in results:
             if isinstance(result, ImageError):
                 raise result
             batch, number = result
@@ -126,7 +130,9 @@ class WorkerPool:
             yield plan, None if self._buffers is None else self._buffers.reserve()
 
     def close(self) -> None:
-        # The workers end with the loader's iterator.
+        # They end with the loader's iterator, which gives one that waits for a slow disk five seconds.
+        for process in self._processes:
+            process.terminate()
         self._loader = None
 
 

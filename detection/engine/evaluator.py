@@ -22,7 +22,7 @@ from detection.engine.metrics.images import validation_images
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
 from detection.engine.run_dir import RunDirError, write_json
-from detection.engine.signals import STOPPED_EXIT_CODE, Stopped
+from detection.engine.signals import STOPPED_EXIT_CODE, Interrupted, Stopped
 from detection.evaluation import CocoEvaluator, Detections, write_results
 from detection.models import ImageBatch
 from detection.reporting import counted, validation_table
@@ -166,11 +166,16 @@ class Evaluator:
             with self._logger.evaluation_bar(verb, len(self.loader)) as bar:
                 for round_index in range(rounds):
                     self.processes.at(f"{verb}, batch {round_index + 1} of {rounds}")
-                    over = self._bad_images.exceeded_by(self.split, unreadable)
-                    stop_wanted = self.processes.all_reduce_max_async(_OVER if over else int(self._stop.requested))
-                    if round_index < len(self.loader):
-                        batch = next(batches)
-                        batches.prepare()
+                    wish = _OVER if self._bad_images.exceeded_by(self.split, unreadable) else 0
+                    batch = None
+                    try:
+                        with self._stop.interrupting():
+                            batch = next(batches, None)
+                            batches.prepare()
+                    except Interrupted:
+                        wish = wish or 1
+                    stop_wanted = self.processes.all_reduce_max_async(wish)
+                    if batch is not None:
                         found, num_bad = self._detect_batch(model, batch)
                         parts.append(found)
                         num_nonfinite += num_bad

@@ -41,6 +41,8 @@ def run(config: RunConfig) -> int:
     try:
         config = config.for_processes(processes.world_size)
         with StopRequest() as stop:
+            if processes.heartbeat is not None:
+                processes.heartbeat.share_stop(lambda: stop.requested, stop.request_from_elsewhere)
             return _run(config, processes, output, stop)
     except BaseException as error:
         # A process that fails alone leaves the others waiting: they are told why.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from functools import partial
 
@@ -30,7 +31,7 @@ from detection.engine.optim.update import ParameterUpdate
 from detection.engine.resume import check_resumable, resumed_progress
 from detection.engine.run_dir import RunDirError, write_json
 from detection.engine.run_summary import closing_summary, config_record, configuration_text, describe_run
-from detection.engine.signals import STOPPED_EXIT_CODE, Stopped
+from detection.engine.signals import STOPPED_EXIT_CODE, Interrupted, Stopped
 from detection.engine.train_state import Progress, TrainState, assert_same_on_all_ranks, run_facts
 from detection.engine.trainer import Trainer
 from detection.models import model_config
@@ -64,7 +65,10 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
     bad_images = BadImages(processes, console, config.data.max_bad_images)
     if progress.iteration == 0 and processes.is_main:
         first = _train_loader(context, components, workers=0).batches(0, loader.iterations_per_epoch)
-        logger.images(0, [training_mosaic(first, loader.dataset.class_names)], "train/batch")
+        mosaics = []
+        with contextlib.suppress(Interrupted), context.stop.interrupting():
+            mosaics = [training_mosaic(first, loader.dataset.class_names)]
+        logger.images(0, mosaics, "train/batch")
     evaluator = _validation(context, components, state.precision, logger, bad_images)
     store = CheckpointStore(context.output.checkpoints, config.output.keep_checkpoints)
     # NCCL is not safe to fork under, and begins in _build_trainer.

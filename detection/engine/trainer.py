@@ -13,6 +13,7 @@ from detection.engine.checkpoint import BEST, LAST, epoch_file
 from detection.engine.checkpoint_store import Checkpointer
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import run_on_main_rank
+from detection.engine.inputs.agreed_batches import AgreedBatches
 from detection.engine.metrics.step_metrics import NonFiniteLoss
 from detection.engine.metrics.training_log import TrainingLog
 from detection.engine.optim.gradients import GradientComputer
@@ -60,27 +61,33 @@ class Trainer:
         state, progress = self.state, self.state.progress
         self.checkpoints.saved_iteration = progress.iteration or None
         self.log.metrics.skipped_steps = progress.skipped_steps
-        batches = DevicePrefetcher(self.loader.batches(progress.iteration, state.num_iterations), self.processes.device)
+        loaded = self.loader.batches(progress.iteration, state.num_iterations)
+        batches = AgreedBatches(loaded, self.processes, self.stop)
         self.run_validation_if_due()
         self.gradients.model.train()
         with self.log.training_bar(batches, state.num_iterations, progress.iteration):
             while progress.iteration < state.num_iterations:
-                # Asked before the step and answered after it: nobody waits for the answer.
-                stop_wanted = self.processes.all_reduce_max_async(int(self.stop.requested))
-                self.train_step(batches)
+                try:
+                    self.train_step(batches)
+                except Stopped:
+                    if progress.iteration != (self.checkpoints.saved_iteration or 0):
+                        self.save([LAST])
+                    words = f"with {progress.iteration} of {state.num_iterations} iterations done"
+                    raise Stopped(words) from None
                 if self.log.reads_after(progress.iteration):
                     self.write_log()
-                stopping = stop_wanted.result() == 1
                 if progress.iteration % state.iterations_per_epoch == 0:
                     self.save_epoch()
-                elif self.checkpoint_is_due() or stopping:
+                elif self.checkpoint_is_due():
                     self.save([LAST])
-                if stopping:
-                    raise Stopped(f"with {progress.iteration} of {state.num_iterations} iterations done")
                 self.run_validation_if_due()
 
     def train_step(self, batches: DevicePrefetcher) -> None:
-        """One iteration: gradients of a global batch, and one optimizer step."""
+        """One iteration: gradients of a global batch, and one optimizer step.
+
+        Raises:
+            Stopped: on every process; nothing of the iteration is left.
+        """
         iteration = self.state.progress.iteration
         self.processes.at(f"in iteration {iteration}")
         fed = self.gradients.compute(batches)

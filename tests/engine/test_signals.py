@@ -2,17 +2,19 @@
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from data import EvalLoader
+from data import CocoDataset, EvalLoader, TrainLoader
 from detection.engine import STOPPED_EXIT_CODE, signals
 from detection.engine.signals import StopRequest
 from detection.engine.trainer import Trainer
@@ -43,7 +45,7 @@ def test_a_signal_in_training_saves_and_leaves_with_status_75(
         assert start(tmp_path / "run") == STOPPED_EXIT_CODE == 75
     said = capsys.readouterr().out
     assert f"stopped by {name}" in said and "--resume" in said
-    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] in (4, 5)
+    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] == 4
     if name == "SIGTERM":
         assert start(tmp_path / "run", "--resume") == 0
         assert records_of(tmp_path / "run") == records_of(finished)
@@ -73,22 +75,59 @@ def test_a_signal_inside_validation_stops_it_and_the_resume_repeats_it(
     assert records_of(tmp_path / "run") == records_of(finished)
 
 
-def test_a_stop_in_the_wait_for_data_is_heard(start, tmp_path, monkeypatch, load):
-    from data import TrainLoader
-
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_stop_ends_a_wait_for_data_and_leaves_nothing_of_an_unfinished_iteration(
+    accumulate, start, tmp_path, monkeypatch, load, same_state
+):
     plain = TrainLoader.batches
 
-    def batches(self, first, last):
+    def never_ending(self, first, last):
         for number, batch in enumerate(plain(self, first, last)):
             # The mosaic at the start takes its images from the first epoch alone.
-            if number == 1 and last > self.iterations_per_epoch:
+            if number == 3 and last > self.iterations_per_epoch:
                 signal.raise_signal(signal.SIGTERM)
-                time.sleep(0.2)
+                threading.Event().wait()
             yield batch
 
-    monkeypatch.setattr(TrainLoader, "batches", batches)
-    assert start(tmp_path / "run") == STOPPED_EXIT_CODE
-    assert load(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] in (2, 3)
+    words = ("--norm", "bn", "--accumulate", str(accumulate))
+    with monkeypatch.context() as context:
+        context.setattr(TrainLoader, "batches", never_ending)
+        assert start(tmp_path / "run", *words) == STOPPED_EXIT_CODE
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    assert load(last)["iteration"] == 3 // accumulate
+    assert start(tmp_path / "run", "--resume", *words) == 0
+    assert start(tmp_path / "whole", *words) == 0
+    same_state(load(last)["model"], load(tmp_path / "whole" / "checkpoints" / "last.pt")["model"])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_stop_ends_the_wait_for_a_disk_that_does_not_answer(split, workers, start, tmp_path, monkeypatch, load):
+    plain, main_process, metrics = CocoDataset.image, os.getpid(), tmp_path / "run" / "metrics.jsonl"
+
+    def image(self, index, out=None):
+        if f"{split}2017" in str(self.images_dir) and metrics.exists() and metrics.stat().st_size:
+            os.kill(main_process, signal.SIGTERM)
+            threading.Event().wait()
+        return plain(self, index, out)
+
+    monkeypatch.setattr(CocoDataset, "image", image)
+    assert start(tmp_path / "run", "--workers", workers, "--max-epochs", "50") == STOPPED_EXIT_CODE
+    state = load(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["validation_due"] == (split == "val")
+    assert not multiprocessing.active_children()
+
+
+def test_a_stop_before_the_first_batch_has_nothing_to_save(start, tmp_path, monkeypatch):
+    def image(self, index, out=None):
+        signal.raise_signal(signal.SIGTERM)
+        threading.Event().wait()
+
+    with monkeypatch.context() as context:
+        context.setattr(CocoDataset, "image", image)
+        assert start(tmp_path / "run") == STOPPED_EXIT_CODE
+    assert not list((tmp_path / "run").glob("checkpoints/*.pt"))
+    assert start(tmp_path / "run", "--resume", "--max-epochs", "1") == 0
 
 
 def test_signals_mean_again_what_they_meant_before_once_the_run_is_over():

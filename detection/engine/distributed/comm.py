@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import platform
+import time
 import uuid
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +33,8 @@ CONTROL_TIMEOUT = timedelta(hours=3)
 """How long the others wait for what the main process does alone: as long as the longest evaluation may take."""
 _GRACE = timedelta(minutes=1)
 """The backends' own timeouts come after the heartbeat's, which names the missing process."""
+_SHORTEST_LOOK, _LONGEST_LOOK = 1e-4, 2e-3
+"""Seconds between looks whether an answer is there: the first, and at most."""
 
 
 class DeviceError(DetectionError):
@@ -188,6 +191,11 @@ class PendingMax:
     def result(self) -> int:
         if self.work is not None:
             with self.processes.waiting("every process to reach this iteration"):
+                seconds = _SHORTEST_LOOK
+                # In the library's own wait no signal would be heard.
+                while not self.work.is_completed():
+                    time.sleep(seconds)
+                    seconds = min(2 * seconds, _LONGEST_LOOK)
                 self.work.wait()
         return int(self.box)
 

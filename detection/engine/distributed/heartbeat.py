@@ -64,6 +64,8 @@ class Heartbeat:
         self._waits_since = 0.0
         self._beats = 0
         self._last_words: str | None = None
+        self._is_stopping: Callable[[], bool] = lambda: False
+        self._stop: Callable[[], None] = lambda: None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, daemon=True, name="heartbeat")
         self._sign()
@@ -72,6 +74,11 @@ class Heartbeat:
     def at(self, place: str) -> None:
         """Note what this process is doing; costs nothing."""
         self._at = place
+
+    def share_stop(self, is_stopping: Callable[[], bool], stop: Callable[[], None]) -> None:
+        """From now on, where `is_stopping` is true on one process, `stop` is called in a thread of every other one,
+        within two beats. So a process hears of it that waits for something else than the others."""
+        self._is_stopping, self._stop = is_stopping, stop
 
     @contextlib.contextmanager
     def waiting(self, what: str, limit: timedelta | None = None) -> Iterator[None]:
@@ -141,6 +148,7 @@ class Heartbeat:
         looked_for, looked_at, before = 0.0, 0.0, None
         while not self._over.wait(BEAT_SECONDS):
             self._sign()
+            self._pass_on_stop()
             since, now = self._waits_since, time.monotonic()
             if self._waits_for is None or now < since:
                 continue
@@ -183,6 +191,12 @@ class Heartbeat:
         }
         text = json.dumps(sign)
         self._ask(lambda: self._store.set(str(self._rank), text), None)
+
+    def _pass_on_stop(self) -> None:
+        if self._is_stopping():
+            self._ask(lambda: self._store.set("stop", ""), None)
+        elif self._ask(lambda: self._store.check(["stop"]), False):
+            self._stop()
 
     def _signs(self) -> list[Sign]:
         """The latest sign of each process; None where the store does not answer or it never gave any."""

@@ -13,6 +13,7 @@ from detection.engine.accelerate.cuda_graphs import StepGraphs
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.optim.nonfinite import NonFiniteGuard
+from detection.engine.signals import Stopped
 from detection.models import ImageBatch, TargetBatch
 
 Losses = dict[str, Tensor]
@@ -57,12 +58,20 @@ class GradientComputer:
         self._run = self._forward_backward if graphs is None else partial(graphs.run, self._forward_backward)
 
     def compute(self, batches: DevicePrefetcher) -> FedBatches:
-        """Take an iteration's batches and leave their gradients in the parameters."""
+        """Take an iteration's batches and leave their gradients in the parameters.
+
+        Raises:
+            Stopped: on every process; nothing of the iteration is left.
+        """
         self._buckets.zero()
         self._guard.begin()
         fed = FedBatches()
         for micro_step in range(self.accumulate):
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except Stopped:
+                self._guard.undo()
+                raise
             fed.data_seconds += batches.data_seconds
             images = ImageBatch(batch.pixels, batch.sizes)
             targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys)

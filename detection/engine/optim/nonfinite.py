@@ -49,6 +49,11 @@ class NonFiniteGuard:
         self._bad.logical_or_(loss.detach().isfinite().logical_not_())
         return loss * torch.where(self._bad, torch.nan, 1.0)
 
+    def undo(self) -> None:
+        """Instead of `finish`: the iteration is given up before its end, and nothing of it stays in the model."""
+        for buffers, before in zip(self._buffers, self._before, strict=True):
+            _fill(buffers, before)
+
     def finish(self, grad_norm: Tensor) -> Tensor:
         """After the backward pass: 1.0 where the iteration is to make no step, else 0.0."""
         skip = grad_norm.isfinite().logical_not_()
@@ -56,11 +61,15 @@ class NonFiniteGuard:
             self._bad.logical_or_(skip)
         undo = skip if self.skips else self._bad
         for buffers, before in zip(self._buffers, self._before, strict=True):
-            kept = torch.where(undo, before, _flat(buffers)).split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(buffers, [value.view_as(buffer) for value, buffer in zip(kept, buffers, strict=True)])
+            _fill(buffers, torch.where(undo, before, _flat(buffers)))
         return skip.float()
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     # One kernel for all, where each tensor's own would cost the host more than the device.
     return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _fill(tensors: list[Tensor], flat: Tensor) -> None:
+    values = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [value.view_as(tensor) for value, tensor in zip(values, tensors, strict=True)])
