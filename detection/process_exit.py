@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import sys
 from typing import NoReturn
@@ -22,6 +23,7 @@ def leave(status: int) -> NoReturn:
             except OSError:
                 # Whoever read it is gone, or the disk is full: Python would try again, and make a failure of it.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    # Python would wait for a child that does not end: a loader process whose disk does not answer.
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not multiprocessing.active_children():
         sys.exit(status)
     os._exit(status)

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -26,9 +28,16 @@ BATCHES_IN_USE = 3
 ORPHAN_CHECK_SECONDS = 2.0
 """How often a worker looks whether the main process is still there."""
 
+SECONDS_TO_END = 1.0
+"""For the workers of a pool that is closed."""
+
 LARGEST_BUFFER = 4.0
 """A buffer holds a batch of the largest images, but no more than so many times a batch of average ones: a few huge
 images shall not make every buffer huge, and take a slower way instead."""
+
+
+_stuck: list[DataLoader | None] = []
+"""Loaders with a worker that does not end. Python waits five seconds for each such worker when it takes one down."""
 
 
 class WorkerError(DataError):
@@ -95,7 +104,7 @@ class WorkerPool:
     def start(self) -> None:
         """Fork the workers now, before this process is in a state that forbids it; otherwise the first `run` does."""
         if self._loader is not None and self._loader.num_workers > 0:
-            iter(self._loader)
+            self._results(self._loader)
 
     def read(self, plan: BatchPlan) -> RawBatch:
         """A plan's batch, read in this process."""
@@ -105,10 +114,7 @@ class WorkerPool:
         if self._loader is None:
             raise RuntimeError("The loader is closed.")
         self._jobs.upcoming = self._with_buffers(plans)
-        others = set(multiprocessing.active_children())
-        results = iter(self._loader)
-        self._processes |= set(multiprocessing.active_children()) - others
-        for result in results:
+        for result in self._results(self._loader):
             if isinstance(result, ImageError):
                 raise result
             batch, number = result
@@ -122,6 +128,12 @@ class WorkerPool:
             # image, after which the buffer is free.
             yield batch.pin_memory() if self._pin else batch
 
+    def _results(self, loader: DataLoader) -> Iterator[Any]:
+        others = set(multiprocessing.active_children())
+        results = iter(loader)
+        self._processes |= set(multiprocessing.active_children()) - others
+        return results
+
     def _with_buffers(self, plans: Iterator[BatchPlan]) -> Iterator[Job]:
         if self._buffers is not None:
             # What an earlier pass left undone is over once the first plan is asked for.
@@ -130,9 +142,14 @@ class WorkerPool:
             yield plan, None if self._buffers is None else self._buffers.reserve()
 
     def close(self) -> None:
-        # They end with the loader's iterator, which gives one that waits for a slow disk five seconds.
+        """Ends the worker processes. One that waits for a disk that does not answer ends by itself, when that does."""
         for process in self._processes:
             process.terminate()
+        end = time.monotonic() + SECONDS_TO_END
+        for process in self._processes:
+            process.join(max(end - time.monotonic(), 0))
+        if any(process.is_alive() for process in self._processes):
+            _stuck.append(self._loader)
         self._loader = None
 
 
