@@ -11,6 +11,7 @@ import numpy as np
 
 from data.loading.batch import BatchPlan, RawBatch
 from data.loading.dataset import CocoDataset
+from data.loading.largest_batch import largest_batch
 from data.loading.read_batch import OnUnreadable
 from data.loading.sampler import (
     epoch_length,
@@ -23,11 +24,14 @@ from data.loading.sampler import (
 from data.loading.shape_buckets import bucket_of, shape_buckets
 from data.loading.workers import WorkerPool
 from data.transforms.augmentation import Augmentation
-from data.transforms.geometry import padded_size, resized_sizes
+from data.transforms.geometry import Geometry, padded_size, resized_sizes
 from data.transforms.hash_rng import hash_key, image_words
 
 BOX_ROWS_MULTIPLE = 16
 """Rows for boxes are a multiple of this, so that only a few shapes occur (COCO has at most 93 boxes)."""
+
+EPOCHS_LOOKED_AT = 24
+"""By then scales that are drawn at random, and images that meet by chance, have made their largest batch, or nearly."""
 
 _FLIPS_ONLY, _UNCHANGED = Augmentation(), Augmentation(flip_probability=0.0)
 
@@ -119,14 +123,7 @@ class TrainLoader:
         for iteration in range(first_iteration, last_iteration):
             if iteration // self.iterations_per_epoch != epoch:
                 epoch = iteration // self.iterations_per_epoch
-                order = plan_epoch(
-                    self.dataset.widths,
-                    self.dataset.heights,
-                    seed=self._seed,
-                    epoch=epoch,
-                    global_batch_size=self.global_batch_size,
-                    factors=self.repeat_factors,
-                )
+                order = self._order(epoch)
                 repeats = repeat_numbers(order)
             within = iteration % self.iterations_per_epoch
             here = self._rank if rank is None else rank
@@ -140,11 +137,46 @@ class TrainLoader:
         """Ends the worker processes."""
         self._stream.close()
 
-    def _plans_of(
-        self, iteration: int, epoch: int, images: np.ndarray, repeats: np.ndarray, rank: int
-    ) -> Iterator[BatchPlan]:
-        words = image_words(images, repeats)
-        whole = self._augmentation.geometry(
+    def largest_batch(self, num_epochs: int) -> RawBatch:
+        """A made-up batch of this process: its padded size has the most pixels of any in the first `num_epochs` epochs
+        (at most EPOCHS_LOOKED_AT), among them the one that mixes the shapes left over at an epoch's end; it has the
+        most rows of boxes, and the largest stored images."""
+        sizes: set[tuple[int, int]] = set()
+        num_box_rows = 0
+        for epoch in range(min(num_epochs, EPOCHS_LOOKED_AT)):
+            order = self._order(epoch)[: self.iterations_per_epoch]
+            images = order.reshape(-1)
+            every = self._geometry(epoch, images, image_words(images, repeat_numbers(images)))
+            num_box_rows = max(num_box_rows, _box_rows(self.dataset.box_counts[images]))
+            if self._augmentation.jitter is not None:
+                sizes.add(every.padded_size)
+            else:
+                padded = np.unique(padded_size(every.sizes.reshape(*order.shape, 2)), axis=0)
+                sizes |= {bucket_of((height, width), self._buckets) for height, width in padded.tolist()}
+            # Without random scales no epoch has a larger batch than one of all images would be.
+            can_grow = order.size < self.images_per_epoch or self._augmentation.scales is not None
+            if not can_grow and bucket_of(every.padded_size, self._buckets) in sizes:
+                break
+        return largest_batch(
+            self.dataset,
+            self._augmentation,
+            padded_size=max(sizes, key=lambda size: (size[0] * size[1], size)),
+            num_box_rows=num_box_rows,
+            num_images=self._batch_size,
+        )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return plan_epoch(
+            self.dataset.widths,
+            self.dataset.heights,
+            seed=self._seed,
+            epoch=epoch,
+            global_batch_size=self.global_batch_size,
+            factors=self.repeat_factors,
+        )
+
+    def _geometry(self, epoch: int, images: np.ndarray, words: np.ndarray) -> Geometry:
+        return self._augmentation.geometry(
             self.dataset.widths[images],
             self.dataset.heights[images],
             words=words,
@@ -153,6 +185,12 @@ class TrainLoader:
             min_size=self.min_size,
             max_size=self.max_size,
         )
+
+    def _plans_of(
+        self, iteration: int, epoch: int, images: np.ndarray, repeats: np.ndarray, rank: int
+    ) -> Iterator[BatchPlan]:
+        words = image_words(images, repeats)
+        whole = self._geometry(epoch, images, words)
         whole = replace(whole, padded_size=bucket_of(whole.padded_size, self._buckets))
         num_box_rows = _box_rows(self.dataset.box_counts[images])
         for micro_step in range(self._accumulate):

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from data import Augmentation, LargeScaleJitter, PhotometricDistortion, ScaleSampling
 from data.images.decode import ImageError
 from data.loading.dataset import CocoDataset
 from data.loading.loader import EvalLoader
-from tests.data.batches import SIZES, MakeDataset, facts, train_loader
+from tests.data.batches import SIZES, TENSORS, MakeDataset, facts, train_loader
 
 
 def eval_loader(dataset: CocoDataset, **options: object) -> EvalLoader:
@@ -72,6 +73,46 @@ def test_every_image_is_seen_once_an_epoch_with_flips_of_its_own(make_dataset: M
         assert set(flips) == set(dataset.image_ids.tolist())
         flips_by_epoch.append(tuple(flips[i] for i in sorted(flips)))
     assert len(set(flips_by_epoch)) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_size": 1},
+        {"batch_size": 3, "few_shapes": True},
+        {"limit_batches": 2},
+        {"repeat_threshold": 0.9},
+        {"augmentation": Augmentation(scales=ScaleSampling(((112, 64), (112, 48))))},
+        {"augmentation": Augmentation(jitter=LargeScaleJitter(96, 0.5, 2.0), color=PhotometricDistortion())},
+    ],
+    ids=str,
+)
+def test_the_largest_batch_is_as_large_as_the_largest_that_comes_and_can_be_trained_on(
+    make_dataset: MakeDataset, options: dict
+) -> None:
+    loader = train_loader(make_dataset(SIZES), **options)
+    plans = list(loader.plans(0, 12 * loader.iterations_per_epoch))
+    largest = loader.largest_batch(12)
+    height, width = largest.padded_size
+    assert height * width == max(plan.padded_size[0] * plan.padded_size[1] for plan in plans)
+    assert largest.plan.num_box_rows == max(plan.num_box_rows for plan in plans)
+    assert len(largest.pixels) >= max(loader.dataset.num_bytes(plan.indices).sum() for plan in plans)
+    batch = largest.to("cpu")
+    assert batch.pixels.shape == (len(plans[0].indices), 3, height, width)
+    assert batch.valid.shape == (len(batch), largest.plan.num_box_rows) and batch.valid.all()
+    x1, y1, x2, y2 = batch.boxes_xyxy.unbind(-1)
+    assert ((x1 >= 0) & (x1 < x2) & (x2 <= width) & (y1 >= 0) & (y1 < y2) & (y2 <= height)).all()
+    real = next(loader.batches(0, 1))
+    for name in TENSORS:
+        assert getattr(largest, name).dtype == getattr(real, name).dtype, name
+
+
+def test_the_largest_batch_mixes_the_shapes_that_are_left_over(make_dataset: MakeDataset) -> None:
+    even = train_loader(make_dataset([(112, 64)] * 4 + [(64, 112)] * 4), batch_size=4)
+    assert sorted(even.largest_batch(3).padded_size) == [64, 128]
+    odd = train_loader(make_dataset([(112, 64)] * 5 + [(64, 112)] * 5), batch_size=4)
+    assert odd.largest_batch(3).padded_size == (128, 128)
 
 
 def test_a_limited_epoch_is_the_start_of_the_whole_one(make_dataset: MakeDataset) -> None:

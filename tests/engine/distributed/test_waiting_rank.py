@@ -17,6 +17,8 @@ def test_all_stop_before_the_batch_that_one_does_not_get_and_nothing_is_lost(
     program: Callable[..., Any],
     arguments: Callable[..., list[str]],
     records_of: Callable[..., list[dict[str, Any]]],
+    load: Callable[[Path], dict[str, Any]],
+    same_state: Callable[..., None],
 ) -> None:
     words = arguments(tmp_path, "--limit-train-batches", "2", "--norm", "bn", "--accumulate", "2")
     place = words.index("--output-dir")
@@ -32,3 +34,5 @@ def test_all_stop_before_the_batch_that_one_does_not_get_and_nothing_is_lost(
     assert "stopped by SIGTERM with 1 of 4 iterations done" in out
     assert "stopped by a signal to another process while validating" in out
     assert records_of(tmp_path / "run") == records_of(tmp_path / "whole")
+    run, whole = (load(tmp_path / name / "checkpoints" / "last.pt") for name in ("run", "whole"))
+    same_state(run["model"], whole["model"])
