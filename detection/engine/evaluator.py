@@ -17,12 +17,12 @@ from detection.engine.accelerate.compile import compile_for_evaluation
 from detection.engine.build import Components
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
+from detection.engine.distributed.signals import STOPPED_EXIT_CODE, Interrupted, Stopped
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
 from detection.engine.metrics.images import validation_images
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
 from detection.engine.run_dir import RunDirError, write_json
-from detection.engine.signals import STOPPED_EXIT_CODE, Interrupted, Stopped
 from detection.evaluation import CocoEvaluator, Detections, write_results
 from detection.models import ImageBatch
 from detection.reporting import counted, validation_table

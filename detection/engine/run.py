@@ -17,11 +17,11 @@ from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import USER_ERRORS, RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.distributed.heartbeat import LostProcess, is_network_error
+from detection.engine.distributed.signals import StopRequest
 from detection.engine.evaluator import evaluate_model
 from detection.engine.inputs.datasets import read_annotations
 from detection.engine.resume import resumed_settings
 from detection.engine.run_dir import RunDir
-from detection.engine.signals import StopRequest
 from detection.engine.train import train
 from detection.reporting import Console
 

@@ -14,6 +14,7 @@ from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.checkpoint_store import Checkpointer, CheckpointStore, continue_from
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
+from detection.engine.distributed.signals import STOPPED_EXIT_CODE, Interrupted, Stopped
 from detection.engine.evaluator import Evaluator, coco_evaluator
 from detection.engine.inputs.augmentation import augmentation_of
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
@@ -31,7 +32,6 @@ from detection.engine.optim.update import ParameterUpdate
 from detection.engine.resume import check_resumable, resumed_progress
 from detection.engine.run_dir import RunDirError, write_json
 from detection.engine.run_summary import closing_summary, config_record, configuration_text, describe_run
-from detection.engine.signals import STOPPED_EXIT_CODE, Interrupted, Stopped
 from detection.engine.train_state import Progress, TrainState, assert_same_on_all_ranks, run_facts
 from detection.engine.trainer import Trainer
 from detection.models import model_config

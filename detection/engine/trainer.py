@@ -13,13 +13,13 @@ from detection.engine.checkpoint import BEST, LAST, epoch_file
 from detection.engine.checkpoint_store import Checkpointer
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import run_on_main_rank
+from detection.engine.distributed.signals import Stopped
 from detection.engine.inputs.agreed_batches import AgreedBatches
 from detection.engine.metrics.step_metrics import NonFiniteLoss
 from detection.engine.metrics.training_log import TrainingLog
 from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.update import ParameterUpdate
 from detection.engine.replay.captured_step import capture_step
-from detection.engine.signals import Stopped
 from detection.engine.train_state import TrainState
 
 

@@ -1,1 +1,1 @@
-"""Data sets of a run, their augmentation, unreadable images and data stalls."""
+"""Data sets of a run, their augmentation, the batches that all processes have, unreadable images and data stalls."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from data import DeviceBatch, DevicePrefetcher, RawBatch
 from detection.engine.distributed.comm import PendingMax, Processes
-from detection.engine.signals import Interrupted, Stopped, StopRequest
+from detection.engine.distributed.signals import Interrupted, Stopped, StopRequest
 
 
 class AgreedBatches(DevicePrefetcher):

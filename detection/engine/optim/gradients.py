@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from data import DevicePrefetcher, UnreadableImage
 from detection.engine.accelerate.cuda_graphs import StepGraphs
+from detection.engine.distributed.signals import Stopped
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.optim.nonfinite import NonFiniteGuard
-from detection.engine.signals import Stopped
 from detection.models import ImageBatch, TargetBatch
 
 Losses = dict[str, Tensor]

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from data import CocoDataset, EvalLoader, TrainLoader
-from detection.engine import STOPPED_EXIT_CODE, signals
-from detection.engine.signals import StopRequest
+from detection.engine import STOPPED_EXIT_CODE
+from detection.engine.distributed import signals
+from detection.engine.distributed.signals import StopRequest
 from detection.engine.trainer import Trainer
 
 
@@ -177,7 +178,7 @@ def test_an_interrupted_program_with_loader_processes_saves(program, arguments, 
 def test_a_closed_terminal_stops_the_run_which_saves(arguments, tmp_path: Path, load):
     """Its own output fails from then on, and its loader process has got the signal too."""
     ours, terminal = os.openpty()
-    program = Path(__file__).parent / "tiny_model.py"
+    program = Path(__file__).parents[1] / "tiny_model.py"
     process = subprocess.Popen(
         [sys.executable, program, *arguments(tmp_path / "run", "--max-epochs", "500", "--workers", "1")],
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
