@@ -220,13 +220,10 @@ def _kill(life: Life, durations: Durations, random_state: random.Random) -> Inte
     return case
 
 
-def _stop(
-    life: Life, number: signal.Signals, moment: str, to: str, pid: int, waking: Callable[[], None] = lambda: None
-) -> Interruption:
+def _stop(life: Life, number: signal.Signals, moment: str, to: str, pid: int) -> Interruption:
     """Statuses as documented, the stop within an iteration of every rank's next look, nothing unsaved."""
     case = Interruption(life.training.name, number.name, moment, to, position(life.output).iterations)
     send(pid, number)
-    waking()
     _ended(case, life)
     saved = newest_on_disk(life.output)[0]
     expected = [1] if to == "torchrun" else [STOPPED] * life.training.processes
@@ -247,19 +244,18 @@ def _stop_torchrun(life: Life, durations: Durations, random_state: random.Random
 
 
 def _stop_in_wait_for_data(life: Life, durations: Durations, random_state: random.Random) -> Interruption:
-    """The loader's process stands still, as on a file system that does not answer, and goes on after the signal."""
+    """The loader's process stands still, as on a file system that does not answer, until the run has ended."""
     _require(_await("training", life, durations, random_state), life)
     loaders = life.loader_ids()
     for pid in loaders:
         send(pid, signal.SIGSTOP)
     time.sleep(2.5)  # batches that were ready are used up
 
-    def waking() -> None:
-        time.sleep(1)
+    try:
+        return _stop(life, signal.SIGTERM, "the wait for data", "rank 0", life.rank_ids()[0])
+    finally:
         for pid in loaders:
             send(pid, signal.SIGCONT)
-
-    return _stop(life, signal.SIGTERM, "the wait for data", "rank 0", life.rank_ids()[0], waking)
 
 
 def _ended(case: Interruption, life: Life) -> Interruption:
