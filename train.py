@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 from detection.config import ConfigError, parse_arguments
 from detection.process_exit import leave
@@ -21,6 +22,10 @@ def main() -> int:
         return fail_together(error)
     except USER_ERRORS as error:
         print(f"\nerror: {error}", file=sys.stderr)
+    except Exception:
+        # Not Python's own way out: where it happens to one process of several, exchanges are under way that nobody will
+        # answer, and the end of the interpreter would wait for them.
+        traceback.print_exc()
     return 1
 
 

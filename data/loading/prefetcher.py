@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data.loading.batch import DeviceBatch, RawBatch, assemble
+from data.loading.batch import BatchPlan, DeviceBatch, RawBatch, assemble
 
 
 @dataclass
@@ -32,8 +32,10 @@ class DevicePrefetcher:
     present one, if the caller says when that is, by `prepare`; pinned memory (a loader's pin=True, or pinned here)
     keeps the host from waiting. On the CPU a batch is assembled when it is asked for.
 
-    data_seconds: how long the caller has waited for the latest batch: for workers that had none ready, and on
-    the CPU for the assembly.
+    plan: of the latest batch handed out.
+
+    data_seconds: how long the caller has waited for that batch: for workers that had none ready, and on the CPU for the
+    assembly.
     """
 
     def __init__(self, batches: Iterator[RawBatch], device: torch.device | str) -> None:
@@ -46,6 +48,7 @@ class DevicePrefetcher:
         self._idle_seconds = 0.0
         self._idle_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.data_seconds = 0.0
+        self.plan: BatchPlan | None = None
         self.load_times = LoadTimes()
 
     def __iter__(self) -> Iterator[DeviceBatch]:
@@ -61,6 +64,7 @@ class DevicePrefetcher:
             with self._counted_as_idle():
                 current.wait_stream(self._stream)
             batch.record_stream(current)
+        self.plan = batch.plan
         self.data_seconds, self._prepare_seconds = self._prepare_seconds, 0.0
         return batch
 

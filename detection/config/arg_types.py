@@ -53,7 +53,19 @@ def above_0(high: float) -> Number[float]:
     return Number(float, 0.0, high, excluded=(0.0,), metavar="X")
 
 
+AUTO_BATCH_SIZE = 0
+"""--batch-size auto, until the number is found."""
+
+
+class BatchSize(Number[int]):
+    """A number of images, or auto."""
+
+    def __call__(self, text: str) -> int:
+        return AUTO_BATCH_SIZE if text == "auto" else super().__call__(text)
+
+
 positive_int = whole(1)
+batch_size = BatchSize(int, 1, 4096, metavar="N|auto")
 side = whole(33, 16384)
 """A side of an image at the network's scale, pixels. Above 32 the coarsest normalized map has two cells or more, which
 batch norm and group norm need."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from detection.config import augmentation
+from detection.config.arg_types import AUTO_BATCH_SIZE
 from detection.config.mmdet_run import read_run
 from detection.config.run_config import RunConfig
 from detection.config.settings import ConfigError, add_options, filled, settings_of
@@ -144,6 +145,8 @@ def _check_options(config: RunConfig, given: Mapping[str, Any]) -> None:
         which = f"--{config.mode}-only"
         if output.resume is None and model.weights in ("none", "imagenet"):
             raise ConfigError(f"{which} needs the weights of a whole detector: give --weights FILE, or --resume")
+        if config.train.batch_size == AUTO_BATCH_SIZE:
+            raise ConfigError(f"--batch-size auto is found by training steps: give {which} a number")
         if output.overwrite:
             raise ConfigError(f"{which} starts no run: leave --overwrite away")
     if config.mode == "test" and data.test_annotations is None:

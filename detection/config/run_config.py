@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from detection.config.arg_types import Number, above_0, inner_fraction, positive_int, side, whole
+from detection.config.arg_types import (
+    AUTO_BATCH_SIZE,
+    Number,
+    above_0,
+    batch_size,
+    inner_fraction,
+    positive_int,
+    side,
+    whole,
+)
 from detection.config.augmentation import AugmentationConfig
 from detection.config.settings import (
     CHECKPOINT,
@@ -161,7 +170,13 @@ class TrainConfig:
         group="schedule",
     )
     """KEY=VALUE each: those of --set in order, then the others."""
-    batch_size: int = setting(2, COMPATIBLE, "images a process", type=whole(1, 4096))
+    batch_size: int = setting(
+        2,
+        COMPATIBLE,
+        "images a process; auto: on GPUs, in a new run, the most that fit into memory, with the learning rate scaled "
+        "as by --auto-scale-lr",
+        type=batch_size,
+    )
     auto_scale_lr: bool = setting(
         False, SCHEDULE, "learning rate x (global batch / the schedule's base batch)", group="schedule"
     )
@@ -297,7 +312,7 @@ class RunConfig:
             ConfigError: the global batch cannot be divided evenly.
         """
         total = self.train.global_batch_size
-        if total is None or self.mode != "train":
+        if total is None or self.mode != "train" or self.train.batch_size == AUTO_BATCH_SIZE:
             return self
         if total % world_size:
             possible = ", ".join(str(count) for count in range(1, total + 1) if total % count == 0)

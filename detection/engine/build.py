@@ -141,6 +141,15 @@ def _load_schedule(config: RunConfig) -> tuple[Schedule, list[str]]:
     return schedule, lines
 
 
+def run_schedule(config: RunConfig, processes: Processes) -> tuple[Schedule, list[str]]:
+    """The schedule as the command line changes it, its learning rate for the global batch, and a line each change."""
+    schedule, overrides = _load_schedule(config)
+    global_batch_size = config.train.batch_size * processes.world_size * schedule.accumulative_counts
+    if global_batch_size and (config.train.auto_scale_lr or schedule.auto_scale_lr_enabled):
+        schedule = schedule.scaled(global_batch_size)
+    return schedule, overrides
+
+
 def build(
     config: RunConfig,
     processes: Processes,
@@ -148,10 +157,7 @@ def build(
     annotations: dict[Path, CocoAnnotations],
 ) -> Components:
     """What every process builds for itself, of the checkpoint and the annotation files (by path) that all have."""
-    schedule, overrides = _load_schedule(config)
-    global_batch_size = config.train.batch_size * processes.world_size * schedule.accumulative_counts
-    if config.train.auto_scale_lr or schedule.auto_scale_lr_enabled:
-        schedule = schedule.scaled(global_batch_size)
+    schedule, overrides = run_schedule(config, processes)
     files = dataset_files(config.data, mode=config.mode)
     # A listing of the image folder takes seconds on a network's file system. Process 0 has made one in `preflight`.
     look_for_images = processes.rank == processes.node_main and not processes.is_main

@@ -59,7 +59,7 @@ class CheckpointStore:
         problem = self.wait()
         # Of what could not be written only the best weights are still wanted; this state is newer than the rest.
         owed = [(snapshot, [BEST]) for snapshot, missed in self._unwritten if BEST in missed and BEST not in names]
-        self._start([*owed, (_copy_to_cpu(state), names)])
+        self._start([*owed, (copy_to_cpu(state), names)])
         return problem
 
     def wait(self) -> str | None:
@@ -271,11 +271,12 @@ def _link(source: Path, target: Path) -> None:
     staging.unlink(missing_ok=True)  # renaming one name of a file to another name of it does nothing
 
 
-def _copy_to_cpu(value: Any) -> Any:
+def copy_to_cpu(value: Any) -> Any:
+    """`value` (tensors, plain types, and dictionaries, lists and tuples of them) with copies of its tensors."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _copy_to_cpu(item) for key, item in value.items()}
+        return {key: copy_to_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_copy_to_cpu(item) for item in value)
+        return type(value)(copy_to_cpu(item) for item in value)
     return value

@@ -14,6 +14,7 @@ from torch import nn
 
 from data import CocoDataset, DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
 from detection.engine.accelerate.compile import compile_for_evaluation
+from detection.engine.accelerate.device_memory import naming_out_of_memory
 from detection.engine.build import Components
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
@@ -176,7 +177,8 @@ class Evaluator:
                         wish = wish or 1
                     stop_wanted = self.processes.all_reduce_max_async(wish)
                     if batch is not None:
-                        found, num_bad = self._detect_batch(model, batch)
+                        with naming_out_of_memory(partial(self._place, verb, batch)):
+                            found, num_bad = self._detect_batch(model, batch)
                         parts.append(found)
                         num_nonfinite += num_bad
                         image_ids += batch.image_ids.tolist()
@@ -193,6 +195,10 @@ class Evaluator:
         num_nonfinite = sum(self.processes.gather_objects(num_nonfinite))
         collected = self._collect(Detections.concatenate(parts), np.asarray(image_ids, np.int64))
         return *collected, num_unreadable, num_nonfinite
+
+    def _place(self, verb: str, batch: DeviceBatch) -> str:
+        height, width = batch.padded_size
+        return f"while {verb}, process {self.processes.rank}, batch of {len(batch)} x {height} x {width} pixels"
 
     def _detect_batch(self, model: nn.Module, batch: DeviceBatch) -> tuple[Detections, int]:
         """Detections in a batch, and how many of its images have values that are not finite."""

@@ -64,6 +64,16 @@ def _without_effect(name: str, field: str, was: Any, given: Any, model: Mapping[
             yield _line(what, there, here, winner="checkpoint")
 
 
+def with_batch_size_of(checkpoint: LoadedCheckpoint, config: RunConfig, world_size: int) -> RunConfig:
+    """The configuration with the checkpoint's number of images a process in place of --batch-size auto, and with its
+    global batch where there are more or fewer processes."""
+    stored, run = checkpoint.state["config"]["train"], checkpoint.state["run"]
+    train = dataclasses.replace(config.train, batch_size=stored["batch_size"], auto_scale_lr=stored["auto_scale_lr"])
+    if run["world_size"] != world_size and train.global_batch_size is None and train.accumulate is None:
+        train = dataclasses.replace(train, global_batch_size=run["global_batch_size"])
+    return dataclasses.replace(config, train=train).for_processes(world_size)
+
+
 def check_resumable(checkpoint: LoadedCheckpoint, facts: Facts, num_iterations: int) -> list[str]:
     """Compare the checkpoint's run with this one's facts; `num_iterations` are those of the whole run as planned now.
 

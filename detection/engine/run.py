@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 
 from data import worker_error
+from detection.config import ConfigError
+from detection.config.arg_types import AUTO_BATCH_SIZE
 from detection.config.run_config import RunConfig
+from detection.engine.accelerate.device_memory import device_memory
 from detection.engine.build import build, preflight
 from detection.engine.checkpoint import LoadedCheckpoint
 from detection.engine.context import RunContext
@@ -20,9 +23,9 @@ from detection.engine.distributed.heartbeat import LostProcess, is_network_error
 from detection.engine.distributed.signals import StopRequest
 from detection.engine.evaluator import evaluate_model
 from detection.engine.inputs.datasets import read_annotations
-from detection.engine.resume import resumed_settings
+from detection.engine.resume import resumed_settings, with_batch_size_of
 from detection.engine.run_dir import RunDir
-from detection.engine.train import train
+from detection.engine.train import find_batch_size, train
 from detection.reporting import Console
 
 
@@ -59,12 +62,17 @@ def run(config: RunConfig) -> int:
 
 
 def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequest) -> int:
+    finds_batch_size = config.train.batch_size == AUTO_BATCH_SIZE
+    if finds_batch_size and device_memory(processes.device) is None:
+        raise ConfigError("--batch-size auto is for GPUs: a CPU shares its machine's memory; give a number")
     if config.train.deterministic:
         # cuBLAS repeats its results only with a fixed workspace; it reads this when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     checkpoint, lines = _prepare(config, processes, output)
+    if finds_batch_size and checkpoint is not None:
+        config, finds_batch_size = with_batch_size_of(checkpoint, config, processes.world_size), False
     changes: list[str] = []
     if checkpoint is not None and config.mode == "train":
         config, changes = run_on_all_ranks(processes, partial(resumed_settings, checkpoint, config))
@@ -75,6 +83,8 @@ def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequ
     for line in lines:
         console.say(line)
     try:
+        if finds_batch_size:
+            context = find_batch_size(context, components)
         if config.mode == "train":
             return train(context, components, checkpoint, changes)
         return evaluate_model(context, components)

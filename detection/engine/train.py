@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from dataclasses import replace
 from functools import partial
 
 from data import TrainLoader
 from detection.engine.accelerate.compile import compile_for_training, uncompiled
 from detection.engine.accelerate.cuda_graphs import StepGraphs, cuda_step_graphs
-from detection.engine.build import Components
+from detection.engine.accelerate.device_memory import REMEDIES, device_memory
+from detection.engine.build import Components, run_schedule
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.checkpoint_store import Checkpointer, CheckpointStore, continue_from
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
+from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.signals import STOPPED_EXIT_CODE, Interrupted, Stopped
 from detection.engine.evaluator import Evaluator, coco_evaluator
 from detection.engine.inputs.augmentation import augmentation_of
@@ -32,9 +35,10 @@ from detection.engine.optim.update import ParameterUpdate
 from detection.engine.resume import check_resumable, resumed_progress
 from detection.engine.run_dir import RunDirError, write_json
 from detection.engine.run_summary import closing_summary, config_record, configuration_text, describe_run
-from detection.engine.train_state import Progress, TrainState, assert_same_on_all_ranks, run_facts
+from detection.engine.train_state import Facts, Progress, TrainState, assert_same_on_all_ranks, run_facts
 from detection.engine.trainer import Trainer
-from detection.models import model_config
+from detection.engine.trial import MARGIN, MemoryTrial, largest_that_fits
+from detection.models import FasterRCNN, model_config
 from detection.reporting import MetricsLog, TensorBoardLog
 from schedules import Schedule, unmatched_custom_keys
 
@@ -50,6 +54,11 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
     if config.train.cuda_graphs:
         graphs = run_on_all_ranks(processes, partial(cuda_step_graphs, components.model, console.warn))
     state = _build_state(context, components, loader, checkpoint, changes)
+    if config.train.compile:
+        # Each compiled part leaves its gradients at its end: smaller parts, so that they travel while others compute.
+        compile_for_training(state.model, by_stage=processes.world_size > 1 and graphs is None)
+    if (trial := _memory_trial(context)) is not None:
+        console.say(trial.require_fit(state, loader))
     progress = state.progress
     if progress.iteration >= state.num_iterations and not progress.validation_due:
         console.say(f"epoch {state.schedule.max_epochs} is done already: nothing is left to train (--max-epochs)")
@@ -105,6 +114,62 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
     return status
 
 
+def find_batch_size(context: RunContext, components: Components) -> RunContext:
+    """The context with the most images a process that fit, in place of --batch-size auto; collective. The components'
+    schedule becomes that of this batch.
+
+    Raises:
+        RunError: on every process, where not even one image fits.
+    """
+    config, processes, model = context.config, context.processes, components.model
+    trial = _memory_trial(context)
+    assert trial is not None and components.train_set is not None
+    asked = config.train.global_batch_size
+    accumulate = components.schedule.accumulative_counts
+    most = max((asked or len(components.train_set) // accumulate) // processes.world_size, 1)
+
+    def sized(batch_size: int) -> RunContext:
+        # The batch decides the learning rate, unless the user has decided both.
+        scales = config.train.auto_scale_lr or asked is None
+        train = replace(config.train, batch_size=batch_size, auto_scale_lr=scales)
+        chosen = replace(context, config=replace(config, train=train).for_processes(processes.world_size))
+        components.schedule, components.overrides = run_schedule(chosen.config, processes)
+        return chosen
+
+    def fits(batch_size: int) -> bool:
+        chosen = sized(batch_size)
+        loader = _train_loader(chosen, components, workers=0)
+        schedule = components.schedule
+        state = _new_state(chosen, model, schedule, {"iterations_per_epoch": loader.iterations_per_epoch}, Progress())
+        return trial.fits_with_margin(state, loader)
+
+    batch_size = largest_that_fits(fits, most)
+    if batch_size is None:
+        raise RunError(f"--batch-size auto: not even one image a process fits into memory.\n{REMEDIES}")
+    chosen = sized(batch_size)
+    context.console.say(
+        f"--batch-size auto: {chosen.config.train.batch_size} images a process, with {MARGIN:.0%} of the memory left; "
+        f"learning rate {components.schedule.optimizer.lr:g}"
+        + (", scaled for the global batch (--auto-scale-lr)" if chosen.config.train.auto_scale_lr else "")
+    )
+    return chosen
+
+
+def _new_state(
+    context: RunContext, model: FasterRCNN, schedule: Schedule, facts: Facts, progress: Progress
+) -> TrainState:
+    config = context.config
+    return TrainState(
+        model,
+        build_optimizer(model, schedule),
+        Precision(schedule.amp or "off", context.processes.device, schedule.loss_scale),
+        AveragedModel(model, config.train.ema) if config.train.ema is not None else None,
+        schedule,
+        facts,
+        progress,
+    )
+
+
 def _build_state(
     context: RunContext,
     components: Components,
@@ -131,19 +196,10 @@ def _build_state(
         changes = changes + run_on_all_ranks(processes, partial(check_resumable, checkpoint, facts, num_iterations))
         progress = resumed_progress(checkpoint, facts, num_iterations)
     console.say(describe_run(context, components, loader, progress, changes=changes, notes=notes))
-    optimizer = build_optimizer(model, schedule)
+    state = _new_state(context, model, schedule, facts, progress)
     # Of every group: a multiplier may take its rate beyond what is possible.
-    first = partial(set_learning_rate, optimizer, schedule, progress.iteration, loader.iterations_per_epoch)
+    first = partial(set_learning_rate, state.optimizer, schedule, progress.iteration, loader.iterations_per_epoch)
     run_on_all_ranks(processes, first)
-    state = TrainState(
-        model,
-        optimizer,
-        Precision(schedule.amp or "off", processes.device, schedule.loss_scale),
-        AveragedModel(model, config.train.ema) if config.train.ema is not None else None,
-        schedule,
-        facts,
-        progress,
-    )
     if checkpoint is not None:
         for line in run_on_all_ranks(processes, partial(_restore, state, checkpoint)):
             console.say(line)
@@ -178,13 +234,34 @@ def _build_trainer(
     graphs: StepGraphs | None,
 ) -> Trainer:
     config, processes = context.config, context.processes
-    model, schedule, precision = state.model, state.schedule, state.precision
     validate = evaluator.validate if evaluator is not None else None
-    if config.train.compile:
-        # Each compiled part leaves its gradients at its end: smaller parts, so that they travel while others compute.
-        compile_for_training(model, by_stage=processes.world_size > 1 and graphs is None)
-        validate = uncompiled(validate) if validate is not None else None
-    processes.broadcast_weights(model)
+    if config.train.compile and validate is not None:
+        validate = uncompiled(validate)
+    processes.broadcast_weights(state.model)
+    gradients, update = _build_step(context, state, processes, graphs)
+    metrics = StepMetrics(
+        processes,
+        images_per_iteration=loader.global_batch_size,
+        gradient_may_overflow=state.precision.amp == "fp16",
+        skips_nonfinite=config.train.skip_nonfinite,
+    )
+    log_interval = config.output.log_interval_on(processes.device.type)
+    log = TrainingLog(processes, loader, metrics, logger, bad_images, log_interval=log_interval)
+    checkpointer = Checkpointer(
+        store,
+        processes,
+        logger,
+        minutes=config.output.checkpoint_minutes,
+        iterations=config.output.checkpoint_iterations,
+    )
+    return Trainer(context, state, loader, gradients, update, log, checkpointer, validate)
+
+
+def _build_step(
+    context: RunContext, state: TrainState, processes: Processes, graphs: StepGraphs | None
+) -> tuple[GradientComputer, ParameterUpdate]:
+    """What computes the gradients of an iteration, and what applies them."""
+    config, model, schedule, precision = context.config, state.model, state.schedule, state.precision
     buckets = GradientBuckets(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         processes,
@@ -205,22 +282,23 @@ def _build_trainer(
         iterations_per_epoch=state.iterations_per_epoch,
         ema=state.ema,
     )
-    metrics = StepMetrics(
-        processes,
-        images_per_iteration=loader.global_batch_size,
-        gradient_may_overflow=may_overflow,
-        skips_nonfinite=skips,
-    )
-    log_interval = config.output.log_interval_on(processes.device.type)
-    log = TrainingLog(processes, loader, metrics, logger, bad_images, log_interval=log_interval)
-    checkpointer = Checkpointer(
-        store,
-        processes,
-        logger,
-        minutes=config.output.checkpoint_minutes,
-        iterations=config.output.checkpoint_iterations,
-    )
-    return Trainer(context, state, loader, gradients, update, log, checkpointer, validate)
+    return gradients, update
+
+
+def _memory_trial(context: RunContext) -> MemoryTrial | None:
+    """What tries whether the training fits; None where the device has no limit of its own."""
+    memory = device_memory(context.processes.device)
+    if memory is None:
+        return None
+    uses_graphs = context.config.train.cuda_graphs
+
+    def build_step(state: TrainState, processes: Processes) -> tuple[GradientComputer, ParameterUpdate]:
+        # Graphs of its own, which go with their memory: the training's gradients will lie elsewhere.
+        graphs = cuda_step_graphs(state.model, lambda line: None) if uses_graphs else None
+        return _build_step(context, state, processes, graphs)
+
+    # A size is captured when it comes for the third time.
+    return MemoryTrial(context.processes, memory, build_step, passes=3 if uses_graphs else 1)
 
 
 def _train_loader(context: RunContext, components: Components, *, workers: int) -> TrainLoader:

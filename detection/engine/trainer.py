@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from data import DevicePrefetcher, TrainLoader
+from detection.engine.accelerate.device_memory import naming_out_of_memory
 from detection.engine.checkpoint import BEST, LAST, epoch_file
 from detection.engine.checkpoint_store import Checkpointer
 from detection.engine.context import RunContext
@@ -65,7 +66,10 @@ class Trainer:
         batches = AgreedBatches(loaded, self.processes, self.stop)
         self.run_validation_if_due()
         self.gradients.model.train()
-        with self.log.training_bar(batches, state.num_iterations, progress.iteration):
+        with (
+            self.log.training_bar(batches, state.num_iterations, progress.iteration),
+            naming_out_of_memory(lambda: self._place(batches)),
+        ):
             while progress.iteration < state.num_iterations:
                 try:
                     self.train_step(batches)
@@ -103,6 +107,14 @@ class Trainer:
             data_seconds=fed.data_seconds,
         )
         self.state.progress.iteration += 1
+
+    def _place(self, batches: DevicePrefetcher) -> str:
+        where = f"in iteration {self.state.progress.iteration}, process {self.processes.rank}"
+        if (plan := batches.plan) is None:
+            return where
+        height, width = plan.padded_size
+        num_boxes = self.loader.dataset.box_counts[plan.indices].sum()
+        return f"{where}, batch of {len(plan.indices)} x {height} x {width} pixels with {num_boxes} boxes"
 
     def write_log(self) -> None:
         """Write the figures since the last time; on every process the run ends where one of them is not finite."""

@@ -21,6 +21,30 @@ leave(int(sys.argv[2]))
 """
 
 
+FAILING = """
+import atexit, os, sys
+sys.path.insert(0, sys.argv[1])
+import train, detection.engine
+from detection.process_exit import leave
+def run(config):
+    raise RuntimeError("a fault of its own")
+detection.engine.run = run
+sys.argv = ["train.py"]
+atexit.register(os.abort)
+leave(train.main())
+"""
+
+
+@pytest.mark.slow
+def test_one_of_several_that_fails_alone_shows_its_traceback_and_leaves_at_once():
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, str(ROOT)],
+        env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "RuntimeError: a fault of its own" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "status", "expected"), [("2", 75, 75), ("2", 0, 0), ("1", 0, -signal.SIGABRT)])
 def test_one_of_several_leaves_with_its_status_and_its_words(world_size: str, status: int, expected: int):

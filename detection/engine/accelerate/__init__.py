@@ -1,1 +1,1 @@
-"""CUDA graphs and torch.compile."""
+"""CUDA graphs, torch.compile and the device's memory."""

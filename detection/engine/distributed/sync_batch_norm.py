@@ -6,6 +6,9 @@ differentiable all-reduces, slower and with the same results.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -64,3 +67,17 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
 def has_synchronized_batch_norm(model: nn.Module) -> bool:
     """Whether a forward pass in training talks to the other processes."""
     return any(isinstance(module, (nn.SyncBatchNorm, CpuSyncBatchNorm2d)) for module in model.modules())
+
+
+@contextlib.contextmanager
+def local_batch_norm(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norm over all processes takes the statistics of this one, and waits for no other."""
+    kinds = (CpuSyncBatchNorm2d, nn.SyncBatchNorm)
+    changed: dict[nn.Module, type] = {each: type(each) for each in model.modules() if isinstance(each, kinds)}
+    for module in changed:
+        module.__class__ = nn.BatchNorm2d
+    try:
+        yield
+    finally:
+        for module, kind in changed.items():
+            module.__class__ = kind
