@@ -140,7 +140,8 @@ def find_batch_size(context: RunContext, components: Components) -> RunContext:
         chosen = sized(batch_size)
         loader = _train_loader(chosen, components, workers=0)
         schedule = components.schedule
-        state = _new_state(chosen, model, schedule, {"iterations_per_epoch": loader.iterations_per_epoch}, Progress())
+        facts = {"iterations_per_epoch": loader.iterations_per_epoch, "schedule": schedule.to_dict()}
+        state = _new_state(chosen, model, schedule, facts, Progress())
         return trial.fits_with_margin(state, loader)
 
     batch_size = largest_that_fits(fits, most)

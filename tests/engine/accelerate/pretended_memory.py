@@ -1,6 +1,7 @@
 """A device whose memory has a limit, where there is none: what a forward pass takes depends on its batch alone."""
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from detection.engine import run as run_module
-from detection.engine import train as train_module
 from detection.models import FasterRCNN
 
 BYTES_A_VALUE = 2**20
@@ -57,8 +56,10 @@ def pretended(memory: PretendedMemory, take: Callable[[tuple[int, ...]], None] |
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(before_forward)
     with pytest.MonkeyPatch.context() as context:
-        for place in (run_module, train_module):
-            context.setattr(place, "device_memory", lambda device: memory)
+        for place in ("run", "train"):
+            context.setattr(
+                importlib.import_module(f"detection.engine.{place}"), "device_memory", lambda device: memory
+            )
         try:
             yield
         finally:
