@@ -25,7 +25,7 @@ from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
 from detection.engine.run_dir import RunDirError, write_json
 from detection.evaluation import CocoEvaluator, Detections, write_results
-from detection.models import ImageBatch
+from detection.models import FasterRCNN, ImageBatch
 from detection.reporting import counted, validation_table
 
 _OVER = 2
@@ -202,12 +202,12 @@ class Evaluator:
 
     def _detect_batch(self, model: nn.Module, batch: DeviceBatch) -> tuple[Detections, int]:
         """Detections in a batch, and how many of its images have values that are not finite."""
+        assert isinstance(model, FasterRCNN)
         with self._precision.autocast():
-            found = model(ImageBatch(batch.pixels, batch.sizes))
+            found, is_finite = model.detect(ImageBatch(batch.pixels, batch.sizes))
         # The network saw the image enlarged by (x, y) factors: boxes go back the same way.
         scales = batch.scale_factors.cpu().numpy()
         black = {fault.image_id for fault in batch.unreadable}
-        num_nonfinite = sum(not entry.pop("is_finite") for entry in found)
         found = [
             {name: value[: 0 if image_id in black else None] for name, value in entry.items()}
             for image_id, entry in zip(batch.image_ids.tolist(), found, strict=True)
@@ -219,7 +219,7 @@ class Evaluator:
             [entry["labels"].cpu().numpy() for entry in found],
             category_ids=self.dataset.annotations.category_ids,
         )
-        return detections, num_nonfinite
+        return detections, int(is_finite.logical_not().sum())
 
     def _collect(self, mine: Detections, image_ids: np.ndarray) -> tuple[Detections | None, np.ndarray]:
         ids, values, images = map(self.processes.gather_arrays, (*mine.as_arrays(), image_ids))

@@ -65,8 +65,7 @@ class FasterRCNN(nn.Module):
         two for each stage, times its weight: "loss_cls_s0", "loss_bbox_s0", "loss_cls_s1", ...
 
         Evaluation: for each image {"boxes_xyxy": float32 [D, 4], "scores": float32 [D], "labels": int64 [D]},
-        best first, in pixels of the images as they were given, and "is_finite": bool [], False where the network gave
-        NaN or infinity for it; such values are no detections.
+        best first, in pixels of the images as they were given.
 
         images: an ImageBatch, or a list of uint8 or float [3, H, W], RGB, 0..255. targets, for training only:
         a TargetBatch, or a list of {"boxes_xyxy": float [N, 4], "labels": int64 [N]}.
@@ -79,7 +78,7 @@ class FasterRCNN(nn.Module):
         if not isinstance(images, ImageBatch):
             images = batch_images(images, device)
         if not self.training:
-            return self._detect(images)
+            return self.detect(images)[0]
         if targets is None:
             raise ModelError("training needs targets; call model.eval() first for detections")
         if not isinstance(targets, TargetBatch):
@@ -139,7 +138,11 @@ class FasterRCNN(nn.Module):
         return losses
 
     @torch.no_grad()
-    def _detect(self, images: ImageBatch) -> list[Detections]:
+    def detect(self, images: ImageBatch) -> tuple[list[Detections], Tensor]:
+        """Detections as `forward` gives them, and for which images all outputs of the network are finite, bool [B].
+
+        What is NaN or infinite is no detection.
+        """
         config = self.config
         features = self.extract_features(images)
         logits, deltas = self.rpn(features)
@@ -150,8 +153,7 @@ class FasterRCNN(nn.Module):
         with _full_precision(images.pixels.device):
             found = select_detections(config.stages[-1], class_logits, box_deltas, boxes, proposals.valid, images.sizes)
         outputs = (logits, deltas, class_logits, box_deltas, boxes)
-        is_finite = torch.stack([each.isfinite().view(len(found), -1).all(dim=1) for each in outputs]).all(dim=0)
-        return [{**each, "is_finite": one} for each, one in zip(found, is_finite, strict=True)]
+        return found, torch.stack([each.isfinite().view(len(found), -1).all(dim=1) for each in outputs]).all(dim=0)
 
     def second_stage(
         self, features: Sequence[Tensor], boxes_xyxy: Tensor, sizes: Tensor
