@@ -22,7 +22,7 @@ def script(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("pristine") / "shapes", num_train=24, num_val=12)
+    return make_shapes(tmp_path_factory.mktemp("pristine") / "shapes", num_train=24, num_val=12, size=(128, 96))
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ SPOILS = [
      rewrite("train2017/000000000006.png", lambda file: file.write_bytes(file.read_bytes()[:3000]))),
     ("unreadable-image", "error", "000000000006.png (image id 6)",
      rewrite("train2017/000000000006.png", lambda file: file.write_text("<html>404 not found</html>"))),
-    ("size-differs", "error", "000000000007.png (image id 7): 100x90, annotated as 256x192",
+    ("size-differs", "error", "000000000007.png (image id 7): 100x90, annotated as 128x96",
      rewrite("train2017/000000000007.png", Image.new("RGB", (100, 90)).save)),
     ("size-differs", "error", "sides exchanged", rewrite("train2017/000000000007.png", turn)),
     ("exif-rotated", "info", "000000000007.png (image id 7)", rewrite("train2017/000000000007.png", add_exif)),

@@ -31,6 +31,16 @@ def measured(script, tmp_path):
     return run
 
 
+@pytest.fixture
+def in_this_process(script, monkeypatch):
+    """in_this_process("eval"): calls that this benchmark gives processes of their own, which take seconds to start."""
+
+    def here(name):
+        monkeypatch.setattr(script(f"benchmarks.{name}"), "in_own_process", lambda call, *words: call(*words))
+
+    return here
+
+
 @pytest.mark.slow
 def test_train_measures_both_steps_and_takes_them_apart(measured, capsys, tmp_path):
     trace = tmp_path / "trace.json"
@@ -134,7 +144,8 @@ def test_memory_is_watched_epoch_by_epoch(measured):
 
 
 @pytest.mark.slow
-def test_eval_compares_all_twelve_figures_with_pycocotools(measured):
+def test_eval_compares_all_twelve_figures_with_pycocotools(measured, in_this_process):
+    in_this_process("eval")
     record = measured("eval", "--images", 12, "--detections", 20)
     rows = {row["name"]: row for row in record["backends"]}
     judge = rows["pycocotools"]
@@ -147,7 +158,8 @@ def test_eval_compares_all_twelve_figures_with_pycocotools(measured):
 
 
 @pytest.mark.slow
-def test_startup_measures_the_way_to_the_first_iteration_and_reading_annotations(measured):
+def test_startup_measures_the_way_to_the_first_iteration_and_reading_annotations(measured, in_this_process):
+    in_this_process("startup")
     record = measured("startup", "--repeats", 1, "--annotation-images", 40)
     assert len(record["startup"]) == 4
     readers = {row["name"] for row in record["annotations"]["readers"]}
@@ -167,7 +179,6 @@ def test_scaling_compares_processes_together_with_one_alone(measured):
     assert record["scaling_efficiency"]["median"] == pytest.approx(expected)
 
 
-@pytest.mark.slow
 def test_variants_alternate_in_an_order_that_rotates_and_ratios_come_from_pairs_of_one_round(script):
     ratio = script("benchmarks.figures").pairwise_ratio([1.0, 10.0, 2.0], [2.0, 30.0, 8.0])
     assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)

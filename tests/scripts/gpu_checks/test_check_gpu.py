@@ -78,7 +78,7 @@ def test_a_part_that_fails_or_hangs_is_told_and_stops_no_other(script, tmp_path,
     )
     parts = [
         part("fails", "", python("print('why it failed'); raise SystemExit(3)"), 60),
-        part("hangs", "", python(hangs), 5, torn),
+        part("hangs", "", python(hangs), 3, torn),
         part("works", "", python(f"open({str(figures)!r}, 'w').write('{{\"speed\": 5}}')"), 60, figures),
     ]
     (tmp_path / "work").mkdir()
