@@ -31,8 +31,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def recipe(finished: Path) -> list[str]:
-    """Folded frozen normalization, as trainings on COCO have it, and an average of the weights; one padded size, because
-    each is compiled."""
+    """Folded frozen normalization, as trainings on COCO have it, and an average of the weights; one padded size,
+    because each is compiled."""
     sizes = ["--min-size", "64", "--max-size", "64"]
     return ["--weights", str(finished / "checkpoints" / "last.pt"), "--norm", "frozen_bn", "--ema", "0.5", *sizes]
 
