@@ -205,15 +205,17 @@ def test_losses_in_bf16_stay_within_one_percent(model, weights, features, images
         recorded.append(sample_rois(*arguments, stage=stage))
         return recorded[0]
 
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        half_features = model.extract_features(batch_images(images, torch.device("cpu")))
     with torch.no_grad():
+        monkeypatch.setattr(model, "extract_features", lambda batch: features)
         with monkeypatch.context() as patches:
             patches.setattr(faster_rcnn, "sample_rois", record)
-            patches.setattr(model, "extract_features", lambda batch: features)
             single = model.train()(images, targets)
-            patches.undo()
-            patches.setattr(faster_rcnn, "sample_rois", record)
+            patches.setattr(model, "extract_features", lambda batch: half_features)
             with torch.autocast("cpu", torch.bfloat16):
                 half = model(images, targets)
+        monkeypatch.setattr(model, "extract_features", lambda batch: half_features)
         with torch.autocast("cpu", torch.bfloat16):
             half_of_own_rois = model(images, targets)
     assert all(loss.dtype == torch.float32 for loss in half.values())
