@@ -88,9 +88,9 @@ def pooled() -> dict[str, list[float]]:
     generator = torch.Generator().manual_seed(2)
     strides = (4, 8, 16, 32)
     # A number of channels that is no power of two, and more than a program takes.
-    maps = [torch.randn(2, 68, 128 // stride, 160 // stride, generator=generator) for stride in strides]
-    maps.append(torch.randn(2, 68, 2, 3, generator=generator))
-    rois = boxes(3, 2, 9, side=120, place=100)
+    maps = [torch.randn(2, 36, 128 // stride, 160 // stride, generator=generator) for stride in strides]
+    maps.append(torch.randn(2, 36, 2, 3, generator=generator))
+    rois = boxes(3, 2, 5, side=120, place=100)
     rois[0, 0] = 0.0  # as empty slots are
     rois[0, 1] = torch.tensor([0.0, 50, 160, 51])
     rois[1, 3] = torch.tensor([0.0, 0, 400, 320])  # beyond the map: its samples there count as zero
