@@ -131,7 +131,7 @@ def test_the_command_line_fine_tunes_a_frozen_network_in_bf16(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), weights)
     options = (
         f"--schedule 1x --dataset shapes --data-path {data} --model faster_rcnn_r18_fpn "
-        f"--weights {weights} --norm frozen_bn --amp bf16 --min-size 192 --max-size 256 --batch-size 1 --max-epochs 1 "
+        f"--weights {weights} --norm frozen_bn --amp bf16 --min-size 96 --max-size 128 --batch-size 1 --max-epochs 1 "
         f"--limit-train-batches 1 --limit-val-batches 1 --device cpu --workers 1 --output-dir {run}"
     )
     subprocess.run([sys.executable, "train.py", *options.split()], cwd=ROOT, check=True)
