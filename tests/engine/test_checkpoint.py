@@ -124,7 +124,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path):
         ({"model": {1: torch.ones(1)}}, "model has a key that is not text"),
         ({"ema": {"w": None}}, "ema.w is a NoneType"),
         ({"class_names": ["a", 1]}, "class_names.1 is a int"),
-        ({"run": {}}, "run lacks model_name, seed, "),
+        ({"run": {}}, "run lacks global_batch_size, world_size, data_digest"),
         ({"schedule": {"lr": torch.ones(1)}}, "schedule holds other than plain values"),
         ({"skipped_steps": None}, "skipped_steps is a NoneType"),
     ],

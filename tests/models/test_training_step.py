@@ -160,7 +160,7 @@ def test_images_of_extreme_aspect_train(model, sizes):
 
 @pytest.mark.parametrize("samples", [None, 16])
 def test_a_step_in_which_no_proposal_survives_learns_from_the_boxes_alone(samples):
-    model = make_model(proposal_min_size=1e9, rpn_samples_per_image=samples, roi_samples_per_image=samples)
+    model = make_model(proposal_min_size=1e5, rpn_samples_per_image=samples, roi_samples_per_image=samples)
     images = photos((HEIGHT, WIDTH), (HEIGHT, WIDTH))
     assert step(model, images, [target([BOX]), target([])])["loss_cls"] > 0
     losses = step(model, images, [target([]), target([])])

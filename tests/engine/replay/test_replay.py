@@ -83,9 +83,9 @@ def test_the_image_of_an_infinite_box_is_found():
 
 
 def test_pixels_that_become_infinite_are_found_before_the_first_layer():
-    content = captured_step(pixel_std=(1e-38, 1e-38, 1e-38))
-    content["batches"][0]["pixels"][0] = 0
-    content["batches"][0]["pixels"][0, :, :4] = 255
+    content = captured_step(pixel_std=(1e-3, 1e-3, 1e-3))
+    content["batches"][0]["pixels"] = content["batches"][0]["pixels"].float()
+    content["batches"][0]["pixels"][0, :, :4] = 1e37
     finding = found(content)
     assert finding is not None and finding.phase == "forward"
     assert finding.module == "the model itself" and "what it gives to backbone" in finding.what

@@ -16,10 +16,10 @@ def loose_set(root: Path, count: int = 20) -> Path:
     """XML files beside their images, as LabelImg leaves them."""
     root.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        Image.new("RGB", (40, 30), (number, 0, 0)).save(root / f"p{number:02d}.jpg")
+        Image.new("RGB", (60, 48), (number, 0, 0)).save(root / f"p{number:02d}.jpg")
         name = "cat" if number % 2 else "dog"
         (root / f"p{number:02d}.xml").write_text(
-            f"<annotation><filename>p{number:02d}.jpg</filename><size><width>40</width><height>30</height></size>"
+            f"<annotation><filename>p{number:02d}.jpg</filename><size><width>60</width><height>48</height></size>"
             f"<object><name>{name}</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>21</xmax><ymax>12</ymax></bndbox>"
             "</object></annotation>"
         )
