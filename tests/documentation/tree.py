@@ -154,7 +154,8 @@ class Trees:
             shutil.copytree(given / "runs" / "quickstart", given / "runs" / name, copy_function=os.link)
 
         # One that was not finite.
-        self._run(self.checkout / "train.py", *words, "--lr=1e12", "--output-dir=runs/hot", cwd=given, status=1)
+        hot = "--lr 1000 --set param_scheduler.0.start_factor=1.0 --limit-train-batches 8 --output-dir runs/hot".split()
+        self._run(self.checkout / "train.py", *words, *hot, cwd=given, status=1)
         (step,) = (given / "runs" / "hot" / "nonfinite").iterdir()
         (given / "runs" / "NAME" / "nonfinite").mkdir()
         step.rename(given / "runs" / "NAME" / "nonfinite" / "iteration_0000123.pt")

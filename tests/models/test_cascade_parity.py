@@ -73,8 +73,13 @@ def training(model, weights, features, images, targets):
 
 @pytest.mark.slow
 def test_losses_of_three_steps_equal_mmdetections(training):
-    for losses, step in zip(training.losses, formula.load_json("train_f32.json", CASCADE)["steps"], strict=True):
-        assert losses == {name: pytest.approx(step[their_name(name)], rel=1e-5) for name in LOSSES}
+    for number, (losses, step) in enumerate(
+        zip(training.losses, formula.load_json("train_f32.json", CASCADE)["steps"], strict=True)
+    ):
+        for name in LOSSES:
+            # The stages divide by all RoIs, some 3,530. After a step, rounding may keep one more at NMS's threshold.
+            rel = 5e-4 if number and name[-3:-1] == "_s" else 1e-5
+            assert losses[name] == pytest.approx(step[their_name(name)], rel=rel), (number, name)
 
 
 @pytest.mark.slow
