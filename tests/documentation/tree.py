@@ -154,7 +154,12 @@ class Trees:
             shutil.copytree(given / "runs" / "quickstart", given / "runs" / name, copy_function=os.link)
 
         # One that was not finite.
-        hot = "--lr 1000 --set param_scheduler.0.start_factor=1.0 --limit-train-batches 8 --output-dir runs/hot".split()
+        hot = [
+            "--lr=1000",
+            "--set=param_scheduler.0.start_factor=1.0",
+            "--limit-train-batches=8",
+            "--output-dir=runs/hot",
+        ]
         self._run(self.checkout / "train.py", *words, *hot, cwd=given, status=1)
         (step,) = (given / "runs" / "hot" / "nonfinite").iterdir()
         (given / "runs" / "NAME" / "nonfinite").mkdir()
