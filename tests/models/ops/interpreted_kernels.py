@@ -90,12 +90,13 @@ def pooled() -> dict[str, list[float]]:
     # A number of channels that is no power of two, and more than a program takes.
     maps = [torch.randn(2, 36, 128 // stride, 160 // stride, generator=generator) for stride in strides]
     maps.append(torch.randn(2, 36, 2, 3, generator=generator))
-    rois = boxes(3, 2, 5, side=120, place=100)
+    rois = boxes(3, 2, 6, side=120, place=100)
     rois[0, 0] = 0.0  # as empty slots are
     rois[0, 1] = torch.tensor([0.0, 50, 160, 51])
     rois[1, 3] = torch.tensor([0.0, 0, 400, 320])  # beyond the map: its samples there count as zero
-    rois[1, 4:6] = torch.tensor([[0.0, 0, torch.inf, 50], [-torch.inf, -torch.inf, torch.inf, torch.inf]])
-    rois[1, 6:8] = torch.tensor([[torch.nan] * 4, [9.0, torch.nan, 50, 60]])
+    rois[0, 4] = torch.tensor([12.0, 7, 110, 115])
+    rois[0, 2:4] = torch.tensor([[0.0, 0, torch.inf, 50], [-torch.inf, -torch.inf, torch.inf, torch.inf]])
+    rois[1, 4:6] = torch.tensor([[torch.nan] * 4, [9.0, torch.nan, 50, 60]])
     levels = roi_levels(rois, finest_scale=20, eps_inside_log=True)
     found = {"levels": levels.unique().tolist()}
     for ratio, aligned in ((0, True), (2, False), (3, True)):
