@@ -4,7 +4,7 @@ from detection.models.config import MODELS, FasterRCNNConfig, ModelError, model_
 from detection.models.detector import Detector, DetectorError
 from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
 from detection.models.ops.selfcheck import describe_kernels, uses_triton
-from detection.models.structures import ImageBatch, TargetBatch
+from detection.models.structures import ImageBatch, MaskBatch, TargetBatch
 from detection.models.weights.files import WeightsError
 from detection.models.weights.layouts import mmdet_name
 from detection.models.weights.load import (
@@ -24,6 +24,7 @@ __all__ = [
     "FasterRCNN",
     "FasterRCNNConfig",
     "ImageBatch",
+    "MaskBatch",
     "ModelError",
     "TargetBatch",
     "WeightReport",

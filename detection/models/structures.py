@@ -24,18 +24,37 @@ class ImageBatch(NamedTuple):
     sizes: Tensor
 
 
+class MaskBatch(NamedTuple):
+    """Ground-truth bitmaps of a batch, each cropped to a rectangle of its own: a whole bitmap is zero outside it.
+
+    bits: uint8 [P], 0 or 1, all crops one after another, row by row, one byte a pixel; it may be longer than what is
+    used. offsets: int64 [B, G], first element of each crop in `bits`. rectangles: int64 [B, G, 4], x, y, width and
+    height in pixels of the padded image, within it; width and height are 0 where there is no bitmap.
+    """
+
+    bits: Tensor
+    offsets: Tensor
+    rectangles: Tensor
+
+
 class TargetBatch(NamedTuple):
     """Ground truth padded to one number of boxes an image.
 
     boxes_xyxy: float32 [B, G, 4], pixels of the padded image. labels: int64 [B, G], 0..num_classes-1. valid:
     bool [B, G], False for padding. sample_keys: int64 [B], the only source of randomness in training: the
-    same key draws the same samples from an image.
+    same key draws the same samples from an image. masks: of the boxes, for a model with masks.
     """
 
     boxes_xyxy: Tensor
     labels: Tensor
     valid: Tensor
     sample_keys: Tensor
+    masks: MaskBatch | None = None
+
+    def to(self, device: torch.device) -> TargetBatch:
+        """The same on another device."""
+        masks = self.masks and MaskBatch(*(each.to(device) for each in self.masks))
+        return TargetBatch(*(each.to(device) for each in self[:4]), masks)
 
 
 def batch_images(images: Sequence[Tensor], device: torch.device) -> ImageBatch:
@@ -62,8 +81,9 @@ def batch_images(images: Sequence[Tensor], device: torch.device) -> ImageBatch:
 def batch_targets(targets: Sequence[Mapping[str, Tensor]], num_classes: int, device: torch.device) -> TargetBatch:
     """Pads a list of {"boxes_xyxy": float [N, 4], "labels": int64 [N]} to the largest N.
 
-    The sample keys are drawn from torch's default CPU generator. Raises ModelError for shapes that do not fit
-    together and labels out of range.
+    All of them may have "masks", bool or uint8 [N, H, W] of 0 and 1, at the image's size, too. The sample keys are
+    drawn from torch's default CPU generator. Raises ModelError for shapes that do not fit together, labels out of range
+    and masks of some images only.
     """
     for index, target in enumerate(targets):
         boxes, labels = target["boxes_xyxy"], target["labels"]
@@ -88,7 +108,32 @@ def batch_targets(targets: Sequence[Mapping[str, Tensor]], num_classes: int, dev
         padded_labels[index, :count] = target["labels"].to(device)
         valid[index, :count] = True
     sample_keys = torch.randint(2**63 - 1, (num_images,), dtype=torch.int64)
-    return TargetBatch(padded_boxes, padded_labels, valid, sample_keys.to(device))
+    masks = _batch_masks(targets, num_boxes, device) if any("masks" in target for target in targets) else None
+    return TargetBatch(padded_boxes, padded_labels, valid, sample_keys.to(device), masks)
+
+
+def _batch_masks(targets: Sequence[Mapping[str, Tensor]], num_boxes: int, device: torch.device) -> MaskBatch:
+    offsets = torch.zeros((len(targets), num_boxes), dtype=torch.int64)
+    rectangles = torch.zeros((len(targets), num_boxes, 4), dtype=torch.int64)
+    crops = []
+    used = 0
+    for index, target in enumerate(targets):
+        masks, count = target.get("masks"), len(target["labels"])
+        if masks is None or masks.dim() != 3 or len(masks) != count or masks.dtype not in (torch.bool, torch.uint8):
+            found = "no masks" if masks is None else f"masks of {masks.dtype} and shape {list(masks.shape)}"
+            raise ModelError(
+                f"target {index} has {found} for {count} boxes; expected bool or uint8 [{count}, height, width]"
+            )
+        for number, mask in enumerate(masks.cpu().bool()):
+            rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+            if len(rows):
+                top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+                offsets[index, number] = used
+                rectangles[index, number] = torch.tensor([left, top, right - left, bottom - top])
+                crops.append(mask[top:bottom, left:right].flatten())
+                used += len(crops[-1])
+    bits = torch.cat(crops).to(torch.uint8) if crops else torch.zeros(1, dtype=torch.uint8)
+    return MaskBatch(bits.to(device), offsets.to(device), rectangles.to(device))
 
 
 def round_up(number: int, multiple: int) -> int:

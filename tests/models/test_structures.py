@@ -44,6 +44,34 @@ def test_targets_are_padded_and_their_keys_come_from_the_default_generator():
     assert not torch.equal(batch.sample_keys, batch_targets(targets, 4, CPU).sample_keys)
 
 
+def test_masks_are_cropped_and_packed_one_after_another():
+    masks = torch.rand(5, 12, 17, generator=torch.Generator().manual_seed(1)) < 0.1
+    masks[:, :3], masks[:, :, 11:], masks[2] = False, False, False
+    given = [masks[:2], masks[2:], masks[:0].to(torch.uint8)]
+    targets = [
+        {"boxes_xyxy": torch.ones(len(each), 4), "labels": torch.zeros(len(each), dtype=torch.int64), "masks": each}
+        for each in given
+    ]
+    bits, offsets, rectangles = batch_targets(targets, 4, CPU).masks
+    assert bits.dtype == torch.uint8 and offsets.shape == (3, 3) and rectangles.shape == (3, 3, 4)
+    for image, of_image in enumerate(given):
+        for number in range(3):
+            whole = torch.zeros(12, 17, dtype=torch.bool)
+            x, y, width, height = rectangles[image, number].tolist()
+            first = int(offsets[image, number])
+            whole[y : y + height, x : x + width] = bits[first : first + width * height].view(height, width).bool()
+            assert torch.equal(whole, of_image[number].bool() if number < len(of_image) else torch.zeros_like(whole))
+    assert len(bits) == int(rectangles[..., 2:].prod(dim=2).sum())
+
+
+@pytest.mark.parametrize("masks", [None, torch.zeros(1, 8, 8, dtype=torch.bool), torch.zeros(2, 8, 8)])
+def test_masks_that_do_not_fit_are_refused(masks):
+    target = {"boxes_xyxy": torch.ones(2, 4), "labels": torch.zeros(2, dtype=torch.int64)}
+    whole = {**target, "masks": torch.zeros(2, 8, 8, dtype=torch.bool)}
+    with pytest.raises(ModelError, match="target 1"):
+        batch_targets([whole, target if masks is None else {**target, "masks": masks}], 4, CPU)
+
+
 @pytest.mark.parametrize(
     ("boxes", "labels", "message"),
     [

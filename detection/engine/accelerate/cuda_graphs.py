@@ -91,7 +91,7 @@ class _Graph:
 
     def __init__(self, images: ImageBatch, targets: TargetBatch, rows: int) -> None:
         self.images = ImageBatch(*(torch.empty_like(each) for each in images))
-        boxes, labels, valid, keys = targets
+        boxes, labels, valid, keys = targets[:4]
         number = len(keys)
         self.targets = TargetBatch(
             boxes.new_zeros(number, rows, 4),
