@@ -105,8 +105,7 @@ def test_passes_that_cannot_be_recorded_are_done_once_each_as_they_are_written(c
 
 def on_gpu(*batches: tuple[ImageBatch, TargetBatch]) -> list[tuple[ImageBatch, TargetBatch]]:
     return [
-        (ImageBatch(*(each.cuda() for each in images)), targets.to(torch.device("cuda")))
-        for images, targets in batches
+        (ImageBatch(*(each.cuda() for each in images)), targets.to(torch.device("cuda"))) for images, targets in batches
     ]
 
 
