@@ -53,8 +53,9 @@ class TargetBatch(NamedTuple):
 
     def to(self, device: torch.device) -> TargetBatch:
         """The same on another device."""
-        masks = self.masks and MaskBatch(*(each.to(device) for each in self.masks))
-        return TargetBatch(*(each.to(device) for each in self[:4]), masks)
+        boxes, labels, valid, keys = (each.to(device) for each in self[:4])
+        masks = None if self.masks is None else MaskBatch(*(each.to(device) for each in self.masks))
+        return TargetBatch(boxes, labels, valid, keys, masks)
 
 
 def batch_images(images: Sequence[Tensor], device: torch.device) -> ImageBatch:
