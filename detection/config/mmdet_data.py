@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.transforms.geometry import MIN_CROPPED_BOX_SIDE
 from detection.config.mmdet_keys import (
     NEAREST,
     Found,
     Idle,
-    absent,
     found_in,
     idle,
     keyed,
@@ -20,7 +21,7 @@ from detection.config.mmdet_keys import (
     to,
     typed,
 )
-from schedules.checks import Check, Keys, choice, dictionary, number, optional, read_dict, read_typed, whole
+from schedules.checks import Check, Keys, choice, dictionary, flag, number, optional, read_dict, read_typed, whole
 from schedules.errors import Place
 
 _BACKEND = {key: only(None, {"backend": "local"}) for key in ("backend_args", "file_client_args")}
@@ -65,8 +66,24 @@ _RESIZES: dict[str, Keys] = {
     "RandomChoiceResize": {**_MULTI_SCALE, "scales": several(_scale)},
     "RandomResize": {
         **_MULTI_SCALE,
-        "scale": several(_scale, 2),
-        "ratio_range": absent("a range of ratios is", "two scales, or --lsj"),
+        "scale": lambda value, place: _scale(value, place) if _is_scale(value) else several(_scale, 2)(value, place),
+        "ratio_range": (optional(several(number(at_least=0.01, at_most=100), 2)), None),
+    },
+}
+_CROP: dict[str, Keys] = {
+    "RandomCrop": {
+        "crop_size": several(whole(33, 16384), 2),
+        "crop_type": (choice("absolute", "absolute_range", hint=" here"), "absolute"),
+        "allow_negative_crop": only(True, required=True, hint="an image stays, whatever the crop leaves of its boxes"),
+        "recompute_bbox": (flag, False),
+        "bbox_clip_border": only(True),
+    },
+    "FilterAnnotations": {
+        "min_gt_bbox_wh": only((MIN_CROPPED_BOX_SIDE, MIN_CROPPED_BOX_SIDE), required=True),
+        "by_box": only(True),
+        "by_mask": only(False, hint="masks are not supported"),
+        "min_gt_mask_area": only(1),
+        "keep_empty": (flag, True),
     },
 }
 _FLIP: dict[str, Keys] = {
@@ -78,7 +95,7 @@ _FLIP: dict[str, Keys] = {
 
 
 def _pipeline(training: bool) -> Check:
-    kinds = {**_TRANSFORM_IO, **(_RESIZES | _FLIP if training else _FIXED)}
+    kinds = {**_TRANSFORM_IO, **(_RESIZES | _CROP | _FLIP if training else _FIXED)}
     order = ("LoadImageFromFile", "LoadAnnotations", "Resize", *(["RandomFlip"] if training else []), "PackDetInputs")
     near = "--lsj, --photometric-distortion or --color-jitter beside --config do more" if training else ""
     hint = f" (transforms here: {', '.join(kinds)}{near and '; ' + near})"
@@ -86,7 +103,10 @@ def _pipeline(training: bool) -> Check:
     def read(value: Any, place: Place) -> list[Any]:
         steps = several(lambda each, at: (at, read_typed(each, at, kinds, hint=hint)))(value, place)
         found: list[Any] = [step for _, step in steps]
-        names = ["Resize" if step["type"] in _RESIZES else step["type"] for step in found]
+        if training and "RandomCrop" in (step["type"] for step in found):
+            found += _large_scale_jitter(steps)
+            steps = [each for each in steps if each[1]["type"] not in _CROP]
+        names = ["Resize" if step["type"] in _RESIZES else step["type"] for _, step in steps]
         known = names if training else sorted(names, key=order.index)  # theirs loads the boxes after the resize
         if tuple(each for each in known if each != "RandomFlip") != tuple(e for e in order if e != "RandomFlip"):
             raise place.error(f"is {' '.join(names)}; here it is {' '.join(order)}, each once and in this order")
@@ -98,9 +118,12 @@ def _pipeline(training: bool) -> Check:
             found += [Found("max_size", longer, at.at("scale")), Found("min_size", shorter, at.at("scale"))]
             return found
         scales = resize["scales"] if "scales" in resize else resize["scale"]
-        scales = (scales,) if resize["type"] == "Resize" else scales
-        sampling = "range" if resize["type"] == "RandomResize" else "choice"
-        found += [Found("train_scales", scales, at), Found("train_scale_sampling", sampling, at)]
+        if resize.get("ratio_range") is None:
+            scales = (scales,) if resize["type"] == "Resize" else scales
+            sampling = "range" if resize["type"] == "RandomResize" else "choice"
+            found += [Found("train_scales", scales, at), Found("train_scale_sampling", sampling, at)]
+        elif not any(isinstance(each, Found) and each.name == "lsj" for each in found):
+            raise at.at("ratio_range").error("is done with a RandomCrop behind it alone, as large-scale jitter")
         flips = {"horizontal": 0.0, "vertical": 0.0}
         flips |= {step["direction"]: step["prob"] for step in found if isinstance(step, dict) and "prob" in step}
         found += [
@@ -110,6 +133,27 @@ def _pipeline(training: bool) -> Check:
         return found
 
     return read
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(each) is int for each in value)
+
+
+def _large_scale_jitter(steps: Sequence[tuple[Place, dict[str, Any]]]) -> list[Found]:
+    """The settings of RandomResize with a range of ratios, RandomCrop and FilterAnnotations behind each other."""
+    names = [step["type"] for _, step in steps]
+    first = names.index("RandomCrop") - 1
+    at, crop = steps[first + 1]
+    resize = steps[first][1]
+    if names[first : first + 3] != ["RandomResize", "RandomCrop", "FilterAnnotations"] or not resize["ratio_range"]:
+        message = "is done as large-scale jitter alone, between RandomResize with ratio_range and FilterAnnotations"
+        raise at.error(message)
+    size = crop["crop_size"][0]
+    if crop["crop_size"] != (size, size) or resize["scale"] != (size, size):
+        raise at.at("crop_size").error("and the scale of the RandomResize before it must be one square here")
+    if (low_high := resize["ratio_range"]) != tuple(sorted(low_high)):
+        raise steps[first][0].at("ratio_range").unfit("must be a smaller and a larger number", low_high)
+    return [Found("lsj", size, at.at("crop_size")), Found("lsj_range", low_high, steps[first][0].at("ratio_range"))]
 
 
 def _annotation_file(value: Any, place: Place) -> str:
@@ -164,6 +208,9 @@ def _dataset(split: str) -> Check:
     return read
 
 
+_ASPECT_RATIO: Keys = {"type": only("AspectRatioBatchSampler", required=True), "drop_last": only(False)}
+
+
 def loader(split: str) -> Check:
     training = split == "train"
     own: Keys
@@ -171,7 +218,7 @@ def loader(split: str) -> Check:
         own = {
             "batch_size": to("batch_size", whole(1, 4096)),
             "num_workers": to("workers", whole(0, 256)),
-            "batch_sampler": keyed({"type": only("AspectRatioBatchSampler", required=True), "drop_last": only(False)}),
+            "batch_sampler": (optional(keyed(_ASPECT_RATIO)), None),
         }
     else:
         own = {**idle("evaluation dataloader"), "batch_sampler": only(None)}

@@ -26,7 +26,6 @@ from schedules.errors import Place
 _fraction, _iou = number(at_least=0, at_most=1), number(at_least=0, at_most=1)
 _size, _std = number(at_least=0, at_most=100_000), number(above=0, at_most=1000)
 _count = whole(1, 1_000_000)
-_NO_IOU_LOSS = "IoU losses are not supported; " + NEAREST + "L1Loss"
 _NO_C4 = "C4 and DC5 heads are not supported; " + NEAREST + "the configuration with FPN"
 _LINEAR = only({"type": "Linear"})
 
@@ -42,15 +41,42 @@ def _class_loss(use_sigmoid: bool) -> Check:
     return typed({"CrossEntropyLoss": keys}, hint="the other losses of classes are not supported")
 
 
-def _box_loss(name: str) -> Check:
-    keys = {"loss_weight": only(1.0), "reduction": only("mean")}
-    kinds = {"L1Loss": keys, "SmoothL1Loss": {**keys, "beta": to(name, number(above=0, at_most=1000), 1.0)}}
+_OVERLAP: Keys = {"eps": only(1e-6)}
+_OVERLAP_LOSSES: dict[str, tuple[str, Keys]] = {
+    "IoULoss": ("iou", {**_OVERLAP, "linear": only(False), "mode": only("log")}),
+    "GIoULoss": ("giou", _OVERLAP),
+    "DIoULoss": ("diou", _OVERLAP),
+    "CIoULoss": ("ciou", _OVERLAP),
+    "BoundedIoULoss": ("bounded_iou", {"eps": only(1e-3), "beta": only(0.2)}),
+}
+"""Losses of decoded boxes: what they are called here, and their own keys."""
+
+
+def _box_loss(beta: str, weight: Any) -> Check:
+    """A loss of deltas."""
+    keys: Keys = {"loss_weight": weight, "reduction": only("mean")}
+    kinds = {"L1Loss": keys, "SmoothL1Loss": {**keys, "beta": to(beta, number(above=0, at_most=1000), 1.0)}}
 
     def read(value: Any, place: Place) -> Any:
-        found = read_typed(value, place, kinds, hint=f" ({_NO_IOU_LOSS})")
-        return Found(name, 0.0, place) if found["type"] == "L1Loss" else found
+        found = read_typed(value, place, kinds, hint=f" (losses of overlap are those of {_OF_HEAD} alone)")
+        return [found, Found(beta, 0.0, place)] if found["type"] == "L1Loss" else found
 
     return read
+
+
+_OF_HEAD = "roi_head.bbox_head"
+_HEAD_WEIGHT = to("model.roi_box_loss_weight", number(at_least=0, at_most=1000), 1.0)
+_OF_DELTAS = _box_loss("model.roi_loss_beta", _HEAD_WEIGHT)
+
+
+def _head_box_loss(value: Any, place: Place) -> Any:
+    """A loss of deltas, or of decoded boxes."""
+    kind = dictionary(value, place).get("type")
+    if kind not in _OVERLAP_LOSSES:
+        return [_OF_DELTAS(value, place), Found("model.roi_box_loss", "l1", place)]
+    name, own = _OVERLAP_LOSSES[kind]
+    found = read_typed(value, place, {kind: {**own, "loss_weight": _HEAD_WEIGHT, "reduction": only("mean")}})
+    return [found, Found("model.roi_box_loss", name, place.at("type"))]
 
 
 def _coder(stds: Any) -> Check:
@@ -65,9 +91,17 @@ def _coder(stds: Any) -> Check:
     return typed({"DeltaXYWHBBoxCoder": keys}, hint="the other box coders are not supported")
 
 
-def _nms(name: str) -> Check:
-    hint = "soft-NMS and others are not supported; " + NEAREST + "nms"
-    return typed({"nms": {"iou_threshold": to(name, _iou), "class_agnostic": only(False), **idle("nms")}}, "nms", hint)
+def _nms(name: str, *, may_be_soft: bool = False) -> Check:
+    keys: Keys = {"iou_threshold": to(name, _iou), "class_agnostic": only(False), **idle("nms")}
+    kinds = {"nms": keys}
+    if may_be_soft:
+        kinds["soft_nms"] = keys | {
+            "iou_threshold": to(name, _iou, 0.3),
+            "sigma": to("model.soft_nms_sigma", number(at_least=0.001, at_most=1000), 0.5),
+            "min_score": to("model.soft_nms_min_score", _fraction, 0.001),
+            "method": to("model.soft_nms", choice("linear", "gaussian", hint=" here"), "linear"),
+        }
+    return typed(kinds, "nms", "the others are not supported")
 
 
 def _assigner(positive: Any, negative: Any, lowest: Any, low_quality: bool) -> Check:
@@ -92,7 +126,16 @@ def _sampler(prefix: str, adds_boxes: bool) -> Check:
         "neg_pos_ub": only(-1),
         "add_gt_as_proposals": only(adds_boxes, required=not adds_boxes),
     }
-    return typed({"RandomSampler": keys}, hint="OHEM and others are not supported; " + NEAREST + "RandomSampler")
+    kinds = {"RandomSampler": keys}
+    if prefix == "roi":
+        kinds["OHEMSampler"] = {**keys, "loss_key": only("loss_cls")}
+
+    def read(value: Any, place: Place) -> Any:
+        found = read_typed(value, place, kinds, hint=f" (the others are not supported; {NEAREST}RandomSampler)")
+        is_ohem = found["type"] == "OHEMSampler"
+        return [found, Found("model.roi_sampler", "ohem", place.at("type"))] if is_ohem else found
+
+    return read
 
 
 _TARGETS = {"pos_weight": only(-1), "debug": only(False)}
@@ -164,14 +207,14 @@ _RPN_HEAD = {
         "anchor_generator": _anchors,
         "bbox_coder": (_coder(only([1.0, 1.0, 1.0, 1.0])), None),
         "loss_cls": (_class_loss(True), None),
-        "loss_bbox": (_box_loss("model.rpn_loss_beta"), Found("model.rpn_loss_beta", 1 / 9)),
-        "reg_decoded_bbox": only(False, hint=_NO_IOU_LOSS),
+        "loss_bbox": (_box_loss("model.rpn_loss_beta", only(1.0)), Found("model.rpn_loss_beta", 1 / 9)),
+        "reg_decoded_bbox": only(False),
         "init_cfg": only(None),
     }
 }
 _STDS = several(number(above=0, at_most=1000), 4)
 _STDS_DEFAULT = (0.1, 0.1, 0.2, 0.2)
-_BOX_HEAD: Check = typed(
+_BOX_HEADS: Check = typed(
     {
         "Shared2FCBBoxHead": {
             "in_channels": to("model.fpn_channels", whole(1, 4096), 256),
@@ -185,8 +228,8 @@ _BOX_HEAD: Check = typed(
             ),
             "reg_class_agnostic": to("model.regressor_is_class_agnostic", flag, False),
             "loss_cls": (_class_loss(False), None),
-            "loss_bbox": (_box_loss("model.roi_loss_beta"), Found("model.roi_loss_beta", 1.0)),
-            "reg_decoded_bbox": only(False, hint=_NO_IOU_LOSS),
+            "loss_bbox": (_head_box_loss, Found("model.roi_loss_beta", 1.0)),
+            "reg_decoded_bbox": (flag, False),
             "with_avg_pool": only(False),
             **{key: only(True) for key in ("with_cls", "with_reg")},
             **{key: only(None) for key in ("conv_cfg", "norm_cfg", "init_cfg")},
@@ -196,6 +239,17 @@ _BOX_HEAD: Check = typed(
     },
     hint="the other box heads are not supported",
 )
+
+
+def _box_head(value: Any, place: Place) -> Any:
+    found = _BOX_HEADS(value, place)
+    kind = (value.get("loss_bbox") or {}).get("type")
+    if found["reg_decoded_bbox"] != (kind in _OVERLAP_LOSSES):
+        message = f"{kind} compares {'boxes' if kind in _OVERLAP_LOSSES else 'deltas'}; give reg_decoded_bbox="
+        raise place.at("loss_bbox").at("type").error(f"{message}{kind in _OVERLAP_LOSSES} beside it")
+    return found
+
+
 _EXTRACTOR: Check = typed(
     {
         "SingleRoIExtractor": {
@@ -251,13 +305,13 @@ def _extractors(value: Any, place: Place) -> Any:
 
 
 _ROI_HEADS: dict[str, Keys] = {
-    "StandardRoIHead": {**_ROI_PARTS, "bbox_roi_extractor": _EXTRACTOR, "bbox_head": _BOX_HEAD},
+    "StandardRoIHead": {**_ROI_PARTS, "bbox_roi_extractor": _EXTRACTOR, "bbox_head": _box_head},
     "CascadeRoIHead": {
         **_ROI_PARTS,
         "num_stages": whole(1, 4),
         "stage_loss_weights": to("model.cascade_loss_weights", several(number(at_least=0, at_most=1000))),
         "bbox_roi_extractor": _extractors,
-        "bbox_head": _stages(_BOX_HEAD),
+        "bbox_head": _stages(_box_head),
     },
 }
 _NORM: dict[str, Keys] = {
@@ -269,10 +323,7 @@ _NORM: dict[str, Keys] = {
     for kind in ("BN", "SyncBN")
 }
 _RESNET: Keys = {
-    "style": only(
-        "pytorch",
-        hint=f"caffe-style ResNets are not supported; {NEAREST}the configuration without caffe in its name",
-    ),
+    "style": (choice("pytorch", "caffe"), "pytorch"),
     "depth": choice(18, 34, 50, 101, hint=f" here ({NEAREST}50 or 101)"),
     "num_stages": only(4, hint=_NO_C4),
     "out_indices": only([0, 1, 2, 3], hint=_NO_C4),
@@ -296,14 +347,14 @@ _RESNET: Keys = {
     **{key: only(None) for key in ("conv_cfg", "dcn", "plugins", "pretrained")},
     **idle("backbone"),
 }
-_ONLY_32X4D = "ResNeXt is there as 101 layers, 32x4d"
+_RESNEXTS = "ResNeXt is there as 101 layers, 32x4d, 64x4d and 32x8d"
 _BACKBONES: dict[str, Keys] = {
     "ResNet": _RESNET,
     "ResNeXt": {
         **_RESNET,
-        "depth": only(101, required=True, hint=_ONLY_32X4D),
-        "groups": only(32, required=True, hint=_ONLY_32X4D),
-        "base_width": only(4, hint=_ONLY_32X4D),
+        "depth": only(101, required=True, hint=_RESNEXTS),
+        "groups": choice(32, 64, hint=f" here ({_RESNEXTS})"),
+        "base_width": (choice(4, 8, hint=f" here ({_RESNEXTS})"), 4),
     },
 }
 _NECK: dict[str, Keys] = {
@@ -320,15 +371,26 @@ _NECK: dict[str, Keys] = {
     }
 }
 _DETECTORS = ("FasterRCNN", "CascadeRCNN")
+_PAD: Keys = {
+    "size": to("pad_to", several(whole(33, 16384), 2)),
+    "img_pad_value": only(0),
+    "pad_mask": (flag, False),
+    **{key: only(False) for key in ("pad_seg",)},
+    **{key: (lambda value, place: None, None) for key in ("mask_pad_value", "seg_pad_value")},
+}
+_NO_AUGMENT = "the other augmentations of a batch are not supported"
+_ORDERS = {True: "rgb", False: "bgr"}
+_BGR = Found("model.pixel_order", "bgr")
 _PREPROCESSOR: dict[str, Keys] = {
     "DetDataPreprocessor": {
-        "bgr_to_rgb": only(True, required=True, hint="images are RGB here"),
-        "rgb_to_bgr": only(False, hint="images are RGB here"),
+        # Theirs are read as BGR.
+        "bgr_to_rgb": (lambda value, place: Found("model.pixel_order", _ORDERS[flag(value, place)], place), _BGR),
+        "rgb_to_bgr": only(False, hint="images are read as BGR there already"),
         "mean": to("model.pixel_mean", several(number(at_least=-1000, at_most=1000), 3)),
         "std": to("model.pixel_std", several(number(at_least=0.001, at_most=1000), 3)),
         "pad_size_divisor": only(32, required=True),
         "pad_value": only(0),
-        "batch_augments": absent("augmentations of a batch are", "--lsj"),
+        "batch_augments": (optional(several(typed({"BatchFixedSizePad": _PAD}, hint=_NO_AUGMENT), 1)), None),
         **idle("data_preprocessor"),
     }
 }
@@ -353,7 +415,7 @@ def model_of(value: Any, place: Place) -> list[Found | Idle]:
                 "rcnn": keyed(
                     {
                         "score_thr": to("model.score_threshold", _fraction),
-                        "nms": _nms("model.nms_iou"),
+                        "nms": _nms("model.nms_iou", may_be_soft=True),
                         "max_per_img": to("model.detections_per_image", whole(1, 100_000)),
                     }
                 ),
@@ -392,10 +454,13 @@ def _backbone(found: Mapping[str, Any], place: Place, is_cascade: bool) -> Itera
     """Name of the model, norm and starting weights."""
     is_resnet = found["type"] == "ResNet"
     depth = found["depth"] if is_resnet else 101
-    if is_cascade and depth == 34:
-        raise place.at("depth").error(f"34 layers are not there under Cascade R-CNN; {NEAREST}18 or 50")
-    short = f"r{depth}" if is_resnet else "x101_32x4d"
-    yield Found("model", f"{'cascade' if is_cascade else 'faster'}_rcnn_{short}_fpn", place.at("depth"))
+    short = f"r{depth}" if is_resnet else f"x101_{found['groups']}x{found['base_width']}d"
+    name = f"{'cascade' if is_cascade else 'faster'}_rcnn_{short}_fpn"
+    if "64x8d" in name:
+        raise place.at("base_width").error(f"{_RESNEXTS}, and not 64x8d")
+    yield Found("model", name, place.at("depth"))
+    in_1x1 = found["style"] == "caffe" and depth >= 50  # blocks of two 3x3 convolutions have no other place
+    yield Found("model.stride_in_1x1", in_1x1, place.at("style"))
     norm = found["norm_cfg"]
     if not found["norm_eval"] and not norm["requires_grad"]:
         message = "batch norm whose statistics are trained has trained weights here; set requires_grad=True"

@@ -118,8 +118,8 @@ REPLACES = (
         ("data_path", "dataset"),
         tuple(f"{split}_{what}" for split in ("train", "val", "test") for what in ("images", "annotations")),
     ),
-    (("train_min_sizes", "lsj"), ("train_scales", "train_scale_sampling")),
-    (("train_scales",), ("train_scale_sampling",)),
+    (("train_min_sizes", "lsj"), ("train_scales", "train_scale_sampling", "lsj", "lsj_range")),
+    (("train_scales",), ("train_scale_sampling", "lsj", "lsj_range")),
 )
 """Options of the command line, and those settings of a file that they replace."""
 
@@ -233,11 +233,18 @@ def _judge_helper(key: str, values: Mapping[str, Any], place: Place, names: Iter
 
 def _finish(found: dict[str, Found], mode: str) -> None:
     """Settings that follow from several keys together."""
-    scales = found["train_scales"]
+    pad, jitter, scales = found.pop("pad_to", None), found.get("lsj"), found.get("train_scales")
+    if pad is not None and (jitter is None or pad.value != (jitter.value, jitter.value)):
+        assert pad.place is not None
+        message = "is done as part of large-scale jitter alone (RandomResize, RandomCrop), with the size of its crop"
+        raise ConfigError(str(pad.place.error(message)))
     if "max_size" not in found:
+        if scales is None:
+            scales = Found("train_scales", ((jitter.value, jitter.value),)) if jitter is not None else scales
+        assert scales is not None
         longer, shorter = (max(side) for side in zip(*scales.value, strict=True))
         found["max_size"], found["min_size"] = (Found(n, v) for n, v in (("max_size", longer), ("min_size", shorter)))
-    if scales.value == ((found["max_size"].value, found["min_size"].value),):
+    if scales is not None and scales.value == ((found["max_size"].value, found["min_size"].value),):
         del found["train_scales"], found["train_scale_sampling"]
     classes, count = found["class_names"], found.pop("num_classes")
     if len(classes.value) != count.value:

@@ -152,6 +152,8 @@ def open_onnx(path: str | Path) -> Runner:
 
 
 def _exported(detector: Detector, shape: InputShape, suppress: Suppression) -> torch.export.ExportedProgram:
+    if detector.model.config.soft_nms is not None:
+        raise ExportError("soft_nms is no part of a graph: export the detector without it")
     graph = DetectorGraph(detector, suppress).eval()
     device = detector.model.pixel_mean.device
     # Without gradients the freezing of stages leaves no trace in the graph.

@@ -45,6 +45,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
     "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
     "resnext101_32x4d": Architecture((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=4),
+    "resnext101_64x4d": Architecture((3, 4, 23, 3), bottleneck=True, groups=64, width_per_group=4),
+    "resnext101_32x8d": Architecture((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=8),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from detection.errors import DetectionError
 from detection.models.backbones import ARCHITECTURES, GROUPS_OF_GROUP_NORM, NORMS
+from detection.models.ops.box_losses import BOX_LOSSES
 
 
 class ModelError(DetectionError):
@@ -44,7 +45,9 @@ class FasterRCNNConfig:
     # Pixels
     pixel_mean: tuple[float, ...] = number((123.675, 116.28, 103.53), -1000, 1000, length=3)
     pixel_std: tuple[float, ...] = number((58.395, 57.12, 57.375), 0.001, 1000, length=3)
-    """RGB, of values 0..255. What lies outside an image is zero after normalization."""
+    """In the order of pixel_order, of values 0..255. What lies outside an image is zero after normalization."""
+    pixel_order: str = choice("rgb", ("rgb", "bgr"))
+    """How the backbone takes the channels; images are given as RGB in any case."""
 
     # Backbone and feature pyramid
     backbone: str = choice("resnet50", ARCHITECTURES)
@@ -108,6 +111,11 @@ class FasterRCNNConfig:
     roi_positive_fraction: float = number(0.25, 0, 1)
     roi_box_matches_itself: bool = True
     """A ground-truth box among the RoIs is its own target; otherwise the first of equal boxes is."""
+    roi_sampler: str = choice("random", ("random", "ohem"))
+    """ohem: those with the largest classification loss, in place of some at random (Shrivastava et al. 2016)."""
+    roi_box_loss: str = choice("l1", ("l1", *BOX_LOSSES))
+    """l1: of deltas, smooth below roi_loss_beta. The others compare the decoded boxes (ops/box_losses.py)."""
+    roi_box_loss_weight: float = number(1.0, 0, 1000)
     roi_loss_beta: float = number(0.0, 0, 1000)
     roi_delta_stds: tuple[float, ...] = number((0.1, 0.1, 0.2, 0.2), 1e-6, 1000, length=4)
 
@@ -137,6 +145,12 @@ class FasterRCNNConfig:
     # Detections
     score_threshold: float = number(0.05, 0, 1)
     nms_iou: float = number(0.5, 0, 1)
+    soft_nms: str | None = choice(None, ("linear", "gaussian"))
+    """Lower the scores of boxes that overlap a better one of their class, instead of dropping them (Bodla et al. 2017):
+    times 1 - IoU from nms_iou on, or times exp(-IoU**2 / soft_nms_sigma)."""
+    soft_nms_sigma: float = number(0.5, 0.001, 1000)
+    soft_nms_min_score: float = number(0.001, 0, 1)
+    """A box whose score falls below goes."""
     detections_per_image: int = number(100, 1, 100_000)
     detection_min_size: float | None = number(None, 0, 100_000)
     """Detections need sides above this. None drops nothing."""
@@ -264,18 +278,11 @@ CASCADE_RECIPE: dict[str, Any] = {
     "cascade_ious": (0.5, 0.6, 0.7),
 }
 
+_SHORT = {name: name.replace("resnet", "r").replace("resnext", "x") for name in ARCHITECTURES}
 MODELS: dict[str, dict[str, Any]] = {
-    "faster_rcnn_r18_fpn": {"backbone": "resnet18"},
-    "faster_rcnn_r34_fpn": {"backbone": "resnet34"},
-    "faster_rcnn_r50_fpn": {"backbone": "resnet50"},
-    "faster_rcnn_r101_fpn": {"backbone": "resnet101"},
-    "faster_rcnn_x101_32x4d_fpn": {"backbone": "resnext101_32x4d"},
-    "cascade_rcnn_r18_fpn": {"backbone": "resnet18", **CASCADE_RECIPE},
-    "cascade_rcnn_r50_fpn": {"backbone": "resnet50", **CASCADE_RECIPE},
-    "cascade_rcnn_r101_fpn": {"backbone": "resnet101", **CASCADE_RECIPE},
-    "cascade_rcnn_x101_32x4d_fpn": {"backbone": "resnext101_32x4d", **CASCADE_RECIPE},
-    "fasterrcnn_resnet18_fpn": {"backbone": "resnet18", **TORCHVISION_RECIPE},
-    "fasterrcnn_resnet50_fpn": {"backbone": "resnet50", **TORCHVISION_RECIPE},
+    **{f"faster_rcnn_{short}_fpn": {"backbone": name} for name, short in _SHORT.items()},
+    **{f"cascade_rcnn_{short}_fpn": {"backbone": name, **CASCADE_RECIPE} for name, short in _SHORT.items()},
+    **{f"fasterrcnn_{name}_fpn": {"backbone": name, **TORCHVISION_RECIPE} for name in ("resnet18", "resnet50")},
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.anchors import AnchorGenerator, AnchorGrid
@@ -122,7 +124,8 @@ class FasterRCNN(nn.Module):
         boxes, valid = proposals.boxes_xyxy, proposals.valid
         for number, (head, stage) in enumerate(zip(self.roi_heads, config.stages, strict=True)):
             with _full_precision(images.pixels.device):
-                rois = sample_rois(stage, boxes, valid, targets, stage=number)
+                class_losses = functools.partial(self._class_losses, head, features)
+                rois = sample_rois(stage, boxes, valid, targets, stage=number, class_losses=class_losses)
                 pooled = self.pool(features, rois.boxes_xyxy, table)
             class_logits, box_deltas = head(pooled)
             with _full_precision(images.pixels.device):
@@ -136,6 +139,12 @@ class FasterRCNN(nn.Module):
                     valid = is_proposal(rois, valid.shape[1])
                     boxes = refine_boxes(stage, rois.boxes_xyxy, class_logits, box_deltas, images.sizes, rois.labels)
         return losses
+
+    @torch.no_grad()
+    def _class_losses(self, head: nn.Module, features: Sequence[Tensor], boxes_xyxy: Tensor, labels: Tensor) -> Tensor:
+        # In float32 also under autocast, which keeps the parameters that it casts here, without their graph.
+        logits, _ = head(self.pool(features, boxes_xyxy).float())
+        return F.cross_entropy(logits.float(), labels.view(-1), reduction="none").view_as(labels)
 
     @torch.no_grad()
     def detect(self, images: ImageBatch) -> tuple[list[Detections], Tensor]:
@@ -185,6 +194,8 @@ class FasterRCNN(nn.Module):
         below = rows >= sizes[:, :1]
         beside = columns >= sizes[:, 1:]
         outside = below[:, :, None] | beside[:, None, :]
+        if self.config.pixel_order == "bgr":
+            pixels = pixels.flip(1)
         normalized = torch.sub(pixels, self.pixel_mean).div_(self.pixel_std)
         return normalized.masked_fill_(outside[:, None], 0.0)
 

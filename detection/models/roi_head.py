@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.config import FasterRCNNConfig
+from detection.models.ops.box_losses import overlap_loss
 from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes
 from detection.models.ops.matcher import POSITIVE, MaxIoUAssigner
 from detection.models.samplers import ROI_STAGE, sample
 from detection.models.structures import TargetBatch
 
+ClassLosses = Callable[[Tensor, Tensor], Tensor]
+"""Boxes float32 [B, N, 4] and labels int64 [B, N], the background's last, to classification losses [B, N]."""
 _CLASSIFIER_STD, _REGRESSOR_STD = 0.01, 0.001  # Girshick 2015, section 3.1
 
 
@@ -55,8 +59,9 @@ class RoISample(NamedTuple):
 
     boxes_xyxy: float32 [B, S, 4], empty boxes at the origin in slots not chosen. chosen, positive: bool [B,
     S]. labels: int64 [B, S], num_classes for the background. delta_targets: float32 [B, S, 4], 0 where not
-    positive. candidate: int64 [B, S], the place of each among the proposals and the ground-truth boxes behind
-    them; None where slot i is candidate i.
+    positive. targets_xyxy: float32 [B, S, 4], the ground-truth box of each; any where not positive. candidate:
+    int64 [B, S], the place of each among the proposals and the ground-truth boxes behind them; None where slot i
+    is candidate i.
     """
 
     boxes_xyxy: Tensor
@@ -64,16 +69,24 @@ class RoISample(NamedTuple):
     positive: Tensor
     labels: Tensor
     delta_targets: Tensor
+    targets_xyxy: Tensor
     candidate: Tensor | None
 
 
 @torch.no_grad()
 def sample_rois(
-    config: FasterRCNNConfig, boxes_xyxy: Tensor, valid: Tensor, targets: TargetBatch, *, stage: int = 0
+    config: FasterRCNNConfig,
+    boxes_xyxy: Tensor,
+    valid: Tensor,
+    targets: TargetBatch,
+    *,
+    stage: int = 0,
+    class_losses: ClassLosses | None = None,
 ) -> RoISample:
     """Assigns and samples proposals, with the ground-truth boxes among them.
 
-    config: that of the stage. boxes_xyxy float32 [B, P, 4], valid bool [B, P].
+    config: that of the stage. boxes_xyxy float32 [B, P, 4], valid bool [B, P]. class_losses: tells the hardest, where
+    the sampler is "ohem".
     """
     num_proposals = valid.shape[1]
     candidates = torch.cat((boxes_xyxy, targets.boxes_xyxy), dim=1)
@@ -84,12 +97,18 @@ def sample_rois(
         num_gt = targets.valid.shape[1]
         kind[:, num_proposals:].masked_fill_(targets.valid, POSITIVE)
         gt_index[:, num_proposals:] = torch.arange(num_gt, device=gt_index.device)
+    hardness = None
+    if config.roi_sampler == "ohem":
+        assert class_losses is not None
+        labels = torch.where(kind == POSITIVE, targets.labels.gather(1, gt_index), config.num_classes)
+        hardness = class_losses(candidates, labels)
     chosen = sample(
         kind,
         targets.sample_keys,
         stage=ROI_STAGE + stage,
         num_samples=config.roi_samples_per_image,
         positive_fraction=config.roi_positive_fraction,
+        hardness=hardness,
     )
     gt_index = chosen.take(gt_index)
     boxes = torch.where(chosen.chosen[..., None], chosen.take(candidates), 0.0)
@@ -101,6 +120,7 @@ def sample_rois(
         chosen.positive,
         torch.where(chosen.positive, targets.labels.gather(1, gt_index), config.num_classes),
         torch.where(chosen.positive[..., None], deltas, 0.0),
+        gt_boxes,
         chosen.candidate,
     )
 
@@ -118,10 +138,19 @@ def roi_losses(
     # A background RoI has no outputs of its own in MMDetection's recipe; any will do, its weight is 0.
     own_class = labels.clamp(max=deltas.shape[1] - 1)
     own_deltas = deltas.gather(1, own_class[:, None, None].expand(-1, 1, 4)).float()[:, 0]
-    differences = F.smooth_l1_loss(
-        own_deltas, rois.delta_targets.view(-1, 4), reduction="none", beta=config.roi_loss_beta
-    )
-    loss_bbox = (differences * rois.positive.view(-1, 1)).sum()
+    positive = rois.positive.view(-1, 1)
+    if config.roi_box_loss == "l1":
+        differences = F.smooth_l1_loss(
+            own_deltas, rois.delta_targets.view(-1, 4), reduction="none", beta=config.roi_loss_beta
+        )
+    else:
+        rois_xyxy, targets_xyxy = rois.boxes_xyxy.view(-1, 4), rois.targets_xyxy.view(-1, 4)
+        boxes = decode_boxes(own_deltas, rois_xyxy, config.roi_delta_stds, clip_shrinking=config.clip_shrinking)
+        # Where nothing is to be learned, numbers that no formula makes NaN of, which times 0 stay NaN.
+        boxes = torch.where(positive, boxes, 0.0)
+        targets_xyxy = torch.where(positive, targets_xyxy, 0.0)
+        differences = overlap_loss(config.roi_box_loss, boxes, targets_xyxy)[:, None]
+    loss_bbox = config.roi_box_loss_weight * (differences * positive).sum()
     return (per_roi * rois.chosen.view(-1)).sum() / normalizer, loss_bbox / normalizer
 
 

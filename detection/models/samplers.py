@@ -1,6 +1,6 @@
-"""Random choice of the anchors and proposals that a training step learns from.
+"""Choice of the anchors and proposals that a training step learns from: random, or the hardest.
 
-The choice is a pure function of an image's sample key: each candidate gets a hash of (key, stage, its number)
+A random choice is a pure function of an image's sample key: each candidate gets a hash of (key, stage, its number)
 and the largest win. So it depends neither on the image's place in the local batch, nor on how many ranks
 share the global batch, nor on the device, and nothing waits for the host.
 """
@@ -49,20 +49,29 @@ class Sample(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    kind: Tensor, sample_keys: Tensor, *, stage: int, num_samples: int | None, positive_fraction: float
+    kind: Tensor,
+    sample_keys: Tensor,
+    *,
+    stage: int,
+    num_samples: int | None,
+    positive_fraction: float,
+    hardness: Tensor | None = None,
 ) -> Sample:
     """Draws num_samples candidates an image: positives up to positive_fraction of them, negatives for the
     rest.
 
-    Both are drawn uniformly without replacement. kind: int64 [B, N] of POSITIVE, NEGATIVE, IGNORED;
-    sample_keys: int64 [B]. num_samples None takes every positive and every negative.
+    Both are drawn uniformly without replacement, or the hardest are taken. kind: int64 [B, N] of POSITIVE, NEGATIVE,
+    IGNORED; sample_keys: int64 [B]. num_samples None takes every positive and every negative. hardness: float [B, N].
     """
     positive = kind == POSITIVE
     negative = kind == NEGATIVE
     if num_samples is None:
         return Sample(None, positive, positive | negative)
     num_candidates = kind.shape[1]
-    keys = candidate_keys(sample_keys, stage, num_candidates)
+    if hardness is not None:
+        keys = hardness.argsort(dim=1, stable=True).argsort(dim=1)  # their ranks
+    else:
+        keys = candidate_keys(sample_keys, stage, num_candidates)
     positive_keys = torch.where(positive, keys, _NOT_ELIGIBLE)
     num_positive = min(int(num_samples * positive_fraction), num_candidates)
     if num_positive:

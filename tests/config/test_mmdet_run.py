@@ -59,6 +59,14 @@ CHANGES = [
         "model.rpn_head.anchor_generator.scales=[4]",
         lambda c: ("anchor_sizes", (16, 32, 64, 128, 256)) in c.model.settings,
     ),
+    ("model.backbone.style=caffe", lambda c: ("stride_in_1x1", True) in c.model.settings),
+    ("model.data_preprocessor.bgr_to_rgb=False", lambda c: ("pixel_order", "bgr") in c.model.settings),
+    (
+        "model.roi_head.bbox_head.loss_bbox.loss_weight=2",
+        lambda c: ("roi_box_loss_weight", 2) in c.model.settings,
+    ),
+    ("model.train_cfg.rcnn.sampler.type=OHEMSampler", lambda c: ("roi_sampler", "ohem") in c.model.settings),
+    ("model.test_cfg.rcnn.nms.type=soft_nms", lambda c: ("soft_nms", "linear") in c.model.settings),
     ("model.backbone.init_cfg=None", lambda c: c.model.weights == "none"),
     ("load_from=theirs.pth", lambda c: c.model.weights == "theirs.pth"),
     ("randomness.deterministic=True", lambda c: c.train.deterministic),
@@ -77,7 +85,7 @@ def test_a_key_takes_effect(option, holds):
 
 
 REFUSED = [
-    ("model.backbone.style=caffe", "caffe-style ResNets are not supported; nearest"),
+    ("model.backbone.style=tf", "must be 'pytorch' or 'caffe'"),
     ("model.backbone.num_stages=3", "C4 and DC5 heads are not supported"),
     ("model.backbone.strides=(1,2,2,1)", "C4 and DC5 heads are not supported"),
     ("model.backbone.depth=152", "must be 18 or 34 or 50 or 101"),
@@ -88,16 +96,18 @@ REFUSED = [
     ("model.roi_head.mask_head.type=FCNMaskHead", "masks are not supported"),
     ("model.type=MaskRCNN", "masks, one-stage detectors and others are not supported"),
     ("model.rpn_head.type=FCOSHead", "FCOS and others as RPN are not supported"),
-    ("model.roi_head.bbox_head.loss_bbox.type=GIoULoss", "IoU losses are not supported; nearest: L1Loss"),
-    ("model.roi_head.bbox_head.loss_bbox.loss_weight=2", "must be 1.0 here"),
-    ("model.train_cfg.rcnn.sampler.type=OHEMSampler", "OHEM and others are not supported"),
-    ("model.test_cfg.rcnn.nms.type=soft_nms", "soft-NMS and others are not supported; nearest: nms"),
-    ("model.data_preprocessor.bgr_to_rgb=False", "images are RGB here"),
-    ("model.data_preprocessor.batch_augments=[1]", "augmentations of a batch are not supported here (nearest: --lsj)"),
+    ("model.roi_head.bbox_head.loss_bbox.type=GIoULoss", "GIoULoss compares boxes; give reg_decoded_bbox=True"),
+    ("model.roi_head.bbox_head.loss_bbox.type=EIoULoss", "must be 'L1Loss' or 'SmoothL1Loss'"),
+    ("model.rpn_head.loss_bbox.type=GIoULoss", "losses of overlap are those of roi_head.bbox_head alone"),
+    ("model.rpn_head.loss_bbox.loss_weight=2", "must be 1.0 here"),
+    ("model.train_cfg.rpn.sampler.type=OHEMSampler", "must be 'RandomSampler'"),
+    ("model.test_cfg.rpn.nms.type=soft_nms", "must be 'nms'"),
+    ("model.data_preprocessor.rgb_to_bgr=True", "images are read as BGR there already"),
+    ("model.data_preprocessor.batch_augments=[1]", "must be dict(...)"),
     ("model.train_cfg.rpn_proposal.nms.iou_threshold=0.6", "here the two are one setting"),
     ("model.backbone.frozen_stage=1", "unknown key; did you mean frozen_stages?"),
     ("model.mask_head=1", "model.mask_head: unknown key"),
-    ("train_dataloader.dataset.pipeline.3.type=RandomCrop", "must be 'LoadImageFromFile' or"),
+    ("train_dataloader.dataset.pipeline.3.type=Mosaic", "must be 'LoadImageFromFile' or"),
     ("train_dataloader.dataset.filter_cfg.min_size=0", "must be 32 here"),
     ("train_dataloader.dataset.type=VOCDataset", "scripts/convert_voc.py"),
     ("train_dataloader.batch_sampler.type=Other", "must be 'AspectRatioBatchSampler' here"),
@@ -128,12 +138,38 @@ def test_what_is_not_here_is_refused_with_key_and_source(option, message):
     assert text.startswith("--cfg-options") or "the two are one setting" in text or "IterBased" in option, text
 
 
+JITTER = """
+_base_ = %r
+train_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='RandomResize', scale=(640, 640), ratio_range=(0.2, 1.5), keep_ratio=True),
+    dict(type='RandomCrop', crop_type='absolute_range', crop_size=(640, %d), allow_negative_crop=True),
+    dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2)),
+    dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]))
+model = dict(data_preprocessor=dict(batch_augments=[dict(type='BatchFixedSizePad', size=(%d, %d))]))
+"""
+
+
+def test_resize_crop_and_padding_to_one_size_are_large_scale_jitter(tmp_path):
+    def jitter(crop, padded, *words):
+        (tmp_path / "mine.py").write_text(JITTER % (str(FASTER), crop, padded, padded))
+        return parsed(*words, path=tmp_path / "mine.py").augmentation
+
+    found = jitter(640, 640)
+    assert (found.lsj, found.lsj_range, found.train_scales) == (640, (0.2, 1.5), None)
+    assert jitter(640, 640, "--train-min-sizes", "400").lsj is None
+    with pytest.raises(ConfigError, match=r"mine\.py, line 9: .*batch_augments.*with the size of its crop"):
+        jitter(640, 512)
+    with pytest.raises(ConfigError, match=r"mine\.py, line 6: .*crop_size: .* must be one square here"):
+        jitter(800, 640)
+
+
 def test_an_error_names_file_line_and_key_of_the_base_file(tmp_path):
     (tmp_path / "base.py").write_text(
-        FASTER.read_text().replace('type="ResNet",', 'type="ResNet",\n        style="caffe",')
+        FASTER.read_text().replace('type="ResNet",', 'type="ResNet",\n        style="tf",')
     )
     (tmp_path / "mine.py").write_text("_base_ = 'base.py'\n")
-    with pytest.raises(ConfigError, match=r"base\.py, line \d+: model\.backbone\.style: must be 'pytorch'"):
+    with pytest.raises(ConfigError, match=r"base\.py, line \d+: model\.backbone\.style: must be 'pytorch' or 'caffe'"):
         parsed(path=tmp_path / "mine.py")
 
 

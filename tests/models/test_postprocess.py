@@ -1,10 +1,13 @@
+import dataclasses
+import math
+
 import pytest
 import torch
 
 from detection.export import compare_detections
-from detection.models import ImageBatch, build_model
+from detection.models import ImageBatch, build_model, model_from_config
 from detection.models.config import model_config
-from detection.models.postprocess import select_detections
+from detection.models.postprocess import lowered_scores, select_detections
 from detection.models.structures import batch_images
 
 CPU = torch.device("cpu")
@@ -116,3 +119,49 @@ def test_a_model_whose_weights_are_nan_detects_nothing_and_raises_nothing(part, 
     assert all(each["boxes_xyxy"].isfinite().all() for each in found)
     if part != "rpn.objectness":  # whose proposals are boxes all the same
         assert not any(len(each["scores"]) for each in found)
+
+
+def softly(boxes, scores, *, kind, threshold, sigma, min_score):
+    """Soft-NMS of one class as mmcv does it: the best box is put aside and lowers those that are left."""
+    left, done = [[score, box] for score, box in zip(scores, boxes, strict=True)], []
+    while left:
+        left.sort(key=lambda each: -each[0])
+        best = left.pop(0)
+        done.append(best)
+        for each in left:
+            (a1, b1, a2, b2), (c1, d1, c2, d2) = best[1], each[1]
+            both = max(0, min(a2, c2) - max(a1, c1)) * max(0, min(b2, d2) - max(b1, d1))
+            iou = both / ((a2 - a1) * (b2 - b1) + (c2 - c1) * (d2 - d1) - both)
+            if kind == "gaussian":
+                each[0] *= math.exp(-(iou**2) / sigma)
+            elif iou >= threshold:
+                each[0] *= 1 - iou
+        left = [each for each in left if each[0] >= min_score]
+    return done
+
+
+@pytest.mark.parametrize("kind", ["linear", "gaussian"])
+def test_soft_nms_lowers_scores_within_each_class(kind):
+    generator = torch.Generator().manual_seed(5)
+    boxes = torch.rand(60, 4, generator=generator) * 20
+    boxes[:, 2:] += boxes[:, :2] + 5
+    scores, labels = torch.rand(60, generator=generator), torch.arange(60) % 2
+    config = model_config("faster_rcnn_r50_fpn", soft_nms=kind, nms_iou=0.3, soft_nms_min_score=0.05)
+    order, lowered = lowered_scores(config, boxes, scores, labels)
+    found = sorted((round(lowered[i].item(), 4), labels[i].item()) for i in order)
+    expected = []
+    for label in (0, 1):
+        own = labels == label
+        kept = softly(boxes[own].tolist(), scores[own].tolist(), kind=kind, threshold=0.3, sigma=0.5, min_score=0.05)
+        expected += [(score, label) for score, _ in kept]
+    assert [label for _, label in found] == [label for _, label in sorted(expected)]
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in sorted(expected)], abs=2e-4)
+    assert 0 < len(order) < 60 and (lowered[order].diff() <= 0).all()
+
+
+def test_a_detector_finds_more_with_soft_nms_and_its_best_box_stays(model, images):
+    hard = model(images[:1])[0]
+    soft = model_from_config({**dataclasses.asdict(model.config), "soft_nms": "linear"}, model.state_dict()).eval()
+    found = soft(images[:1])[0]
+    assert torch.equal(found["boxes_xyxy"][0], hard["boxes_xyxy"][0]) and found["scores"][0] == hard["scores"][0]
+    assert len(found["scores"]) >= len(hard["scores"])

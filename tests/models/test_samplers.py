@@ -28,6 +28,14 @@ def test_positives_up_to_their_share_and_negatives_for_the_rest(num_positive, nu
     assert (kind[0, index] != IGNORED).all()
 
 
+def test_with_a_hardness_the_hardest_of_each_kind_are_taken():
+    hardness = torch.tensor([[0.1, 0.9, 0.5, 0.7, 0.2, 0.8, 0.3]])
+    kind = torch.tensor([[POSITIVE, POSITIVE, POSITIVE, NEGATIVE, NEGATIVE, NEGATIVE, IGNORED]])
+    chosen = sample(kind, torch.tensor([1]), stage=ROI_STAGE, num_samples=4, positive_fraction=0.5, hardness=hardness)
+    assert sorted(chosen.candidate[0].tolist()) == [1, 2, 3, 5]
+    assert chosen.positive.sum() == 2
+
+
 def test_without_a_number_of_samples_everything_but_the_ignored_is_taken():
     kind = kinds(3, 4, 5)[None]
     chosen = draw(kind, torch.tensor([1]), num_samples=None)

@@ -36,8 +36,8 @@ def encode_boxes(targets_xyxy: Tensor, references_xyxy: Tensor, stds: Sequence[f
     dx and dy are the center's shift in reference widths and heights, dw and dh logarithms of the sides'
     ratios (Girshick et al. 2014, appendix C). Empty boxes give infinities or NaN: mask them.
     """
-    x, y, width, height = _centres_and_sides(references_xyxy)
-    target_x, target_y, target_width, target_height = _centres_and_sides(targets_xyxy)
+    x, y, width, height = centers_and_sides(references_xyxy)
+    target_x, target_y, target_width, target_height = centers_and_sides(targets_xyxy)
     return torch.stack(
         (
             (target_x - x) / width / stds[0],
@@ -54,7 +54,7 @@ def decode_boxes(deltas: Tensor, references_xyxy: Tensor, stds: Sequence[float],
 
     Sides grow at most 1000/16 times; with clip_shrinking they shrink at most as much.
     """
-    x, y, width, height = _centres_and_sides(references_xyxy)
+    x, y, width, height = centers_and_sides(references_xyxy)
     dx, dy, dw, dh = (delta * std for delta, std in zip(deltas.unbind(-1), stds, strict=True))
     lowest = -MAX_LOG_SCALE if clip_shrinking else None
     centre_x = x + width * dx
@@ -78,6 +78,6 @@ def sides_above(boxes_xyxy: Tensor, min_size: float) -> Tensor:
     return (sides > min_size).all(dim=-1)
 
 
-def _centres_and_sides(boxes_xyxy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def centers_and_sides(boxes_xyxy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
     return (x1 + x2) * 0.5, (y1 + y2) * 0.5, x2 - x1, y2 - y1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,8 +101,17 @@ _READ = {
 COCO_CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 """The ids of COCO's 80 categories. torchvision's reference training takes them for labels, so its head has 90."""
 
-# What our input is divided by, channel by channel (ImageNet's standard deviations).
-PIXEL_STD_RGB = (58.395, 57.12, 57.375)
+
+class PixelInput(NamedTuple):
+    """What a network's stem takes: the order of the channels, rgb or bgr, and what each (in that order) is divided
+    by."""
+
+    order: str
+    std: tuple[float, ...]
+
+
+IMAGENET_INPUT = PixelInput("rgb", (58.395, 57.12, 57.375))  # ImageNet's standard deviations
+CAFFE_INPUT = PixelInput("bgr", (1.0, 1.0, 1.0))
 
 
 def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -245,11 +255,17 @@ def _detectron2_block(name: str) -> str:
     return re.sub(r"\.conv(\d)\.norm\.", r".bn\1.", name)
 
 
-def stem_from_bgr(weight: Tensor) -> Tensor:
-    """Stem weights [64, 3, 7, 7] for BGR input that was not divided by a deviation, as weights for our RGB
-    input.
+def stem_for(weight: Tensor, made_for: PixelInput, to_get: PixelInput) -> Tensor:
+    """Stem weights [64, 3, 7, 7] of a network that is given one kind of input, as weights for another.
 
     Exact but for rounding: zero is the mean color in both, so the padded border agrees too.
     """
-    deviation = torch.tensor(PIXEL_STD_RGB, dtype=torch.float64, device=weight.device)
-    return (weight.flip(1).double() * deviation[None, :, None, None]).to(weight.dtype)
+    rgb = _factors(to_get, weight) / _factors(made_for, weight)
+    factors = rgb.flip(0) if made_for.order == "bgr" else rgb
+    result = (weight.double() * factors[None, :, None, None]).to(weight.dtype)
+    return result.flip(1) if made_for.order != to_get.order else result
+
+
+def _factors(pixels: PixelInput, weight: Tensor) -> Tensor:
+    std = torch.tensor(pixels.std, dtype=torch.float64, device=weight.device)
+    return std.flip(0) if pixels.order == "bgr" else std

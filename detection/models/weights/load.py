@@ -18,6 +18,7 @@ from detection.models.faster_rcnn import FasterRCNN, model_from_config
 from detection.models.weights.files import WeightsError
 from detection.models.weights.layouts import (
     COCO_CATEGORY_IDS,
+    PixelInput,
     box_heads,
     classifier_names,
     clean_names,
@@ -93,7 +94,8 @@ def load_weights(
     """
     published = find_published(str(spec), model.backbone.name)
     path = Path(spec) if published is None else fetch(published)
-    stored = read_weights(path)
+    pixels = PixelInput(model.config.pixel_order, tuple(model.config.pixel_std))
+    stored = read_weights(path, pixels, is_published=published is not None)
     notes = list(stored.notes)
     source = f"{path if published is None else published.name} ({_LAYOUT_WORDS[stored.layout]})"
 

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from detection.models.weights.files import WeightsError, read_weight_file
 from detection.models.weights.layouts import (
+    CAFFE_INPUT,
+    IMAGENET_INPUT,
+    PixelInput,
     box_heads,
     classifier_names,
     clean_names,
     recognize,
     regressor_names,
-    stem_from_bgr,
+    stem_for,
     to_ours,
 )
 from detection.models.weights.sources import is_zero_eps_file
@@ -61,9 +64,14 @@ def _is_ours(payload: Mapping[str, Any]) -> bool:
     return isinstance(name, str) and name in (CHECKPOINT_FORMAT, STRIPPED_FORMAT)
 
 
-def read_weights(path: Path) -> StoredWeights:
+def read_weights(
+    path: Path, pixels: PixelInput | None = IMAGENET_INPUT, *, is_published: bool = False
+) -> StoredWeights:
     """Reads a file of ours, torchvision's, MMDetection's or Detectron2's and translates its names and
     tensors, which are on the CPU.
+
+    pixels: what the network is given whose stem this shall be. A file that does not tell what its own was given is
+    taken to be for the same. None: the stem stays as it is. is_published: the file is one of torchvision's.
 
     Raises WeightsError where it cannot be read or is none of these.
     """
@@ -84,14 +92,16 @@ def read_weights(path: Path) -> StoredWeights:
             config = payload["model_config"] if isinstance(payload.get("model_config"), dict) else {}
             norm_eps = config["norm_eps"] if isinstance(config.get("norm_eps"), float) else None
             stride_in_1x1 = config["stride_in_1x1"] if isinstance(config.get("stride_in_1x1"), bool) else None
+            made_for = _stored_input(config)
         else:
             norm_eps = 0.0 if layout == "torchvision" and is_zero_eps_file(path) else None
-            stride_in_1x1, undivided_bgr = _input_and_strides(layout, state, payload)
-            if undivided_bgr and _STEM in ours:
-                ours[_STEM] = stem_from_bgr(ours[_STEM])
-                notes.append(
-                    "the stem was turned from the input it was made for (BGR, undivided) to ours (RGB, divided)"
-                )
+            stride_in_1x1, made_for = _strides_and_input(layout, state, payload)
+        if layout == "backbone" and is_published:
+            stride_in_1x1, made_for = False, IMAGENET_INPUT
+        # Another deviation alone is a matter of the data: their pixels are to look like those of the weights' own.
+        if pixels is not None and made_for is not None and _words(made_for) != _words(pixels) and _STEM in ours:
+            ours[_STEM] = stem_for(ours[_STEM], made_for, pixels)
+            notes.append(f"the stem was turned from the input it was made for ({_words(made_for)}) to {_words(pixels)}")
     except (IndexError, RuntimeError) as error:
         raise WeightsError(f"{path}: a tensor has not the shape that its name calls for ({error})") from error
     for head in box_heads(ours):
@@ -105,7 +115,7 @@ def read_weights(path: Path) -> StoredWeights:
 
 def read_detector_file(path: Path) -> StoredWeights:
     """A checkpoint or a stripped file of ours, with all that a detector needs. Raises WeightsError for any other."""
-    stored = read_weights(path)
+    stored = read_weights(path, pixels=None)
     if not stored.is_ours:
         raise WeightsError(
             f"{path} is no checkpoint or detector of this project: it holds weights alone, without class names and the "
@@ -122,27 +132,42 @@ def read_detector_file(path: Path) -> StoredWeights:
     return stored
 
 
-def _input_and_strides(
+def _strides_and_input(
     layout: str, state: Mapping[str, Tensor], payload: Mapping[str, Any]
-) -> tuple[bool | None, bool]:
-    """Whether strides sit in the first 1x1 convolutions (None: not known), and whether the input is BGR undivided.
+) -> tuple[bool | None, PixelInput | None]:
+    """Whether strides sit in the first 1x1 convolutions, and what the stem is given; None: not known.
 
-    The two go together in networks that descend from Caffe's ResNet: Detectron2's, unless their backbone was
-    converted from torchvision's, and those MMDetection calls caffe style (in the configuration text that its
-    checkpoints carry).
+    BGR goes with strides in the first 1x1 in networks that descend from Caffe's ResNet: Detectron2's, unless their
+    backbone was converted from torchvision's, and those MMDetection calls caffe style (in the configuration text that
+    its checkpoints carry). A bare ResNet may be torchvision's, or Caffe's with torchvision's names.
     """
-    if layout in ("torchvision", "backbone"):
-        return False, False
+    if layout == "backbone":
+        return None, None
+    if layout == "torchvision":
+        return False, IMAGENET_INPUT
     if layout == "detectron2":
         from_caffe = payload.get("__author__") != "torchvision"
         deviation = state.get("pixel_std")
-        return from_caffe, from_caffe and (deviation is None or bool((deviation == 1).all()))
+        undivided = from_caffe and (deviation is None or bool((deviation == 1).all()))
+        return from_caffe, CAFFE_INPUT if undivided else IMAGENET_INPUT
     meta = payload.get("meta")
     text = (meta.get("cfg") or meta.get("config")) if isinstance(meta, Mapping) else None
     if not isinstance(text, str) or "style=" not in text:
-        return None, False
+        return None, None
     from_caffe = "style='caffe'" in text
-    return from_caffe, from_caffe and "std=[1.0, 1.0, 1.0]" in text
+    undivided = from_caffe and "std=[1.0, 1.0, 1.0]" in text
+    return from_caffe, CAFFE_INPUT if undivided else IMAGENET_INPUT
+
+
+def _stored_input(config: Mapping[str, Any]) -> PixelInput | None:
+    """That of the settings in a file of ours."""
+    order, std = config.get("pixel_order", "rgb"), config.get("pixel_std")
+    is_std = isinstance(std, (list, tuple)) and len(std) == 3 and all(isinstance(each, (int, float)) for each in std)
+    return PixelInput(order, tuple(std)) if is_std and order in ("rgb", "bgr") and 0 not in std else None
+
+
+def _words(pixels: PixelInput) -> str:
+    return f"{pixels.order.upper()}, {'undivided' if set(pixels.std) == {1.0} else 'divided'}"
 
 
 def stripped_file(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from detection.models import build_model, export_state_dict
-from detection.models.weights.layouts import PIXEL_STD_RGB, recognize, stem_from_bgr, to_layout, to_ours
+from detection.models.weights.layouts import CAFFE_INPUT, IMAGENET_INPUT, recognize, stem_for, to_layout, to_ours
 
 REFERENCES = Path(__file__).parents[2] / "reference"
 SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16}
@@ -146,10 +146,12 @@ def test_the_stem_for_bgr_input_gives_the_same_features_from_our_input_up_to_the
     weight = torch.randn(8, 3, 7, 7, generator=generator, dtype=torch.float64)
     rgb = torch.randint(0, 256, (1, 3, 20, 30), generator=generator).double()
     mean = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64)[:, None, None]
-    std = torch.tensor(PIXEL_STD_RGB, dtype=torch.float64)[:, None, None]
+    std = torch.tensor(IMAGENET_INPUT.std, dtype=torch.float64)[:, None, None]
     detectron2_input = (rgb - mean).flip(1)
-    ours = F.conv2d((rgb - mean) / std, stem_from_bgr(weight), stride=2, padding=3)
+    turned = stem_for(weight, CAFFE_INPUT, IMAGENET_INPUT)
+    ours = F.conv2d((rgb - mean) / std, turned, stride=2, padding=3)
     torch.testing.assert_close(ours, F.conv2d(detectron2_input, weight, stride=2, padding=3), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(stem_for(turned, IMAGENET_INPUT, CAFFE_INPUT), weight, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(

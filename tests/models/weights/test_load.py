@@ -21,7 +21,14 @@ from detection.models import (
     load_weights,
     prefetch_weights,
 )
-from detection.models.weights.layouts import COCO_CATEGORY_IDS, classifier_names, regressor_names, stem_from_bgr
+from detection.models.weights.layouts import (
+    CAFFE_INPUT,
+    COCO_CATEGORY_IDS,
+    IMAGENET_INPUT,
+    classifier_names,
+    regressor_names,
+    stem_for,
+)
 
 SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16}
 HEAD = {f"roi_head.{layer}.{kind}" for layer in ("classifier", "regressor") for kind in ("weight", "bias")}
@@ -231,7 +238,7 @@ def test_detectron2s_file_is_loaded_and_its_stem_turned(tmp_path):
     path = tmp_path / "model_final_b275ba.pkl"
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, protocol=2))
     report = load_weights(model, path)
-    assert torch.equal(model.backbone.conv1.weight, stem_from_bgr(torch.from_numpy(stem)))
+    assert torch.equal(model.backbone.conv1.weight, stem_for(torch.from_numpy(stem), CAFFE_INPUT, IMAGENET_INPUT))
     assert torch.equal(model.backbone.bn1.running_mean, torch.from_numpy(norm))
     assert model.roi_head.classifier.bias.tolist() == [0, 1, 2, 3]
     assert report.unexpected == ("proposal_generator.anchor_generator.cell_anchors.0",)
@@ -239,6 +246,19 @@ def test_detectron2s_file_is_loaded_and_its_stem_turned(tmp_path):
 
     report = load_weights(small("faster_rcnn_r50_fpn"), path)
     assert any("stride_in_1x1=True" in note for note in report.notes)
+
+    caffe = {
+        "stride_in_1x1": True,
+        "pixel_order": "bgr",
+        "pixel_mean": (103.53, 116.28, 123.675),
+        "pixel_std": (1, 1, 1),
+    }
+    model = small("faster_rcnn_r50_fpn", **caffe)
+    report = load_weights(model, path)
+    assert torch.equal(model.backbone.conv1.weight, torch.from_numpy(stem)) and not report.notes
+    torch.save({"conv1.weight": torch.from_numpy(stem), "layer1.0.bn1.bias": torch.ones(64)}, tmp_path / "bare.pth")
+    report = load_weights(model, tmp_path / "bare.pth")
+    assert torch.equal(model.backbone.conv1.weight, torch.from_numpy(stem)) and not report.notes
 
     path.write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}))
     model = small("faster_rcnn_r50_fpn")
@@ -255,7 +275,9 @@ def test_mmdetections_caffe_style_is_known_by_the_configuration_in_the_file(load
         model = small("faster_rcnn_r50_fpn")
         report = load(model, {"meta": {key: text}, "state_dict": export_state_dict(source, "mmdet")})
         stem = source.backbone.conv1.weight.detach()
-        assert torch.equal(model.backbone.conv1.weight, stem_from_bgr(stem) if text == caffe else stem)
+        assert torch.equal(
+            model.backbone.conv1.weight, stem_for(stem, CAFFE_INPUT, IMAGENET_INPUT) if text == caffe else stem
+        )
         assert any("stride_in_1x1=True" in note for note in report.notes) == (text == caffe)
 
 
