@@ -140,8 +140,7 @@ def schedule_from_dict(
     for key in ("train_cfg", "optim_wrapper"):
         if key not in values:
             raise place.error(f"has no {key}; add it")
-    hint = " (training by epoch is the only kind here)"
-    loop = read_typed(values["train_cfg"], place.at("train_cfg"), _TRAIN_LOOPS, "EpochBasedTrainLoop", hint)
+    loop = _train_loop(values["train_cfg"], place.at("train_cfg"))
     for key, kind in (("val_cfg", "ValLoop"), ("test_cfg", "TestLoop")):
         read_typed(values.get(key, {}), place.at(key), {kind: _TEST_LOOP}, kind)
     scale = read_dict(
@@ -156,11 +155,12 @@ def schedule_from_dict(
         name=name,
         source=source,
         max_epochs=loop["max_epochs"],
+        epoch_iterations=loop.get("epoch_iterations"),
         val_begin=loop["val_begin"],
         val_interval=loop["val_interval"],
         dynamic_intervals=loop["dynamic_intervals"] or (),
         **_optim_wrapper(values["optim_wrapper"], place.at("optim_wrapper")),
-        param_schedulers=_schedulers(values.get("param_scheduler"), place.at("param_scheduler"), loop["max_epochs"]),
+        param_schedulers=_schedulers(values.get("param_scheduler"), place.at("param_scheduler"), loop),
         auto_scale_lr_enabled=scale["enable"],
         base_batch_size=scale["base_batch_size"] or 16,
     )
@@ -174,17 +174,44 @@ _TRAIN_LOOPS: dict[str, Keys] = {
         "val_begin": (whole(0), 1),
         "val_interval": (whole(1), 1),
         "dynamic_intervals": (optional(rising_pairs), None),
-    }
+    },
+    "IterBasedTrainLoop": {
+        "max_iters": whole(1, 100_000_000),
+        "by_epoch": (choice(False), False),
+        "val_begin": (choice(1, hint=" here"), 1),
+        "val_interval": (whole(1), 1000),
+        "dynamic_intervals": (choice(None, hint=" here"), None),
+    },
 }
+
+
+def _train_loop(value: Any, place: Place) -> dict[str, Any]:
+    """The loop. One that counts iterations has epochs that end with its validations."""
+    loop = read_typed(value, place, _TRAIN_LOOPS, "EpochBasedTrainLoop")
+    if loop["type"] == "IterBasedTrainLoop":
+        total, part = loop["max_iters"], loop["val_interval"]
+        if total % part:
+            message = f"must divide max_iters {total} here, as every part ends with a validation and a checkpoint"
+            raise place.at("val_interval").unfit(message, part)
+        if total // part > MOST_EPOCHS:
+            raise place.at("val_interval").unfit(f"must leave at most {MOST_EPOCHS:,} parts of max_iters", part)
+        loop |= {"max_epochs": total // part, "epoch_iterations": part, "val_interval": 1}
+    return loop
+
+
 _TEST_LOOP: Keys = {"fp16": (choice(False, hint=" (--amp sets the precision)"), False)}
 
 
-def _schedulers(values: Any, place: Place, max_epochs: int) -> tuple[Scheduler, ...]:
+def _schedulers(values: Any, place: Place, loop: Mapping[str, Any]) -> tuple[Scheduler, ...]:
     if isinstance(values, dict):  # MMEngine takes a single one without the list
         values = [values]
     if not isinstance(values, (list, tuple, type(None))):
         raise place.unfit("must be a list of dict(type=...)", values)
-    return tuple(_scheduler(one, place.at(i), max_epochs) for i, one in enumerate(values or ()))
+    schedulers = tuple(_scheduler(one, place.at(i), loop["max_epochs"]) for i, one in enumerate(values or ()))
+    for i, scheduler in enumerate(schedulers):
+        if scheduler.by_epoch and "epoch_iterations" in loop:
+            raise place.at(i).at("by_epoch").error("must be False beside an IterBasedTrainLoop")
+    return schedulers
 
 
 def _scheduler(value: Any, place: Place, max_epochs: int) -> Scheduler:

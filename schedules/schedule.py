@@ -46,6 +46,7 @@ class Schedule:
 
     Two schedules are equal where they say the same; name, source and notes are not compared.
 
+    epoch_iterations: of a schedule that counts iterations, how many are an epoch here; None: a pass over the data.
     val_begin, val_interval, dynamic_intervals: see validates_after. amp: None, "fp16" or "bf16"; loss_scale:
     "dynamic", a fixed number, or arguments of a GradScaler. accumulative_counts: micro-batches per iteration.
     base_batch_size: the global batch that optimizer.lr belongs to. notes: lines that the start of a run
@@ -56,6 +57,7 @@ class Schedule:
     source: str = field(compare=False)
     max_epochs: int
     optimizer: OptimizerSettings
+    epoch_iterations: int | None = None
     val_interval: int = 1
     val_begin: int = 1
     dynamic_intervals: tuple[tuple[int, int], ...] = ()
@@ -124,9 +126,12 @@ class Schedule:
             optim_wrapper["dtype"] = next(key for key, name in AMP_NAMES.items() if name == self.amp)
             optim_wrapper["loss_scale"] = self.loss_scale
         validation = {key: getattr(self, key) for key in ("val_begin", "val_interval", "dynamic_intervals")}
+        train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": self.max_epochs, **validation}
+        if (part := self.epoch_iterations) is not None:
+            train_cfg = {"type": "IterBasedTrainLoop", "max_iters": self.max_epochs * part, "val_interval": part}
         return _plain(
             {
-                "train_cfg": {"type": "EpochBasedTrainLoop", "max_epochs": self.max_epochs, **validation},
+                "train_cfg": train_cfg,
                 "val_cfg": {"type": "ValLoop"},
                 "test_cfg": {"type": "TestLoop"},
                 "param_scheduler": [{"type": s.kind, **asdict(s)} for s in self.param_schedulers],
@@ -143,7 +148,8 @@ class Schedule:
             if value
         )
         lines = [
-            f"{self.name}: {self.max_epochs} epoch{'s' if self.max_epochs != 1 else ''}",
+            f"{self.name}: {self.max_epochs} epoch{'s' if self.max_epochs != 1 else ''}"
+            + (f" of {self.epoch_iterations:,} iterations" if self.epoch_iterations else ""),
             f"{self.optimizer.type}, lr {self.optimizer.lr:g}{settings}",
         ]
         lines += [_describe_scheduler(scheduler) for scheduler in self.param_schedulers] or ["constant learning rate"]

@@ -146,6 +146,34 @@ class CocoAnnotations:
             offsets=_offsets(counts),
         )
 
+    def of_classes(self, wanted: Sequence[str]) -> "CocoAnnotations":
+        """The annotations of these classes alone, which keep the file's order; every image stays.
+
+        Raises AnnotationError where the file lacks one of them.
+        """
+        missing = [name for name in wanted if name not in self.class_names]
+        if missing:
+            raise AnnotationError(
+                f"{self.source}: has no category {examples(map(repr, missing))}; it has "
+                f"{examples(map(repr, self.class_names))}. Give names that it has: --classes, or "
+                "metainfo=dict(classes=(...)) in the data sets of a configuration."
+            )
+        kept = [label for label, name in enumerate(self.class_names) if name in set(wanted)]
+        if len(kept) == len(self.class_names):
+            return self
+        new_label = np.full(len(self.class_names), -1, dtype=np.int64)
+        new_label[kept] = np.arange(len(kept))
+        keep = new_label[self.labels] >= 0
+        arrays = {name: getattr(self, name)[keep] for name in _OF_ANNOTATIONS}
+        arrays["labels"] = new_label[arrays["labels"]]
+        return replace(
+            self,
+            **arrays,
+            offsets=_offsets(np.bincount(self.image_indices[keep], minlength=len(self))),
+            category_ids=tuple(self.category_ids[label] for label in kept),
+            class_names=tuple(self.class_names[label] for label in kept),
+        )
+
     def with_classes(self, wanted: Sequence[str]) -> "CocoAnnotations":
         """The same with the labels of another class list, matched by name.
 

@@ -44,6 +44,8 @@ class TrainLoader:
     number of box rows depend on (seed, iteration, global batch size) only, so 1 process with batch 4 and 2
     processes with batch 2 see the same tensors. For the order and the end of an epoch see
     data.loading.sampler.plan_epoch. With limit_batches an epoch has that many iterations at most (the first of it).
+    epoch_iterations: what counts as an epoch of the training, whatever the set's size; passes over the set follow each
+    other as ever, and end and begin inside of epochs.
 
     min_size, max_size: the keep-ratio resize, see geometry.py, where augmentation chooses no other. augmentation:
     what is done at random, an image that comes again in an epoch being another draw. repeat_threshold: images of
@@ -72,6 +74,7 @@ class TrainLoader:
         repeat_threshold: float | None = None,
         repeat_times: int = 1,
         limit_batches: int | None = None,
+        epoch_iterations: int | None = None,
         few_shapes: bool = False,
         pin: bool = False,
         max_bad_images: int | None = None,
@@ -89,8 +92,10 @@ class TrainLoader:
             self.repeat_factors = repeat_times * once
         self.images_per_epoch = len(dataset) if self.repeat_factors is None else epoch_length(self.repeat_factors)
         """Before the last batch is filled up; limit_batches has no part in it"""
-        self.iterations_per_epoch = iterations_per_epoch(self.images_per_epoch, self.global_batch_size)
+        self._pass_iterations = iterations_per_epoch(self.images_per_epoch, self.global_batch_size)
+        self.iterations_per_epoch = epoch_iterations or self._pass_iterations
         if limit_batches is not None:
+            self._pass_iterations = min(self._pass_iterations, limit_batches)
             self.iterations_per_epoch = min(self.iterations_per_epoch, limit_batches)
         self.min_size, self.max_size = min_size, max_size
         # Large-scale jitter has one size as it is.
@@ -121,11 +126,11 @@ class TrainLoader:
         epoch, order = -1, np.empty((0, 0), dtype=np.int64)
         repeats = order
         for iteration in range(first_iteration, last_iteration):
-            if iteration // self.iterations_per_epoch != epoch:
-                epoch = iteration // self.iterations_per_epoch
+            if iteration // self._pass_iterations != epoch:
+                epoch = iteration // self._pass_iterations
                 order = self._order(epoch)
                 repeats = repeat_numbers(order)
-            within = iteration % self.iterations_per_epoch
+            within = iteration % self._pass_iterations
             here = self._rank if rank is None else rank
             yield from self._plans_of(iteration, epoch, order[within], repeats[within], here)
 
@@ -144,7 +149,7 @@ class TrainLoader:
         sizes: set[tuple[int, int]] = set()
         num_box_rows = 0
         for epoch in range(min(num_epochs, EPOCHS_LOOKED_AT)):
-            order = self._order(epoch)[: self.iterations_per_epoch]
+            order = self._order(epoch)[: self._pass_iterations]
             images = order.reshape(-1)
             every = self._geometry(epoch, images, image_words(images, repeat_numbers(images)))
             num_box_rows = max(num_box_rows, _box_rows(self.dataset.box_counts[images]))

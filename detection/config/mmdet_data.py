@@ -202,7 +202,7 @@ def _dataset(split: str) -> Check:
             *found_in(found),
             Found(f"{split}_images", images, place.at("data_prefix")),
             Found(f"{split}_annotations", annotations, place.at("ann_file")),
-            Found("class_names", meta["classes"] if meta else COCO_CLASSES, at_classes),
+            Found("classes", meta["classes"] if meta else COCO_CLASSES, at_classes),
         ]
 
     return read

@@ -34,7 +34,7 @@ from detection.config.mmdet_keys import (
 from detection.config.mmdet_model import model_of
 from detection.config.settings import ConfigError
 from schedules import ScheduleError, config_schedule
-from schedules.checks import Keys, dictionary, flag, optional, read_dict, whole
+from schedules.checks import Keys, dictionary, flag, optional, read_dict, read_typed, whole
 from schedules.config_file import SOURCE, read_config
 from schedules.errors import Place, shown
 from schedules.reader import SCHEDULE_KEYS
@@ -46,14 +46,24 @@ def _kept(value: Any, place: Place) -> int:
 
 _CHECKPOINT_HOOK: Keys = {
     "max_keep_ckpts": to("keep_checkpoints", _kept, NO_LIMIT),
-    "by_epoch": only(True, hint=f"an epoch's end is always saved; {NEAREST}--checkpoint-iterations"),
+    "by_epoch": (flag, True),
     **{key: only(True, hint="a checkpoint is always whole") for key in ("save_optimizer", "save_param_scheduler")},
     **idle("checkpoint hook"),
 }
+
+
+def _checkpoint_hook(value: Any, place: Place) -> Any:
+    found = read_typed(value, place, {"CheckpointHook": _CHECKPOINT_HOOK}, "CheckpointHook")
+    interval = value.get("interval", -1)
+    if found["by_epoch"] or interval == -1:
+        return found
+    return [found, Found("checkpoint_iterations", whole(1)(interval, place.at("interval")), place.at("interval"))]
+
+
 _LOGGER_HOOK: Keys = {"interval": to("log_interval", whole(1), 10), **idle("logger hook")}
 _HOOKS: Keys = {
     "checkpoint": (
-        optional(typed({"CheckpointHook": _CHECKPOINT_HOOK}, "CheckpointHook")),
+        optional(_checkpoint_hook),
         Found("keep_checkpoints", NO_LIMIT),
     ),
     "logger": (optional(typed({"LoggerHook": _LOGGER_HOOK}, "LoggerHook")), Found("log_interval", 10)),
@@ -246,7 +256,7 @@ def _finish(found: dict[str, Found], mode: str) -> None:
         found["max_size"], found["min_size"] = (Found(n, v) for n, v in (("max_size", longer), ("min_size", shorter)))
     if scales is not None and scales.value == ((found["max_size"].value, found["min_size"].value),):
         del found["train_scales"], found["train_scale_sampling"]
-    classes, count = found["class_names"], found.pop("num_classes")
+    classes, count = found["classes"], found.pop("num_classes")
     if len(classes.value) != count.value:
         at = count.place or classes.place
         assert at is not None

@@ -72,8 +72,14 @@ class DataConfig:
     workers: int | None = setting(
         None, COMMAND_LINE, "loader processes a process", shown=_by_device(WORKERS), type=whole(0, 256)
     )
-    class_names: tuple[str, ...] | None = setting(None, EACH_START)
-    """Classes that the annotations must have, in any order; from --config. None: any."""
+    classes: tuple[str, ...] | None = setting(
+        None,
+        COMPATIBLE,
+        "names of the classes to train on and to evaluate; annotations of others do not count",
+        shown="those of the annotations",
+        nargs="+",
+        metavar="NAME",
+    )
     limit_train_batches: int | None = setting(None, COMPATIBLE, "iterations an epoch at most", type=positive_int)
     limit_val_batches: int | None = setting(
         None, COMMAND_LINE, "evaluation batches a process at most", type=positive_int

@@ -171,7 +171,6 @@ def build(
     else:
         train_set = None
         model, class_names, weights_line = _model_to_evaluate(config, checkpoint, files, annotations)
-    _require_classes(config, class_names)
     model = _place(config, processes, model)
     evaluation_files = files.test if config.mode == "test" else files.val
     evaluation_set = None
@@ -183,18 +182,6 @@ def build(
             look_for_images=look_for_images,
         )
     return Components(schedule, overrides, train_set, evaluation_set, evaluation_files, model, weights_line)
-
-
-def _require_classes(config: RunConfig, class_names: tuple[str, ...]) -> None:
-    expected = config.data.class_names
-    if expected is None or set(expected) == set(class_names):
-        return
-    here, there = (", ".join(names[:5]) + (", ..." if len(names) > 5 else "") for names in (class_names, expected))
-    raise ConfigError(
-        f"{config.config_file}: its data sets are of {len(expected)} classes ({there}), and the annotations have "
-        f"{len(class_names)} ({here}). Give the annotations' own as metainfo=dict(classes=(...)) in the data sets, and "
-        "their number as num_classes; where some classes shall be left out, write annotations without them"
-    )
 
 
 def _model_to_train(

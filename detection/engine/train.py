@@ -319,6 +319,7 @@ def _train_loader(context: RunContext, components: Components, *, workers: int) 
         repeat_threshold=config.augmentation.repeat_threshold,
         repeat_times=config.augmentation.repeat_times,
         limit_batches=config.data.limit_train_batches,
+        epoch_iterations=components.schedule.epoch_iterations,
         few_shapes=config.train.compile or config.train.cuda_graphs,
         pin=processes.device.type == "cuda" and workers > 0,
         max_bad_images=config.data.max_bad_images,

@@ -42,7 +42,7 @@ def test_data_schedule_and_runtime_arrive_in_their_settings():
     data, train, output = config.data, config.train, config.output
     assert data.train_images == Path("data/coco/train2017")
     assert data.val_annotations == Path("data/coco/annotations/instances_val2017.json")
-    assert (data.min_size, data.max_size, data.workers, len(data.class_names)) == (800, 1333, 2, 80)
+    assert (data.min_size, data.max_size, data.workers, len(data.classes)) == (800, 1333, 2, 80)
     assert (train.batch_size, train.seed, train.schedule) == (2, 7, str(CASCADE))
     assert (output.resume, output.output_dir, output.log_interval) == ("auto", Path("mine"), 50)
     assert output.keep_checkpoints > 100_000
@@ -74,6 +74,7 @@ CHANGES = [
     ("train_dataloader.dataset.pipeline.3.direction=vertical", lambda c: c.augmentation.flip_probability == 0),
     ("train_dataloader.dataset.data_root=/else", lambda c: c.data.train_images == Path("/else/train2017")),
     ("train_dataloader.dataset.data_prefix.img=", lambda c: c.data.train_images == Path("data/coco")),
+    ("default_hooks.checkpoint.by_epoch=False", lambda c: c.output.checkpoint_iterations == 1),
     ("default_hooks.checkpoint=None", lambda c: c.output.keep_checkpoints == 3),
 ]
 
@@ -112,7 +113,7 @@ REFUSED = [
     ("train_dataloader.dataset.type=VOCDataset", "scripts/convert_voc.py"),
     ("train_dataloader.batch_sampler.type=Other", "must be 'AspectRatioBatchSampler' here"),
     ("train_dataloader.dataset.pipeline.2.keep_ratio=False", "images keep their ratio"),
-    ("train_cfg.type=IterBasedTrainLoop", "training by epoch is the only kind here"),
+    ("train_cfg.type=IterBasedTrainLoop", "train_cfg: has no max_iters; add it"),
     ("val_evaluator.metric=segm", "bbox is the only metric"),
     ("val_evaluator.ann_file=other.json", "here the two are one setting"),
     ("model.roi_head.bbox_head.num_classes=3", "is 3, and the data sets have 80 classes"),
@@ -265,7 +266,7 @@ def test_the_page_of_shipped_configurations_says_which_run():
 def parameters_of(config):
     """Names, shapes and what is trained, as a hash: those of the reference table."""
     chosen = {"norm": config.model.norm, "frozen_stages": config.model.frozen_stages, **dict(config.model.settings)}
-    model = build_model(config.model.model, len(config.data.class_names), **chosen)
+    model = build_model(config.model.model, len(config.data.classes), **chosen)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1 if parameter.requires_grad else 0)

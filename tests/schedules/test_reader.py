@@ -225,7 +225,19 @@ REFUSED = {
     "zero gamma": ("gamma=0.1", "gamma=0", 17, r"gamma: must be a finite number > 0"),
     "end before begin": ("end=12", "end=0", 11, r"param_scheduler\.1: ends at 0, which is not after its begin"),
     "zero start": ("start_factor=0.001", "start_factor=0", 10, r"start_factor: must be a finite number > 0 and <= 1"),
-    "iteration loop": ("'EpochBasedTrainLoop'", "'IterBasedTrainLoop'", 3, r"type: .*training by epoch"),
+    "another loop": ("'EpochBasedTrainLoop'", "'ValLoop'", 3, r"type: must be 'EpochBasedTrainLoop' or 'IterBased"),
+    "parts of iterations": (
+        "type='EpochBasedTrainLoop', max_epochs=12, val_interval=1",
+        "type='IterBasedTrainLoop', max_iters=90, val_interval=20",
+        3,
+        r"val_interval: must divide max_iters 90",
+    ),
+    "epochs beside iterations": (
+        "type='EpochBasedTrainLoop', max_epochs=12, val_interval=1",
+        "type='IterBasedTrainLoop', max_iters=90, val_interval=10",
+        14,
+        r"param_scheduler\.1\.by_epoch: must be False beside an IterBasedTrainLoop",
+    ),
     "last_step": ("gamma=0.1", "gamma=0.1, last_step=3", 17, r"last_step: must be -1"),
     "converting by iteration": (
         "by_epoch=False",
@@ -324,3 +336,16 @@ def test_the_package_imports_only_the_standard_library():
     root = Path(schedules.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_loop_that_counts_iterations_has_epochs_that_end_with_its_validations(tmp_path):
+    file = tmp_path / "mine.py"
+    text = MMDETECTION_STYLE.replace("type='EpochBasedTrainLoop', max_epochs=12, val_interval=1", "%s")
+    text = text.replace("end=12", "end=90000").replace("[8, 11]", "[60000, 80000]").replace("True", "False")
+    file.write_text(text % "type='IterBasedTrainLoop', max_iters=90000, val_interval=10000")
+    schedule = load_schedule(file)
+    assert (schedule.max_epochs, schedule.epoch_iterations) == (9, 10_000)
+    assert all(map(schedule.validates_after, range(1, 10)))
+    rates = [schedule.learning_rate(i, 10_000) for i in (0, 500, 59_999, 60_000, 80_000, 89_999)]
+    assert rates == pytest.approx([2e-5, 0.02, 0.02, 0.002, 2e-4, 2e-4])
+    assert schedules.schedule_from_dict(schedule.to_dict()) == schedule

@@ -68,7 +68,7 @@ def prepare_files(config: DataConfig, *, mode: str) -> list[str]:
     for split, needs_boxes in bar:
         if split is not None:
             bar.set_description(f"reading {split.annotations.name}")
-            annotations = read_coco(split.annotations, cache_dir=cache_folder())
+            annotations = _chosen(config, read_coco(split.annotations, cache_dir=cache_folder()))
             splits[split] = annotations
             training = split == files.train
             findings += check_split(annotations, split.images, training=training, needs_boxes=needs_boxes)
@@ -126,7 +126,11 @@ def read_annotations(config: DataConfig, processes: Processes, *, mode: str) -> 
 
         words = run_on_each_node(processes, share)
         run_on_all_ranks(processes, take)
-    return read
+        return {path: _chosen(config, annotations) for path, annotations in read.items()}
+
+
+def _chosen(config: DataConfig, annotations: CocoAnnotations) -> CocoAnnotations:
+    return annotations if config.classes is None else annotations.of_classes(config.classes)
 
 
 def _annotation_files(config: DataConfig, mode: str) -> list[Path]:

@@ -62,12 +62,9 @@ def as_dicts(annotations: CocoAnnotations):
 
 @pytest.fixture
 def reference(tmp_path):
-    """The annotations that were given to MMDetection, without the category that was no class there."""
-    content = json.loads((REFERENCE / "filter_annotations.json").read_text())
-    content["categories"] = [one for one in content["categories"] if one["name"] in REFERENCE_CLASSES]
-    ids = {one["id"] for one in content["categories"]}
-    content["annotations"] = [one for one in content["annotations"] if one["category_id"] in ids]
-    return read(tmp_path, content, class_names=REFERENCE_CLASSES)
+    """The annotations that were given to MMDetection, with the classes that were told there: not all of the file's."""
+    content = (REFERENCE / "filter_annotations.json").read_text()
+    return read(tmp_path, content).of_classes(REFERENCE_CLASSES).with_classes(REFERENCE_CLASSES)
 
 
 def test_training_view_keeps_what_mmdetection_keeps(reference):
@@ -124,6 +121,16 @@ def test_given_classes_are_matched_by_name_and_set_the_labels(tmp_path):
 def test_classes_other_than_the_files_are_an_error_that_names_them(tmp_path):
     assert "lacks 'horse'" in failure(tmp_path, VALID, class_names=["cat", "dog", "horse"])
     assert "has besides 'dog'" in failure(tmp_path, VALID, class_names=["cat"])
+
+
+def test_some_classes_keep_every_image_and_the_files_order(tmp_path):
+    annotations = read(tmp_path, VALID).of_classes(["dog"])
+    assert (annotations.class_names, annotations.category_ids, len(annotations)) == (("dog",), (9,), 2)
+    assert annotations.annotation_ids.tolist() == [1] and annotations.labels.tolist() == [0]
+    assert annotations.offsets.tolist() == [0, 0, 1]
+    assert read(tmp_path, VALID).of_classes(["dog", "cat"]).class_names == ("cat", "dog")
+    with pytest.raises(AnnotationError, match="has no category 'horse'; it has 'cat', 'dog'"):
+        annotations = read(tmp_path, VALID).of_classes(["dog", "horse"])
 
 
 def test_a_file_without_annotations_is_a_list_of_images(tmp_path):

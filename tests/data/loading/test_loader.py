@@ -36,6 +36,13 @@ def test_workers_started_before_the_first_batch_are_those_that_serve(make_datase
         assert {process.pid for process in multiprocessing.active_children()} - before == started
 
 
+def test_epochs_of_so_many_iterations_see_the_passes_over_the_set_as_ever(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES)
+    usual, counted = train_loader(dataset), train_loader(dataset, epoch_iterations=4)
+    assert (usual.iterations_per_epoch, counted.iterations_per_epoch) == (6, 4)
+    assert [facts(raw) for raw in counted.batches(3, 13)] == [facts(raw) for raw in usual.batches(3, 13)]
+
+
 def test_workers_change_nothing_and_serve_several_passes(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(SIZES)
     expected = [facts(raw) for raw in train_loader(dataset).batches(0, 14)]

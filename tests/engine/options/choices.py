@@ -8,7 +8,9 @@ TRIED: dict[str, tuple[str, ...]] = {
         "--model-set anchor_ratios=[1.0] --model-set anchor_sizes=[8,16,32,64,128]",
         "--model-set fpn_norm='gn' --model-set roi_output_size=1",
         "--model-set score_threshold=0.99 --model-set norm_eps=0.001 --model-set detections_per_image=1",
+        "--model-set roi_sampler='ohem' --model-set roi_box_loss='ciou' --model-set soft_nms='linear'",
         "--model-set regressor_has_background=True --model-set roi_loss_beta=1 --model-set detection_min_size=3",
+        "--model-set pixel_order='bgr' --model-set roi_box_loss='giou' --model-set soft_nms='gaussian'",
     ),
     "norm": ("", "--norm bn --sync-bn", "--norm gn"),
     "freeze": ("", "--freeze stem", "--frozen-stages 2", "--freeze backbone"),
@@ -43,6 +45,7 @@ TRIED: dict[str, tuple[str, ...]] = {
     "flips": ("", "--flip-probability 1 --vertical-flip-probability 0.5"),
     "colors": ("", "--photometric-distortion", "--color-jitter 0.4 10 0 0.5"),
     "repeats": ("", "--repeat-threshold 0.9"),
+    "classes": ("", "--classes circle cross"),
     "workers": ("--workers 0", "--workers 1"),
     "bad images": ("", "--max-bad-images 0"),
     "checkpoints": ("", "--checkpoint-iterations 1 --keep-checkpoints 1", "--checkpoint-minutes 0.0001"),
@@ -50,5 +53,5 @@ TRIED: dict[str, tuple[str, ...]] = {
 }
 """By group, words of the command line that are tried for it."""
 
-OF_A_RUN = ("model", "batch", "iterations", "repeats")
+OF_A_RUN = ("model", "batch", "iterations", "repeats", "classes")
 """Groups that a resumed run must repeat: others are refused."""
