@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.transforms.geometry import MIN_CROPPED_BOX_SIDE
 from detection.config.mmdet_keys import (
     NEAREST,
     Found,
@@ -79,7 +78,8 @@ _CROP: dict[str, Keys] = {
         "bbox_clip_border": only(True),
     },
     "FilterAnnotations": {
-        "min_gt_bbox_wh": only((MIN_CROPPED_BOX_SIDE, MIN_CROPPED_BOX_SIDE), required=True),
+        # MIN_CROPPED_BOX_SIDE of data.transforms.geometry, which imports torch.
+        "min_gt_bbox_wh": only((1e-2, 1e-2), required=True),
         "by_box": only(True),
         "by_mask": only(False, hint="masks are not supported"),
         "min_gt_mask_area": only(1),

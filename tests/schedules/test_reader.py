@@ -235,7 +235,7 @@ REFUSED = {
     "epochs beside iterations": (
         "type='EpochBasedTrainLoop', max_epochs=12, val_interval=1",
         "type='IterBasedTrainLoop', max_iters=90, val_interval=10",
-        14,
+        15,
         r"param_scheduler\.1\.by_epoch: must be False beside an IterBasedTrainLoop",
     ),
     "last_step": ("gamma=0.1", "gamma=0.1, last_step=3", 17, r"last_step: must be -1"),
