@@ -95,7 +95,8 @@ def _nms(name: str, *, may_be_soft: bool = False) -> Check:
     keys: Keys = {"iou_threshold": to(name, _iou), "class_agnostic": only(False), **idle("nms")}
     kinds = {"nms": keys}
     if may_be_soft:
-        kinds["soft_nms"] = keys | {
+        kinds["soft_nms"] = {
+            **keys,
             "iou_threshold": to(name, _iou, 0.3),
             "sigma": to("model.soft_nms_sigma", number(at_least=0.001, at_most=1000), 0.5),
             "min_score": to("model.soft_nms_min_score", _fraction, 0.001),

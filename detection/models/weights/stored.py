@@ -162,8 +162,9 @@ def _strides_and_input(
 def _stored_input(config: Mapping[str, Any]) -> PixelInput | None:
     """That of the settings in a file of ours."""
     order, std = config.get("pixel_order", "rgb"), config.get("pixel_std")
-    is_std = isinstance(std, (list, tuple)) and len(std) == 3 and all(isinstance(each, (int, float)) for each in std)
-    return PixelInput(order, tuple(std)) if is_std and order in ("rgb", "bgr") and 0 not in std else None
+    if order not in ("rgb", "bgr") or not isinstance(std, (list, tuple)) or len(std) != 3 or 0 in std:
+        return None
+    return PixelInput(order, tuple(std)) if all(isinstance(each, (int, float)) for each in std) else None
 
 
 def _words(pixels: PixelInput) -> str:
