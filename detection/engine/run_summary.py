@@ -85,8 +85,13 @@ def describe_run(
     return "\n".join([*lines, "", *curve, ""])
 
 
-def config_record(context: RunContext, schedule: Schedule, iteration: int) -> dict[str, Any]:
-    """What config.json holds: the resolved configuration, where it runs, and the starts of the run so far."""
+def config_record(
+    context: RunContext, schedule: Schedule, validated: SplitFiles | None, iteration: int
+) -> dict[str, Any]:
+    """What config.json holds: the resolved configuration, where it runs, and the starts of the run so far.
+
+    validated: the validation set's files.
+    """
     try:
         starts = json.loads(context.output.config.read_text()).get("starts", [])
     except (FileNotFoundError, ValueError):  # torn by a crash; the starts are only history
@@ -102,6 +107,8 @@ def config_record(context: RunContext, schedule: Schedule, iteration: int) -> di
     return {
         "config": context.config.to_dict(),
         "schedule": schedule.to_dict(),
+        "validated": validated
+        and {"images": str(validated.images.absolute()), "annotations": str(validated.annotations.absolute())},
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "device": _describe_device(context.processes),
         "host": platform.node(),
@@ -155,6 +162,7 @@ def closing_summary(
     lines += [
         f"figures      {output.metrics}, {output.log}",
         f"curves       tensorboard --logdir {quote(str(output.path))}",
+        f"report       python3 scripts/report.py {quote(str(output.path))}",
         *analysis,
         f"try it       python3 scripts/predict.py --weights {weights} {images}",
     ]

@@ -70,7 +70,7 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
         if not run_on_main_rank(processes, partial(_leave_other_future, context, checkpoint, progress)):
             progress.best_map = progress.best_epoch = None
         checkpoint.state.clear()  # everything was copied out of it; it has the size of several models
-    logger = run_on_all_ranks(processes, partial(_open_logger, context, state.schedule, progress))
+    logger = run_on_all_ranks(processes, partial(_open_logger, context, components, progress))
     bad_images = BadImages(processes, console, config.data.max_bad_images)
     if progress.iteration == 0 and processes.is_main:
         first = _train_loader(context, components, workers=0).batches(0, loader.iterations_per_epoch)
@@ -349,8 +349,8 @@ def _leave_other_future(context: RunContext, checkpoint: LoadedCheckpoint, progr
     return done.has_best
 
 
-def _open_logger(context: RunContext, schedule: Schedule, progress: Progress) -> MetricLogger:
-    output, console = context.output, context.console
+def _open_logger(context: RunContext, components: Components, progress: Progress) -> MetricLogger:
+    output, console, schedule = context.output, context.console, components.schedule
     if not context.processes.is_main:
         return MetricLogger(console)
     # A validation stands at the last iteration before it, and is repeated where the checkpoint says it is due.
@@ -359,7 +359,7 @@ def _open_logger(context: RunContext, schedule: Schedule, progress: Progress) ->
         log = MetricsLog(output.metrics)
         log.cut(progress.iteration, val_from)
         board = TensorBoardLog(output.tensorboard, first_iteration=progress.iteration, val_from=val_from)
-        record = config_record(context, schedule, progress.iteration)
+        record = config_record(context, schedule, components.evaluation_files, progress.iteration)
         write_json(output.config, record)
         describe = partial(_describe, context, schedule, configuration_text(record))
         logger = MetricLogger(console, log, board, describe=describe, best_epoch=progress.best_epoch)

@@ -27,6 +27,7 @@ def analyze_results(
     backend: str = "auto",
     score_threshold: float | None = None,
     num_worst_images: int = 24,
+    num_best_images: int = 6,
 ) -> dict[str, Any]:
     """Everything about a COCO results file, ours or another program's, in plain types that JSON takes.
 
@@ -34,7 +35,7 @@ def analyze_results(
         score_threshold: detections from this score on are what the confusion matrix and the list of worst
             images look at; None: each class has the threshold at which its own F1 is best (classes that have no
             boxes or no detections: the median of the others).
-        num_worst_images: length of the list of worst images.
+        num_worst_images, num_best_images: lengths of the lists of worst and of best images.
 
     Returns:
         {"metrics": as CocoEvaluator.evaluate,
@@ -48,9 +49,10 @@ def analyze_results(
          mended;
             kinds are class, localisation, both, duplicate, background, missed},
          "confusion_matrix": {"labels": class names and "background" last, "matrix": rows truth, columns
-         found}, "worst_images": a list of {"image_id", "file_name", "correct", "wrong", "missed", "f1",
-         "boxes":
-            [{"box_xywh", "kind": "correct", "missed" or an error, "name", "score", "truth"}]}}
+         found}, "worst_images", "best_images": lists of {"image_id", "file_name", "correct", "wrong", "missed",
+         "f1", "boxes":
+            [{"box_xywh", "kind": "correct", "missed" or an error, "name", "score", "truth"}]}; the worst have an
+            error, the best a correct detection}
 
     Raises:
         AnnotationError, EvaluationError, ResultsError: as CocoEvaluator and read_results.
@@ -77,7 +79,7 @@ def analyze_results(
             "labels": [*truth.class_names, "background"],
             "matrix": confusion_matrix(outcomes, shown).tolist(),
         },
-        "worst_images": _worst_images(outcomes, shown, num_worst_images),
+        **_extreme_images(outcomes, shown, num_worst_images, num_best_images),
     }
 
 
@@ -263,10 +265,11 @@ def _curves(truth: GroundTruth, accumulated: Accumulated) -> dict[str, Any]:
     }
 
 
-def _worst_images(outcomes: Outcomes, shown: npt.NDArray[np.bool_], num_images: int) -> list[dict[str, Any]]:
-    """Images with most errors (wrong detections shown and boxes not found by a shown one), most first."""
-    truth = outcomes.truth
-    correct = shown & (outcomes.kinds == Outcome.CORRECT)
+def _extreme_images(
+    outcomes: Outcomes, shown: npt.NDArray[np.bool_], num_worst: int, num_best: int
+) -> dict[str, list[dict[str, Any]]]:
+    """The images with the most errors, and of the others those with the fewest that have a correct detection."""
+    truth, correct = outcomes.truth, shown & (outcomes.kinds == Outcome.CORRECT)
     found = np.zeros(truth.num_boxes, bool)
     found[outcomes.targets[correct]] = True
     lost = ~found & ~truth.crowd
@@ -276,22 +279,26 @@ def _worst_images(outcomes: Outcomes, shown: npt.NDArray[np.bool_], num_images: 
     num_wrong = np.bincount(places[shown & ~correct], minlength=size)
     num_lost = np.bincount(box_places[lost], minlength=size)
     num_errors = num_wrong + num_lost
-    worst = []
-    for i in np.argsort(-num_errors, kind="stable")[:num_images].tolist():
-        if not num_errors[i]:
-            break
-        worst.append(
-            {
-                "image_id": int(truth.image_ids[i]),
-                "file_name": truth.file_names[i],
-                "correct": int(num_correct[i]),
-                "wrong": int(num_wrong[i]),
-                "missed": int(num_lost[i]),
-                "f1": float(2 * num_correct[i] / (2 * num_correct[i] + num_errors[i])),
-                "boxes": _boxes_of_image(outcomes, shown & (places == i), lost & (box_places == i)),
-            }
-        )
-    return worst
+
+    def described(i: int) -> dict[str, Any]:
+        return {
+            "image_id": int(truth.image_ids[i]),
+            "file_name": truth.file_names[i],
+            "correct": int(num_correct[i]),
+            "wrong": int(num_wrong[i]),
+            "missed": int(num_lost[i]),
+            "f1": float(2 * num_correct[i] / (2 * num_correct[i] + num_errors[i])),
+            "boxes": _boxes_of_image(outcomes, shown & (places == i), lost & (box_places == i)),
+        }
+
+    worst = np.argsort(-num_errors, kind="stable")[:num_worst]
+    worst = worst[num_errors[worst] > 0]
+    best = np.lexsort((-num_correct, num_errors))
+    best = best[(num_correct[best] > 0) & ~np.isin(best, worst)][:num_best]
+    return {
+        "worst_images": [described(i) for i in worst.tolist()],
+        "best_images": [described(i) for i in best.tolist()],
+    }
 
 
 def _boxes_of_image(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
 from string import Template
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from detection.evaluation.html_page import color_key, fraction, html_page, meanings_list, table
 
 # Colors of Okabe and Ito's palette, told apart by the color-blind as well.
 KIND_COLORS = {
@@ -34,66 +36,76 @@ KIND_MEANINGS = {
 }
 CURVE_COLORS = {"iou_50": "#0072b2", "iou_75": "#e69f00", "iou_50_95": "#009e73"}
 CURVE_NAMES = {"iou_50": "IoU 0.50", "iou_75": "IoU 0.75", "iou_50_95": "IoU 0.50 to 0.95"}
-CLASS_COLUMNS = (
-    *("AP", "AP_50", "AP_75", "AP_s", "AP_m", "AP_l", "AR_100"),
-    *("best_f1", "best_f1_threshold", "precision", "recall"),
-)
+SIZE_NAMES = {"s": "small (up to 32 x 32 pixels)", "m": "medium", "l": "large (from 96 x 96 pixels)"}
+METRIC_MEANINGS = {
+    "mAP": "average precision, mean over the classes and IoU 0.50 to 0.95",
+    "mAP_50": "average precision at IoU 0.50, mean over the classes",
+    "mAP_75": "average precision at IoU 0.75, mean over the classes",
+    **{f"mAP_{size}": f"mAP of {name} boxes" for size, name in SIZE_NAMES.items()},
+    **{f"AR_{number}": f"average recall with {number} detections an image at most" for number in (1, 10, 100)},
+    **{f"AR_{size}": f"average recall of {name} boxes" for size, name in SIZE_NAMES.items()},
+}
+# Heading -> key of a class's row, and meaning.
+CLASS_COLUMNS = {
+    "boxes": ("num_boxes", "annotated boxes of the class, crowds left out"),
+    "found": ("num_detections", "detections of the class, whatever their score"),
+    "AP": ("AP", "average precision, mean over IoU 0.50 to 0.95"),
+    "AP 50": ("AP_50", "average precision at IoU 0.50"),
+    "AP 75": ("AP_75", "average precision at IoU 0.75"),
+    "AP s": ("AP_s", f"AP of {SIZE_NAMES['s']} boxes"),
+    "AP m": ("AP_m", f"AP of {SIZE_NAMES['m']} boxes"),
+    "AP l": ("AP_l", f"AP of {SIZE_NAMES['l']} boxes"),
+    "AR": ("AR_100", "recall, mean over IoU 0.50 to 0.95, with 100 detections an image at most"),
+    "best F1": ("best_f1", "highest F1 (harmonic mean of precision and recall) at IoU 0.50 over all score thresholds"),
+    "from score": ("best_f1_threshold", "the score threshold of the best F1: a good choice where one is needed"),
+    "precision": ("precision", "part of the detections from that score on that are correct"),
+    "recall": ("recall", "part of the boxes that are found from that score on"),
+}
 IMAGE_SIDE = 720
 MAX_CONFUSIONS = 25
+LEAST_NUMBERED_CELL, LEAST_NAMED_CELL = 18, 10
+"""Pixels. Smaller cells of the confusion matrix tell their number, or their classes, by a tooltip alone."""
+MAX_LABEL = 17
+_COLUMN_MEANINGS = {
+    **{heading: meaning for heading, (_, meaning) in CLASS_COLUMNS.items()},
+    **{kind: f"errors of this kind, whatever their score: {meaning}" for kind, meaning in KIND_MEANINGS.items()},
+}
+ImageOf = Callable[[str], npt.NDArray[np.uint8]]
 
 
-def html_report(
-    analysis: dict[str, Any],
-    *,
-    title: str,
-    image_of: Callable[[str], npt.NDArray[np.uint8]] | None = None,
-) -> str:
-    """The page.
+def html_report(analysis: dict[str, Any], *, title: str, image_of: ImageOf | None = None) -> str:
+    """The page of an analysis; arguments as `analysis_sections`. title: heading; file names will do."""
+    return html_page(title, analysis_sections(analysis, image_of=image_of))
+
+
+def analysis_sections(analysis: dict[str, Any], *, image_of: ImageOf | None = None) -> str:
+    """The part of a page that shows an analysis, as HTML.
 
     Args:
         analysis: what `analyze_results` returns.
-        title: heading; file names will do.
         image_of: gives the uint8 RGB [H, W, 3] pixels of an image's file name; FileNotFoundError and ValueError
-            from it become a line in the page. None: the worst images are listed without images.
+            from it become a line in the page. None: the worst and best images are listed without images.
     """
-    files = resources.files("detection.evaluation")
-    page, style, script = (files.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     metrics, errors = analysis["metrics"], analysis["errors"]
     names = [name for name in metrics if name not in ("per_class", "notes")]
     notes = "".join(f"<li>{escape(note)}</li>" for note in metrics["notes"])
-    return Template(page).substitute(
-        title=escape(title),
-        style=style,
-        script=script,
-        headline=_table(names, [[_figure(metrics[name]) for name in names]]),
+    template = resources.files("detection.evaluation").joinpath("analysis.html").read_text("utf-8")
+    return Template(template).substitute(
+        headline=table(names, [[fraction(metrics[name]) for name in names]], meanings=METRIC_MEANINGS),
         notes=f"<ul>{notes}</ul>" if notes else "",
         error_bars=_error_bars(errors),
-        ap_50=_figure(errors["AP_50"]),
-        error_meanings=_key({kind: f"{kind}: {meaning}" for kind, meaning in KIND_MEANINGS.items()}, KIND_COLORS, " "),
+        ap_50=fraction(errors["AP_50"]),
+        error_meanings=color_key(
+            {kind: f"{kind}: {meaning}" for kind, meaning in KIND_MEANINGS.items()}, KIND_COLORS, " "
+        ),
         curves=_curves(analysis["precision_recall"]),
         classes=_class_table(analysis["classes"]),
+        column_meanings=meanings_list("What the columns mean", _COLUMN_MEANINGS),
         confusions=_confusions(analysis["confusion_matrix"]),
-        worst_images="\n".join(_worst_images(analysis["worst_images"], image_of)),
+        box_key=color_key({kind: kind for kind in KIND_COLORS}, KIND_COLORS),
+        worst_images=_images(analysis["worst_images"], image_of) or "<p>No image has an error.</p>",
+        best_images=_images(analysis["best_images"], image_of) or "<p>No image has a correct detection.</p>",
     )
-
-
-def _key(names: Mapping[str, str], colors: Mapping[str, str], gap: str = "") -> str:
-    """What each color means."""
-    keys = (f'<span class="key"><i style="background:{colors[key]}"></i>{name}</span>' for key, name in names.items())
-    return "".join(key + gap for key in keys)
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None or value < 0 else f"{value:.3f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sortable: bool = False) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    lines = "\n".join(line(row, "td") for row in rows)
-    kind = ' class="sortable"' if sortable else ""
-    return f'<div class="scroll"><table{kind}><thead>{line(head, "th")}</thead><tbody>\n{lines}\n</tbody></table></div>'
 
 
 def _error_bars(errors: dict[str, Any]) -> str:
@@ -116,7 +128,7 @@ def _curves(curves: dict[str, Any]) -> str:
     every = "".join(_curve_figure(curves["recall"], values, name) for name, values in curves["per_class"].items())
     return (
         f'<div class="row">{_curve_figure(curves["recall"], curves["mean"], "mean over classes")}</div>'
-        f"<p>{_key(CURVE_NAMES, CURVE_COLORS)}</p>"
+        f"<p>{color_key(CURVE_NAMES, CURVE_COLORS)}</p>"
         f'<details><summary>each class</summary><div class="row">{every}</div></details>'
     )
 
@@ -136,31 +148,27 @@ def _curve_figure(recall: Sequence[float], values: dict[str, Sequence[float]], n
         for key, color in CURVE_COLORS.items()
     )
     return (
-        f'<figure><svg viewBox="0 0 360 245">{grid}{lines}<text x="190" y="242" text-anchor="middle">recall</text>'
-        f"</svg><figcaption>{escape(name)}: precision over recall</figcaption></figure>"
+        f'<figure class="chart"><svg viewBox="0 0 360 245">{grid}{lines}'
+        '<text x="190" y="242" text-anchor="middle">recall</text></svg>'
+        f"<figcaption>{escape(name)}: precision over recall</figcaption></figure>"
     )
 
 
 def _class_table(classes: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        [
-            row["name"],
-            str(row["num_boxes"]),
-            str(row["num_detections"]),
-            *(_figure(row[column]) for column in CLASS_COLUMNS),
-            *(str(count) for count in row["errors"].values()),
-        ]
-        for row in classes
-    ]
+    rows = []
+    for row in classes:
+        figures = [row[key] for key, _ in CLASS_COLUMNS.values()]
+        cells = [f"{each:,}" if isinstance(each, int) else fraction(each) for each in figures]
+        rows.append([row["name"], *cells, *(f"{count:,}" for count in row["errors"].values())])
     errors = classes[0]["errors"] if classes else ()
-    return _table(["class", "boxes", "detections", *CLASS_COLUMNS, *errors], rows, sortable=True)
+    return table(["class", *CLASS_COLUMNS, *errors], rows, sortable=True, meanings=_COLUMN_MEANINGS)
 
 
 def _confusions(confusion: dict[str, Any]) -> str:
     labels, matrix = confusion["labels"], np.array(confusion["matrix"])
     size = len(labels)
-    cell = max(5, min(34, 900 // size))
-    margin = 110
+    cell = max(7, min(40, 1050 // size))
+    margin = 120
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     cells = []
     for row, column in np.argwhere(matrix).tolist():
@@ -171,37 +179,40 @@ def _confusions(confusion: dict[str, Any]) -> str:
             f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" fill="rgba({color},{0.08 + 0.92 * share:.2f})">'
             f"<title>{escape(words)}</title></rect>"
         )
-        if cell >= 26:
-            cells.append(
-                f'<text x="{x + cell / 2}" y="{y + cell / 2 + 4}" text-anchor="middle">{matrix[row, column]}</text>'
-            )
-    if cell >= 11:
+        if cell >= LEAST_NUMBERED_CELL:
+            number = short_count(matrix[row, column])
+            style = f"font-size:{min(12.0, 1.6 * cell / max(len(number), 2)):.1f}px;pointer-events:none"
+            style += ";fill:#fff" if share > 0.5 else ""
+            place = f'x="{x + cell / 2}" y="{y + cell / 2 + 4}" text-anchor="middle"'
+            cells.append(f'<text {place} style="{style}">{number}</text>')
+    if cell >= LEAST_NAMED_CELL:
+        style = f'style="font-size:{min(12, cell - 2)}px"'
         for i, label in enumerate(labels):
             middle = margin + cell * (i + 0.5) + 4
-            cells.append(f'<text x="{margin - 5}" y="{middle}" text-anchor="end">{escape(label[:16])}</text>')
-            cells.append(f'<text transform="translate({middle},{margin - 5}) rotate(-60)">{escape(label[:16])}</text>')
-    side = margin + cell * size + 70
+            name = escape(label if len(label) <= MAX_LABEL else label[: MAX_LABEL - 1] + "…")
+            cells.append(f'<text x="{margin - 5}" y="{middle}" text-anchor="end" {style}>{name}</text>')
+            cells.append(f'<text transform="translate({middle},{margin - 5}) rotate(-60)" {style}>{name}</text>')
+    side = margin + cell * size + 30
     wrong = [
         (int(matrix[r, c]), labels[r], labels[c])
         for r, c in np.argwhere(matrix).tolist()
         if r != c and size - 1 not in (r, c)
     ]
     pairs = [[truth, found, str(n)] for n, truth, found in sorted(wrong, key=lambda w: -w[0])[:MAX_CONFUSIONS]]
-    listed = _table(["truth", "found as", "times"], pairs) if pairs else ""
-    return f'<svg viewBox="0 0 {side} {side}" width="{min(side, 1000)}">{"".join(cells)}</svg>{listed}'
+    listed = table(["truth", "found as", "times"], pairs) if pairs else ""
+    return f'<div class="row"><svg viewBox="0 0 {side} {side}" width="{side}">{"".join(cells)}</svg>{listed}</div>'
 
 
-def _worst_images(
-    images: Sequence[dict[str, Any]], image_of: Callable[[str], npt.NDArray[np.uint8]] | None
-) -> list[str]:
-    if not images:
-        return ["<p>No image has an error.</p>"]
-    parts = [
-        f"<p>{_key({kind: kind for kind in KIND_COLORS}, KIND_COLORS)}</p>",
-        '<p class="quiet">Names stand at errors only; every box tells what it is when the mouse is on it. A click makes'
-        " an image large.</p>",
-        '<div class="row">',
-    ]
+def short_count(number: int) -> str:
+    """A count in four characters at most: 987, 1.2k, 45k, 3.1M."""
+    if number < 1000:
+        return str(number)
+    value, unit = (number / 1e3, "k") if number < 999_500 else (number / 1e6, "M")
+    return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"
+
+
+def _images(images: Sequence[dict[str, Any]], image_of: ImageOf | None) -> str:
+    parts = []
     for image in images:
         words = (
             f"{image['file_name']} (id {image['image_id']}): {image['correct']} correct, {image['wrong']} wrong,"
@@ -210,10 +221,10 @@ def _worst_images(
         parts.append(
             f'<figure class="image">{_image(image, image_of)}<figcaption>{escape(words)}</figcaption></figure>'
         )
-    return [*parts, "</div>"]
+    return '<div class="row">' + "\n".join(parts) + "</div>" if parts else ""
 
 
-def _image(image: dict[str, Any], image_of: Callable[[str], npt.NDArray[np.uint8]] | None) -> str:
+def _image(image: dict[str, Any], image_of: ImageOf | None) -> str:
     if image_of is None:
         return ""
     try:
@@ -243,8 +254,9 @@ def _image(image: dict[str, Any], image_of: Callable[[str], npt.NDArray[np.uint8
         )
         if not is_correct:  # the names of all boxes would hide the image
             names.append(
-                f'<text x="{x}" y="{max(y - line, 8 * line)}" style="font-size:{6 * line:.1f}px;fill:{color};'
-                f'paint-order:stroke;stroke:#fff;stroke-width:{1.5 * line:.1f}px">{escape(box["name"] + score)}</text>'
+                f'<text x="{x}" y="{max(y - line, 9 * line)}" style="font-size:{8 * line:.1f}px;fill:{color};'
+                f'font-weight:600;paint-order:stroke;stroke:#fff;stroke-width:{2 * line:.1f}px">'
+                f"{escape(box['name'] + score)}</text>"
             )
     encoded = base64.b64encode(data.getvalue()).decode()
     return (

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from detection.evaluation.html_report import CURVE_COLORS, CURVE_NAMES, KIND_COLORS
+from detection.evaluation.html_report import CURVE_COLORS, CURVE_NAMES, KIND_COLORS, short_count
 
 MAX_NAMED_CLASSES = 100
+MAX_NUMBERED_CLASSES = 60
 
 
 def save_plots(analysis: dict[str, Any], folder: Path) -> list[Path]:
@@ -56,13 +57,18 @@ def save_plots(analysis: dict[str, Any], folder: Path) -> list[Path]:
 
     labels = analysis["confusion_matrix"]["labels"]
     matrix = np.array(analysis["confusion_matrix"]["matrix"])
-    side = min(24.0, max(4.0, 1.5 + 0.32 * len(labels)))
+    side = min(24.0, max(4.0, 1.5 + 0.36 * len(labels)))
     figure = Figure(figsize=(side, side))
     axes = figure.subplots()
     axes.imshow(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     if len(labels) <= MAX_NAMED_CLASSES:
         axes.set_xticks(range(len(labels)), labels, rotation=90)
         axes.set_yticks(range(len(labels)), labels)
+    if len(labels) <= MAX_NUMBERED_CLASSES:
+        for row, column in np.argwhere(matrix).tolist():
+            color = "white" if 2 * matrix[row, column] > matrix[row].sum() else "black"
+            words = {"ha": "center", "va": "center", "fontsize": 7, "color": color}
+            axes.text(column, row, short_count(matrix[row, column]), **words)
     axes.set(xlabel="found as", ylabel="truth")
     files.append(save(figure, "confusion_matrix.png"))
 

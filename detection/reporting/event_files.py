@@ -24,6 +24,9 @@ _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _MARK = "tfevents."  # TensorBoard takes every file with this in its name; temporary files must not have it
 _TEMPORARY = "events-being-cut.tmp"
+SETTINGS_TAGS = frozenset({"_hparams_/experiment", "_hparams_/session_start_info"})
+"""Where TensorBoard's HPARAMS page finds a run's settings. It takes the first record of a tag and no later one: a
+resume takes out the old one."""
 
 
 class EventWriter:
@@ -105,7 +108,8 @@ def cut_event_files(directory: Path, *, first_iteration: int, val_from: int) -> 
     """Removes from disk every point that the resumed run will write again, and returns what is left.
 
     Messages whose tags start with "val/" go from step val_from on, all others from step first_iteration on; so
-    does one whose step its tags have already passed, and a torn last record. Each file keeps its name, for
+    does one whose step its tags have already passed, and a torn last record. The run's settings (SETTINGS_TAGS) go too,
+    for the resumed run writes its own. Each file keeps its name, for
     a TensorBoard that is open meanwhile goes on from the file that it has come to; it is written anew beside the
     old one and renamed, so that a kill leaves the one or the other.
     """
@@ -147,6 +151,8 @@ def _kept(
             continue
         # A message has values of one step, all of them of training or all of a validation: see TensorBoardLog.
         values = event.summary.value
+        if any(value.tag in SETTINGS_TAGS for value in values):
+            continue
         limit = val_from if any(value.tag.startswith("val/") for value in values) else first_iteration
         if all(history.last_steps.get(value.tag, -1) < event.step < limit for value in values):
             for value in values:

@@ -72,7 +72,7 @@ def configuration_differences(runs: Sequence[Run]) -> str:
 
     When and with which command a run was started (`starts`) is no setting.
     """
-    flat = [_flattened({key: value for key, value in run.config.items() if key != "starts"}) for run in runs]
+    flat = [flattened({key: value for key, value in run.config.items() if key != "starts"}) for run in runs]
     rows = [["setting", *(run.name for run in runs)]]
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [settings.get(key, "-") for settings in flat]
@@ -95,15 +95,15 @@ def plot_runs(runs: Sequence[Run], path: str | Path) -> None:
     figure_, (loss_axes, lr_axes, map_axes) = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
     for number, run in enumerate(runs):
         color = f"C{number % 10}"
-        iterations, losses = _series(run.train, "loss")
+        iterations, losses = series(run.train, "loss")
         loss_axes.plot(iterations, losses, color=color, alpha=0.2, linewidth=0.8)
         loss_axes.plot(iterations, _smoothed(losses), color=color, label=run.name)
-        lr_axes.plot(*_series(run.train, "lr"), color=color, label=run.name)
-        map_axes.plot(*_series(run.val, "mAP"), color=color, marker="o", markersize=4, label=run.name)
+        lr_axes.plot(*series(run.train, "lr"), color=color, label=run.name)
+        map_axes.plot(*series(run.val, "mAP"), color=color, marker="o", markersize=4, label=run.name)
     for axes, title in ((loss_axes, "loss"), (lr_axes, "learning rate"), (map_axes, "mAP (IoU 0.50:0.95)")):
         axes.set(title=title, xlabel="iteration")
         axes.grid(alpha=0.3)
-    all_losses = np.concatenate([_smoothed(_series(run.train, "loss")[1]) for run in runs])
+    all_losses = np.concatenate([_smoothed(series(run.train, "loss")[1]) for run in runs])
     if len(all_losses):  # the noise and the first iterations may run out of the image; the curves may not
         loss_axes.set_ylim(0, 1.15 * float(np.quantile(all_losses, 0.995)))
     map_axes.set_ylim(bottom=0)
@@ -135,18 +135,18 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return ["/".join(path.parts[-num_parts:]) for path in resolved]
 
 
-def _flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted key -> value as JSON."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flattened(value, f"{prefix}{key}.")
+            flat |= flattened(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = json.dumps(value)
     return flat
 
 
-def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Iterations int64 [n] and values float64 [n] of the records where the figure is there, finite and defined."""
     iterations = np.array([record["iteration"] for record in records], dtype=np.int64)
     values = np.array([record.get(name) for record in records], dtype=np.float64)  # NaN where there is none

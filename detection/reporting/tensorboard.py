@@ -56,7 +56,6 @@ _PAGES = {
 }
 _LAYOUT = {page: {chart: ["Multiline", tags] for chart, tags in charts.items()} for page, charts in _PAGES.items()}
 _LAYOUT_TAG = "custom_scalars__config__"
-_HPARAMS_TAG = "_hparams_/experiment"
 _HPARAMS_METRICS = ("val/mAP", "val/mAP_50", "val/mAP_75", "train/loss")
 
 
@@ -118,10 +117,8 @@ class TensorBoardLog:
             self._write(summaries.text(tag, text), self.first_iteration)
 
     def hparams(self, settings: Mapping[str, Any]) -> None:
-        """Lists the run on the HPARAMS page, once: its settings (numbers, strings, booleans) beside the last
-        values of mAP and loss, which the page takes from the run's own curves."""
-        if self.has(_HPARAMS_TAG):
-            return
+        """Lists the run on the HPARAMS page: its settings (numbers, strings, booleans) as this start has them, beside
+        the last values of mAP and loss, which the page takes from the run's own curves. To be called once a log."""
         plain = {
             name: value if isinstance(value, (int, float, str)) else json.dumps(value)
             for name, value in settings.items()

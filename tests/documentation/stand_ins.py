@@ -103,6 +103,7 @@ def _reproduce(words: list[str]) -> str:
 UNCHANGED = {
     *("pytest", "source", "scripts/analyze_results.py", "scripts/browse_dataset.py", "scripts/check_dataset.py"),
     *("scripts/compare_runs.py", "scripts/convert_weights.py", "scripts/export.py", "scripts/plot_schedule.py"),
+    "scripts/report.py",
     "scripts/two_node_test.sh",
 }
 # Program -> what is added behind its arguments, where the later of two options counts: small sizes and short runs.

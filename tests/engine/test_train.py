@@ -45,6 +45,7 @@ def test_a_run_leaves_the_files_it_promises(finished):
     assert record["schedule"]["train_cfg"]["max_epochs"] == 2
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert [start["iteration"] for start in record["starts"]] == [0]
+    assert all(Path(path).is_absolute() and Path(path).exists() for path in record["validated"].values())
 
 
 def test_each_iteration_is_logged_once_with_the_learning_rate_of_the_schedule(finished, records_of):

@@ -1,6 +1,7 @@
 """Metrics that explain, and the program that writes them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 from detection.evaluation import evaluate_results, write_results
 from detection.evaluation.analysis import analyze_results, average_precision, best_f1
-from detection.evaluation.html_report import html_report
+from detection.evaluation.html_report import html_report, short_count
 from tests.evaluation.coco_cases import BOX, CAT, DOG, FAR, annotation, detections_of, random_case, write_annotations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,12 +94,35 @@ def test_worst_images_come_worst_first_with_what_is_wrong(case):
     assert analyze_results(*case, score_threshold=0.0, num_worst_images=1)["worst_images"] == worst[:1]
 
 
+def test_the_best_images_have_few_errors_and_are_not_among_the_worst(case):
+    of_all = analyze_results(*case, score_threshold=0.0)
+    assert [image["image_id"] for image in of_all["worst_images"]] == [3, 2]
+    assert [(image["image_id"], image["correct"], image["f1"]) for image in of_all["best_images"]] == [(1, 1, 1.0)]
+    one_worst = analyze_results(*case, score_threshold=0.0, num_worst_images=1)
+    assert [image["image_id"] for image in one_worst["best_images"]] == [1, 2]
+
+
+def test_the_confusion_matrix_shows_its_numbers_and_each_column_is_explained(case):
+    page = html_report(analyze_results(*case, score_threshold=0.2), title="t")
+    assert re.findall(r"<text [^>]*pointer-events:none[^>]*>([^<]+)</text>", page) == ["2", "1", "1"]
+    for heading in re.findall(r"<th[^>]*>([^<]+)</th>", page[page.index("<h2>Classes") : page.index("<h2>Confusions")]):
+        assert heading == "class" or f"<dt>{heading}</dt>" in page
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.0k"), (9949, "9.9k"), (9950, "10k"), (999_499, "999k"), (999_500, "1.0M")],
+)
+def test_counts_are_short(number, text):
+    assert short_count(number) == text
+
+
 def test_an_analysis_is_plain_json_also_without_any_detection(case, tmp_path):
     write_results(detections_of([]), tmp_path / "empty.json")
     for results in (case[1], tmp_path / "empty.json"):
         analysis = analyze_results(case[0], results)
         assert json.loads(json.dumps(analysis, allow_nan=False)) == analysis
-        assert html_report(analysis, title="t").count("<h2>") == 5
+        assert html_report(analysis, title="t").count("<h2>") == 6
     assert analysis["errors"]["counts"]["missed"] == 3
 
 
@@ -110,7 +134,7 @@ def test_the_report_escapes_names_and_needs_no_other_file(case):
 
     page = html_report(analyze_results(*case, score_threshold=0.0), title="a <b>", image_of=image_of)
     assert "dog &amp; &lt;wolf&gt;" in page and "<wolf>" not in page and "a &lt;b&gt;" in page
-    assert page.count("data:image/jpeg;base64,") == 1 and "no 3.png here" in page
+    assert page.count("data:image/jpeg;base64,") == 2 and "no 3.png here" in page
     for outside in ("http://", "https://", "src="):
         assert outside not in page
 
@@ -134,7 +158,7 @@ def test_the_program_writes_json_images_and_a_report_with_the_worst_images(case,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "analysis.json").read_text()) == analyze_results(*case, score_threshold=0.2)
-    assert (out / "report.html").read_text().count("data:image/jpeg;base64,") == 2
+    assert (out / "report.html").read_text().count("data:image/jpeg;base64,") == 3
     for name in ("precision_recall", "error_kinds", "confusion_matrix", "class_ap"):
         assert Image.open(out / f"{name}.png").size[0] > 200
     assert "note: AP of class 'bird' is not defined" in done.stdout

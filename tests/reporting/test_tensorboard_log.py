@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
     EventAccumulator as PluginEventAccumulator,
 )
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from detection.reporting import TensorBoardLog
 from detection.reporting.event_files import event_files, parse_record, read_records
@@ -43,10 +44,10 @@ def val_record(iteration):
     }
 
 
-def write_segment(directory, first, stop, *, val_from=None, configuration="lr: 0.5"):
+def write_segment(directory, first, stop, *, val_from=None, configuration="lr: 0.5", lr=0.5):
     log = TensorBoardLog(directory, first_iteration=first, val_from=first if val_from is None else val_from)
     log.text("configuration", configuration)
-    log.hparams({"lr": 0.5, "model": "r50", "amp": None})
+    log.hparams({"lr": lr, "model": "r50", "amp": None})
     if first == 0:
         log.images(0, [IMAGE], tag="train/augmented")
     if val_from is not None and val_from < first:
@@ -89,9 +90,10 @@ def assert_one_whole_run(directory, num_iterations):
         assert on_disk[tag] == everything, tag
     for tag in ("val/mAP", "val/AP/cat", "val/detections/0", "val/detections/1", "val/PR/class/cat"):
         assert on_disk[tag] == validations, tag
-    once = ("configuration/text_summary", "custom_scalars__config__", "_hparams_/experiment", "train/augmented/0")
-    for tag in once:
+    for tag in ("configuration/text_summary", "custom_scalars__config__", "train/augmented/0"):
         assert on_disk[tag] == [0], tag
+    for tag in ("_hparams_/experiment", "_hparams_/session_start_info"):
+        assert len(on_disk[tag]) == 1, tag
     assert on_disk["_hparams_/session_end_info"] == [num_iterations]
     for purge in (False, True):
         accumulator = read_back(directory, purge=purge)
@@ -245,6 +247,16 @@ def test_a_text_that_changed_on_resume_is_shown_beside_the_old_one(tmp_path):
         (0, b"lr: 0.5"),
         (10, b"lr: 0.1"),
     ]
+
+
+@pytest.mark.parametrize("purge", [False, True])
+def test_the_hparams_page_has_the_settings_of_the_last_start(tmp_path, purge):
+    for first, lr in ((0, 0.5), (10, 0.25), (15, 0.125)):
+        write_segment(tmp_path, first, first + 10, lr=lr).close()
+    # What the page reads; of several records TensorBoard keeps the first alone.
+    metadata = read_back(tmp_path, purge=purge).SummaryMetadata("_hparams_/session_start_info")
+    settings = HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info.hparams
+    assert settings["lr"].number_value == 0.125 and settings["model"].string_value == "r50"
 
 
 def test_learning_rate_and_map_stand_on_one_page_of_the_custom_layout(tmp_path):

@@ -1,0 +1,77 @@
+"""A run of train.py -> one HTML page that needs nothing beside it: configuration, curves, validations, speed, errors by
+kind, confusions, worst and best images, and the command that repeats the run.
+
+    python scripts/report.py runs/NAME
+
+The errors are those of detections_val.json, which the last validation has written.
+"""
+
+import sys
+from pathlib import Path
+
+from checkout import exit_status, program_parser
+from data import AnnotationError, read_image
+from detection.engine.metrics.run_page import run_page
+from detection.evaluation.analysis import analyze_results
+from detection.evaluation.html_report import analysis_sections
+from detection.evaluation.results import EvaluationError, ResultsError
+from detection.reporting import MetricsError, RunsError, read_runs
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = program_parser(__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="output directory of a run (its --output-dir)")
+    add("--output", metavar="FILE", type=Path, help="the page (default: RUN/report.html)")
+    add("--annotations", metavar="FILE", type=Path, help="validation set, where it is not where the run found it")
+    add("--images", metavar="DIR", type=Path, help="images of the validation set, likewise")
+    add("--worst", metavar="N", type=int, default=12, help="how many of the worst images to show (default 12)")
+    arguments = parser.parse_args(argv)
+
+    def write() -> int:
+        (run,) = read_runs([arguments.run])
+        validated = run.config.get("validated") or {}
+        analysis, missing = _analysis(
+            arguments.run / "detections_val.json",
+            arguments.annotations or _path(validated.get("annotations")),
+            arguments.images or _path(validated.get("images")),
+            arguments.worst,
+        )
+        file = arguments.output or arguments.run / "report.html"
+        file.write_text(run_page(run, analysis=analysis, missing=missing), encoding="utf-8")
+        for line in missing:
+            print(f"not shown: {line}")
+        print(f"wrote {file}")
+        return 0
+
+    return exit_status(write, RunsError, MetricsError, OSError)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _analysis(results: Path, annotations: Path | None, images: Path | None, worst: int) -> tuple[str, list[str]]:
+    """Sections on the errors of a results file, and what cannot be shown of them."""
+    if not results.is_file():
+        return "", [f"errors and images: the run has no {results.name}"]
+    if annotations is None:
+        return "", [
+            "errors and images: the run does not say where its validation set is; give --annotations and --images"
+        ]
+    if not annotations.is_file():
+        return "", [f"errors and images: {annotations} is not there; give --annotations FILE"]
+    try:
+        analysis = analyze_results(annotations, results, num_worst_images=worst)
+    except (AnnotationError, EvaluationError, ResultsError) as error:
+        return "", [f"errors and images: {error}"]
+    missing = []
+    if images is None or not images.is_dir():
+        missing = [f"the images: there is no folder {images or ''}; give --images DIR"]
+        images = None
+    title = f"<h2>Errors in {results.name}</h2>"
+    return title + analysis_sections(analysis, image_of=images and (lambda name: read_image(images / name))), missing
+
+
+if __name__ == "__main__":
+    sys.exit(main())
