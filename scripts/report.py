@@ -56,9 +56,7 @@ def _analysis(results: Path, annotations: Path | None, images: Path | None, wors
     if not results.is_file():
         return "", [f"errors and images: the run has no {results.name}"]
     if annotations is None:
-        return "", [
-            "errors and images: the run does not say where its validation set is; give --annotations and --images"
-        ]
+        return "", ["errors and images: config.json does not name the validation set; give --annotations and --images"]
     if not annotations.is_file():
         return "", [f"errors and images: {annotations} is not there; give --annotations FILE"]
     try:
