@@ -63,12 +63,11 @@ def _analysis(results: Path, annotations: Path | None, images: Path | None, wors
         analysis = analyze_results(annotations, results, num_worst_images=worst)
     except (AnnotationError, EvaluationError, ResultsError) as error:
         return "", [f"errors and images: {error}"]
-    missing = []
-    if images is None or not images.is_dir():
-        missing = [f"the images: there is no folder {images or ''}; give --images DIR"]
-        images = None
     title = f"<h2>Errors in {results.name}</h2>"
-    return title + analysis_sections(analysis, image_of=images and (lambda name: read_image(images / name))), missing
+    if images is None or not images.is_dir():
+        missing = f"the images: {images or 'their folder'} is not there; give --images DIR"
+        return title + analysis_sections(analysis), [missing]
+    return title + analysis_sections(analysis, image_of=lambda name: read_image(images / name)), []
 
 
 if __name__ == "__main__":

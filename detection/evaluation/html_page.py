@@ -106,28 +106,26 @@ def line_chart(title: str, curves: Mapping[str, Curve], *, x_name: str, from_zer
 
     parts = []
     for tick in y_ticks:
-        y = _BOTTOM - (_BOTTOM - _TOP) * (tick - low) / (high - low)
-        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+        down = _BOTTOM - (_BOTTOM - _TOP) * (tick - low) / (high - low)
+        parts.append(f'<path d="M{_LEFT} {down:.1f}H{_RIGHT}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{_LEFT - 5}" y="{down + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
     for tick in x_ticks:
-        x = _LEFT + (_RIGHT - _LEFT) * (tick - first) / (last - first)
-        parts.append(f'<path d="M{x:.1f} {_TOP}V{_BOTTOM}" stroke="#e4e4e4"/>')
-        parts.append(f'<text x="{x:.1f}" y="{_BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>')
+        across = _LEFT + (_RIGHT - _LEFT) * (tick - first) / (last - first)
+        parts.append(f'<path d="M{across:.1f} {_TOP}V{_BOTTOM}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{across:.1f}" y="{_BOTTOM + 16}" text-anchor="middle">{_short(tick)}</text>')
     colors = dict(zip(drawn, COLORS * math.ceil(len(drawn) / len(COLORS)), strict=False))
     for name, (x, mean, least, largest) in drawn.items():
-        color = colors[name]
         if least is not mean:
-            points = " ".join([*place(x, largest), *reversed(place(x, least))])
-            parts.append(f'<polygon points="{points}" fill="{color}" fill-opacity="0.18"/>')
+            outline = " ".join([*place(x, largest), *reversed(place(x, least))])
+            parts.append(f'<polygon points="{outline}" fill="{colors[name]}" fill-opacity="0.18"/>')
     for name, (x, mean, _, _) in drawn.items():
-        points = place(x, mean)
-        width = ' stroke-width="1.6" fill="none"'
-        parts.append(f'<polyline points="{" ".join(points)}" stroke="{colors[name]}"{width}/>')
+        points, color = place(x, mean), colors[name]
+        parts.append(f'<polyline points="{" ".join(points)}" stroke="{color}" stroke-width="1.6" fill="none"/>')
         if curves[name].dots or len(points) == 1:
             for point, value in zip(points, mean.tolist(), strict=True):
-                across, down = point.split(",")
+                center = 'cx="{}" cy="{}"'.format(*point.split(","))
                 words = f"<title>{escape(name)}: {value:.4g}</title>"
-                parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{colors[name]}">{words}</circle>')
+                parts.append(f'<circle {center} r="3" fill="{color}">{words}</circle>')
     parts.append(f'<text x="{(_LEFT + _RIGHT) / 2}" y="242" text-anchor="middle">{escape(x_name)}</text>')
     key = color_key({name: name for name in drawn}, colors) if len(drawn) > 1 else ""
     return (

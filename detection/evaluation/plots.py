@@ -67,8 +67,8 @@ def save_plots(analysis: dict[str, Any], folder: Path) -> list[Path]:
     if len(labels) <= MAX_NUMBERED_CLASSES:
         for row, column in np.argwhere(matrix).tolist():
             color = "white" if 2 * matrix[row, column] > matrix[row].sum() else "black"
-            words = {"ha": "center", "va": "center", "fontsize": 7, "color": color}
-            axes.text(column, row, short_count(matrix[row, column]), **words)
+            number = short_count(matrix[row, column])
+            axes.text(column, row, number, ha="center", va="center", fontsize=7, color=color)
     axes.set(xlabel="found as", ylabel="truth")
     files.append(save(figure, "confusion_matrix.png"))
 
