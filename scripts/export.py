@@ -32,6 +32,7 @@ from detection.export import (
     ExportError,
     InputShape,
     compare_detections,
+    graph_model,
     open_onnx,
     open_program,
     save_onnx,
@@ -118,7 +119,8 @@ def _export(arguments: argparse.Namespace, console: Console) -> int:
 def _with_settings(detector: Detector, arguments: argparse.Namespace) -> Detector:
     names = {"score_threshold": "score_threshold", "nms_iou": "nms_iou", "max_detections": "detections_per_image"}
     changes = {key: value for name, key in names.items() if (value := getattr(arguments, name)) is not None}
-    detector.model.config = dataclasses.replace(detector.model.config, **changes)
+    model = graph_model(detector)
+    model.config = dataclasses.replace(model.config, **changes)
     min_size = arguments.min_size or detector.min_size
     max_size = arguments.max_size or detector.max_size
     if min_size > max_size:
@@ -162,7 +164,7 @@ def _compare(
     difference = compare_detections(
         ours,
         theirs,
-        score_threshold=detector.model.config.score_threshold,
+        score_threshold=graph_model(detector).config.score_threshold,
         detections_per_image=detector.model.config.detections_per_image,
         score_tolerance=arguments.score_tolerance,
     )

@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="IMAGES", help="files, folders (with subfolders), glob patterns")
     add("--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file")
+    text = "package.module:function, where the weights are of {} of your own (docs/extend.md)"
+    add("--model", metavar="NAME", help=text.format("a detector"))
+    add("--backbone", metavar="NAME", help=text.format("a backbone"))
     add = parser.add_argument_group(f"what to write (default: --output-dir {DEFAULT_FOLDER})").add_argument
     add("--output-dir", metavar="DIR", type=Path, help="images with boxes, JPEG or PNG as they came")
     add("--json", metavar="FILE", type=Path, help="boxes in COCO's results format")
@@ -124,7 +127,9 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
             for path in filter(None, (arguments.json, images_list)):
                 refuse_existing(path)
 
-    detector = load_detector(arguments.weights, _device(arguments.device))
+    detector = load_detector(
+        arguments.weights, _device(arguments.device), own_code=(arguments.model, arguments.backbone)
+    )
     labels = None if arguments.classes is None else find_labels(arguments.classes.split(","), detector.class_names)
     image_ids: Sequence[int] = range(1, len(files) + 1)
     category_ids: Sequence[int | None] = detector.category_ids

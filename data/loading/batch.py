@@ -9,6 +9,7 @@ import torch
 from data.loading.unreadable import UnreadableImage
 from data.transforms.color import ColorChange, change_colors
 from data.transforms.geometry import Geometry, resize_pixels
+from data.transforms.own_change import OwnChange
 
 ON_DEVICE = ("sizes", "boxes_xyxy", "labels", "valid", "places", "sample_keys", "scale_factors")
 """The tensors of a batch, besides the pixels, that the model needs"""
@@ -35,6 +36,8 @@ class BatchPlan(Geometry):
     """Rows for boxes of each image"""
     colors: tuple[ColorChange, ...] | None = None
     """How the colors of each image change; None: they stay"""
+    own: OwnChange | None = None
+    """What a function of the user's own does to the batch"""
 
 
 @dataclass(kw_only=True)
@@ -159,7 +162,7 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
         target[:, height:].zero_()
         start = end
     moved = {name: getattr(raw, name).to(device, non_blocking=True) for name in ON_DEVICE}
-    return DeviceBatch(
+    batch = DeviceBatch(
         plan=plan,
         pixels=pixels,
         native_sizes=raw.native_sizes,
@@ -167,3 +170,4 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
         unreadable=raw.unreadable,
         **moved,
     )
+    return batch if plan.own is None else plan.own.apply(batch)

@@ -210,6 +210,7 @@ class TrainLoader:
                 sample_keys=hash_key(self._seed, iteration, places),
                 num_box_rows=num_box_rows,
                 colors=self._augmentation.colors(words[places], seed=self._seed, epoch=epoch),
+                own=self._augmentation.own_change(words[places], seed=self._seed, epoch=epoch),
             )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from data.transforms.color import ColorChange, ColorJitter, PhotometricDistortion
 from data.transforms.geometry import Geometry, padded_size, resized_sizes
 from data.transforms.hash_rng import CROP_STREAM, FLIP_STREAM, SCALE_STREAM, VERTICAL_FLIP_STREAM, hash_uniform
+from data.transforms.own_change import OwnChange, OwnFunction
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Augmentation:
     flip_probability: float = 0.5
     vertical_flip_probability: float = 0.0
     color: PhotometricDistortion | ColorJitter | None = None
+    own: OwnFunction | None = None
 
     def geometry(
         self,
@@ -143,13 +145,18 @@ class Augmentation:
         """How the colors of each image (words int64 [N]) change; None where they stay."""
         return self.color.sample(seed, epoch, words) if self.color is not None else None
 
+    def own_change(self, words: np.ndarray, *, seed: int, epoch: int) -> OwnChange | None:
+        """What the user's own function does to a batch of these images (words int64 [B]); None without one."""
+        return OwnChange(self.own, seed, epoch, words) if self.own is not None else None
+
     def describe(self) -> list[str]:
         """What is on, a line each."""
         lines = [part.describe() for part in (self.scales, self.jitter) if part is not None]
         chances = {"horizontal": self.flip_probability, "vertical": self.vertical_flip_probability}
         flips = [f"{which} {chance:g}" for which, chance in chances.items() if chance > 0]
         lines.append("flip probability: " + ", ".join(flips) if flips else "no flips")
-        return lines + ([self.color.describe()] if self.color is not None else [])
+        lines += [self.color.describe()] if self.color is not None else []
+        return lines + ([f"{self.own.__module__}:{self.own.__qualname__}"] if self.own is not None else [])
 
 
 def _below(count: int, *words: int | np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ SCALE_STREAM = 17
 CROP_STREAM = 18
 COLOR_STREAM = 19
 REPEAT_STREAM = 20
+OWN_STREAM = 21
 
 REPEAT_SHIFT = 40
 """Bits of an image's word below the number of its repeat."""

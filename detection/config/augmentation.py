@@ -88,6 +88,12 @@ class AugmentationConfig:
         nargs=4,
         metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"),
     )
+    augmentation: str | None = setting(
+        None,
+        COMMAND_LINE,
+        "a function of your own on each batch, after everything else (docs/extend.md)",
+        metavar="package.module:function",
+    )
     repeat_threshold: float | None = setting(
         None,
         COMPATIBLE,

@@ -78,6 +78,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     shorter = [f"{key}={given[key]}" for key in ("lr", "max_epochs", "val_interval") if key in given]
     given["overrides"] = (*given.get("set", ()), *shorter)
     given = _with_config_file(given)
+    if ":" in given.get("model", "") or ":" in given.get("backbone", ""):
+        given.setdefault("weights", "none")  # the user's function loads what it wants to begin with
     config = filled(RunConfig, given)
     augmentation.check_effect(config.augmentation, given, config.data.max_size)
     _check_options(config, given)
@@ -123,8 +125,26 @@ def _model_setting(text: str) -> tuple[str, Any]:
         ) from None
 
 
+def _check_own_model(config: RunConfig, given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options that a detector of one's own does not take."""
+    model, train = config.model, config.train
+    if ":" not in model.model:
+        return
+    own = f"--model {model.model} is a detector of your own"
+    for name, flag in (("norm", "--norm"), ("backbone", "--backbone"), ("frozen_stages", "--freeze")):
+        if name in given:
+            raise ConfigError(f"{own}: {flag} is nothing that it is known to have. Let the function do it")
+    if model.weights == "imagenet":
+        raise ConfigError(f"{own}: let the function load such weights, or give --weights FILE")
+    for name in ("compile", "cuda_graphs"):
+        if getattr(train, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{own}, which takes lists of images, of any sizes: leave {flag} away")
+
+
 def _check_options(config: RunConfig, given: Mapping[str, Any]) -> None:
     data, model, output = config.data, config.model, config.output
+    _check_own_model(config, given)
     if output.resume is not None and not output.resume.strip():
         raise ConfigError("--resume is given an empty value: write --resume, or --resume FILE")
     if output.resume is not None and output.overwrite:

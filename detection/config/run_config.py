@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,19 @@ class DataConfig:
 class ModelConfig:
     """Which detector, from which weights, and what of it is trained."""
 
-    model: str = setting("faster_rcnn_r50_fpn", EQUAL, "the detector", metavar="NAME")
+    model: str = setting(
+        "faster_rcnn_r50_fpn",
+        EQUAL,
+        "the detector; package.module:function makes one of your own (docs/extend.md)",
+        metavar="NAME",
+    )
+    backbone: str | None = setting(
+        None,
+        EQUAL,
+        "another one under the detector's pyramid: timm/NAME, or package.module:function of your own (docs/extend.md)",
+        shown="the detector's",
+        metavar="NAME",
+    )
     weights: str = setting(
         "imagenet",
         CHECKPOINT,
@@ -340,7 +353,7 @@ class RunConfig:
         """The output directory: the one given, or runs/<model>_<schedule>[_<dataset>]."""
         if self.output.output_dir is not None:
             return self.output.output_dir
-        parts = [self.model.model, Path(self.train.schedule).stem.removeprefix("schedule_")]
+        parts = [re.sub(r"[^\w.-]+", "_", self.model.model), Path(self.train.schedule).stem.removeprefix("schedule_")]
         if self.data.dataset != "coco":
             parts.append(self.data.dataset)
         return Path("runs") / "_".join(parts)

@@ -29,9 +29,12 @@ from detection.engine.run_dir import RunDir
 from detection.engine.train_state import stored_model
 from detection.evaluation import resolve_backend
 from detection.models import (
-    FasterRCNN,
+    AnyDetector,
+    OwnDetector,
     WeightsError,
-    build_model,
+    build_detector,
+    imported,
+    is_own,
     load_detector,
     load_weights,
     model_config,
@@ -51,7 +54,7 @@ class Components:
     evaluation_set: CocoDataset | None
     """Validation set, or test set in a test run."""
     evaluation_files: SplitFiles | None
-    model: FasterRCNN
+    model: AnyDetector
     weights_line: str
     """Where its weights come from, and what of it is trained."""
 
@@ -79,7 +82,14 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
         resume, overwrite = "auto", False
     # Before the data, which may take a while to find and to read.
     settings = _model_settings(config) if resume is None else _chosen_settings(config)
-    model_config(config.model.model, num_classes=1, **settings)
+    if is_own(config.model.model):
+        imported(config.model.model)
+    else:
+        backbone = model_config(config.model.model, num_classes=1, **settings).backbone
+        if is_own(backbone):
+            imported(backbone)
+    if config.augmentation.augmentation is not None:
+        imported(config.augmentation.augmentation)
     lines = [*config.config_notes, *prepare_files(config.data, mode=config.mode)]
     if schedule.amp == "fp16" and processes.device.type == "cpu":
         # Not refused: the figures are right, and float16 can be tried where there is no GPU.
@@ -89,7 +99,7 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
     if is_restart:
         lines.append("started again by torchrun: the run resumes from its own newest checkpoint")
     if resume is None:
-        prefetch_weights(config.model.weights, config.model.model)
+        _prefetch(config)
     # The output directory comes last: a run that cannot begin leaves it as it was.
     if config.mode == "train" and not config.dry_run:
         lines += output.claim(overwrite=overwrite, resume=resume is not None)
@@ -106,8 +116,14 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
         return checkpoint, [*lines, *(f"skipped: {reason}" for reason in checkpoint.skipped)]
     if config.mode != "train":
         raise CheckpointError(f"{output.checkpoints}: there is no checkpoint to evaluate; give --weights FILE")
-    prefetch_weights(config.model.weights, config.model.model)
+    _prefetch(config)
     return None, lines
+
+
+def _prefetch(config: RunConfig) -> None:
+    if not is_own(config.model.model):
+        named = model_config(config.model.model, **_chosen_settings(config))
+        prefetch_weights(config.model.weights, named.backbone)
 
 
 def _checkpoint_to_resume(resume: str, output: RunDir, *, is_restart: bool) -> LoadedCheckpoint | None:
@@ -186,14 +202,16 @@ def build(
 
 def _model_to_train(
     config: RunConfig, processes: Processes, checkpoint: LoadedCheckpoint | None, annotations: CocoAnnotations
-) -> tuple[FasterRCNN, str]:
+) -> tuple[AnyDetector, str]:
     """The model with its starting weights, and a line that says where they come from."""
     if checkpoint is not None:
         # Settings come with the weights: what is frozen and how it is normalized cannot change in mid-run.
-        return _stored_model(checkpoint), f"{checkpoint.path} (iteration {checkpoint.state['iteration']})"
+        return _stored_model(config, checkpoint), f"{checkpoint.path} (iteration {checkpoint.state['iteration']})"
     class_names = annotations.class_names
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model.model, len(class_names), **_model_settings(config))
+    model = build_detector(config.model.model, len(class_names), **_model_settings(config))
+    if isinstance(model, OwnDetector) and config.model.weights == "none":
+        return model, f"as {config.model.model} gives them"
     if config.model.weights == "none":
         norm = "group norm" if config.model.norm == "gn" else "batch norm is trained"
         warning = ""
@@ -201,16 +219,17 @@ def _model_to_train(
             warning = "\n  WARNING: what is frozen has random weights, which are never learned: leave --freeze away"
         return model, f"none: random weights, {norm}\n{_describe_frozen(model)}{warning}"
     report = load_weights(model, config.model.weights, category_ids=annotations.category_ids)
-    lines = [report.table(), *_renamed_classes(config.model.weights, class_names), _describe_frozen(model)]
+    lines = [report.table(), *_renamed_classes(config, class_names), _describe_frozen(model)]
     return model, "\n".join(lines)
 
 
-def _renamed_classes(spec: str, class_names: tuple[str, ...]) -> list[str]:
+def _renamed_classes(config: RunConfig, class_names: tuple[str, ...]) -> list[str]:
     """A warning where the weights' head fits by its number of classes, and was trained for others."""
+    spec = config.model.weights
     if not Path(spec).is_file():
         return []
     try:
-        before = load_detector(spec).class_names
+        before = load_detector(spec, own_code=_own_code(config)).class_names
     except WeightsError:  # weights of another project, without class names
         return []
     changed = [f"{old!r} is now {new!r}" for old, new in zip(before, class_names, strict=False) if old != new]
@@ -223,7 +242,7 @@ def _renamed_classes(spec: str, class_names: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _describe_frozen(model: FasterRCNN) -> str:
+def _describe_frozen(model: AnyDetector) -> str:
     """What of the model keeps its weights."""
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -241,26 +260,26 @@ def _model_to_evaluate(
     checkpoint: LoadedCheckpoint | None,
     files: DatasetFiles,
     annotations: dict[Path, CocoAnnotations],
-) -> tuple[FasterRCNN, tuple[str, ...], str]:
+) -> tuple[AnyDetector, tuple[str, ...], str]:
     """The model with trained weights, its class names, and a line that says where the weights come from."""
     spec = config.model.weights
     if checkpoint is not None:
         state = checkpoint.state
         average = ", averaged weights" if state["ema"] is not None else ""
         line = f"{checkpoint.path} (iteration {state['iteration']}{average})"
-        model = _with_chosen_settings(config, _stored_model(checkpoint, averaged=bool(average)))
+        model = _with_chosen_settings(config, _stored_model(config, checkpoint, averaged=bool(average)))
         sizes = state["preprocessing"]["min_size"], state["preprocessing"]["max_size"]
         return model, tuple(state["class_names"]), line + _other_scale(config, *sizes)
     if Path(spec).is_file():
         with contextlib.suppress(WeightsError):  # weights of another project, without a model and classes
-            detector = load_detector(spec)
+            detector = load_detector(spec, own_code=_own_code(config))
             line = f"{spec} (with its own model, {detector.model.config.backbone})"
             line += _other_scale(config, detector.min_size, detector.max_size)
             return _with_chosen_settings(config, detector.model), detector.class_names, line
     chosen = files.test if config.mode == "test" else files.val
     assert chosen is not None
     names, category_ids = annotations[chosen.annotations].class_names, annotations[chosen.annotations].category_ids
-    model = build_model(config.model.model, len(names), **_model_settings(config))
+    model = build_detector(config.model.model, len(names), **_model_settings(config))
     report = load_weights(model, spec, category_ids=category_ids) if spec != "none" else None
     if report is None or report.missing or report.reshaped:
         raise ConfigError(
@@ -270,11 +289,16 @@ def _model_to_evaluate(
     return model, names, report.table()
 
 
-def _stored_model(checkpoint: LoadedCheckpoint, *, averaged: bool = False) -> FasterRCNN:
+def _stored_model(config: RunConfig, checkpoint: LoadedCheckpoint, *, averaged: bool = False) -> AnyDetector:
     try:
-        return stored_model(checkpoint.state, averaged=averaged)
+        return stored_model(checkpoint.state, averaged=averaged, own_code=_own_code(config))
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _own_code(config: RunConfig) -> tuple[str | None, str | None]:
+    """The code of the user's own that the command line names."""
+    return config.model.model, config.model.backbone
 
 
 def _other_scale(config: RunConfig, min_size: int, max_size: int) -> str:
@@ -288,39 +312,48 @@ def _other_scale(config: RunConfig, min_size: int, max_size: int) -> str:
 
 def _model_settings(config: RunConfig) -> dict[str, Any]:
     """Settings of a new model: those of the command line, and what the starting weights decide where it does not."""
+    if is_own(config.model.model):
+        return _chosen_settings(config)
     settings: dict[str, Any] = {}
     from_none = config.model.weights == "none"
+    own_backbone = config.model.backbone is not None
     norm = config.model.norm
     if norm == "auto":
         norm = "bn" if from_none or config.model.sync_bn else "frozen_bn"
-    if norm == "frozen_bn" and from_none and config.mode == "train":
+    if norm == "frozen_bn" and from_none and config.mode == "train" and not own_backbone:
         raise ConfigError(
             "--norm frozen_bn with --weights none freezes random statistics, from which nothing can be learned: "
             "use --norm bn or gn, or pretrained weights"
         )
     settings["norm"] = norm
     frozen = config.model.frozen_stages
-    settings["frozen_stages"] = frozen if frozen is not None else (-1 if from_none else 1)
+    settings["frozen_stages"] = frozen if frozen is not None else (-1 if from_none or own_backbone else 1)
     if norm == "gn":
         settings["fpn_norm"] = "gn"
     return settings | _chosen_settings(config)
 
 
 def _chosen_settings(config: RunConfig) -> dict[str, Any]:
-    """What --model-set says."""
+    """What --model-set and --backbone say."""
     settings = dict(config.model.settings)
-    for key, instead in (("num_classes", "the data set decides it"), ("norm", "--norm"), ("backbone", "--model")):
+    if is_own(config.model.model):
+        if "num_classes" in settings:
+            raise ConfigError("--model-set num_classes=... cannot be given here: the data set decides it")
+        return settings
+    for key, instead in (("num_classes", "the data set decides it"), ("norm", "--norm"), ("backbone", "--backbone")):
         if key in settings:
             raise ConfigError(f"--model-set {key}=... cannot be given here: {instead}")
-    return settings
+    return settings if config.model.backbone is None else settings | {"backbone": config.model.backbone}
 
 
-def _with_chosen_settings(config: RunConfig, model: FasterRCNN) -> FasterRCNN:
+def _with_chosen_settings(config: RunConfig, model: AnyDetector) -> AnyDetector:
     """The same weights in a model with the settings of --model-set."""
     settings = _chosen_settings(config)
     if not settings:
         return model
-    changed = model_from_config(asdict(model.config) | settings)
+    before = asdict(model.config)
+    after = before | ({"settings": before["settings"] | settings} if "factory" in before else settings)
+    changed = model_from_config(after, own_code=_own_code(config))
     try:
         changed.load_state_dict(model.state_dict())
     except RuntimeError as error:
@@ -331,7 +364,7 @@ def _with_chosen_settings(config: RunConfig, model: FasterRCNN) -> FasterRCNN:
     return changed
 
 
-def _place(config: RunConfig, processes: Processes, model: FasterRCNN) -> FasterRCNN:
+def _place(config: RunConfig, processes: Processes, model: AnyDetector) -> AnyDetector:
     if config.model.sync_bn:
         if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             raise ConfigError("--sync-bn: the model has no trained batch norm; add --norm bn")

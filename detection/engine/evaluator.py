@@ -25,7 +25,7 @@ from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
 from detection.engine.run_dir import RunDirError, write_json
 from detection.evaluation import CocoEvaluator, Detections, write_results
-from detection.models import FasterRCNN, ImageBatch
+from detection.models import AnyDetector, FasterRCNN, ImageBatch
 from detection.reporting import counted, validation_table
 
 _OVER = 2
@@ -202,7 +202,7 @@ class Evaluator:
 
     def _detect_batch(self, model: nn.Module, batch: DeviceBatch) -> tuple[Detections, int]:
         """Detections in a batch, and how many of its images have values that are not finite."""
-        assert isinstance(model, FasterRCNN)
+        assert isinstance(model, AnyDetector)
         with self._precision.autocast():
             found, is_finite = model.detect(ImageBatch(batch.pixels, batch.sizes))
         # The network saw the image enlarged by (x, y) factors: boxes go back the same way.
@@ -254,6 +254,7 @@ def evaluate_model(context: RunContext, components: Components) -> int:
         return 0
     precision = Precision(components.schedule.amp or "off", processes.device)
     if config.train.compile:
+        assert isinstance(components.model, FasterRCNN)  # the command line refuses the option for others
         compile_for_evaluation(components.model)
     coco = coco_evaluator(context, components)
     if config.mode == "test" and coco is not None and not coco.has_boxes:

@@ -138,8 +138,12 @@ def closing_summary(
     bad_images: BadImages,
     validated: SplitFiles | None,
     can_be_analyzed: bool,
+    own_code: str = "",
 ) -> str:
-    """The table of the run's validations, where everything is, and commands for what comes next."""
+    """The table of the run's validations, where everything is, and commands for what comes next.
+
+    own_code: options that name a detector or backbone of the user's own.
+    """
     lines = ["", metric_logger.summary(progress.best_epoch), ""]
     if progress.skipped_steps:
         lines.append(f"{progress.skipped_steps} of {progress.iteration} iterations were not finite and made no step")
@@ -164,7 +168,7 @@ def closing_summary(
         f"curves       tensorboard --logdir {quote(str(output.path))}",
         f"report       python3 scripts/report.py {quote(str(output.path))}",
         *analysis,
-        f"try it       python3 scripts/predict.py --weights {weights} {images}",
+        f"try it       python3 scripts/predict.py --weights {weights}{own_code} {images}",
     ]
     return "\n".join(lines)
 

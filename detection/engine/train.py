@@ -38,7 +38,7 @@ from detection.engine.run_summary import closing_summary, config_record, configu
 from detection.engine.train_state import Facts, Progress, TrainState, assert_same_on_all_ranks, run_facts
 from detection.engine.trainer import Trainer
 from detection.engine.trial import MARGIN, MemoryTrial, largest_that_fits
-from detection.models import FasterRCNN, model_config
+from detection.models import AnyDetector, FasterRCNN, OwnDetector, is_own, model_config
 from detection.reporting import MetricsLog, TensorBoardLog
 from schedules import Schedule, unmatched_custom_keys
 
@@ -56,6 +56,7 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
     state = _build_state(context, components, loader, checkpoint, changes)
     if config.train.compile:
         # Each compiled part leaves its gradients at its end: smaller parts, so that they travel while others compute.
+        assert isinstance(state.model, FasterRCNN)
         compile_for_training(state.model, by_stage=processes.world_size > 1 and graphs is None)
     if (trial := _memory_trial(context)) is not None:
         console.say(trial.require_fit(state, loader))
@@ -108,8 +109,10 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
     if status == 0:
         # Of a part of the set, every image that was not run would count as one where nothing was found.
         is_whole = logger.num_validated == len(components.evaluation_set or ())
+        given = (("--model", config.model.model), ("--backbone", config.model.backbone or ""))
+        own = "".join(f" {flag} {name}" for flag, name in given if is_own(name))
         console.say(
-            closing_summary(context.output, logger, progress, bad_images, components.evaluation_files, is_whole)
+            closing_summary(context.output, logger, progress, bad_images, components.evaluation_files, is_whole, own)
         )
     return status
 
@@ -157,7 +160,7 @@ def find_batch_size(context: RunContext, components: Components) -> RunContext:
 
 
 def _new_state(
-    context: RunContext, model: FasterRCNN, schedule: Schedule, facts: Facts, progress: Progress
+    context: RunContext, model: AnyDetector, schedule: Schedule, facts: Facts, progress: Progress
 ) -> TrainState:
     config = context.config
     return TrainState(
@@ -188,7 +191,7 @@ def _build_state(
     num_iterations = schedule.max_epochs * loader.iterations_per_epoch
     progress = Progress()
     notes = [*components.overrides, *schedule.notes]
-    if checkpoint is None:
+    if checkpoint is None and not isinstance(model, OwnDetector):
         named = vars(model_config(config.model.model))
         notes += [f"model {key}: {value}" for key, value in config.model.settings if named.get(key) != value]
     unused = unmatched_custom_keys(schedule.paramwise, parameter_facts(model))

@@ -11,7 +11,7 @@ A checkpoint's state is a dictionary of tensors and plain types (loaded with wei
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import NoneType
 from typing import Any
@@ -26,7 +26,7 @@ from detection.engine.distributed.comm import Processes
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.optimizer import load_optimizer_state, optimizer_state
-from detection.models import FasterRCNN, model_from_config
+from detection.models import AnyDetector, ModelError, OwnCodeError, model_from_config
 from schedules import Schedule
 
 Facts = dict[str, Any]
@@ -51,7 +51,7 @@ class Progress:
 class TrainState:
     """The state of a training: built once, changed by every iteration, saved and restored as a whole."""
 
-    model: FasterRCNN
+    model: AnyDetector
     """The detector itself, not wrapped."""
     optimizer: Optimizer
     precision: Precision
@@ -195,14 +195,19 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def stored_model(state: Mapping[str, Any], *, averaged: bool = False) -> FasterRCNN:
+def stored_model(
+    state: Mapping[str, Any], *, averaged: bool = False, own_code: Collection[str | None] = ()
+) -> AnyDetector:
     """The model that a checkpoint's state describes, with its weights or its averaged ones.
 
     Raises:
         ValueError: the weights are not of the model described.
     """
     try:
-        return model_from_config(state["model_config"], weights=state["ema" if averaged else "model"])
+        weights = state["ema" if averaged else "model"]
+        return model_from_config(state["model_config"], weights=weights, own_code=own_code)
+    except (ModelError, OwnCodeError):  # says what is missing
+        raise
     except Exception as error:  # whatever settings of another kind make a model raise
         raise ValueError(f"its weights are not of its own model ({error})") from error
 
@@ -211,7 +216,7 @@ def run_facts(
     config: RunConfig,
     processes: Processes,
     schedule: Schedule,
-    model: FasterRCNN,
+    model: AnyDetector,
     loader: TrainLoader,
     val_set: CocoDataset | None,
 ) -> Facts:

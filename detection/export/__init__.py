@@ -6,7 +6,6 @@ ONNX needs the optional extra "export" (onnx, onnxscript, onnxruntime); nothing 
 from detection.export.comparison import Difference, compare_detections
 from detection.export.files import (
     ONNX_OPSET,
-    ExportError,
     InputShape,
     open_onnx,
     open_program,
@@ -14,7 +13,7 @@ from detection.export.files import (
     save_program,
     save_weights,
 )
-from detection.export.graph import OUTPUT_NAMES, DetectorGraph
+from detection.export.graph import OUTPUT_NAMES, DetectorGraph, ExportError, graph_model
 
 __all__ = [
     "ONNX_OPSET",
@@ -24,6 +23,7 @@ __all__ = [
     "ExportError",
     "InputShape",
     "compare_detections",
+    "graph_model",
     "open_onnx",
     "open_program",
     "save_onnx",

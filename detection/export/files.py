@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection.errors import DetectionError
-from detection.export.graph import OUTPUT_NAMES, DetectorGraph, Suppression, suppress_groups
+from detection.export.graph import OUTPUT_NAMES, DetectorGraph, ExportError, Suppression, graph_model, suppress_groups
 from detection.models import Detector
 from detection.models.weights.stored import stripped_file
 
@@ -31,10 +30,6 @@ _BATCH_SIZES = (1, 2**10)
 
 Runner: TypeAlias = Callable[[np.ndarray], list[dict[str, Tensor]]]
 """uint8 RGB [B, H, W, 3] -> for each image {"boxes_xyxy", "scores", "labels"}, as the model in PyTorch gives them."""
-
-
-class ExportError(DetectionError):
-    """An export that cannot be made or opened."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +147,6 @@ def open_onnx(path: str | Path) -> Runner:
 
 
 def _exported(detector: Detector, shape: InputShape, suppress: Suppression) -> torch.export.ExportedProgram:
-    if detector.model.config.soft_nms is not None:
-        raise ExportError("soft_nms is no part of a graph: export the detector without it")
     graph = DetectorGraph(detector, suppress).eval()
     device = detector.model.pixel_mean.device
     # Without gradients the freezing of stages leaves no trace in the graph.
@@ -175,7 +168,7 @@ def _name_open_lengths(graph: Any, shape: InputShape) -> None:
 
 
 def _metadata(detector: Detector, shape: InputShape) -> dict[str, Any]:
-    config = detector.model.config
+    config = graph_model(detector).config
     return {
         "class_names": list(detector.class_names),
         "category_ids": list(detector.category_ids),

@@ -13,7 +13,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from detection.models import Detector
+from detection.errors import DetectionError
+from detection.models import Detector, FasterRCNN
 from detection.models.anchors import anchors_of_map, base_anchors
 from detection.models.detector import network_size
 from detection.models.ops.backend import implementation
@@ -44,6 +45,17 @@ def suppress_groups(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, mo
     return torch.zeros_like(scores, dtype=torch.bool).index_put((group, place), is_kept)
 
 
+class ExportError(DetectionError):
+    """An export that cannot be made or opened."""
+
+
+def graph_model(detector: Detector) -> FasterRCNN:
+    """The model that graphs are made of. Raises ExportError for a detector of a user's own."""
+    if not isinstance(detector.model, FasterRCNN):
+        raise ExportError(f"{detector.model.config.factory} is a detector of your own: no graph is made of it")
+    return detector.model
+
+
 class DetectorGraph(nn.Module):
     """`Detector.predict` for a batch of images of one size.
 
@@ -54,8 +66,10 @@ class DetectorGraph(nn.Module):
 
     def __init__(self, detector: Detector, suppress: Suppression = suppress_groups) -> None:
         super().__init__()
-        config = detector.model.config
-        self.model = detector.model
+        self.model = graph_model(detector)
+        config = self.model.config
+        if config.soft_nms is not None:
+            raise ExportError("soft_nms is no part of a graph: export the detector without it")
         self.config = config
         self.min_size, self.max_size = detector.min_size, detector.max_size
         self._suppress = suppress

@@ -2,8 +2,10 @@
 
 from detection.models.config import MODELS, FasterRCNNConfig, ModelError, model_config
 from detection.models.detector import Detector, DetectorError
-from detection.models.faster_rcnn import FasterRCNN, build_model, model_from_config
+from detection.models.faster_rcnn import AnyDetector, FasterRCNN, build_detector, build_model, model_from_config
 from detection.models.ops.selfcheck import describe_kernels, uses_triton
+from detection.models.own.code import OwnCodeError, imported, is_own
+from detection.models.own.detector import OwnDetector
 from detection.models.structures import ImageBatch, MaskBatch, TargetBatch
 from detection.models.weights.files import WeightsError
 from detection.models.weights.layouts import mmdet_name
@@ -19,6 +21,7 @@ from detection.models.weights.torch_files import read_archive
 
 __all__ = [
     "MODELS",
+    "AnyDetector",
     "Detector",
     "DetectorError",
     "FasterRCNN",
@@ -26,13 +29,18 @@ __all__ = [
     "ImageBatch",
     "MaskBatch",
     "ModelError",
+    "OwnCodeError",
+    "OwnDetector",
     "TargetBatch",
     "WeightReport",
     "WeightsError",
     "WeightsUnavailable",
+    "build_detector",
     "build_model",
     "describe_kernels",
     "export_state_dict",
+    "imported",
+    "is_own",
     "load_detector",
     "load_weights",
     "mmdet_name",

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from detection.errors import DetectionError
 from detection.models.backbones import ARCHITECTURES, GROUPS_OF_GROUP_NORM, NORMS
 from detection.models.ops.box_losses import BOX_LOSSES
+from detection.models.own.backbone import is_own_backbone
 
 
 class ModelError(DetectionError):
@@ -28,9 +29,9 @@ def number(default: Any, low: float, high: float, *, length: int | None = None) 
     return dataclasses.field(default=default, metadata={"limits": (low, high), "length": length})
 
 
-def choice(default: str | None, choices: Iterable[str]) -> Any:
-    """A field that is one of several words."""
-    return dataclasses.field(default=default, metadata={"choices": choices})
+def choice(default: str | None, choices: Iterable[str], *, or_else: Callable[[str], bool] | None = None) -> Any:
+    """A field that is one of several words, or else one that `or_else` says yes to."""
+    return dataclasses.field(default=default, metadata={"choices": choices, "or_else": or_else})
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class FasterRCNNConfig:
     """How the backbone takes the channels; images are given as RGB in any case."""
 
     # Backbone and feature pyramid
-    backbone: str = choice("resnet50", ARCHITECTURES)
+    backbone: str = choice("resnet50", ARCHITECTURES, or_else=is_own_backbone)
+    """Or timm/NAME, or package.module:function (docs/extend.md)."""
     norm: str = choice("frozen_bn", NORMS)
     norm_eps: float = number(1e-5, 0, 1)
     train_norm_affine: bool = True
@@ -167,8 +169,10 @@ class FasterRCNNConfig:
             raise ModelError(
                 "norm_eps is 0, with which batch norm cannot be trained: give e.g. 1e-5, or norm frozen_bn"
             )
-        if self.stride_in_1x1 and not ARCHITECTURES[self.backbone].bottleneck:
+        if self.stride_in_1x1 and (self.backbone not in ARCHITECTURES or not ARCHITECTURES[self.backbone].bottleneck):
             raise ModelError(f"stride_in_1x1 has no meaning for {self.backbone}: its blocks have 3x3 convolutions only")
+        if self.norm == "gn" and self.backbone not in ARCHITECTURES:
+            raise ModelError(f"{self.backbone} has norms of its own: give norm bn or frozen_bn, not gn")
         if self.fpn_norm == "gn" and self.fpn_channels % GROUPS_OF_GROUP_NORM:
             raise ModelError(
                 f"fpn_channels is {self.fpn_channels}, which group norm cannot divide into {GROUPS_OF_GROUP_NORM} "
@@ -228,7 +232,7 @@ def _require_fit(setting: dataclasses.Field[Any], value: Any) -> None:
         or isinstance(values, tuple)
         and (len(values) == length if length else 0 < len(values) <= _LONGEST_LIST)
         and all(type(one) in _TYPES[kind] for one in values)
-        and (choices is None or value in choices)
+        and (choices is None or value in choices or ((or_else := setting.metadata["or_else"]) and or_else(value)))
         and (limits is None or all(limits[0] <= one <= limits[1] for one in values))
     ):
         return
@@ -291,7 +295,10 @@ def model_config(name: str, num_classes: int = 80, **overrides: Any) -> FasterRC
     exist.
     """
     if name not in MODELS:
-        raise ModelError(f"model {name!r} is not known{_nearest(name, MODELS)} Models: {', '.join(MODELS)}")
+        raise ModelError(
+            f"model {name!r} is not known{_nearest(name, MODELS)} Models: {', '.join(MODELS)}, and "
+            "package.module:function for one's own"
+        )
     return config_from_dict({"num_classes": num_classes, **MODELS[name], **overrides})
 
 

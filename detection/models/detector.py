@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from detection.models.config import ModelError
-from detection.models.faster_rcnn import FasterRCNN
+from detection.models.faster_rcnn import AnyDetector
 
 ImageInput: TypeAlias = "np.ndarray | Image.Image | str | Path"
 """RGB as uint8 [H, W, 3], a PIL image of any mode, or a path to an image file."""
@@ -33,7 +33,7 @@ class Detector:
     first.
     """
 
-    model: FasterRCNN
+    model: AnyDetector
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     min_size: int

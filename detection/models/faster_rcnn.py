@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.anchors import AnchorGenerator, AnchorGrid
-from detection.models.backbones import ResNet
+from detection.models.backbones import ARCHITECTURES, ResNet
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.fpn import FPN
 from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.selfcheck import check_kernels
+from detection.models.own.backbone import OwnBackbone
+from detection.models.own.code import is_own
+from detection.models.own.detector import OwnDetector, OwnDetectorConfig
 from detection.models.postprocess import Detections, select_detections
 from detection.models.roi_head import BoxHead, is_proposal, refine_boxes, roi_losses, sample_rois
 from detection.models.rpn import RPNHead, anchor_targets, rpn_losses, select_proposals
@@ -42,14 +45,7 @@ class FasterRCNN(nn.Module):
     def __init__(self, config: FasterRCNNConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = ResNet(
-            config.backbone,
-            norm=config.norm,
-            train_norm_affine=config.train_norm_affine,
-            frozen_stages=config.frozen_stages,
-            norm_eps=config.norm_eps,
-            stride_in_1x1=config.stride_in_1x1,
-        )
+        self.backbone = _backbone(config)
         self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.fpn_norm)
         self.rpn = RPNHead(config.fpn_channels, len(config.anchor_ratios))
         heads = [BoxHead(stage) for stage in config.stages]
@@ -217,6 +213,23 @@ class FasterRCNN(nn.Module):
         return self._roi_align(features, boxes_xyxy, levels, table)
 
 
+AnyDetector = FasterRCNN | OwnDetector
+"""What the engine trains and evaluates."""
+
+
+def _backbone(config: FasterRCNNConfig) -> ResNet | OwnBackbone:
+    if config.backbone not in ARCHITECTURES:
+        return OwnBackbone(config.backbone, norm=config.norm, frozen_stages=config.frozen_stages)
+    return ResNet(
+        config.backbone,
+        norm=config.norm,
+        train_norm_affine=config.train_norm_affine,
+        frozen_stages=config.frozen_stages,
+        norm_eps=config.norm_eps,
+        stride_in_1x1=config.stride_in_1x1,
+    )
+
+
 def build_model(name: str = "faster_rcnn_r50_fpn", num_classes: int = 80, **overrides: Any) -> FasterRCNN:
     """A fresh model. `overrides` are fields of `FasterRCNNConfig`; num_classes does not count the background.
 
@@ -225,12 +238,34 @@ def build_model(name: str = "faster_rcnn_r50_fpn", num_classes: int = 80, **over
     return FasterRCNN(model_config(name, num_classes, **overrides))
 
 
-def model_from_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> FasterRCNN:
+def build_detector(name: str, num_classes: int, **settings: Any) -> AnyDetector:
+    """As build_model; package.module:function makes a detector of one's own, of which `settings` are keywords.
+
+    Raises OwnCodeError as well.
+    """
+    if is_own(name):
+        return OwnDetector(OwnDetectorConfig(name, num_classes, settings))
+    return build_model(name, num_classes, **settings)
+
+
+def model_from_config(
+    settings: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None, own_code: Collection[str | None] = ()
+) -> AnyDetector:
     """A model from `dataclasses.asdict(model.config)`, which may have been through JSON.
 
-    weights: its state dict; None: a fresh model. Raises ModelError for settings of no model, and RuntimeError for
+    weights: its state dict; None: a fresh model. own_code: names of a user's own code that he has given; what is only
+    named in the settings is not run. Raises ModelError for settings of no model, and RuntimeError for
     weights of another: before memory is taken for the model, of which settings from a file may say any size.
     """
+    code = settings.get("factory") or settings.get("backbone")
+    if isinstance(code, str) and is_own(code) and code not in own_code:
+        option = "--model" if "factory" in settings else "--backbone"
+        raise ModelError(f"the model is made by {code}, which no file alone may start: give {option} {code} as well")
+    if "factory" in settings:
+        own = OwnDetector(OwnDetectorConfig(**settings))
+        if weights is not None:
+            own.load_state_dict(weights)
+        return own
     config = config_from_dict(settings)
     if weights is None:
         return FasterRCNN(config)

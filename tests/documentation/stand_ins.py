@@ -15,6 +15,7 @@ from tests.documentation.documented_commands import ROOT, Command
 
 # Commands, and pages, that other tests run. Each with the test, and a text that the test must hold. CI is .ci/run.
 DONE_BY = {
+    "docs/extend.md": ("tests/documentation/test_extend_page.py", '"extend.md"'),
     "docs/own_data.md": ("tests/scripts/convert/test_own_data_guide.py", '"own_data.md"'),
     # Ten minutes, and it installs PyTorch.
     "bash scripts/quickstart.sh": (".ci/run", "bash scripts/quickstart.sh --short"),

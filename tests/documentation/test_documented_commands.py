@@ -35,7 +35,7 @@ SHELL_OPTIONS = {
 FILE_NAME = re.compile(
     r"(?<![\w/.-])(?:(?:data|detection|docs|schedules|scripts|tests|\.ci)/[\w./-]*\w|[\w./-]+\.(?:py|sh|sbatch|md)\b)"
 )
-FOREIGN_FILE = re.compile(r"(tools|_base_|configs)/|report\.md")
+FOREIGN_FILE = re.compile(r"(tools|_base_|configs)/|report\.md|my_parts\.py")
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from data import Augmentation, ColorJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling, TrainLoader
 from detection.config import RunConfig
 from detection.config.augmentation import AugmentationConfig
+from detection.models import imported
 
 
 def augmentation_of(config: AugmentationConfig, max_size: int) -> Augmentation:
@@ -28,6 +29,7 @@ def augmentation_of(config: AugmentationConfig, max_size: int) -> Augmentation:
         flip_probability=config.flip_probability,
         vertical_flip_probability=config.vertical_flip_probability,
         color=color,
+        own=imported(config.augmentation) if config.augmentation is not None else None,
     )
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from detection.models.backbones import FrozenBatchNorm
-from detection.models.config import model_config
+from detection.models.backbones import FrozenBatchNorm, ResNet
+from detection.models.config import ModelError
 from detection.models.detector import Detector, DetectorError
-from detection.models.faster_rcnn import FasterRCNN, model_from_config
+from detection.models.faster_rcnn import AnyDetector, FasterRCNN, model_from_config
+from detection.models.own.backbone import pretrained_state
+from detection.models.own.code import OwnCodeError
+from detection.models.own.detector import OwnDetector
 from detection.models.weights.files import WeightsError
 from detection.models.weights.layouts import (
     COCO_CATEGORY_IDS,
@@ -27,7 +30,7 @@ from detection.models.weights.layouts import (
     to_layout,
 )
 from detection.models.weights.sources import fetch, find_published
-from detection.models.weights.stored import StoredWeights, read_detector_file, read_weights
+from detection.models.weights.stored import StoredWeights, read_detector_file, read_own, read_weights
 
 _NAMES_IN_FULL = 4
 _LAYOUT_WORDS = {
@@ -75,7 +78,7 @@ class WeightReport:
 
 
 def load_weights(
-    model: FasterRCNN,
+    model: AnyDetector,
     spec: str | Path,
     *,
     category_ids: Sequence[int] | None = None,
@@ -84,7 +87,7 @@ def load_weights(
     """Fills `model` with the weights `spec` and reports what fitted.
 
     spec: a file of ours, torchvision's, MMDetection's or Detectron2's, or the name of published weights:
-    "imagenet" (IMAGENET1K_V1 of the model's backbone), "IMAGENET1K_V2", "COCO_V1",
+    "imagenet" (IMAGENET1K_V1 of the model's backbone, or timm's), "IMAGENET1K_V2", "COCO_V1",
     "ResNet50_Weights.IMAGENET1K_V2", ... A head for another number of classes keeps the model's own
     initialization, as do tensors of another shape. category_ids: those of the model's classes; torchvision's
     head for COCO has a row for each of 90 ids, and gives COCO's 80 categories theirs (None: 80 classes are
@@ -92,12 +95,21 @@ def load_weights(
     WeightsError where nothing fits or the file cannot be read, WeightsUnavailable where published weights are
     neither cached nor reachable.
     """
-    published = find_published(str(spec), model.backbone.name)
-    path = Path(spec) if published is None else fetch(published)
-    pixels = PixelInput(model.config.pixel_order, tuple(model.config.pixel_std))
-    stored = read_weights(path, pixels, is_published=published is not None)
+    name = model.config.backbone
+    published = None if _is_of_timm(str(spec), name) else find_published(str(spec), name)
+    if isinstance(model, OwnDetector):
+        stored = read_own(Path(spec))
+        source = f"{spec} ({model.config.factory})"
+    elif _is_of_timm(str(spec), name):
+        state = {f"backbone.body.{key}": tensor for key, tensor in pretrained_state(name).items()}
+        stored = StoredWeights(state, {}, "backbone", None, None, (), {})
+        source = f"{name} (timm's pretrained weights)"
+    else:
+        pixels = PixelInput(model.config.pixel_order, tuple(model.config.pixel_std))
+        path = Path(spec) if published is None else fetch(published)
+        stored = read_weights(path, pixels, is_published=published is not None)
+        source = f"{path if published is None else published.name} ({_LAYOUT_WORDS[stored.layout]})"
     notes = list(stored.notes)
-    source = f"{path if published is None else published.name} ({_LAYOUT_WORDS[stored.layout]})"
 
     own = clean_names(model.state_dict())
     state = {name: tensor.to(map_location) for name, tensor in stored.state.items()}
@@ -124,14 +136,18 @@ def load_weights(
         )
     settled = {*matched, *(name for name, _, _ in reshaped)}
     missing = [name for name in own if name not in settled and not name.endswith("num_batches_tracked")]
-    notes += _suit_backbone(model, stored, published.norm_eps if published else stored.norm_eps)
+    if isinstance(model, FasterRCNN) and isinstance(model.backbone, ResNet):
+        notes += _suit_backbone(model, stored, published.norm_eps if published else stored.norm_eps)
     return WeightReport(tuple(matched), tuple(missing), tuple(unexpected), tuple(reshaped), source, tuple(notes))
 
 
-def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detector:
+def load_detector(
+    path: str | Path, device: str | torch.device = "cpu", own_code: Collection[str | None] = ()
+) -> Detector:
     """The detector in a stripped weights file or a checkpoint of ours (of which it takes the EMA weights, if
     any).
 
+    own_code: package.module:function of a detector or backbone of one's own, which is not run because a file names it.
     Raises WeightsError where the file is no such file or is incomplete, and DetectorError where there is no such
     device.
     """
@@ -142,8 +158,10 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
         names = tuple(str(name) for name in payload["class_names"])
         category_ids = tuple(int(number) for number in payload["category_ids"])
         sizes = tuple(int(payload["preprocessing"][side]) for side in ("min_size", "max_size"))
-        model = model_from_config(payload["model_config"], weights=stored.state)
+        model = model_from_config(payload["model_config"], weights=stored.state, own_code=own_code)
         detector = Detector(model.eval(), names, category_ids, *sizes)
+    except (ModelError, OwnCodeError) as error:
+        raise WeightsError(f"{path}: {error}") from error
     except Exception as error:  # whatever settings of another kind make a model raise
         raise WeightsError(f"{path} does not hold together: {error}") from error
     if not len(detector.class_names) == len(detector.category_ids) == model.config.num_classes:
@@ -158,19 +176,26 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     return detector
 
 
-def prefetch_weights(spec: str | Path, model_name: str) -> Path | None:
+def prefetch_weights(spec: str | Path, backbone: str) -> Path | None:
     """Fetches published weights into torch's cache, so that processes that load them later find them there.
 
-    Does nothing, and returns None, where `spec` is a file or "none". Raises as `load_weights` does for a
-    name.
+    Does nothing, and returns None, where `spec` is a file or "none". backbone: the model's. Raises as `load_weights`
+    does for a name.
     """
     if str(spec) == "none":
         return None
-    published = find_published(str(spec), model_config(model_name).backbone)
+    if _is_of_timm(str(spec), backbone):
+        pretrained_state(backbone)
+        return None
+    published = find_published(str(spec), backbone)
     return None if published is None else fetch(published)
 
 
-def export_state_dict(model: FasterRCNN, layout: str = "ours") -> dict[str, Tensor]:
+def _is_of_timm(spec: str, backbone: str) -> bool:
+    return spec == "imagenet" and backbone.startswith("timm/")
+
+
+def export_state_dict(model: AnyDetector, layout: str = "ours") -> dict[str, Tensor]:
     """The model's weights under the names, and in the order of class rows, of another project.
 
     layout: "mmdet", "torchvision" or "ours"; see `layouts.to_layout`. Tensors are detached and share

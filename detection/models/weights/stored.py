@@ -113,9 +113,21 @@ def read_weights(
     return StoredWeights(ours, origin, layout, norm_eps, stride_in_1x1, tuple(notes), payload)
 
 
+def read_own(path: Path) -> StoredWeights:
+    """The weights of a detector of one's own: those of a run here, or a plain state dict of the module itself."""
+    payload = read_weight_file(path)
+    if not isinstance(payload, Mapping):
+        raise WeightsError(f"{path} holds a {type(payload).__name__}, not a dictionary of weights")
+    found, notes = _find_state(path, payload)
+    state = {name if name.startswith("own.") else f"own.{name}": tensor for name, tensor in found.items()}
+    return StoredWeights(state, {f"own.{name}": name for name in found}, "ours", None, None, tuple(notes), payload)
+
+
 def read_detector_file(path: Path) -> StoredWeights:
     """A checkpoint or a stripped file of ours, with all that a detector needs. Raises WeightsError for any other."""
-    stored = read_weights(path, pixels=None)
+    payload = read_weight_file(path)
+    is_own = isinstance(payload, Mapping) and _is_ours(payload) and "factory" in (payload.get("model_config") or {})
+    stored = read_own(path) if is_own else read_weights(path, pixels=None)
     if not stored.is_ours:
         raise WeightsError(
             f"{path} is no checkpoint or detector of this project: it holds weights alone, without class names and the "

@@ -352,13 +352,13 @@ def test_published_backbones_come_from_torchs_cache(spec, cache):
     report = load_weights(model, spec)
     assert torch.equal(model.backbone.layer4[1].conv2.weight, backbone.layer4[1].conv2.weight)
     assert "ResNet18_Weights.IMAGENET1K_V1" in report.source
-    assert prefetch_weights(spec, "faster_rcnn_r18_fpn") == cache / "resnet18-f37072fd.pth"
+    assert prefetch_weights(spec, "resnet18") == cache / "resnet18-f37072fd.pth"
 
 
 def test_what_is_neither_cached_nor_reachable_is_told_with_address_folder_and_way_out(cache):
     for load in (
         lambda: load_weights(small(), "imagenet"),
-        lambda: prefetch_weights("imagenet", "faster_rcnn_r18_fpn"),
+        lambda: prefetch_weights("imagenet", "resnet18"),
     ):
         with pytest.raises(WeightsUnavailable) as error:
             load()
@@ -383,14 +383,14 @@ def test_a_download_has_a_time_limit_and_a_checked_hash(cache, monkeypatch):
 
     monkeypatch.setattr("torch.hub.urlopen", answer)
     with pytest.raises(WeightsUnavailable, match="hash"):
-        prefetch_weights("imagenet", "faster_rcnn_r18_fpn")
+        prefetch_weights("imagenet", "resnet18")
     assert limits == [30.0] and socket.getdefaulttimeout() is None
     assert not list(cache.iterdir())
 
 
 def test_files_and_none_need_no_prefetching(cache, tmp_path):
-    assert prefetch_weights("none", "faster_rcnn_r18_fpn") is None
-    assert prefetch_weights(tmp_path / "model.pth", "faster_rcnn_r18_fpn") is None
+    assert prefetch_weights("none", "resnet18") is None
+    assert prefetch_weights(tmp_path / "model.pth", "resnet18") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Detectors and backbones that are a user's own code."""
