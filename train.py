@@ -13,6 +13,9 @@ def main() -> int:
         config = parse_arguments()
     except ConfigError as error:
         return fail_together(error)
+    # OpenMP lets threads spin while they wait, which on a machine with other work takes cores from those that they wait
+    # for. It reads this when PyTorch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Only now: PyTorch takes seconds, and neither --help nor a wrong option shall wait for it.
     from detection.engine import USER_ERRORS, RunError, run
 

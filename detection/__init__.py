@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from detection.engine.run import train
     from detection.evaluation import CocoEvaluator, evaluate_results
     from detection.inference.outputs import draw_detections
     from detection.models import Detector, build_model, export_state_dict, load_detector, load_weights
@@ -26,6 +27,7 @@ _HOMES = {
     "export_state_dict": "detection.models",
     "load_detector": "detection.models",
     "load_weights": "detection.models",
+    "train": "detection.engine.run",
 }
 
 __version__ = "0.1.0"
@@ -39,6 +41,7 @@ __all__ = [
     "export_state_dict",
     "load_detector",
     "load_weights",
+    "train",
 ]
 
 

@@ -7,6 +7,7 @@ Works on the results of any program that writes COCO's format. Shows AP, AR and 
 class, precision-recall curves, which kinds of error cost how much, confused classes, and the worst images.
 """
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -17,6 +18,7 @@ from data import read_image
 from detection.evaluation import BACKENDS, METRIC_NAMES
 from detection.evaluation.analysis import analyze_results
 from detection.evaluation.html_report import html_report
+from detection.reporting import MetricsError, read_metrics
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             backend=arguments.backend,
             score_threshold=arguments.score_threshold,
             num_worst_images=arguments.worst,
+            num_run=_num_run(Path(arguments.results)),
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,6 +81,18 @@ def main(argv: list[str] | None = None) -> int:
     for line in (*(f"note: {note}" for note in metrics["notes"]), *(f"wrote {file}" for file in files)):
         print(line)
     return 0
+
+
+def _num_run(results: Path) -> int | None:
+    """On how many images a run of train.py made this results file, where its records lie beside it."""
+    split = results.stem.removeprefix("detections_")
+    with contextlib.suppress(OSError, ValueError, MetricsError):
+        alone, record = results.with_name(f"metrics_{split}.json"), results.with_name("metrics.jsonl")
+        if alone.is_file() and alone.stat().st_mtime >= results.stat().st_mtime:
+            return json.loads(alone.read_text()).get("num_images")
+        if split == "val" and record.is_file():
+            return next((each.get("num_images") for each in reversed(read_metrics(record, kind="val"))), None)
+    return None
 
 
 if __name__ == "__main__":

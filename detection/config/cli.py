@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from detection.config import augmentation
 from detection.config.arg_types import AUTO_BATCH_SIZE
 from detection.config.mmdet_run import read_run
+from detection.config.recorded_run import RECORD, with_record
 from detection.config.run_config import RunConfig
 from detection.config.settings import ConfigError, add_options, filled, settings_of
+from schedules.errors import Place, ScheduleError
+from schedules.expressions import read_value
 from schedules.reader import SCHEDULE_KEYS
 
 GROUPS = {
@@ -28,10 +31,30 @@ GROUPS = {
     "mode": "instead of training",
 }
 """Names of the groups of options, and their titles, in the order of --help."""
+COMMON = frozenset(
+    f"--{name}"
+    for name in (
+        *("config", "schedule", "max-epochs", "lr", "set", "auto-scale-lr"),
+        *("data-path", "train-images", "train-annotations", "val-images", "val-annotations", "min-size"),
+        *("model", "weights", "freeze", "batch-size", "amp", "ema", "device"),
+        *("output-dir", "resume", "val-only", "dry-run"),
+    )
+)
+"""What --help shows; --help-all shows every option."""
+
+
+class _Help(argparse.Action):
+    """Prints the help, of the common options or of all."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        build_parser(None if self.const else COMMON).print_help()
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with a suggestion for a mistyped option."""
+    """argparse, with a suggestion for a mistyped option. raises: a ConfigError in place of the process's end."""
+
+    raises = False
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
@@ -43,31 +66,43 @@ class _Parser(argparse.ArgumentParser):
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
         if choice and (near := difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), n=1)):
             message += f": did you mean {near[0]}?"
-        self.exit(2, f"{self.prog}: error: {message}\n(--help lists every option)\n")
+        if self.raises:
+            raise ConfigError(message)
+        self.exit(2, f"{self.prog}: error: {message}\n(--help-all lists every option)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of train.py, made from the fields of RunConfig. What is not given is not in the namespace."""
+def build_parser(shown: frozenset[str] | None = None) -> _Parser:
+    """The command line of train.py, made from the fields of RunConfig. What is not given is not in the namespace.
+
+    shown: the options in its help; None: all.
+    """
     parser = _Parser(
         prog="train.py",
         description="Train, validate and test Faster R-CNN on COCO-format data. One process: python train.py ...; "
         "N processes: torchrun --nproc_per_node=N train.py ...",
         allow_abbrev=False,
+        add_help=False,
     )
+    help_words: dict[str, Any] = {"action": _Help, "nargs": 0, "default": argparse.SUPPRESS}
+    parser.add_argument("-h", "--help", **help_words, const=False, help="the options that most runs need")
+    parser.add_argument("--help-all", **help_words, const=True, help="every option")
     for name, title in GROUPS.items():
         group = parser.add_argument_group(title)
         for group_name, _, field in settings_of(RunConfig):
             if group_name == name:
-                add_options(group, field)
+                add_options(group, field, shown)
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
+def parse_arguments(argv: Sequence[str] | None = None, *, raises: bool = False) -> RunConfig:
     """The configuration that `argv` (default: the process's arguments) asks for.
 
-    Raises ConfigError where options contradict each other; argparse's own errors leave with status 2.
+    Raises ConfigError where options contradict each other. argparse's own errors leave with status 2, or with `raises`
+    are ConfigErrors too.
     """
-    given = vars(build_parser().parse_args(sys.argv[1:] if argv is None else list(argv)))
+    parser = build_parser()
+    parser.raises = raises
+    given = vars(parser.parse_args(sys.argv[1:] if argv is None else list(argv)))
     if "val_only" in given and "test_only" in given:
         raise ConfigError("--val-only and --test-only exclude each other: give one of them")
     given["mode"] = "val" if "val_only" in given else "test" if "test_only" in given else "train"
@@ -86,9 +121,47 @@ def parse_arguments(argv: Sequence[str] | None = None) -> RunConfig:
     return config
 
 
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options of Python as words of the command line: max_epochs=3, ema=True, set={"lr": 0.1}, channels_last=False.
+
+    None and False leave an option away; a list gives several values, and a dictionary KEY=VALUE each.
+    """
+    actions = build_parser()._actions
+    repeated = {a.option_strings[0] for a in actions if isinstance(a, argparse._AppendAction)}
+    switches = {flag for a in actions if a.nargs == 0 for flag in a.option_strings}
+    words: list[str] = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, Mapping):
+            value = [f"{key}={each!r}" for key, each in value.items()]
+        if value is False and f"--no-{flag[2:]}" in switches:
+            words.append(f"--no-{flag[2:]}")
+        elif value is True:
+            words.append(flag)
+        elif value is None or value is False:
+            continue
+        elif isinstance(value, (list, tuple)):
+            texts = list(map(str, value))
+            words += [f"{flag}={text}" for text in texts] if flag in repeated else [flag, *texts]
+        else:
+            words.append(f"{flag}={value}")
+    return words
+
+
 def _with_config_file(given: dict[str, Any]) -> dict[str, Any]:
-    """What is given, over what the file of --config says."""
+    """What is given, over what the file of --config says, or the record of the run that --resume names."""
     path, options = given.get("config_file"), given.get("cfg_options", ())
+    record = _record(path)
+    if record is None and path is None and (record := _record(given.get("resume"))) is not None:
+        given = dict(given)
+        if given.setdefault("output_dir", record.parent).resolve() == record.parent.resolve():
+            given["resume"] = "auto"
+    elif record is not None:
+        given = {name: value for name, value in given.items() if name != "config_file"}
+    if record is not None:
+        if options:
+            raise ConfigError(f"--cfg-options {options[0]} is for configurations of MMDetection: give --set instead")
+        return with_record(record, given) | {"config_notes": (f"settings of {record}; options count over them",)}
     if path is None:
         if options:
             raise ConfigError(
@@ -112,16 +185,25 @@ def _with_config_file(given: dict[str, Any]) -> dict[str, Any]:
     return values | {"config_notes": tuple(lines)}
 
 
+def _record(path: str | Path | None) -> Path | None:
+    """The config.json of a run that a path names by its folder or itself; None where it names something else."""
+    if path is None:
+        return None
+    path = Path(path)
+    file = path / RECORD if path.is_dir() else path
+    return file if file.suffix == ".json" and (path.suffix == ".json" or file.is_file()) else None
+
+
 def _model_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     try:
         if not equals:
             raise ValueError
-        return key.strip(), ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # whatever a text's parser raises
+        return key.strip(), read_value(value, Place("--model-set", (key.strip(),)))
+    except (ValueError, ScheduleError):
         raise ConfigError(
-            f"--model-set {text}: write it as KEY=VALUE with a Python literal, e.g. --model-set score_threshold=0.01 "
-            "or --model-set anchor_sizes=[16,32,64,128,256]"
+            f"--model-set {text}: write it as KEY=VALUE with a word or a Python literal, e.g. --model-set "
+            "score_threshold=0.01, --model-set fpn_norm=gn or --model-set anchor_sizes=[16,32,64,128,256]"
         ) from None
 
 

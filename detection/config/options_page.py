@@ -13,8 +13,8 @@ from detection.config.settings import OnResume, Option, settings_of
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 OPENING = """# Options of train.py
 
-Every option, its default, and the key under which `config.json` and checkpoints hold it. `python3 train.py --help`
-says the same. This page is made from the settings in `detection/config` and not written by hand;
+Every option, its default, and the key under which `config.json` and checkpoints hold it. `python3 train.py
+--help-all` says the same. This page is made from the settings in `detection/config` and not written by hand;
 `python3 -m detection.config.options_page` rewrites it.
 
 "On resume" says whose value holds where the command line of a resumed run differs from the run in the checkpoint. The

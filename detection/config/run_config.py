@@ -66,7 +66,13 @@ class DataConfig:
     train_annotations: Path | None = setting(None, COMPATIBLE, "COCO JSON of the train set", type=Path, metavar="FILE")
     val_images: Path | None = setting(None, COMMAND_LINE, "image folder of the val set", type=Path, metavar="DIR")
     val_annotations: Path | None = setting(None, COMMAND_LINE, "COCO JSON of the val set", type=Path, metavar="FILE")
-    test_images: Path | None = setting(None, COMMAND_LINE, "image folder of the test set", type=Path, metavar="DIR")
+    test_images: Path | None = setting(
+        None,
+        COMMAND_LINE,
+        "image folder of the test set, which a training evaluates at its end with the best weights",
+        type=Path,
+        metavar="DIR",
+    )
     test_annotations: Path | None = setting(None, COMMAND_LINE, "COCO JSON of the test set", type=Path, metavar="FILE")
     min_size: int = setting(800, COMMAND_LINE, "shorter side", unit="pixels", type=side)
     max_size: int = setting(1333, COMMAND_LINE, "longer side at most", unit="pixels", type=side)
@@ -123,7 +129,8 @@ class ModelConfig:
     weights: str = setting(
         "imagenet",
         CHECKPOINT,
-        "none, imagenet, a torchvision weights name, or a file of ours, torchvision's, MMDetection's",
+        "none, imagenet, a torchvision weights name, a file of ours, torchvision's, MMDetection's, or the output "
+        "directory of a run: its best weights",
         metavar="SPEC",
     )
     norm: str = setting(
@@ -249,11 +256,12 @@ class OutputConfig:
     resume: str | None = setting(
         None,
         EACH_START,
-        "auto: the newest intact checkpoint of the output directory, a fresh start where there is none",
+        "auto: the newest intact checkpoint of the output directory, a fresh start where there is none; DIR: the run "
+        "of this output directory with its own settings, over which other options count",
         shown="",
         nargs="?",
         const="auto",
-        metavar="auto|FILE",
+        metavar="auto|FILE|DIR",
     )
     overwrite: bool = setting(False, EACH_START, "start anew; what the output directory holds is moved aside first")
     keep_checkpoints: int = setting(3, COMMAND_LINE, "epoch files kept", type=positive_int)
@@ -282,6 +290,14 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     device: str = setting("auto", COMMAND_LINE, "where to compute", group="train", choices=("auto", "cpu", "cuda"))
+    threads: int | None = setting(
+        None,
+        COMMAND_LINE,
+        "CPU threads a process",
+        shown="GPU PyTorch's, CPU the cores of the machine / its processes",
+        group="train",
+        type=whole(1, 1024),
+    )
     mode: str = setting(
         "train",
         EACH_START,
@@ -302,7 +318,7 @@ class RunConfig:
     config_file: Path | None = setting(
         None,
         EACH_START,
-        "a configuration of MMDetection 3.x that says the whole run; options count over it",
+        "the whole run: a configuration of MMDetection 3.x, or the config.json of a run; options count over it",
         flag="--config",
         group="config",
         type=Path,

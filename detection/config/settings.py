@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import Field
 from enum import Enum
 from typing import Any, TypeVar
@@ -102,8 +102,11 @@ def settings_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, str, Field[A
             yield field.metadata["group"] or key.split(".")[0], key, field
 
 
-def add_options(group: argparse._ActionsContainer, field: Field[Any]) -> None:
-    """Add a setting's options to a parser. What is not given is left out of the parsed namespace."""
+def add_options(group: argparse._ActionsContainer, field: Field[Any], shown: Container[str] | None = None) -> None:
+    """Add a setting's options to a parser. What is not given is left out of the parsed namespace.
+
+    shown: the options that --help shows; None: all.
+    """
     options: tuple[Option, ...] = field.metadata["options"]
     if len(options) > 1 and all(option.words.get("dest") == field.name for option in options):
         group = group.add_mutually_exclusive_group()
@@ -112,8 +115,9 @@ def add_options(group: argparse._ActionsContainer, field: Field[Any]) -> None:
         if isinstance(field.default, bool):
             words = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
         default = option.default(field)
-        text = f"{option.meaning()} [{default}]" if default else option.meaning()
-        group.add_argument(option.flag_for(field), default=argparse.SUPPRESS, help=text, **words)
+        flag, text = option.flag_for(field), f"{option.meaning()} [{default}]" if default else option.meaning()
+        text = text if shown is None or flag in shown else argparse.SUPPRESS
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **words)
 
 
 def filled(kind: type[T], given: Mapping[str, Any]) -> T:

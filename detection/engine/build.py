@@ -16,6 +16,7 @@ from detection.config.run_config import RunConfig
 from detection.engine.accelerate.cuda_graphs import require_cuda_graphs
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
 from detection.engine.distributed.comm import Processes
+from detection.engine.distributed.cpu_threads import crowding
 from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
 from detection.engine.inputs.datasets import (
     DatasetFiles,
@@ -54,6 +55,8 @@ class Components:
     evaluation_set: CocoDataset | None
     """Validation set, or test set in a test run."""
     evaluation_files: SplitFiles | None
+    test: tuple[CocoDataset, SplitFiles] | None
+    """What a training is tested on at its end, and its files."""
     model: AnyDetector
     weights_line: str
     """Where its weights come from, and what of it is trained."""
@@ -96,6 +99,8 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
         lines.append("warning: float16 on a CPU takes some forty times as long as float32: use --amp bf16 or --amp off")
     elif schedule.amp == "bf16" and not multiplies_bfloat16(processes.device):
         lines.append("warning: this device has no instructions for bfloat16, so float32 is faster: use --amp off")
+    if processes.device.type == "cpu" and (crowded := crowding(processes.local_world_size)) is not None:
+        lines.append(crowded)
     if is_restart:
         lines.append("started again by torchrun: the run resumes from its own newest checkpoint")
     if resume is None:
@@ -127,10 +132,15 @@ def _prefetch(config: RunConfig) -> None:
 
 
 def _checkpoint_to_resume(resume: str, output: RunDir, *, is_restart: bool) -> LoadedCheckpoint | None:
+    folder = output.checkpoints
     if resume != "auto":
-        return load_checkpoint(Path(resume))
+        if not Path(resume).is_dir():
+            return load_checkpoint(Path(resume))
+        folder = Path(resume) / folder.name
+        if not folder.is_dir():
+            raise CheckpointError(f"{resume} is a folder without {folder.name}: give a checkpoint, or a run's folder")
     try:
-        return newest_checkpoint(output.checkpoints)
+        return newest_checkpoint(folder)
     except CheckpointError as error:
         again = "\nThe run was started again by this torchrun, which counts as --resume: start torchrun anew."
         raise CheckpointError(f"{error}{again if is_restart else ''}") from error
@@ -189,15 +199,20 @@ def build(
         model, class_names, weights_line = _model_to_evaluate(config, checkpoint, files, annotations)
     model = _place(config, processes, model)
     evaluation_files = files.test if config.mode == "test" else files.val
-    evaluation_set = None
-    if evaluation_files is not None:
-        evaluation_set = CocoDataset(
-            evaluation_files.images,
-            annotations[evaluation_files.annotations].with_classes(class_names),
+    test_files = files.test if config.mode == "train" else None
+    evaluation_set, test_set = (
+        CocoDataset(
+            split.images,
+            annotations[split.annotations].with_classes(class_names),
             training=False,
             look_for_images=look_for_images,
         )
-    return Components(schedule, overrides, train_set, evaluation_set, evaluation_files, model, weights_line)
+        if split is not None
+        else None
+        for split in (evaluation_files, test_files)
+    )
+    test = None if test_set is None or test_files is None else (test_set, test_files)
+    return Components(schedule, overrides, train_set, evaluation_set, evaluation_files, test, model, weights_line)
 
 
 def _model_to_train(
@@ -226,7 +241,7 @@ def _model_to_train(
 def _renamed_classes(config: RunConfig, class_names: tuple[str, ...]) -> list[str]:
     """A warning where the weights' head fits by its number of classes, and was trained for others."""
     spec = config.model.weights
-    if not Path(spec).is_file():
+    if not Path(spec).exists():
         return []
     try:
         before = load_detector(spec, own_code=_own_code(config)).class_names
@@ -270,7 +285,7 @@ def _model_to_evaluate(
         model = _with_chosen_settings(config, _stored_model(config, checkpoint, averaged=bool(average)))
         sizes = state["preprocessing"]["min_size"], state["preprocessing"]["max_size"]
         return model, tuple(state["class_names"]), line + _other_scale(config, *sizes)
-    if Path(spec).is_file():
+    if Path(spec).exists():
         with contextlib.suppress(WeightsError):  # weights of another project, without a model and classes
             detector = load_detector(spec, own_code=_own_code(config))
             line = f"{spec} (with its own model, {detector.model.config.backbone})"

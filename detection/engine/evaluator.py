@@ -232,10 +232,9 @@ class Evaluator:
         return detections.take(np.argsort(detections.image_ids, kind="stable")), run
 
 
-def coco_evaluator(context: RunContext, components: Components) -> CocoEvaluator | None:
-    """What judges detections of the evaluation set, on the main process; None elsewhere."""
-    assert components.evaluation_set is not None
-    annotations, backend = components.evaluation_set.annotations, context.config.output.eval_backend
+def coco_evaluator(context: RunContext, dataset: CocoDataset) -> CocoEvaluator | None:
+    """What judges detections of a set, on the main process; None elsewhere."""
+    annotations, backend = dataset.annotations, context.config.output.eval_backend
     return run_on_all_ranks(
         context.processes,
         lambda: CocoEvaluator(annotations, backend=backend) if context.processes.is_main else None,
@@ -256,14 +255,20 @@ def evaluate_model(context: RunContext, components: Components) -> int:
     if config.train.compile:
         assert isinstance(components.model, FasterRCNN)  # the command line refuses the option for others
         compile_for_evaluation(components.model)
-    coco = coco_evaluator(context, components)
+    return evaluate_set(context, dataset, components.model, precision)
+
+
+def evaluate_set(context: RunContext, dataset: CocoDataset, model: nn.Module, precision: Precision) -> int:
+    """Evaluate the model (not wrapped) on a set, as the context's mode asks for; the exit status. Collective."""
+    config, console, processes = context.config, context.console, context.processes
+    coco = coco_evaluator(context, dataset)
     if config.mode == "test" and coco is not None and not coco.has_boxes:
         coco = None
     bad_images = BadImages(processes, console, config.data.max_bad_images)
     evaluator = Evaluator(context, dataset, coco, precision, MetricLogger(console), bad_images)
     with contextlib.closing(evaluator):
         try:
-            metrics, _ = evaluator.run(components.model)
+            metrics, _ = evaluator.run(model)
         except Stopped as stopped:
             console.say(
                 f"stopped by {context.stop.signal_name or 'a signal to another process'} {stopped} "

@@ -6,12 +6,14 @@ import os
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data import worker_error
-from detection.config import ConfigError
+from detection.config import ConfigError, parse_arguments
 from detection.config.arg_types import AUTO_BATCH_SIZE
+from detection.config.cli import words_of
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.device_memory import device_memory
 from detection.engine.build import build, preflight
@@ -20,13 +22,33 @@ from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import USER_ERRORS, RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.distributed.heartbeat import LostProcess, is_network_error
-from detection.engine.distributed.signals import StopRequest
+from detection.engine.distributed.signals import STOPPED_EXIT_CODE, StopRequest
 from detection.engine.evaluator import evaluate_model
 from detection.engine.inputs.datasets import read_annotations
 from detection.engine.resume import resumed_settings, with_batch_size_of
 from detection.engine.run_dir import RunDir
-from detection.engine.train import find_batch_size, train
+from detection.engine.train import find_batch_size, run_training
 from detection.reporting import Console
+
+
+def train(**options: Any) -> Path:
+    """Train as `train.py` does, with its options by name: train(data_path="my_set", max_epochs=3, ema=True).
+
+    set={"lr": 0.01} and model_set={...} take dictionaries, options of several values lists. val_only=True and
+    test_only=True evaluate.
+
+    Returns:
+        The run's output directory.
+
+    Raises:
+        ConfigError: an option that is wrong, or options that contradict each other.
+        RunError and the other errors in USER_ERRORS: what the command line would end with.
+        KeyboardInterrupt: a signal ended the run, which saved itself first: resume="DIR" continues it.
+    """
+    config = parse_arguments(words_of(options), raises=True)
+    if run(config) == STOPPED_EXIT_CODE:
+        raise KeyboardInterrupt(f"continue with train(resume={str(config.output_dir)!r})")
+    return config.output_dir
 
 
 def run(config: RunConfig) -> int:
@@ -38,7 +60,8 @@ def run(config: RunConfig) -> int:
     Raises:
         RunError and the errors in USER_ERRORS: the user's to mend.
     """
-    processes = start_processes(config.device, timedelta(minutes=config.collective_timeout))
+    timeout = timedelta(minutes=config.collective_timeout)
+    processes = start_processes(config.device, timeout, config.threads)
     output = RunDir(config.output_dir)
     last_words: str | None = None
     try:
@@ -86,7 +109,7 @@ def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequ
         if finds_batch_size:
             context = find_batch_size(context, components)
         if config.mode == "train":
-            return train(context, components, checkpoint, changes)
+            return run_training(context, components, checkpoint, changes)
         return evaluate_model(context, components)
     except (RunError, *USER_ERRORS) as error:
         if processes.is_main or not isinstance(error, RunError):

@@ -55,9 +55,11 @@ def describe_run(
     config, processes, schedule = context.config, context.processes, components.schedule
     train_set, val_set, names = loader.dataset, components.evaluation_set, loader.dataset.class_names
     num_iterations = schedule.max_epochs * loader.iterations_per_epoch
+    tested = f"at the end, with the {'last' if val_set is None else 'best'} weights"
     rows = [
         ("data", _describe_set("train", train_set)),
         ("", _describe_set("val", val_set) if val_set is not None else "no validation set"),
+        ("", _describe_set("test", components.test[0]) + f", evaluated once, {tested}" if components.test else ""),
         ("classes", ", ".join(names[:12]) + (f", ... ({len(names)})" if len(names) > 12 else "")),
         ("model", f"{config.model.model}, {_describe_parameters(components.model)}"),
         ("weights", components.weights_line),

@@ -7,20 +7,21 @@ import shutil
 from dataclasses import replace
 from functools import partial
 
-from data import TrainLoader
+from data import CocoDataset, TrainLoader
 from detection.engine.accelerate.compile import compile_for_training, uncompiled
 from detection.engine.accelerate.cuda_graphs import StepGraphs, cuda_step_graphs
 from detection.engine.accelerate.device_memory import REMEDIES, device_memory
 from detection.engine.build import Components, run_schedule
-from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
+from detection.engine.checkpoint import BEST, CheckpointError, LoadedCheckpoint, load_checkpoint
 from detection.engine.checkpoint_store import Checkpointer, CheckpointStore, continue_from
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.signals import STOPPED_EXIT_CODE, Interrupted, Stopped
-from detection.engine.evaluator import Evaluator, coco_evaluator
+from detection.engine.evaluator import Evaluator, coco_evaluator, evaluate_set
 from detection.engine.inputs.augmentation import augmentation_of
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
+from detection.engine.inputs.datasets import SplitFiles
 from detection.engine.metrics.images import training_mosaic
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.metrics.step_metrics import NonFiniteLoss, StepMetrics
@@ -43,7 +44,9 @@ from detection.reporting import MetricsLog, TensorBoardLog
 from schedules import Schedule, unmatched_custom_keys
 
 
-def train(context: RunContext, components: Components, checkpoint: LoadedCheckpoint | None, changes: list[str]) -> int:
+def run_training(
+    context: RunContext, components: Components, checkpoint: LoadedCheckpoint | None, changes: list[str]
+) -> int:
     """Train to the schedule's end, from `checkpoint` where one is given; the exit status.
 
     changes: lines on settings of the command line that are not those of the checkpoint's run.
@@ -114,7 +117,32 @@ def train(context: RunContext, components: Components, checkpoint: LoadedCheckpo
         console.say(
             closing_summary(context.output, logger, progress, bad_images, components.evaluation_files, is_whole, own)
         )
+        if components.test is not None:
+            status = _test(context, state, *components.test)
     return status
+
+
+def _test(context: RunContext, state: TrainState, dataset: CocoDataset, files: SplitFiles) -> int:
+    """Evaluate the test set with the weights of the best validation, or the last ones without any; the exit status.
+
+    They take the place of the state's, which is saved and not needed any more.
+    """
+    model, name = state.validated_model
+    best = context.output.checkpoints / BEST
+
+    def take_best() -> str:
+        if state.progress.best_map is None:
+            return f"the last {name}"
+        stored = load_checkpoint(best).state
+        model.load_state_dict(stored["ema"] or stored["model"])
+        return str(best)
+
+    weights = run_on_main_rank(context.processes, take_best)
+    context.processes.broadcast_weights(model)
+    context.console.say(f"\ntest: {len(dataset)} images of {files.annotations}, {weights}")
+    evaluate = uncompiled(evaluate_set) if context.config.train.compile else evaluate_set
+    tested = replace(context, config=replace(context.config, mode="test"))
+    return evaluate(tested, dataset, model, state.precision)
 
 
 def find_batch_size(context: RunContext, components: Components) -> RunContext:
@@ -223,7 +251,7 @@ def _validation(
     if components.evaluation_set is None:
         context.console.say("no validation set is given: the run trains without validation")
         return None
-    coco = coco_evaluator(context, components)
+    coco = coco_evaluator(context, components.evaluation_set)
     return Evaluator(context, components.evaluation_set, coco, precision, logger, bad_images)
 
 

@@ -28,6 +28,7 @@ def analyze_results(
     score_threshold: float | None = None,
     num_worst_images: int = 24,
     num_best_images: int = 6,
+    num_run: int | None = None,
 ) -> dict[str, Any]:
     """Everything about a COCO results file, ours or another program's, in plain types that JSON takes.
 
@@ -36,6 +37,7 @@ def analyze_results(
             images look at; None: each class has the threshold at which its own F1 is best (classes that have no
             boxes or no detections: the median of the others).
         num_worst_images, num_best_images: lengths of the lists of worst and of best images.
+        num_run: on how many of the images the detector was run; None: not known. A note counts the others.
 
     Returns:
         {"metrics": as CocoEvaluator.evaluate,
@@ -62,6 +64,17 @@ def analyze_results(
     metrics = evaluator.evaluate(detections)
     truth, accumulated = evaluator.truth, evaluator.accumulated
     assert accumulated is not None
+    num_images, num_empty = len(truth.image_ids), len(np.setdiff1d(truth.image_ids, detections.image_ids))
+    if num_run is not None and num_run < num_images:
+        metrics["notes"].append(
+            f"{num_images - num_run:,} of {num_images:,} images have no detections because they were not run: every "
+            "box in them counts as missed"
+        )
+    elif num_empty and num_run is None:
+        metrics["notes"].append(
+            f"{num_empty:,} of {num_images:,} images have no detections; where they were not run "
+            "(--limit-val-batches), their boxes count as missed all the same"
+        )
     detections = detections.take(np.isin(detections.category_ids, truth.category_ids))
     outcomes = sort_outcomes(truth, detections)
     num_boxes = _count(truth, ~truth.crowd)

@@ -63,7 +63,7 @@ def draw_boxes(
     for number in np.argsort(-certainty, kind="stable"):  # the surest names get the best places
         text = class_names[int(labels[number])]
         if scores is not None:
-            text += f" {100 * float(scores[number]):.0f}"
+            text += f": {100 * float(scores[number]):.0f} %"
         place = _name_place(int(number), _name_size(font, text), pixels.size, rectangles, taken)
         taken.append(place)
         places[int(number)] = (place, text)

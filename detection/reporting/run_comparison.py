@@ -135,14 +135,20 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return ["/".join(path.parts[-num_parts:]) for path in resolved]
 
 
-def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted key -> value as JSON."""
+def flattened(settings: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> value as a person writes it; places in lists of anything but plain values are numbers."""
+    if isinstance(settings, Mapping):
+        pairs = list(settings.items())
+    elif isinstance(settings, list) and any(isinstance(value, (Mapping, list)) for value in settings):
+        # Those of --model-set are pairs of key and value.
+        is_pairs = all(isinstance(each, list) and len(each) == 2 and isinstance(each[0], str) for each in settings)
+        pairs = settings if is_pairs else list(enumerate(settings))
+    else:
+        values = settings if isinstance(settings, list) else [settings]
+        return {prefix: " ".join(each if isinstance(each, str) else json.dumps(each) for each in values) or "none"}
     flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flattened(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value)
+    for key, value in pairs:
+        flat |= flattened(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection.engine import RunError
+from detection.config import parse_arguments
+from detection.engine import RunError, run
 from detection.models import load_detector
 from detection.models.weights.stored import stripped_file
 
@@ -178,3 +179,25 @@ def test_a_validation_in_training_outlives_results_that_cannot_be_written(start,
     monkeypatch.setattr("detection.engine.evaluator.write_results", refuse)
     assert start(tmp_path / "run", "--max-epochs", "1") == 0
     assert len(records_of(tmp_path / "run", "val")) == 1
+
+
+def test_a_training_tests_its_best_weights_at_the_end(finished, shapes_set, tmp_path, capsys, load):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    annotations = shapes_set / "annotations" / "instances_val2017.json"
+    words = ["--test-images", shapes_set / "val2017", "--test-annotations", annotations, "--limit-val-batches", "9"]
+    # The run is done: what is left is its test.
+    assert run(parse_arguments(["--resume", str(folder), *map(str, words)])) == 0
+    said = capsys.readouterr().out
+    assert "test: 6 images" in said
+    assert "evaluated once, at the end, with the best weights" in said
+    tested = json.loads((folder / "metrics_test.json").read_text())
+    assert start_alone(["--val-only", "--weights", folder, *words[-2:]], finished, tmp_path / "alone") == 0
+    alone = json.loads((tmp_path / "alone" / "metrics_val.json").read_text())
+    assert tested["mAP"] == alone["mAP"]
+    assert f"{folder / 'checkpoints' / 'best.pt'}" in said
+    assert tested["num_images"] == 6
+
+
+def start_alone(words: list, record: Path, output: Path) -> int:
+    return run(parse_arguments(list(map(str, ["--config", record, "--output-dir", output, *words]))))

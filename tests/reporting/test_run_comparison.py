@@ -28,6 +28,9 @@ def make_run(directory, lr, maps, num_iterations=200):
         "seed": 0,
         "starts": starts,
         "model": {"name": "r50", "norm": "bn"} | ({"width": 2} if lr > 0.05 else {}),
+        "sizes": [8, 16] if lr > 0.05 else [],
+        "steps": [{"type": "LinearLR", "end": 500}, {"type": "MultiStepLR", "milestones": [8, round(100 * lr)]}],
+        "settings": [["norm_eps", lr], ["a", [1, 2]]],
     }
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -55,6 +58,9 @@ def test_only_settings_that_differ_are_listed_also_those_of_one_run_alone(direct
     assert [line.split() for line in lines] == [
         ["setting", "a/run", "b/run"],
         ["lr", "0.02", "0.1"],
+        ["sizes", "none", "8", "16"],
+        ["steps.1.milestones", "8", "2", "8", "10"],
+        ["settings.norm_eps", "0.02", "0.1"],
         ["model.width", "-", "2"],
     ]
     assert configuration_differences(read_runs(directories)[:1] * 2) == "no setting differs"

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from detection.engine.distributed.cpu_threads import set_threads
 from detection.engine.distributed.heartbeat import Heartbeat, start_heartbeat
 from detection.engine.distributed.rendezvous import rendezvous
 from detection.errors import DetectionError
@@ -219,12 +220,13 @@ class PendingSum:
             dist.all_gather(list(self.values.view_as(self.parts)), total)
 
 
-def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> Processes:
+def start_processes(device: str, timeout: timedelta = timedelta(minutes=15), threads: int | None = None) -> Processes:
     """Join the run's processes as torchrun's environment says; one process without it.
 
     Args:
         device: auto (CUDA where there is one), cpu or cuda.
         timeout: how long a process waits for the others before it ends with an error that names them.
+        threads: CPU threads of a process; None: on CPUs the machine's cores are divided.
 
     Raises:
         DeviceError: cuda is asked for and absent, or two processes would use one GPU.
@@ -243,8 +245,7 @@ def start_processes(device: str, timeout: timedelta = timedelta(minutes=15)) -> 
         chosen = torch.device("cuda", own_gpu(local_rank, local_world_size, num_gpus))
         torch.cuda.set_device(chosen)
         gpu = str(getattr(torch.cuda.get_device_properties(chosen), "uuid", f"of process {rank}"))
-    else:
-        _share_cpu_cores(local_world_size)
+    set_threads(threads, chosen.type, local_world_size)
     group = heartbeat = None
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -315,9 +316,3 @@ def stop_processes(*, failed: bool = False) -> None:
     # NCCL may wait for the end of an exchange that never comes. The end of the process, which is near, needs none.
     if dist.is_initialized() and not (failed and dist.get_backend() != "gloo"):
         dist.destroy_process_group()
-
-
-def _share_cpu_cores(local_world_size: int) -> None:
-    # torchrun sets OMP_NUM_THREADS=1 where nobody set it, which leaves most of a large machine idle.
-    if local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))

@@ -23,6 +23,16 @@ _ZIP = b"PK"
 _PICKLE = b"\x80"
 
 
+def weight_file(path: Path) -> Path:
+    """The file that a path means: the best weights of a run where it is that run's output directory."""
+    if not path.is_dir():
+        return path
+    files = [path / "checkpoints" / name for name in ("best.pt", "last.pt")]
+    if (found := next((file for file in files if file.is_file()), None)) is None:
+        raise WeightsError(f"{path} is a folder without checkpoints/best.pt: give a weights file, or a run's folder")
+    return found
+
+
 def read_weight_file(path: Path) -> Any:
     """Whatever object the file holds, its tensors on the CPU, its metadata replaced by stand-ins.
 

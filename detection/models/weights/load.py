@@ -18,7 +18,7 @@ from detection.models.faster_rcnn import AnyDetector, FasterRCNN, model_from_con
 from detection.models.own.backbone import pretrained_state
 from detection.models.own.code import OwnCodeError
 from detection.models.own.detector import OwnDetector
-from detection.models.weights.files import WeightsError
+from detection.models.weights.files import WeightsError, weight_file
 from detection.models.weights.layouts import (
     COCO_CATEGORY_IDS,
     PixelInput,
@@ -106,7 +106,7 @@ def load_weights(
         source = f"{name} (timm's pretrained weights)"
     else:
         pixels = PixelInput(model.config.pixel_order, tuple(model.config.pixel_std))
-        path = Path(spec) if published is None else fetch(published)
+        path = weight_file(Path(spec)) if published is None else fetch(published)
         stored = read_weights(path, pixels, is_published=published is not None)
         source = f"{path if published is None else published.name} ({_LAYOUT_WORDS[stored.layout]})"
     notes = list(stored.notes)
@@ -151,7 +151,7 @@ def load_detector(
     Raises WeightsError where the file is no such file or is incomplete, and DetectorError where there is no such
     device.
     """
-    path = Path(path)
+    path = weight_file(Path(path))
     stored = read_detector_file(path)
     payload = stored.payload
     try:
