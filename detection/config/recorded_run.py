@@ -16,7 +16,7 @@ from detection.config.settings import EACH_START, ConfigError, settings_of
 from schedules.overrides import SHORT_KEYS
 
 RECORD = "config.json"
-_OF_THE_SCHEDULE = ("config_file", "cfg_options", "class_names")
+_OF_THE_SCHEDULE = ("config_file", "cfg_options")
 """Asked for at each start, and part of what ran: with them a configuration of MMDetection gives its schedule."""
 _REPLACES = (
     *REPLACES,
