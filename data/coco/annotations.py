@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ import numpy as np
 from data.coco.cache import Packed, load_or_build, read_packed
 from data.coco.columns import MAX_IMAGE_PIXELS, AnnotationError, Records, parse_coco, unreadable
 from data.coco.findings import MAX_PLACES, Finding, examples
+from data.coco.segmentations import Segmentations, pack
 
 MIN_TRAINED_SIDE = 32  # pixels; the min_size of MMDetection's COCO configurations
 _FAULTY: Any = object()
+_WITH_MASKS = ".masks"
+"""Marks the cache file of annotations with outlines. Runs without masks have another, without them."""
+_OUTLINES = "segmentations."
 _OF_IMAGES = ("image_ids", "widths", "heights")
 _OF_ANNOTATIONS = ("boxes_xywh", "areas", "labels", "crowd", "ignore", "annotation_ids")
 
@@ -63,6 +67,8 @@ class CocoAnnotations:
     """Category id of each class, by label."""
     class_names: tuple[str, ...]
     """Name of each class, by label."""
+    segmentations: Segmentations | None = None
+    """Outlines of the M annotations, where they were asked for"""
     findings: tuple[Finding, ...] = ()
     """What was read or left out but is worth a remark."""
 
@@ -141,6 +147,7 @@ class CocoAnnotations:
             self,
             **{name: getattr(self, name)[keep_image] for name in _OF_IMAGES},
             **{name: getattr(self, name)[keep] for name in _OF_ANNOTATIONS},
+            segmentations=self.segmentations and self.segmentations.take(keep),
             file_name_bytes=self.file_name_bytes[np.repeat(keep_image, name_lengths)],
             file_name_offsets=_offsets(name_lengths[keep_image]),
             offsets=_offsets(counts),
@@ -169,6 +176,7 @@ class CocoAnnotations:
         return replace(
             self,
             **arrays,
+            segmentations=self.segmentations and self.segmentations.take(keep),
             offsets=_offsets(np.bincount(self.image_indices[keep], minlength=len(self))),
             category_ids=tuple(self.category_ids[label] for label in kept),
             class_names=tuple(self.class_names[label] for label in kept),
@@ -201,11 +209,9 @@ class CocoAnnotations:
         """SHA-256 of all that training depends on (not of the path): equal digests mean equal data, but for
         pixels."""
         sha = hashlib.sha256()
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.ndarray):
-                sha.update(field.name.encode() + str(value.shape).encode())
-                sha.update(np.ascontiguousarray(value).data)
+        for name, value in _arrays(self).items():
+            sha.update(name.encode() + str(value.shape).encode())
+            sha.update(np.ascontiguousarray(value).data)
         sha.update(repr((self.category_ids, self.class_names)).encode())
         return sha.hexdigest()
 
@@ -214,6 +220,7 @@ def read_coco(
     file: str | Path,
     class_names: Sequence[str] | None = None,
     *,
+    masks: bool = False,
     cache_dir: str | Path | None = None,
 ) -> CocoAnnotations:
     """Reads and validates a COCO annotation file; one without "annotations" (a list of images) is taken too.
@@ -227,26 +234,31 @@ def read_coco(
     or not positive, numbers that are not finite, file names that leave the image folder. Boxes without area,
     outside the image and the like are read as they are; training_view leaves them out and counts them.
 
+    With masks=True, outlines (polygons and run lengths) are read too. Those that cannot be used are findings.
+
     With cache_dir, the packed arrays are kept in a file there, and later calls map it for any annotation file of the
     same content. A folder that cannot be written to is a finding, no error.
     """
     if cache_dir is None or not Path(file).is_file():
-        annotations = _read_file(Path(file))
+        annotations = _read_file(Path(file), masks)
     else:
-        with share_coco(file, cache_dir) as (annotations, _):
+        with share_coco(file, cache_dir, masks=masks) as (annotations, _):
             pass
     return annotations if class_names is None else annotations.with_classes(class_names)
 
 
 @contextmanager
-def share_coco(file: str | Path, cache_dir: str | Path) -> Iterator[tuple[CocoAnnotations, tuple[str, str]]]:
+def share_coco(
+    file: str | Path, cache_dir: str | Path, *, masks: bool = False
+) -> Iterator[tuple[CocoAnnotations, tuple[str, str]]]:
     """What read_coco gives, and words for other processes of this machine.
 
     Inside the context, shared_coco maps the same memory with these words. So one process reads or parses for all.
     """
     path = Path(file)
     try:
-        packed = load_or_build(path, Path(cache_dir), lambda: _pack(_read_file(path)))
+        variant = _WITH_MASKS if masks else ""
+        packed = load_or_build(path, Path(cache_dir), lambda: _pack(_read_file(path, masks)), variant)
     except OSError as error:
         raise unreadable(path, error) from error
     with packed.file:
@@ -273,19 +285,19 @@ def find_fatal(file: str | Path) -> list[Finding]:
     """Why read_coco refuses `file`: the first fault of every column, not only of the first faulty one. Empty for a
     file that it reads.
     """
-    _, errors = _read_columns(Path(file))
+    _, errors = _read_columns(Path(file), masks=False)
     messages = dict.fromkeys(str(error).rstrip(".") for error in errors)
     return [Finding.of("unusable-annotations", message=message) for message in messages]
 
 
-def _read_file(path: Path) -> CocoAnnotations:
-    annotations, errors = _read_columns(path)
+def _read_file(path: Path, masks: bool) -> CocoAnnotations:
+    annotations, errors = _read_columns(path, masks)
     if annotations is None:
         raise errors[0]
     return annotations
 
 
-def _read_columns(path: Path) -> tuple[CocoAnnotations | None, list[AnnotationError]]:
+def _read_columns(path: Path, masks: bool) -> tuple[CocoAnnotations | None, list[AnnotationError]]:
     """The file with all its categories as classes; None where there are errors, the first one of each column."""
     errors: list[AnnotationError] = []
 
@@ -299,7 +311,7 @@ def _read_columns(path: Path) -> tuple[CocoAnnotations | None, list[AnnotationEr
             errors.append(error)
             return _FAULTY
 
-    content = checked(parse_coco, path)
+    content = checked(parse_coco, path, masks)
     if content is _FAULTY:
         return None, errors
     checked(_require_sections, path, content)
@@ -329,6 +341,11 @@ def _read_columns(path: Path) -> tuple[CocoAnnotations | None, list[AnnotationEr
         "no-iscrowd": annotations.absent("iscrowd"),
         "crowd-without-rle": crowd & ~annotations.contains("segmentation", dict),
     }
+    segmentations = None
+    if masks:
+        sides = widths[image_indices], heights[image_indices]
+        segmentations, faults = pack(annotations.values("segmentation"), *sides)
+        remarks |= faults
     findings = [
         Finding.of(code, [f"annotation id {i}" for i in annotation_ids[which].tolist()], source=path)
         for code, which in remarks.items()
@@ -353,6 +370,7 @@ def _read_columns(path: Path) -> tuple[CocoAnnotations | None, list[AnnotationEr
         annotation_ids=annotation_ids[order],
         category_ids=named[0],
         class_names=named[1],
+        segmentations=segmentations and segmentations.take(order),
         findings=tuple(findings),
     )
     return read, errors
@@ -395,9 +413,9 @@ def _read_categories(records: Records) -> tuple[tuple[int, ...], tuple[str, ...]
 
 def _pack(annotations: CocoAnnotations) -> Packed:
     # The texts name the file, which may have another path where the same content is read next.
-    facts = dict(vars(annotations), findings=[(f.code, f.places, f.count) for f in annotations.findings])
-    arrays = {name: facts.pop(name) for name, value in vars(annotations).items() if isinstance(value, np.ndarray)}
-    return Packed(arrays, facts)
+    arrays = _arrays(annotations)
+    facts = {name: value for name, value in vars(annotations).items() if name not in arrays and name != "segmentations"}
+    return Packed(arrays, facts | {"findings": [(f.code, f.places, f.count) for f in annotations.findings]})
 
 
 def _unpack(source: str, packed: Packed) -> CocoAnnotations:
@@ -405,7 +423,21 @@ def _unpack(source: str, packed: Packed) -> CocoAnnotations:
     facts["findings"] = tuple(
         Finding.of(code, places, count=count, source=source) for code, places, count in facts["findings"]
     )
-    return CocoAnnotations(source=source, **(facts | packed.arrays))
+    arrays = dict(packed.arrays)
+    outlines = {
+        name: arrays.pop(_OUTLINES + name)
+        for name in [name.removeprefix(_OUTLINES) for name in arrays if name.startswith(_OUTLINES)]
+    }
+    return CocoAnnotations(
+        source=source, segmentations=Segmentations(**outlines) if outlines else None, **(facts | arrays)
+    )
+
+
+def _arrays(annotations: CocoAnnotations) -> dict[str, np.ndarray]:
+    """All arrays by name, those of the outlines as well."""
+    arrays = {name: value for name, value in vars(annotations).items() if isinstance(value, np.ndarray)}
+    outlines = annotations.segmentations.arrays() if annotations.segmentations is not None else {}
+    return arrays | {_OUTLINES + name: value for name, value in outlines.items()}
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

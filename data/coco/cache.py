@@ -44,7 +44,7 @@ class PackedFile(NamedTuple):
     packed: Packed
     file: BinaryIO
     key: str
-    """SHA-256 of the source's content"""
+    """SHA-256 of the source's content, and the variant"""
     problem: OSError | None
     """Why the cache cannot keep them; None where it does."""
 
@@ -54,8 +54,10 @@ class PackedFile(NamedTuple):
         return Path(f"/proc/{os.getpid()}/fd/{self.file.fileno()}")
 
 
-def load_or_build(source: Path, folder: Path, build: Callable[[], Packed]) -> PackedFile:
+def load_or_build(source: Path, folder: Path, build: Callable[[], Packed], variant: str = "") -> PackedFile:
     """What build() makes of `source`, out of the cache folder where it is there already.
+
+    variant: of what is built, where it is not all the same; each has a file of its own.
 
     A cache file counts only for the content that it was made of, whatever the source's path and times of change, and
     only when it is whole; otherwise it is made anew. Of several programs that start at once, one builds and the others
@@ -65,7 +67,7 @@ def load_or_build(source: Path, folder: Path, build: Callable[[], Packed]) -> Pa
         OSError: the source cannot be read.
         DataError: it changed while it was read. Errors of build() pass through.
     """
-    key = _digest(source)
+    key = _digest(source) + variant
     path = folder / f"{key}.packed"
     found = _open(path, key)
     if found is not None:
@@ -76,12 +78,14 @@ def load_or_build(source: Path, folder: Path, build: Callable[[], Packed]) -> Pa
         with _one_builder(source, path):
             found = _open(path, key)
             if found is None:
-                built = _built(source, key, build)
+                built = _built(source, key.removesuffix(variant), build)
                 write_packed(path, built, key)
                 found = _open(path, key)
     except OSError as error:
         problem = error
-    return PackedFile(*(found or _in_memory(built or _built(source, key, build), key)), key, problem)
+    return PackedFile(
+        *(found or _in_memory(built or _built(source, key.removesuffix(variant), build), key)), key, problem
+    )
 
 
 def read_packed(file: BinaryIO, key: str) -> Packed | None:
@@ -125,9 +129,9 @@ def _digest(source: Path) -> str:
     return sha.hexdigest()
 
 
-def _built(source: Path, key: str, build: Callable[[], Packed]) -> Packed:
+def _built(source: Path, digest: str, build: Callable[[], Packed]) -> Packed:
     built = build()
-    if _digest(source) != key:
+    if _digest(source) != digest:
         raise DataError(f"{source}: was changed while it was read. Start again when it is complete.")
     return built
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from data.coco.segmentations import light
 from data.errors import DataError
 
 MAX_IMAGE_PIXELS = 178_956_970  # what Pillow is willing to decode (Image.MAX_IMAGE_PIXELS twice)
@@ -193,6 +194,10 @@ class Records:
         """bool [n]: whether the record holds a value of this type under `key`."""
         return np.array([type(record.get(key)) is kind for record in self._records], dtype=bool)
 
+    def values(self, key: str) -> list[Any]:
+        """What the records hold under `key`, unchecked; None where they leave it out."""
+        return [record.get(key) for record in self._records]
+
     def _floats(self, key: str, values: list[Any], remedy: str, per_record: int = 1) -> np.ndarray:
         try:
             return np.array(values, dtype=np.float64)
@@ -201,9 +206,9 @@ class Records:
             self.fail(place // per_record, f'"{key}" holds a number of {len(str(values[place]))} digits', remedy)
 
 
-def parse_coco(path: Path) -> dict[str, Any]:
-    """The file's top-level object. Polygons are let go as they are parsed: they are most of the file, and
-    unused here.
+def parse_coco(path: Path, masks: bool = False) -> dict[str, Any]:
+    """The file's top-level object. Polygons are most of the file: as they are parsed they are let go, or made `light`
+    with masks=True.
 
     Raises AnnotationError for a file that is missing, unreadable, not JSON, or not an object.
     """
@@ -217,7 +222,7 @@ def parse_coco(path: Path) -> dict[str, Any]:
         raise unreadable(path, error) from None
     try:
         with _without_garbage_collection():
-            content = json.loads(text, object_hook=_without_polygons)
+            content = json.loads(text, object_hook=_with_light_polygons if masks else _without_polygons)
     except RecursionError:
         raise AnnotationError(f"{path}: nested too deeply to be a COCO file. Export it again.") from None
     except json.JSONDecodeError as error:
@@ -246,6 +251,12 @@ def unreadable(path: Path, error: Exception) -> AnnotationError:
 def _without_polygons(record: dict[str, Any]) -> dict[str, Any]:
     if type(record.get("segmentation")) is list:
         record["segmentation"] = None
+    return record
+
+
+def _with_light_polygons(record: dict[str, Any]) -> dict[str, Any]:
+    if "segmentation" in record:
+        record["segmentation"] = light(record["segmentation"])
     return record
 
 

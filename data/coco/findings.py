@@ -25,6 +25,18 @@ RULES = {
     "no-area": 'warning: {source}: annotations have no "area", for which the area of the box stands in',
     "no-iscrowd": 'info: {source}: annotations have no "iscrowd" and are taken for single objects',
     "crowd-without-rle": "warning: {source}: crowd annotations have no run-length mask, for which the box stands in",
+    "no-outline": "warning: {source}: annotations without a usable mask are not trained on by a model with masks; draw "
+    "their outline, or delete them",
+    "polygon-points": "warning: {source}: polygons with fewer than three points, or an odd number of coordinates, are "
+    "left out of their mask; correct or delete them",
+    "polygon-numbers": "warning: {source}: polygons that are no lists of finite numbers in pixels are left "
+    "out of their mask; correct or delete them",
+    "polygon-outside": "warning: {source}: polygons that lie outside their image fill nothing; correct or delete them",
+    "polygon-without-area": "warning: {source}: polygons without area fill next to nothing; correct or delete them",
+    "rle-unusable": "warning: {source}: run-length masks that do not fill their image are left out; write them at the "
+    "image's height and width",
+    "no-masks": "error: {source}: no annotation has a mask, which a model with masks learns from. Give a file with "
+    "polygons or run lengths, or train a model without masks",
     "degenerate-box": "warning: {source}: boxes with a side below 1 pixel are not trained on; correct or delete them",
     "no-area-of-object": 'warning: {source}: annotations with an "area" of 0 or less are not trained on; correct or '
     "delete them",

@@ -11,7 +11,9 @@ from data.transforms.color import ColorChange, change_colors
 from data.transforms.geometry import Geometry, resize_pixels
 from data.transforms.own_change import OwnChange
 
-ON_DEVICE = ("sizes", "boxes_xyxy", "labels", "valid", "places", "sample_keys", "scale_factors")
+OF_MASKS = ("mask_bits", "mask_offsets", "mask_rectangles")
+"""The tensors of a batch that are None where the data set has no masks"""
+ON_DEVICE = ("sizes", "boxes_xyxy", "labels", "valid", "places", "sample_keys", "scale_factors", *OF_MASKS)
 """The tensors of a batch, besides the pixels, that the model needs"""
 
 
@@ -65,11 +67,28 @@ class Batch:
     """int64 [B]: hash_key(seed, iteration, place)"""
     scale_factors: torch.Tensor
     """float32 [B, 2]: (x, y) factors from native to the whole resized image"""
+    mask_bits: torch.Tensor | None = None
+    """uint8 [P], 0 or 1: the masks of all boxes one after another, each cut to its rectangle, row by row"""
+    mask_offsets: torch.Tensor | None = None
+    """int64 [B, G]: where in mask_bits the mask of each box begins"""
+    mask_rectangles: torch.Tensor | None = None
+    """int64 [B, G, 4]: x, y, width, height in pixels of the padded image, all 0 where not valid. A mask is zero outside
+    of its rectangle."""
     unreadable: tuple[UnreadableImage, ...] = ()
     """Images that were to be in the batch, or were tried instead of one, and could not be used"""
 
     def __len__(self) -> int:
         return len(self.native_sizes)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of ON_DEVICE that the batch has, by name."""
+        return {name: value for name in ON_DEVICE if (value := getattr(self, name)) is not None}
+
+    @property
+    def masks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """mask_bits, mask_offsets and mask_rectangles; None where the data set has no masks."""
+        bits, offsets, rectangles = self.mask_bits, self.mask_offsets, self.mask_rectangles
+        return None if bits is None or offsets is None or rectangles is None else (bits, offsets, rectangles)
 
     @property
     def iteration(self) -> int:
@@ -103,9 +122,17 @@ class RawBatch(Batch):
     load_cpu_seconds: float = field(default=0.0, compare=False)
     """The part of it that was not spent waiting, for the disk say"""
 
+    @property
+    def num_mask_bits(self) -> int:
+        """Elements of mask_bits, by the rectangles; 0 without masks."""
+        if self.mask_rectangles is None:
+            return 0
+        return max(int(self.mask_rectangles[..., 2:].prod(dim=-1).sum()), 1)
+
     def pin_memory(self) -> "RawBatch":
         """A copy in page-locked memory, from which a GPU can copy while the host goes on."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in ("pixels", *ON_DEVICE)})
+        tensors: dict[str, Any] = {"pixels": self.pixels, **self.tensors()}
+        return replace(self, **{name: value.pin_memory() for name, value in tensors.items()})
 
     def to(self, device: torch.device | str) -> "DeviceBatch":
         """See assemble."""
@@ -131,8 +158,8 @@ class DeviceBatch(Batch):
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tells the allocator that `stream` uses the tensors, which another stream made."""
-        for name in ("pixels", *ON_DEVICE):
-            getattr(self, name).record_stream(stream)
+        for value in (self.pixels, *self.tensors().values()):
+            value.record_stream(stream)
 
 
 def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
@@ -161,7 +188,7 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
         target[:, :height, width:].zero_()
         target[:, height:].zero_()
         start = end
-    moved = {name: getattr(raw, name).to(device, non_blocking=True) for name in ON_DEVICE}
+    moved = {name: value.to(device, non_blocking=True) for name, value in raw.tensors().items()}
     batch = DeviceBatch(
         plan=plan,
         pixels=pixels,

@@ -6,6 +6,7 @@ import numpy as np
 
 from data.coco.annotations import CocoAnnotations
 from data.coco.checks import image_entries
+from data.coco.segmentations import Bitmap, Segmentations
 from data.errors import DataError
 from data.images.decode import ImageError, read_image
 
@@ -21,6 +22,9 @@ class CocoDataset:
     image of the file, and the boxes serve to be shown. Crowd regions and ignored annotations are never among
     the boxes. Image indices are those of `annotations`, which is the view.
 
+    masks=True, for annotations that were read with them: boxes come with bitmaps, and those without an outline are left
+    out.
+
     All data lie in flat arrays, which worker processes share rather than copy. look_for_images=False: another process
     has listed the folder, which takes seconds on a network's file system.
 
@@ -28,7 +32,13 @@ class CocoDataset:
     """
 
     def __init__(
-        self, images_dir: str | Path, annotations: CocoAnnotations, *, training: bool, look_for_images: bool = True
+        self,
+        images_dir: str | Path,
+        annotations: CocoAnnotations,
+        *,
+        training: bool,
+        masks: bool = False,
+        look_for_images: bool = True,
     ) -> None:
         self.images_dir = Path(images_dir)
         self.annotations = annotations.training_view() if training else annotations
@@ -46,6 +56,11 @@ class CocoDataset:
                 "takes images with at least one annotation and no side below 32 pixels."
             )
         usable = ~(self.annotations.crowd | self.annotations.ignore)
+        self._segmentations: Segmentations | None = None
+        if masks:
+            assert self.annotations.segmentations is not None, "the annotations were read without masks"
+            usable &= self.annotations.segmentations.present
+            self._segmentations = self.annotations.segmentations.take(usable)
         corners = self.annotations.boxes_xywh[usable]
         corners[:, 2:] += corners[:, :2]
         # float64 sums rounded once, as MMDetection has them.
@@ -93,6 +108,18 @@ class CocoDataset:
         """Boxes of image `index`, float32 [n, 4] xyxy in stored pixels (unclipped), and labels int64 [n]."""
         rows = slice(self._first_box[index], self._first_box[index + 1])
         return self.boxes_xyxy[rows], self.labels[rows]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether `bitmaps` can be asked for."""
+        return self._segmentations is not None
+
+    def bitmaps(self, index: int) -> list[Bitmap]:
+        """The masks of image `index`, in the order of its boxes, each cut to the bounds of its outline."""
+        assert self._segmentations is not None
+        height, width = int(self.heights[index]), int(self.widths[index])
+        rows = range(self._first_box[index], self._first_box[index + 1])
+        return [self._segmentations.bitmap(row, height, width) for row in rows]
 
     def _require_files(self) -> None:
         source = self.annotations.source

@@ -1,5 +1,7 @@
 """A made-up batch as large as any that a training meets, for a trial of whether that fits into memory."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -21,8 +23,8 @@ def largest_batch(
     num_box_rows: int,
     num_images: int,
 ) -> RawBatch:
-    """Black images that fill `padded_size` (height, width), `num_box_rows` boxes in each, resized from as many pixels
-    as the largest `num_images` of `dataset` have."""
+    """Black images that fill `padded_size` (height, width), `num_box_rows` boxes in each, with whole masks where the
+    set has masks, resized from as many pixels as the largest `num_images` of `dataset` have."""
     stored = np.resize(np.argsort(-dataset.num_bytes(slice(None)), kind="stable")[:num_images], num_images)
     places, none = np.arange(num_images), np.zeros((num_images, 2), dtype=np.int64)
     sizes = np.tile(np.array(padded_size, dtype=np.int64), (num_images, 1))
@@ -48,6 +50,13 @@ def largest_batch(
     left, top = rows * 37 % (width - sides + 1), rows * 53 % (height - sides + 1)
     boxes = np.stack([left, top, left + sides, top + sides], axis=1).astype(np.float32)
     labels = rows % max(len(dataset.class_names), 1)
+    masks: dict[str, Any] = {}
+    if dataset.has_masks:
+        rectangles = np.stack([left, top, sides, sides], axis=1)[None].repeat(num_images, axis=0)
+        areas = np.tile(sides * sides, (num_images, 1))
+        masks["mask_bits"] = torch.ones(int(areas.sum()), dtype=torch.uint8)
+        masks["mask_offsets"] = torch.from_numpy(np.cumsum(areas).reshape(areas.shape) - areas)
+        masks["mask_rectangles"] = torch.from_numpy(rectangles)
     return RawBatch(
         plan=plan,
         pixels=torch.zeros(int(dataset.num_bytes(stored).sum()), dtype=torch.uint8),
@@ -60,4 +69,5 @@ def largest_batch(
         places=torch.from_numpy(places),
         sample_keys=torch.from_numpy(plan.sample_keys),
         scale_factors=torch.ones(num_images, 2),
+        **masks,
     )

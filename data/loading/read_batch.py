@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from data.loading.unreadable import UnreadableImage, fitted_size, replacement_ca
 from data.transforms.geometry import scale_factors
 
 Job = tuple[BatchPlan, int | None]
-"""A plan, and the number of the shared buffer for its pixels; None where there is none free."""
+"""A plan, and the number of the shared buffer for its pixels and masks; None where there is none free."""
 
 OnUnreadable = Literal["fail", "replace", "blank"]
 """What becomes of an image that cannot be used: the stream ends; the next of its group takes its place; or a black
@@ -42,7 +42,8 @@ class BatchReader(Dataset):
         self._buffers = buffers
 
     def __getitem__(self, job: Job) -> tuple[RawBatch, int | None] | ImageError:
-        """The batch, without its pixels where they are in the job's buffer, and the number of that buffer.
+        """The batch, without its pixels where they are in the job's buffer, and its masks where they are behind them,
+        and the number of that buffer.
 
         An image that cannot be used is a value: raised here, the error would come wrapped in a worker's traceback.
         """
@@ -52,12 +53,14 @@ class BatchReader(Dataset):
             batch = self.read(plan, room)
         except ImageError as error:
             return error
-        if room is not None and np.may_share_memory(batch.pixels.numpy(), room):
-            batch.pixels = torch.empty(0, dtype=torch.uint8)
+        for name in ("pixels", "mask_bits"):
+            tensor = getattr(batch, name)
+            if room is not None and tensor is not None and np.may_share_memory(tensor.numpy(), room):
+                setattr(batch, name, torch.empty(0, dtype=torch.uint8))
         return batch, number
 
     def read(self, plan: BatchPlan, room: np.ndarray | None = None) -> RawBatch:
-        """The plan's batch; its pixels are the start of `room` (uint8) where they fit in.
+        """The plan's batch; its pixels, and its masks behind them, are the start of `room` (uint8) where they fit in.
 
         Raises ImageError for an image that cannot be used, with "fail".
         """
@@ -72,6 +75,8 @@ class BatchReader(Dataset):
         valid = np.zeros((num_images, num_rows), dtype=bool)
         factors = np.zeros((num_images, 2), dtype=np.float32)
         images: list[np.ndarray] = []
+        rectangles = np.zeros((num_images, num_rows, 4), dtype=np.int64)
+        bitmaps: list[np.ndarray] = []
         unreadable: list[UnreadableImage] = []
         used = 0
         for i, planned in enumerate(plan.indices.tolist()):
@@ -91,10 +96,16 @@ class BatchReader(Dataset):
                 boxes_xyxy[i, rows] = np.where(usable[:, None], moved, 0)
                 labels[i, rows] = np.where(usable, its_labels, 0)
                 valid[i, rows] = usable
+                if self.dataset.has_masks:
+                    every = self.dataset.bitmaps(index)
+                    shown = plan.move_bitmaps(i, image.shape[:2], [every[row] for row in np.flatnonzero(usable)])
+                    for row, (rectangle, bits) in zip(np.flatnonzero(usable), shown, strict=True):
+                        rectangles[i, row] = rectangle
+                        bitmaps.append(bits.reshape(-1))
         if all(np.may_share_memory(image, room) for image in images):
-            pixels = room[:used]
+            pixels, rest = room[:used], room[used:]
         else:
-            pixels = np.concatenate([image.reshape(-1) for image in images])
+            pixels, rest = np.concatenate([image.reshape(-1) for image in images]), room[:0]
         return RawBatch(
             plan=plan,
             pixels=torch.from_numpy(pixels),
@@ -107,6 +118,7 @@ class BatchReader(Dataset):
             places=torch.from_numpy(plan.places),
             sample_keys=torch.from_numpy(plan.sample_keys),
             scale_factors=torch.from_numpy(factors),
+            **(_masks(bitmaps, rectangles, rest) if self.dataset.has_masks else {}),
             unreadable=tuple(unreadable),
             load_seconds=time.perf_counter() - start,
             load_cpu_seconds=time.thread_time() - cpu_start,
@@ -146,3 +158,20 @@ class BatchReader(Dataset):
                 place=place if index == planned else None,
                 replacement_id=None if replacement is None else int(ids[replacement]),
             )
+
+
+def _masks(bitmaps: list[np.ndarray], rectangles: np.ndarray, room: np.ndarray) -> dict[str, Any]:
+    """The tensors of OF_MASKS: bitmaps (uint8 [n] each, of the rectangles int64 [B, G, 4] that are not empty or
+    skipped), at the start of `room` where they fit in."""
+    areas = rectangles[..., 2] * rectangles[..., 3]
+    ends = np.cumsum(areas).reshape(areas.shape)
+    # Never empty, so that a place in it can be read whatever a batch holds.
+    size = max(int(ends[-1, -1]), 1)
+    bits = room[:size] if size <= len(room) else np.empty(size, dtype=np.uint8)
+    bits[-1] = 0
+    np.concatenate(bitmaps or [bits[:0]], out=bits[: int(ends[-1, -1])])
+    return {
+        "mask_bits": torch.from_numpy(bits),
+        "mask_offsets": torch.from_numpy(ends - areas),
+        "mask_rectangles": torch.from_numpy(rectangles),
+    }

@@ -35,6 +35,8 @@ LARGEST_BUFFER = 4.0
 """A buffer holds a batch of the largest images, but no more than so many times a batch of average ones: a few huge
 images shall not make every buffer huge, and take a slower way instead."""
 
+MASKS_BUFFER = 2
+"""With masks a buffer is so many times as large: the bitmaps of an image have about as many bytes as its pixels."""
 
 _stuck: list[DataLoader | None] = []
 """Loaders with a worker that does not end. Python waits five seconds for each such worker when it takes one down."""
@@ -67,8 +69,8 @@ class _Jobs(Sampler[Job]):
 class WorkerPool:
     """One DataLoader, and so one set of worker processes, for as many passes as are wanted.
 
-    Pixels come through buffers that the workers share with this process, the rest as a message; pixels that find no
-    buffer free, or do not fit into one, are in the message too.
+    Pixels and masks come through buffers that the workers share with this process, the rest as a message; what finds no
+    buffer free, or does not fit into one, is in the message too.
     """
 
     def __init__(
@@ -123,7 +125,10 @@ class WorkerPool:
                     self._buffers.release(number)
                 else:
                     num_bytes = sum(height * width * 3 for height, width in batch.native_sizes)
-                    batch.pixels = self._buffers.take(number, num_bytes)
+                    room = self._buffers.take(number, num_bytes + batch.num_mask_bits)
+                    batch.pixels = room[:num_bytes]
+                    if batch.mask_bits is not None and not len(batch.mask_bits):
+                        batch.mask_bits = room[num_bytes:]
             # Pinned here and not by the DataLoader, whose thread would have to know the buffers: a copy of 0.1 ms an
             # image, after which the buffer is free.
             yield batch.pin_memory() if self._pin else batch
@@ -155,7 +160,8 @@ class WorkerPool:
 
 def _buffer_size(dataset: CocoDataset, batch_size: int) -> int:
     sizes = dataset.num_bytes(slice(None))
-    return batch_size * int(min(sizes.max(), LARGEST_BUFFER * sizes.mean()))
+    pixels = batch_size * int(min(sizes.max(), LARGEST_BUFFER * sizes.mean()))
+    return pixels * MASKS_BUFFER if dataset.has_masks else pixels
 
 
 def worker_context() -> str | None:

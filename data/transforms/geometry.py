@@ -3,7 +3,7 @@
 The numbers are those of MMDetection 3's Resize(keep_ratio=True), RandomFlip and batch padding with mmcv 2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,6 +136,32 @@ class Geometry:
         if self.vertical_flips[i]:
             boxes = flip_boxes(boxes, height, axis=1)
         return boxes, valid
+
+    def move_bitmaps(
+        self, i: int, native_size: tuple[int, int], bitmaps: Sequence[tuple[int, int, np.ndarray]]
+    ) -> Iterator[tuple[tuple[int, int, int, int], np.ndarray]]:
+        """Bitmaps of image i where it goes: pixels are repeated or left out, none is mixed.
+
+        bitmaps: left, top and uint8 [h, w] each, parts of bitmaps of native_size (height, width). Yields the rectangle
+        (x, y, width, height) of each in the image's new pixels, and uint8 [height, width]; nothing is outside of it.
+
+        The pixels are those of OpenCV's INTER_NEAREST: x comes from floor(x / (new width / width)), in float64.
+        """
+        axes = []
+        for axis, flip in ((1, self.flips[i]), (0, self.vertical_flips[i])):
+            scaled, offset, size = (int(sides[i, axis]) for sides in (self.scaled_sizes, self.offsets, self.sizes))
+            step = 1.0 / (scaled / native_size[axis])
+            sources = np.floor(np.arange(offset, offset + size) * step).astype(np.int64)
+            axes.append((np.minimum(sources, native_size[axis] - 1), size, flip))
+        for left, top, bits in bitmaps:
+            rectangle, picked = [], []
+            for (sources, size, flip), start, side in zip(axes, (left, top), bits.shape[::-1], strict=True):
+                first, last = np.searchsorted(sources, (start, start + side)).tolist()
+                inside = sources[first:last] - start
+                picked.append(inside[::-1] if flip else inside)
+                rectangle += [size - last if flip else first, last - first]
+            x, width, y, height = rectangle
+            yield (x, y, width, height), bits[:, picked[0]][picked[1]]
 
 
 def resize_pixels(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -16,11 +16,11 @@ MakeDataset = Callable[..., CocoDataset]
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> MakeDataset:
-    """make_dataset(sizes, training=True): images of (width, height) sizes with noise, each with 0 to 3
-    boxes (1 to 3 when training), image ids 100, 101, ..."""
+    """make_dataset(sizes, training=True, masks=False): images of (width, height) sizes with noise, each with 0 to 3
+    boxes (1 to 3 when training) with a polygon in each, image ids 100, 101, ..."""
 
-    def make(sizes: Sequence[tuple[int, int]], *, training: bool = True) -> CocoDataset:
-        rng = np.random.default_rng(len(sizes))
+    def make(sizes: Sequence[tuple[int, int]], *, training: bool = True, masks: bool = False) -> CocoDataset:
+        rng, corners = np.random.default_rng(len(sizes)), np.random.default_rng(0)
         images, annotations = [], []
         for index, (width, height) in enumerate(sizes):
             name = f"{index:03d}.jpg"
@@ -37,11 +37,12 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
                         "bbox": [x, y, w, h],
                         "area": w * h,
                         "iscrowd": 0,
+                        "segmentation": [(corners.uniform(0, 1, (7, 2)) * [w, h] + [x, y]).reshape(-1).tolist()],
                     }
                 )
         file = tmp_path / "annotations.json"
         categories = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
         file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-        return CocoDataset(tmp_path, read_coco(file), training=training)
+        return CocoDataset(tmp_path, read_coco(file, masks=masks), training=training, masks=masks)
 
     return make

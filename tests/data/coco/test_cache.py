@@ -41,7 +41,9 @@ def parses(monkeypatch):
     """The calls of the JSON parser."""
     calls = []
     real = data.coco.annotations.parse_coco
-    monkeypatch.setattr(data.coco.annotations, "parse_coco", lambda path: (calls.append(path), real(path))[1])
+    monkeypatch.setattr(
+        data.coco.annotations, "parse_coco", lambda path, masks: (calls.append(path), real(path, masks))[1]
+    )
     return calls
 
 
@@ -108,7 +110,9 @@ def test_copies_of_a_file_share_a_cache_file_and_findings_name_the_copy_that_is_
 
 def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_kept(file, tmp_path, monkeypatch):
     real = data.coco.annotations.parse_coco
-    monkeypatch.setattr(data.coco.annotations, "parse_coco", lambda path: (real(path), store(path, width=101))[0])
+    monkeypatch.setattr(
+        data.coco.annotations, "parse_coco", lambda path, masks: (real(path), store(path, width=101))[0]
+    )
     with pytest.raises(DataError, match=r"instances.json: was changed while it was read"):
         read_coco(file, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").glob("*.packed")) == []
@@ -211,7 +215,7 @@ def _in_another_process(action, *arguments):
 
 
 def _pack_for_ever(file, cache, begun):
-    def parse(_path):
+    def parse(_path, _masks):
         begun.set()
         time.sleep(600)
 
@@ -253,7 +257,7 @@ def test_a_builder_that_does_not_end_is_named_and_waited_for_no_longer_than_the_
 def _report_shared(file, words, queue):
     calls = []
     real = data.coco.annotations.parse_coco
-    data.coco.annotations.parse_coco = lambda path: (calls.append(path), real(path))[1]
+    data.coco.annotations.parse_coco = lambda path, masks: (calls.append(path), real(path, masks))[1]
     annotations = shared_coco(file, words)
     queue.put((annotations.digest(), annotations.source, annotations.findings, len(calls)))
 
@@ -284,7 +288,7 @@ def test_words_of_another_container_lead_to_nothing(file, tmp_path):
 def _count_parses(file, cache, barrier, queue):
     calls = []
     real = data.coco.annotations.parse_coco
-    data.coco.annotations.parse_coco = lambda path: (calls.append(path), real(path))[1]
+    data.coco.annotations.parse_coco = lambda path, masks: (calls.append(path), real(path, masks))[1]
     barrier.wait()
     queue.put((len(calls), read_coco(file, cache_dir=cache).digest(), len(calls)))
 

@@ -30,9 +30,9 @@ calls: Counter[str] = Counter()
 def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose calls with the name of a file or folder are counted."""
 
-    def call(path: Any) -> Any:
+    def call(path: Any, *more: Any) -> Any:
         calls[f"{name} {Path(path).name}"] += 1
-        return function(path)
+        return function(path, *more)
 
     return call
 

@@ -1,0 +1,128 @@
+"""Masks of a batch: they move as the pixels and the boxes do, and come from worker processes as from none."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data.coco.annotations import read_coco
+from data.loading.batch import OF_MASKS, assemble
+from data.loading.dataset import CocoDataset
+from data.transforms.augmentation import Augmentation, LargeScaleJitter, ScaleSampling
+from tests.data.batches import SIZES, MakeDataset, train_loader
+
+AUGMENTATIONS = {
+    "as it is": {"augmentation": Augmentation(flip_probability=0.0)},
+    "flips": {"augmentation": Augmentation(flip_probability=0.5, vertical_flip_probability=0.5)},
+    "scales": {"augmentation": Augmentation(scales=ScaleSampling(((40, 90), (90, 31)), "range"))},
+    "jitter": {"augmentation": Augmentation(jitter=LargeScaleJitter(64, 0.1, 3.0, 0.2), vertical_flip_probability=0.5)},
+}
+
+
+def full_masks(batch, place):
+    """The masks of an image of the batch at its padded size: bool [G, H, W]."""
+    out = np.zeros((batch.valid.shape[1], *batch.padded_size), bool)
+    for row, (x, y, width, height) in enumerate(batch.mask_rectangles[place].tolist()):
+        start = int(batch.mask_offsets[place, row])
+        crop = batch.mask_bits[start : start + width * height].reshape(height, width)
+        out[row, y : y + height, x : x + width] = crop.numpy()
+    return out
+
+
+def nearest(mask, size):
+    """A bool [h, w] mask at another size, as OpenCV's INTER_NEAREST has it."""
+    places = [
+        np.minimum(np.floor(np.arange(new) * (1 / (new / old))).astype(int), old - 1)
+        for new, old in zip(size, mask.shape, strict=True)
+    ]
+    return mask[np.ix_(*places)]
+
+
+@pytest.mark.parametrize("options", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
+def test_masks_are_resized_cropped_and_flipped_at_full_size_and_each_lies_in_its_box(
+    make_dataset: MakeDataset, options: dict
+) -> None:
+    dataset = make_dataset(SIZES, masks=True)
+    seen = 0
+    for batch in train_loader(dataset, batch_size=4, **options).batches(0, 9):
+        plan = batch.plan
+        for place, index in enumerate(plan.indices.tolist()):
+            found = full_masks(batch, place)
+            (top, left), (height, width) = plan.offsets[place], plan.sizes[place]
+            for row, bitmap in enumerate(dataset.bitmaps(index)):
+                whole = np.zeros((dataset.heights[index], dataset.widths[index]), bool)
+                h, w = bitmap.bits.shape
+                whole[bitmap.top : bitmap.top + h, bitmap.left : bitmap.left + w] = bitmap.bits
+                expected = nearest(whole, plan.scaled_sizes[place])[top : top + height, left : left + width]
+                if plan.flips[place]:
+                    expected = expected[:, ::-1]
+                if plan.vertical_flips[place]:
+                    expected = expected[::-1]
+                if not batch.valid[place, row]:
+                    assert not batch.mask_rectangles[place, row].any()
+                    continue
+                assert np.array_equal(found[row, :height, :width], expected)
+                assert found[row].sum() == expected.sum()
+                seen += expected.any()
+                # A polygon's pixels are in the box but for what rounding to pixels moves: at most one pixel as stored.
+                ys, xs = np.nonzero(found[row])
+                x0, y0, x1, y1 = batch.boxes_xyxy[place, row].tolist()
+                slack = np.ceil((plan.scaled_sizes[place] / [dataset.heights[index], dataset.widths[index]]).max()) + 1
+                if len(xs):
+                    assert x0 - slack <= xs.min() and xs.max() <= x1 + slack
+                    assert y0 - slack <= ys.min() and ys.max() <= y1 + slack
+            assert not batch.mask_rectangles[place][~batch.valid[place]].any()
+    assert seen > 30
+
+
+def test_masks_come_from_worker_processes_as_from_none(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES, masks=True)
+    alone, pool = (train_loader(dataset, batch_size=3, workers=workers) for workers in (0, 2))
+    batches = list(alone.batches(0, 12))
+    try:
+        for expected, found in zip(batches, pool.batches(0, 12), strict=True):
+            assert torch.equal(found.pixels, expected.pixels)
+            for name in OF_MASKS:
+                assert torch.equal(getattr(found, name), getattr(expected, name)), name
+            # In the buffer of the pixels, not in a message.
+            assert found.mask_bits.untyped_storage().data_ptr() == found.pixels.untyped_storage().data_ptr()
+            assert all(torch.equal(a, b) for a, b in zip(assemble(found, "cpu").masks, expected.masks, strict=True))
+    finally:
+        pool.close()
+
+
+def test_masks_that_do_not_fit_into_a_buffer_come_in_the_message(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset([(40, 40)] * 6, masks=True)
+    options = {"batch_size": 2, "min_size": 400, "max_size": 400}
+    alone, pool = (train_loader(dataset, workers=workers, **options) for workers in (0, 1))
+    in_message = 0
+    try:
+        for expected, found in zip(alone.batches(0, 4), pool.batches(0, 4), strict=True):
+            assert torch.equal(found.pixels, expected.pixels) and torch.equal(found.mask_bits, expected.mask_bits)
+            in_message += found.mask_bits.untyped_storage().data_ptr() != found.pixels.untyped_storage().data_ptr()
+    finally:
+        pool.close()
+    assert in_message > 0
+
+
+def test_a_box_without_an_outline_is_left_out_where_masks_are_wanted(make_dataset: MakeDataset, tmp_path) -> None:
+    every = make_dataset([(50, 50)] * 3, masks=True)
+    file = tmp_path / "annotations.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentation"] = [[1, 1, 2, 2]]
+    file.write_text(json.dumps(content))
+    fewer = CocoDataset(tmp_path, read_coco(file, masks=True), training=True, masks=True)
+    assert fewer.box_counts.tolist() == [every.box_counts[0] - 1, *every.box_counts[1:].tolist()]
+    assert np.array_equal(fewer.boxes(0)[0], every.boxes(0)[0][1:])
+    for kept, before in zip(fewer.bitmaps(0), every.bitmaps(0)[1:], strict=True):
+        assert np.array_equal(kept.bits, before.bits)
+    assert CocoDataset(tmp_path, read_coco(file), training=True).box_counts.tolist() == every.box_counts.tolist()
+
+
+def test_the_largest_batch_has_masks(make_dataset: MakeDataset) -> None:
+    largest = train_loader(make_dataset(SIZES, masks=True), batch_size=2).largest_batch(2)
+    assert largest.num_mask_bits == len(largest.mask_bits)
+    inside = largest.mask_rectangles[..., :2] + largest.mask_rectangles[..., 2:]
+    assert (inside.amax(dim=(0, 1)) <= torch.tensor(largest.padded_size[::-1])).all()
+    assert train_loader(make_dataset(SIZES), batch_size=2).largest_batch(2).masks is None
