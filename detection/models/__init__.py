@@ -3,6 +3,7 @@
 from detection.models.config import MODELS, FasterRCNNConfig, ModelError, model_config
 from detection.models.detector import Detector, DetectorError
 from detection.models.faster_rcnn import AnyDetector, FasterRCNN, build_detector, build_model, model_from_config
+from detection.models.mask_head import paste_masks
 from detection.models.ops.selfcheck import describe_kernels, uses_triton
 from detection.models.own.code import OwnCodeError, imported, is_own
 from detection.models.own.detector import OwnDetector
@@ -46,6 +47,7 @@ __all__ = [
     "mmdet_name",
     "model_config",
     "model_from_config",
+    "paste_masks",
     "prefetch_weights",
     "read_archive",
     "uses_triton",

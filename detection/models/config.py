@@ -113,6 +113,9 @@ class FasterRCNNConfig:
     roi_positive_fraction: float = number(0.25, 0, 1)
     roi_box_matches_itself: bool = True
     """A ground-truth box among the RoIs is its own target; otherwise the first of equal boxes is."""
+    roi_low_quality_iou: float | None = number(None, 0, 1)
+    """A box's best proposals are positive below roi_iou too, and learn that box, from this IoU on. None: they are not.
+    """
     roi_sampler: str = choice("random", ("random", "ohem"))
     """ohem: those with the largest classification loss, in place of some at random (Shrivastava et al. 2016)."""
     roi_box_loss: str = choice("l1", ("l1", *BOX_LOSSES))
@@ -143,6 +146,13 @@ class FasterRCNNConfig:
     )
     """Four a stage, instead of roi_delta_stds."""
     cascade_loss_weights: tuple[float, ...] = number((1.0, 0.5, 0.25), 0, 1000)
+
+    # Masks (He et al. 2017)
+    has_masks: bool = False
+    """A third branch gives each detection a mask. A cascade has one for each stage."""
+    mask_channels: int = number(256, 1, 4096)
+    mask_soft_targets: bool = False
+    """A cell of a mask learns the share of it that is covered; otherwise 1 from half of it on, and 0 below."""
 
     # Detections
     score_threshold: float = number(0.05, 0, 1)
@@ -283,10 +293,22 @@ CASCADE_RECIPE: dict[str, Any] = {
 }
 
 _SHORT = {name: name.replace("resnet", "r").replace("resnext", "x") for name in ARCHITECTURES}
+_MASKS: dict[str, Any] = {"has_masks": True}
+_RECIPES: dict[str, dict[str, Any]] = {
+    "faster_rcnn": {},
+    "cascade_rcnn": CASCADE_RECIPE,
+    # The second stage takes low-quality matches here, and not in the others.
+    "mask_rcnn": {**_MASKS, "roi_low_quality_iou": 0.5},
+    "cascade_mask_rcnn": {**CASCADE_RECIPE, **_MASKS},
+}
 MODELS: dict[str, dict[str, Any]] = {
-    **{f"faster_rcnn_{short}_fpn": {"backbone": name} for name, short in _SHORT.items()},
-    **{f"cascade_rcnn_{short}_fpn": {"backbone": name, **CASCADE_RECIPE} for name, short in _SHORT.items()},
+    **{
+        f"{recipe}_{short}_fpn": {"backbone": name, **settings}
+        for recipe, settings in _RECIPES.items()
+        for name, short in _SHORT.items()
+    },
     **{f"fasterrcnn_{name}_fpn": {"backbone": name, **TORCHVISION_RECIPE} for name in ("resnet18", "resnet50")},
+    "maskrcnn_resnet50_fpn": {"backbone": "resnet50", **TORCHVISION_RECIPE, **_MASKS, "mask_soft_targets": True},
 }
 
 

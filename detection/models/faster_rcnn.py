@@ -1,4 +1,4 @@
-"""Faster and Cascade R-CNN with a feature pyramid: images and targets to losses, images to detections."""
+"""Faster, Mask and Cascade R-CNN with a feature pyramid: images and targets to losses, images to detections."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from detection.models.anchors import AnchorGenerator, AnchorGrid
 from detection.models.backbones import ARCHITECTURES, ResNet
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.fpn import FPN
+from detection.models.mask_head import MASK_ROI_SIZE, MASK_SIZE, MaskHead, mask_loss, mask_rois, mask_targets
 from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.selfcheck import check_kernels
@@ -22,9 +24,9 @@ from detection.models.own.backbone import OwnBackbone
 from detection.models.own.code import is_own
 from detection.models.own.detector import OwnDetector, OwnDetectorConfig
 from detection.models.postprocess import Detections, select_detections
-from detection.models.roi_head import BoxHead, is_proposal, refine_boxes, roi_losses, sample_rois
+from detection.models.roi_head import BoxHead, RoISample, is_proposal, refine_boxes, roi_losses, sample_rois
 from detection.models.rpn import RPNHead, anchor_targets, rpn_losses, select_proposals
-from detection.models.structures import ImageBatch, TargetBatch, batch_images, batch_targets
+from detection.models.structures import ImageBatch, MaskBatch, TargetBatch, batch_images, batch_targets
 
 Images = ImageBatch | Sequence[Tensor]
 Targets = TargetBatch | Sequence[Mapping[str, Tensor]]
@@ -32,10 +34,10 @@ Targets = TargetBatch | Sequence[Mapping[str, Tensor]]
 
 class FasterRCNN(nn.Module):
     """Ren et al. 2015 with Lin et al.'s feature pyramid (2017), after the recipe that `config` describes; with Cai and
-    Vasconcelos's cascade (2018) where that has one.
+    Vasconcelos's cascade (2018) and He et al.'s masks (2017) where that has them.
 
     In training mode `model(images, targets)` gives losses, in evaluation mode `model(images)` gives
-    detections. The dense parts (backbone, fpn, rpn, roi_head) run in autocast's precision where that is on,
+    detections. The dense parts (backbone, fpn, rpn, roi_head, mask_head) run in autocast's precision where that is on,
     all the rest in float32.
     """
 
@@ -50,23 +52,32 @@ class FasterRCNN(nn.Module):
         self.rpn = RPNHead(config.fpn_channels, len(config.anchor_ratios))
         heads = [BoxHead(stage) for stage in config.stages]
         self.roi_head = heads[0] if config.cascade_ious is None else nn.ModuleList(heads)
+        self.mask_head: nn.Module | None = None
+        if config.has_masks:
+            masks = [MaskHead(stage) for stage in config.stages]
+            self.mask_head = masks[0] if config.cascade_ious is None else nn.ModuleList(masks)
         self._anchor_generator = AnchorGenerator(config)
-        self._roi_align = RoIAlign(
-            config.roi_output_size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides
+        self._roi_align, self._mask_align = (
+            RoIAlign(size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides)
+            for size in (config.roi_output_size, MASK_ROI_SIZE)
         )
+        self._is_compiled = False
         for name in ("pixel_mean", "pixel_std"):  # which may be given as whole numbers
             values = torch.tensor(getattr(config, name), dtype=torch.get_default_dtype())
             self.register_buffer(name, values[:, None, None], persistent=False)
 
     def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """Training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}, float32 scalars. A cascade has the last
-        two for each stage, times its weight: "loss_cls_s0", "loss_bbox_s0", "loss_cls_s1", ...
+        two for each stage, times its weight: "loss_cls_s0", "loss_bbox_s0", "loss_cls_s1", ... With masks there is a
+        "loss_mask" too, in a cascade for each stage.
 
         Evaluation: for each image {"boxes_xyxy": float32 [D, 4], "scores": float32 [D], "labels": int64 [D]},
-        best first, in pixels of the images as they were given.
+        best first, in pixels of the images as they were given. With masks also "mask_probabilities": float32
+        [D, 28, 28], within the box; `paste_masks` makes masks of the image's size of them.
 
         images: an ImageBatch, or a list of uint8 or float [3, H, W], RGB, 0..255. targets, for training only:
-        a TargetBatch, or a list of {"boxes_xyxy": float [N, 4], "labels": int64 [N]}.
+        a TargetBatch, or a list of {"boxes_xyxy": float [N, 4], "labels": int64 [N]}, with "masks": bool or uint8
+        [N, H, W] where the model has masks.
 
         As in both reference implementations, the padding's size has a small influence on what is found near it: an
         image is exactly the same alone as among others only at the same padded size.
@@ -83,6 +94,8 @@ class FasterRCNN(nn.Module):
             targets = batch_targets(targets, self.config.num_classes, device)
         if len(targets.labels) != len(images.sizes):
             raise ModelError(f"there are {len(images.sizes)} images and {len(targets.labels)} targets")
+        if self.config.has_masks and targets.masks is None:
+            raise ModelError('the model learns masks, and the targets have none: give "masks", or a model without')
         return self._losses(images, targets)
 
     @property
@@ -90,9 +103,17 @@ class FasterRCNN(nn.Module):
         """The box head of each stage: one, or those of a cascade."""
         return list(self.roi_head) if isinstance(self.roi_head, nn.ModuleList) else [self.roi_head]
 
+    @property
+    def mask_heads(self) -> list[nn.Module]:
+        """The mask head of each stage; none without masks."""
+        if isinstance(self.mask_head, nn.ModuleList):
+            return list(self.mask_head)
+        return [] if self.mask_head is None else [self.mask_head]
+
     def compile_dense_parts(self, **torch_compile_kwargs: Any) -> None:
-        """Compiles backbone, fpn, rpn and box heads in place; names in the state dict stay."""
-        for part in (self.backbone, self.fpn, self.rpn, *self.roi_heads):
+        """Compiles backbone, fpn, rpn, box and mask heads in place; names in the state dict stay."""
+        self._is_compiled = True
+        for part in (self.backbone, self.fpn, self.rpn, *self.roi_heads, *self.mask_heads):
             part.compile(**torch_compile_kwargs)
 
     def _losses(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
@@ -126,15 +147,39 @@ class FasterRCNN(nn.Module):
             class_logits, box_deltas = head(pooled)
             with _full_precision(images.pixels.device):
                 loss_cls, loss_bbox = roi_losses(stage, class_logits, box_deltas, rois)
-                if config.cascade_ious is None:
-                    return {**losses, "loss_cls": loss_cls, "loss_bbox": loss_bbox}
-                weight = config.cascade_loss_weights[number]
-                losses |= {f"loss_cls_s{number}": weight * loss_cls, f"loss_bbox_s{number}": weight * loss_bbox}
-                if number + 1 < len(config.stages):
+            of_stage = {"loss_cls": loss_cls, "loss_bbox": loss_bbox}
+            if targets.masks is not None and config.has_masks:
+                image_size = (images.pixels.shape[2], images.pixels.shape[3])
+                of_stage["loss_mask"] = self._mask_loss(number, features, table, rois, targets.masks, image_size)
+            if config.cascade_ious is None:
+                return losses | of_stage
+            weight = config.cascade_loss_weights[number]
+            losses |= {f"{name}_s{number}": weight * loss for name, loss in of_stage.items()}
+            if number + 1 < len(config.stages):
+                with _full_precision(images.pixels.device):
                     # The next stage puts the ground-truth boxes among them again.
                     valid = is_proposal(rois, valid.shape[1])
                     boxes = refine_boxes(stage, rois.boxes_xyxy, class_logits, box_deltas, images.sizes, rois.labels)
         return losses
+
+    def _mask_loss(
+        self,
+        number: int,
+        features: Sequence[Tensor],
+        table: Tensor | None,
+        rois: RoISample,
+        masks: MaskBatch,
+        image_size: tuple[int, int],
+    ) -> Tensor:
+        stage, device = self.config.stages[number], rois.positive.device
+        with _full_precision(device):
+            # What is compiled, and what runs on other devices, has shapes that no batch changes.
+            positives = mask_rois(stage, rois, trimmed=device.type == "cpu" and not self._is_compiled)
+            pooled = self.pool(features, positives.boxes_xyxy, table, mask=True)
+            learned = mask_targets(stage, positives, masks, image_size)
+        logits = self.mask_heads[number](pooled, positives.labels.view(-1))
+        with _full_precision(device):
+            return mask_loss(logits, learned, positives)
 
     @torch.no_grad()
     def _class_losses(self, head: nn.Module, features: Sequence[Tensor], boxes_xyxy: Tensor, labels: Tensor) -> Tensor:
@@ -157,7 +202,15 @@ class FasterRCNN(nn.Module):
         class_logits, box_deltas, boxes = self.second_stage(features, proposals.boxes_xyxy, images.sizes)
         with _full_precision(images.pixels.device):
             found = select_detections(config.stages[-1], class_logits, box_deltas, boxes, proposals.valid, images.sizes)
-        outputs = (logits, deltas, class_logits, box_deltas, boxes)
+        outputs = [logits, deltas, class_logits, box_deltas, boxes]
+        if config.has_masks:
+            found_boxes, labels = (
+                pad_sequence([each[key] for each in found], batch_first=True) for key in ("boxes_xyxy", "labels")
+            )
+            probabilities = self.mask_probabilities(features, found_boxes, labels)
+            outputs.append(probabilities)
+            for of_image, each in zip(found, probabilities, strict=True):
+                of_image["mask_probabilities"] = each[: len(of_image["labels"])]
         return found, torch.stack([each.isfinite().view(len(found), -1).all(dim=1) for each in outputs]).all(dim=0)
 
     def second_stage(
@@ -178,6 +231,18 @@ class FasterRCNN(nn.Module):
             class_logits, box_deltas = head(self._pool_in_full_precision(features, boxes_xyxy))
             total, stage = total + class_logits, following
         return (total / (1 + len(others)) if others else total), box_deltas, boxes_xyxy
+
+    def mask_probabilities(self, features: Sequence[Tensor], boxes_xyxy: Tensor, labels: Tensor) -> Tensor:
+        """Masks of boxes, float32 [B, D, 4], of the classes `labels`, int64 [B, D]: float32 [B, D, 28, 28].
+
+        Of a cascade the mean of its stages' masks.
+        """
+        if labels.numel() == 0:
+            return boxes_xyxy.new_zeros((*labels.shape, MASK_SIZE, MASK_SIZE))
+        with _full_precision(boxes_xyxy.device):
+            pooled = self.pool(features, boxes_xyxy, mask=True)
+        of_stages = [head(pooled, labels.flatten()).float().sigmoid() for head in self.mask_heads]
+        return torch.stack(of_stages).mean(dim=0).unflatten(0, labels.shape)
 
     def extract_features(self, images: ImageBatch) -> tuple[Tensor, ...]:
         """P2..P6, [B, fpn_channels, H_l, W_l], of images normalized and with zeros outside."""
@@ -204,13 +269,18 @@ class FasterRCNN(nn.Module):
         with _full_precision(boxes_xyxy.device):
             return self.pool(features, boxes_xyxy)
 
-    def pool(self, features: Sequence[Tensor], boxes_xyxy: Tensor, table: Tensor | None = None) -> Tensor:
-        """Boxes [B, R, 4] in pixels from the level of their size: [B * R, C, S, S]; see `RoIAlign`."""
+    def pool(
+        self, features: Sequence[Tensor], boxes_xyxy: Tensor, table: Tensor | None = None, *, mask: bool = False
+    ) -> Tensor:
+        """Boxes [B, R, 4] in pixels from the level of their size: [B * R, C, S, S]; see `RoIAlign`.
+
+        mask: as the mask head takes them.
+        """
         config = self.config
         levels = roi_levels(
             boxes_xyxy, finest_scale=config.roi_finest_scale, eps_inside_log=config.roi_level_eps_inside_log
         )
-        return self._roi_align(features, boxes_xyxy, levels, table)
+        return (self._mask_align if mask else self._roi_align)(features, boxes_xyxy, levels, table)
 
 
 AnyDetector = FasterRCNN | OwnDetector

@@ -12,7 +12,7 @@ from detection.models.ops.boxes import clip_boxes, decode_boxes, pairwise_iou, s
 
 Detections = dict[str, Tensor]
 """Of one image, best first: boxes_xyxy float32 [D, 4] at the network's scale, scores float32 [D], labels
-int64 [D].
+int64 [D]; of a model with masks also mask_probabilities float32 [D, 28, 28].
 """
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from detection.models.config import FasterRCNNConfig
 from detection.models.ops.box_losses import overlap_loss
 from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes
-from detection.models.ops.matcher import POSITIVE, MaxIoUAssigner
+from detection.models.ops.matcher import IGNORED, POSITIVE, MaxIoUAssigner
 from detection.models.samplers import ROI_STAGE, sample
 from detection.models.structures import TargetBatch
 
@@ -57,11 +57,11 @@ class BoxHead(nn.Module):
 class RoISample(NamedTuple):
     """RoIs of a training step in S slots an image, and what they are to learn.
 
-    boxes_xyxy: float32 [B, S, 4], empty boxes at the origin in slots not chosen. chosen, positive: bool [B,
-    S]. labels: int64 [B, S], num_classes for the background. delta_targets: float32 [B, S, 4], 0 where not
-    positive. targets_xyxy: float32 [B, S, 4], the ground-truth box of each; any where not positive. candidate:
-    int64 [B, S], the place of each among the proposals and the ground-truth boxes behind them; None where slot i
-    is candidate i.
+    boxes_xyxy: float32 [B, S, 4], empty boxes at the origin in slots not chosen. chosen, positive: bool [B, S]. labels:
+    int64 [B, S], num_classes for the background. delta_targets: float32 [B, S, 4], 0 where not positive. gt_index:
+    int64 [B, S], the box that a positive learns. targets_xyxy: float32 [B, S, 4], that box; any where not positive.
+    candidate: int64 [B, S], the place of each among the proposals and the ground-truth boxes behind them; None where
+    slot i is candidate i.
     """
 
     boxes_xyxy: Tensor
@@ -69,6 +69,7 @@ class RoISample(NamedTuple):
     positive: Tensor
     labels: Tensor
     delta_targets: Tensor
+    gt_index: Tensor
     targets_xyxy: Tensor
     candidate: Tensor | None
 
@@ -88,15 +89,16 @@ def sample_rois(
     config: that of the stage. boxes_xyxy float32 [B, P, 4], valid bool [B, P]. class_losses: tells the hardest, where
     the sampler is "ohem".
     """
-    num_proposals = valid.shape[1]
     candidates = torch.cat((boxes_xyxy, targets.boxes_xyxy), dim=1)
-    valid = torch.cat((valid, targets.valid), dim=1)
-    assigner = MaxIoUAssigner(config.roi_iou, config.roi_iou)
-    kind, gt_index = assigner(targets.boxes_xyxy, targets.valid, candidates, valid)
+    assigner = MaxIoUAssigner(config.roi_iou, config.roi_iou, config.roi_low_quality_iou)
     if config.roi_box_matches_itself:
-        num_gt = targets.valid.shape[1]
-        kind[:, num_proposals:].masked_fill_(targets.valid, POSITIVE)
-        gt_index[:, num_proposals:] = torch.arange(num_gt, device=gt_index.device)
+        kind, gt_index = assigner(targets.boxes_xyxy, targets.valid, boxes_xyxy, valid)
+        kind = torch.cat((kind, torch.where(targets.valid, POSITIVE, IGNORED)), dim=1)
+        own_index = torch.arange(targets.valid.shape[1], device=gt_index.device)
+        gt_index = torch.cat((gt_index, own_index.expand_as(targets.valid)), dim=1)
+    else:
+        valid = torch.cat((valid, targets.valid), dim=1)
+        kind, gt_index = assigner(targets.boxes_xyxy, targets.valid, candidates, valid)
     hardness = None
     if config.roi_sampler == "ohem":
         assert class_losses is not None
@@ -120,6 +122,7 @@ def sample_rois(
         chosen.positive,
         torch.where(chosen.positive, targets.labels.gather(1, gt_index), config.num_classes),
         torch.where(chosen.positive[..., None], deltas, 0.0),
+        gt_index,
         gt_boxes,
         chosen.candidate,
     )

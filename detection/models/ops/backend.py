@@ -5,6 +5,7 @@
     assignment         trimmed          blocks          triton
     roi_align          sparse_matrix    operator        triton
     convolution        torch            torch           triton (bias, residual and ReLU in one pass)
+    mask_crops         trimmed          blocks          triton
 
 All of a row give the same results but for rounding.
 """
@@ -17,8 +18,20 @@ from typing import NamedTuple
 
 import torch
 
-CPU = {"nms": "per_level", "assignment": "trimmed", "roi_align": "sparse_matrix", "convolution": "torch"}
-DEVICE = {"nms": "rounds", "assignment": "blocks", "roi_align": "operator", "convolution": "torch"}
+CPU = {
+    "nms": "per_level",
+    "assignment": "trimmed",
+    "roi_align": "sparse_matrix",
+    "convolution": "torch",
+    "mask_crops": "trimmed",
+}
+DEVICE = {
+    "nms": "rounds",
+    "assignment": "blocks",
+    "roi_align": "operator",
+    "convolution": "torch",
+    "mask_crops": "blocks",
+}
 TRITON = dict.fromkeys(CPU, "triton")
 
 

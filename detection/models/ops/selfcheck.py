@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.models.ops import nms
+from detection.models.ops import mask_crops, nms
 from detection.models.ops.backend import Verdict, gpu_number, verdicts
 from detection.models.ops.matcher import MaxIoUAssigner
 from detection.models.ops.roi_align import RoIAlign, roi_levels
@@ -87,6 +87,7 @@ def kernels_that_differ(device: torch.device) -> list[str]:
         "assignment": _assignment_agrees,
         "RoIAlign": _pooling_agrees,
         "ends of convolutions": _ends_agree,
+        "crops of masks": _crops_agree,
     }
     return [name for name, agrees in checks.items() if not agrees(device)]
 
@@ -180,6 +181,29 @@ def _pooling_agrees(device: torch.device) -> bool:
         ):
             return False
     return True
+
+
+def _crops_agree(device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(4)
+    number = 12
+    rectangles = _boxes(generator, number, device=device).long()
+    rectangles[:, 2:] -= rectangles[:, :2]
+    rectangles[0, 2:] = 0
+    offsets = rectangles[:, 2:].prod(dim=1).cumsum(0) - rectangles[:, 2:].prod(dim=1)
+    bits = torch.randint(0, 2, (40 * 30 * number,), dtype=torch.uint8, generator=generator).to(device)
+    boxes = _boxes(generator, number, device=device) + 0.25
+    boxes[1] = torch.tensor([0.0, 0.0, _WIDTH, _HEIGHT])
+    boxes[2, 2:] = boxes[2, :2]
+    crops = mask_crops.MaskCrops(boxes, bits, offsets, rectangles)
+    return all(
+        torch.allclose(
+            mask_crops.by_triton(crops, (_HEIGHT, _WIDTH), size=7, aligned=aligned),
+            mask_crops.by_matrices(crops, (_HEIGHT, _WIDTH), size=7, aligned=aligned),
+            rtol=0,
+            atol=1e-5,
+        )
+        for aligned in (True, False)
+    )
 
 
 def _pooled(

@@ -19,6 +19,7 @@ from detection.models.ops.backend import TRITON, implementation
 from detection.models.ops.feature_table import cell_table
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.triton import epilogue
+from detection.models.ops.triton import mask_crops as mask_kernels
 from detection.models.ops.triton import matcher as matcher_kernels
 from detection.models.ops.triton import nms as nms_kernels
 from detection.models.ops.triton import roi_align as roi_kernels
@@ -62,6 +63,9 @@ def broken_kernels_are_found() -> list[str]:
             roi_kernels, "pool_from_table", spoilt(roi_kernels.pool_from_table, lambda pooled: pooled * 1.01)
         ),
         mock.patch.object(epilogue, "finish_convolution", spoilt(epilogue.finish_convolution, lambda out: out + 0.1)),
+        mock.patch.object(
+            mask_kernels, "crop_bitmaps", spoilt(mask_kernels.crop_bitmaps, lambda covered: covered + 0.01)
+        ),
     ):
         return selfcheck.kernels_that_differ(CPU)
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pycocotools import mask as mask_utils
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
 CASCADE = FOLDER.parent / "parity_cascade"
+MASK = FOLDER.parent / "parity_mask"
 BACKGROUND_BIAS = 9.2  # added to the background logit, so that few RoIs count as objects
 
 # He-like variances: gain / fan_in. The first rule whose text occurs in the name holds.
@@ -24,6 +26,7 @@ GAINS = (
     *((f"bbox_head.{stage}.fc_cls.", 4.5) for stage in range(3)),  # a cascade averages the logits of three heads
     ("fc_cls.", 1.5),
     ("fc_reg.", 0.2),
+    ("conv_logits.", 1.0),
     ("", 2.0),
 )
 
@@ -38,6 +41,9 @@ PREFIXES = {
     "roi_head.bbox_head.shared_fcs.1": "roi_head.fc2",
     "roi_head.bbox_head.fc_cls": "roi_head.classifier",
     "roi_head.bbox_head.fc_reg": "roi_head.regressor",
+    **{f"roi_head.mask_head.convs.{number}.conv": f"mask_head.convs.{number}" for number in range(4)},
+    "roi_head.mask_head.upsample": "mask_head.upsample",
+    "roi_head.mask_head.conv_logits": "mask_head.logits",
     **{f"roi_head.bbox_head.{stage}.shared_fcs.0": f"roi_head.{stage}.fc1" for stage in range(3)},
     **{f"roi_head.bbox_head.{stage}.shared_fcs.1": f"roi_head.{stage}.fc2" for stage in range(3)},
     **{f"roi_head.bbox_head.{stage}.fc_cls": f"roi_head.{stage}.classifier" for stage in range(3)},
@@ -84,7 +90,9 @@ def weight_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
             windows = normal.reshape(shape[0], -1, 49)
             normal = (windows - windows.mean(axis=2, keepdims=True)).reshape(shape)
         gain = next(gain for text, gain in GAINS if text in name)
-        value = math.sqrt(gain / math.prod(shape[1:])) * normal
+        # An output of the transposed convolution, whose strides do not overlap, sees one tap of each input channel.
+        fan_in = shape[0] if "upsample." in name else math.prod(shape[1:])
+        value = math.sqrt(gain / fan_in) * normal
     if name.endswith("fc_cls.bias"):
         value[-1] += BACKGROUND_BIAS
     return value.astype(np.float32)
@@ -120,8 +128,17 @@ def images(folder: Path = FOLDER) -> list[Tensor]:
 
 
 def targets(folder: Path = FOLDER) -> list[dict[str, Tensor]]:
-    """Their boxes and labels."""
+    """Their boxes and labels, and masks where there are any."""
     return [
-        {"boxes_xyxy": torch.tensor(entry["gt_bboxes"]), "labels": torch.tensor(entry["gt_labels"])}
+        {
+            "boxes_xyxy": torch.tensor(entry["gt_bboxes"]),
+            "labels": torch.tensor(entry["gt_labels"]),
+            **({"masks": bitmaps(entry["gt_masks_rle"])} if "gt_masks_rle" in entry else {}),
+        }
         for entry in load_json("inputs.json", folder)["images"]
     ]
+
+
+def bitmaps(rles: list[dict]) -> Tensor:
+    """COCO's RLE of masks: uint8 [N, H, W]."""
+    return torch.from_numpy(mask_utils.decode(rles)).permute(2, 0, 1).contiguous()
