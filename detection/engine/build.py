@@ -128,7 +128,7 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
 def _prefetch(config: RunConfig) -> None:
     if not is_own(config.model.model):
         named = model_config(config.model.model, **_chosen_settings(config))
-        prefetch_weights(config.model.weights, named.backbone)
+        prefetch_weights(config.model.weights, named.backbone, masks=named.has_masks)
 
 
 def _checkpoint_to_resume(resume: str, output: RunDir, *, is_restart: bool) -> LoadedCheckpoint | None:

@@ -153,11 +153,22 @@ def test_the_formula_rebuilds_weights_and_images(parity):
 
 def test_losses_of_three_steps_equal_mmdetections(parity):
     steps = parity.load("train_f32.json")["steps"]
-    for losses, num_rois, step in zip(parity.training.losses, parity.training.num_rois, steps, strict=True):
-        print(num_rois, step.get("rcnn_samples"))
-        print({k: v / step[parity.losses[k][0]] - 1 for k, v in losses.items()})
-    for losses, step in zip(parity.training.losses, steps, strict=True):
+    for number, step in enumerate(steps):
+        losses, found = parity.training.losses[number], parity.training.num_rois[number]
+        samples = step["rcnn_samples"]
+        expected = [samples[f"s{stage}"] for stage in STAGES] if isinstance(samples, dict) else [samples]
+        if found != expected:
+            # After a step, rounding may put one proposal on the other side of the suppression's threshold. Of all RoIs,
+            # by whose number a stage's losses are divided, there is then one more or less, which learns little.
+            assert number and "cascade" in parity.name
+            change = {total(ours) / total(theirs) for ours, theirs in zip(found, expected, strict=True)}
+            assert len(change) == 1 and abs(total(found[0]) - total(expected[0])) == 1
+            losses = {name: loss * (max(change) if "_s" in name else 1) for name, loss in losses.items()}
         assert losses == parity.expected(step)
+
+
+def total(of_images):
+    return sum(image["num_pos"] + image["num_neg"] for image in of_images)
 
 
 def test_gradient_norms_equal_mmdetections_and_frozen_parameters_have_none(parity):

@@ -185,25 +185,19 @@ def _pooling_agrees(device: torch.device) -> bool:
 
 def _crops_agree(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(4)
-    number = 12
-    rectangles = _boxes(generator, number, device=device).long()
-    rectangles[:, 2:] -= rectangles[:, :2]
+    number, side = 4, 12
+    rectangles = torch.cat((torch.arange(2 * number).view(-1, 2), torch.full((number, 2), side)), dim=1)
     rectangles[0, 2:] = 0
-    offsets = rectangles[:, 2:].prod(dim=1).cumsum(0) - rectangles[:, 2:].prod(dim=1)
-    bits = torch.randint(0, 2, (40 * 30 * number,), dtype=torch.uint8, generator=generator).to(device)
-    boxes = _boxes(generator, number, device=device) + 0.25
-    boxes[1] = torch.tensor([0.0, 0.0, _WIDTH, _HEIGHT])
-    boxes[2, 2:] = boxes[2, :2]
-    crops = mask_crops.MaskCrops(boxes, bits, offsets, rectangles)
-    return all(
-        torch.allclose(
-            mask_crops.by_triton(crops, (_HEIGHT, _WIDTH), size=7, aligned=aligned),
-            mask_crops.by_matrices(crops, (_HEIGHT, _WIDTH), size=7, aligned=aligned),
-            rtol=0,
-            atol=1e-5,
-        )
-        for aligned in (True, False)
-    )
+    bits = torch.randint(0, 2, (number * side**2,), dtype=torch.uint8, generator=generator)
+    boxes = torch.tensor([[2.0, 3, 9, 9], [0, 0, 24, 16], [5, 5, 5, 9], [1.25, 4.5, 9.75, 17]])
+    offsets = side**2 * torch.arange(number)
+    crops = mask_crops.MaskCrops(*(each.to(device) for each in (boxes, bits, offsets, rectangles)))
+    for aligned in (True, False):
+        found = mask_crops.by_triton(crops, (16, 24), size=5, aligned=aligned)
+        expected = mask_crops.by_matrices(crops, (16, 24), size=5, aligned=aligned)
+        if not torch.allclose(found, expected, rtol=0, atol=1e-5):
+            return False
+    return True
 
 
 def _pooled(

@@ -3,7 +3,7 @@
 All of them flatten a RoI's features as (channel, row, column), order a location's anchors by ratio .5, 1, 2,
 and regress (dx, dy, dw, dh) divided by .1, .1, .2, .2, class by class. They differ in the class rows: the
 background's is the last of the classifier everywhere but in torchvision, where it is the first, and only
-torchvision has box outputs for the background. Detectron2's networks moreover look at BGR values that are not
+torchvision has box outputs and masks for the background. Detectron2's networks moreover look at BGR values that are not
 divided by a standard deviation.
 """
 
@@ -37,8 +37,15 @@ def regressor_names(head: str) -> tuple[str, str]:
     return f"{head}regressor.weight", f"{head}regressor.bias"
 
 
-# Prefixes of names: ours, MMDetection 2.x and 3.x, torchvision, Detectron2. {0} is the pyramid level, {1} its stride's
-# power of two. Detectron2's pyramids with norms are not read.
+def mask_logits_names(head: str) -> tuple[str, str]:
+    """The tensors of the mask head beside a box head that have one row for each class."""
+    head = head.replace("roi_head.", "mask_head.")
+    return f"{head}logits.weight", f"{head}logits.bias"
+
+
+# Prefixes of names: ours, MMDetection 2.x and 3.x, torchvision, Detectron2. {0} is the pyramid level, a stage or a
+# convolution; {1}, the level's power of two, and {2} are 2 and 1 more; {3} is a second such number. Detectron2's
+# pyramids with norms are not read, and neither is the one mask head of its cascade.
 _PREFIXES = (
     ("backbone.", "backbone.", "backbone.body.", "backbone.bottom_up."),
     (
@@ -63,18 +70,34 @@ _PREFIXES = (
         *("roi_head.regressor.", "roi_head.bbox_head.fc_reg."),
         *("roi_heads.box_predictor.bbox_pred.", "roi_heads.box_predictor.bbox_pred."),
     ),
+    (
+        *("mask_head.convs.{0}.", "roi_head.mask_head.convs.{0}.conv."),
+        *("roi_heads.mask_head.{0}.0.", "roi_heads.mask_head.mask_fcn{2}."),
+    ),
+    (
+        *("mask_head.upsample.", "roi_head.mask_head.upsample."),
+        *("roi_heads.mask_predictor.conv5_mask.", "roi_heads.mask_head.deconv."),
+    ),
+    (
+        *("mask_head.logits.", "roi_head.mask_head.conv_logits."),
+        *("roi_heads.mask_predictor.mask_fcn_logits.", "roi_heads.mask_head.predictor."),
+    ),
     # A cascade, whose stages are numbered; torchvision has none.
     ("roi_head.{0}.fc1.", "roi_head.bbox_head.{0}.shared_fcs.0.", "", "roi_heads.box_head.{0}.fc1."),
     ("roi_head.{0}.fc2.", "roi_head.bbox_head.{0}.shared_fcs.1.", "", "roi_heads.box_head.{0}.fc2."),
     ("roi_head.{0}.classifier.", "roi_head.bbox_head.{0}.fc_cls.", "", "roi_heads.box_predictor.{0}.cls_score."),
     ("roi_head.{0}.regressor.", "roi_head.bbox_head.{0}.fc_reg.", "", "roi_heads.box_predictor.{0}.bbox_pred."),
+    ("mask_head.{0}.convs.{3}.", "roi_head.mask_head.{0}.convs.{3}.conv.", "", ""),
+    ("mask_head.{0}.upsample.", "roi_head.mask_head.{0}.upsample.", "", ""),
+    ("mask_head.{0}.logits.", "roi_head.mask_head.{0}.conv_logits.", "", ""),
 )
 
 
 def _column(number: int) -> dict[str, str]:
     """Prefixes of ours to those of another project."""
     rows = [(row[0], row[number]) for row in _PREFIXES if row[number]]
-    return {ours.format(i, i + 2): theirs.format(i, i + 2) for ours, theirs in rows for i in range(4)}
+    numbers = [(i, i + 2, i + 1, j) for i in range(4) for j in range(4)]
+    return {ours.format(*each): theirs.format(*each) for ours, theirs in rows for each in numbers}
 
 
 def _swapped(prefixes: Mapping[str, str]) -> dict[str, str]:
@@ -91,6 +114,7 @@ _READ = {
         **{f"backbone.fpn.inner_blocks.{i}.": f"fpn.lateral.{i}." for i in range(4)},
         **{f"backbone.fpn.layer_blocks.{i}.": f"fpn.output.{i}." for i in range(4)},
         "rpn.head.conv.": "rpn.conv.",
+        **{f"roi_heads.mask_head.mask_fcn{i + 1}.": f"mask_head.convs.{i}." for i in range(4)},
     },
     "detectron2": {
         **_swapped(_column(3)),
@@ -146,7 +170,7 @@ def recognize(names: Iterable[str]) -> str | None:
 def to_ours(state: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A state dict in another layout as one in ours, and what each of our names was called there.
 
-    Names that have no counterpart (a mask head, say) keep their own and are not in the second dict. Tensors
+    Names that have no counterpart (of another kind of head, say) keep their own and are not in the second dict. Tensors
     are shared with `state` where they need no change.
     """
     if layout == "ours":
@@ -165,17 +189,18 @@ def to_ours(state: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor]
         ours[our_name], origin[our_name] = tensor, name
     if layout == "torchvision":
         _move_background(ours, first_to_last=True)
+        for name in _mask_rows(ours):
+            ours[name] = ours[name][1:]
     return ours, origin
 
 
 def to_layout(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
     """Our state dict with MMDetection's or torchvision's names, class rows and norm counters.
 
-    `to_ours` turns the result back into exactly `state`, but for two things: norm counters
-    (num_batches_tracked, zero) that both projects expect and frozen norms here do not have; and the
-    regressor's rows for the background, which torchvision needs (zeros where `state` has none) and
-    MMDetection cannot hold (they are never used). Raises ValueError for a layout that is not one of LAYOUTS, and for
-    torchvision's layout of a cascade.
+    `to_ours` turns the result back into exactly `state`, but for two things: norm counters (num_batches_tracked, zero)
+    that both projects expect and frozen norms here do not have; and the rows for the background of the regressor, and
+    of the masks, which torchvision needs (zeros where `state` has none) and MMDetection cannot hold (they are never
+    used). Raises ValueError for a layout that is not one of LAYOUTS, and for torchvision's layout of a cascade.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} cannot be written; choose one of {', '.join(LAYOUTS)}")
@@ -195,6 +220,8 @@ def to_layout(state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
                 state[name] = torch.cat((foreground, foreground.new_zeros(4, *foreground.shape[1:])))
     if layout == "torchvision":
         _move_background(state, first_to_last=False)
+        for name in _mask_rows(state):
+            state[name] = torch.cat((torch.zeros_like(state[name][:1]), state[name]))
     group_norm = not any(".bn" in name and name.endswith(".running_mean") for name in state)
     result: dict[str, Tensor] = {}
     for our_name, tensor in state.items():
@@ -232,19 +259,23 @@ def _move_background(state: dict[str, Tensor], *, first_to_last: bool) -> None:
                 state[name] = torch.roll(state[name], -count if first_to_last else count, dims=0)
 
 
+def _mask_rows(state: Mapping[str, Tensor]) -> list[str]:
+    return [name for head in box_heads(state) for name in mask_logits_names(head) if name in state]
+
+
 def _rows_of_class(head: str) -> list[tuple[str, int]]:
     return [*((name, 1) for name in classifier_names(head)), *((name, 4) for name in regressor_names(head))]
 
 
 def take_categories(state: dict[str, Tensor], head: str, category_ids: Sequence[int]) -> None:
-    """Leaves a box head (of our layout) the rows of these labels, in this order, and the background's. Labels begin at
-    1."""
+    """Leaves a box head (of our layout), and the mask head beside it, the rows of these labels, in this order, and the
+    background's. Labels begin at 1."""
     background = len(state[classifier_names(head)[0]]) - 1
     rows = torch.tensor([*(number - 1 for number in category_ids), background])
-    for name, count in _rows_of_class(head):
+    for name, count in (*_rows_of_class(head), *((name, 1) for name in mask_logits_names(head))):
         if name in state:
             blocks = state[name].unflatten(0, (-1, count))
-            kept = rows[rows < len(blocks)].to(blocks.device)  # a regressor may have no background
+            kept = rows[rows < len(blocks)].to(blocks.device)  # regressors may have no background, masks have none
             state[name] = blocks[kept].flatten(0, 1)
 
 

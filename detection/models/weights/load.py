@@ -25,6 +25,7 @@ from detection.models.weights.layouts import (
     box_heads,
     classifier_names,
     clean_names,
+    mask_logits_names,
     regressor_names,
     take_categories,
     to_layout,
@@ -96,7 +97,8 @@ def load_weights(
     neither cached nor reachable.
     """
     name = model.config.backbone
-    published = None if _is_of_timm(str(spec), name) else find_published(str(spec), name)
+    masks = getattr(model.config, "has_masks", False)
+    published = None if _is_of_timm(str(spec), name) else find_published(str(spec), name, masks=masks)
     if isinstance(model, OwnDetector):
         stored = read_own(Path(spec))
         source = f"{spec} ({model.config.factory})"
@@ -176,18 +178,18 @@ def load_detector(
     return detector
 
 
-def prefetch_weights(spec: str | Path, backbone: str) -> Path | None:
+def prefetch_weights(spec: str | Path, backbone: str, *, masks: bool = False) -> Path | None:
     """Fetches published weights into torch's cache, so that processes that load them later find them there.
 
-    Does nothing, and returns None, where `spec` is a file or "none". backbone: the model's. Raises as `load_weights`
-    does for a name.
+    Does nothing, and returns None, where `spec` is a file or "none". backbone: the model's. masks: whether it has
+    them. Raises as `load_weights` does for a name.
     """
     if str(spec) == "none":
         return None
     if _is_of_timm(str(spec), backbone):
         pretrained_state(backbone)
         return None
-    published = find_published(str(spec), backbone)
+    published = find_published(str(spec), backbone, masks=masks)
     return None if published is None else fetch(published)
 
 
@@ -245,7 +247,7 @@ def _fit_box_head(
     if len(state[weight]) != num_rows:
         note = (
             f"the file's head is for {len(state[weight]) - 1} classes, the model's for {num_rows - 1}: "
-            "classifier and regressor are re-initialized"
+            f"classifier{', masks' if mask_logits_names(head)[0] in own else ''} and regressor are re-initialized"
         )
         notes += [note] if note not in notes else []
         # One box for all classes is the same box for others.

@@ -23,7 +23,7 @@ _FILE_SUFFIXES = (".pth", ".pt", ".pkl", ".ckpt", ".bin")
 _PUBLISHED = {
     "resnet18": ["ResNet18_Weights"],
     "resnet34": ["ResNet34_Weights"],
-    "resnet50": ["ResNet50_Weights", "FasterRCNN_ResNet50_FPN_Weights"],
+    "resnet50": ["ResNet50_Weights", "FasterRCNN_ResNet50_FPN_Weights", "MaskRCNN_ResNet50_FPN_Weights"],
     "resnet101": ["ResNet101_Weights"],
     "resnext101_32x8d": ["ResNeXt101_32X8D_Weights"],
     "resnext101_64x4d": ["ResNeXt101_64X4D_Weights"],
@@ -52,9 +52,10 @@ class PublishedWeights:
         return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(self.url).path).name
 
 
-def find_published(spec: str, backbone: str) -> PublishedWeights | None:
+def find_published(spec: str, backbone: str, *, masks: bool = False) -> PublishedWeights | None:
     """What `spec` ("imagenet", "IMAGENET1K_V2", "COCO_V1", "ResNet50_Weights.IMAGENET1K_V2", ...) means for a
-    model with this backbone (one of `backbones.ARCHITECTURES`), or None where it can only be a file.
+    model with this backbone (one of `backbones.ARCHITECTURES`), with masks or without, or None where it can only be a
+    file.
 
     Raises WeightsError for a name that does not exist or does not fit the backbone.
     """
@@ -64,7 +65,8 @@ def find_published(spec: str, backbone: str) -> PublishedWeights | None:
     enumerations = [torchvision.models.get_weight(f"{name}.DEFAULT") for name in _PUBLISHED.get(backbone, [])]
     known = [str(each) for default in enumerations for each in type(default)]
     short = "IMAGENET1K_V1" if spec == "imagenet" else spec
-    for name in known:
+    # A name without an enumeration is one of the own kind first.
+    for name in sorted(known, key=lambda name: name.startswith("MaskRCNN") != masks):
         if short in (name, name.partition(".")[2]):
             url = torchvision.models.get_weight(name).url
             return PublishedWeights(name, url, 0.0 if name in _ZERO_EPS_WEIGHTS else None)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from detection.models import build_model, export_state_dict
 from detection.models.weights.layouts import CAFFE_INPUT, IMAGENET_INPUT, recognize, stem_for, to_layout, to_ours
 
 REFERENCES = Path(__file__).parents[2] / "reference"
-SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16}
+SMALL = {"fpn_channels": 32, "roi_hidden_channels": 16, "mask_channels": 8}
 
 
 def randomized(model):
@@ -31,7 +31,12 @@ def equal(first, second):
 
 
 @pytest.mark.parametrize(
-    ("model", "folder"), [("faster_rcnn_r50_fpn", "parity"), ("cascade_rcnn_r50_fpn", "parity_cascade")]
+    ("model", "folder"),
+    [
+        ("faster_rcnn_r50_fpn", "parity"),
+        ("cascade_rcnn_r50_fpn", "parity_cascade"),
+        ("mask_rcnn_r50_fpn", "parity_mask"),
+    ],
 )
 def test_mmdetections_names_and_shapes_are_written(model, folder):
     with torch.device("meta"):
@@ -43,8 +48,8 @@ def test_mmdetections_names_and_shapes_are_written(model, folder):
 
 @pytest.mark.slow
 def test_torchvisions_names_shapes_and_order_are_written_and_load_strictly():
-    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5)
-    model = randomized(build_model("fasterrcnn_resnet50_fpn", 4))
+    theirs = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5)
+    model = randomized(build_model("maskrcnn_resnet50_fpn", 4))
     exported = export_state_dict(model, "torchvision")
     assert {name: t.shape for name, t in exported.items()} == {name: t.shape for name, t in theirs.state_dict().items()}
     assert list(exported) == list(theirs.state_dict())
@@ -60,8 +65,9 @@ def test_torchvisions_names_shapes_and_order_are_written_and_load_strictly():
         ("faster_rcnn_x101_32x4d_fpn", "mmdet"),
         ("cascade_rcnn_r18_fpn", "mmdet"),
         ("fasterrcnn_resnet18_fpn", "torchvision"),
-        ("fasterrcnn_resnet50_fpn", "torchvision"),
-        ("faster_rcnn_r50_fpn", "ours"),
+        ("maskrcnn_resnet50_fpn", "torchvision"),
+        ("cascade_mask_rcnn_r18_fpn", "mmdet"),
+        ("mask_rcnn_r18_fpn", "ours"),
     ],
 )
 def test_the_way_there_and_back_changes_no_bit(name, layout, norm):
@@ -96,8 +102,11 @@ def test_box_outputs_of_the_background_are_added_for_torchvision_and_dropped_for
 
 
 def test_torchvisions_older_names_are_read():
-    model = randomized(build_model("fasterrcnn_resnet18_fpn", 3, **SMALL))
+    model = randomized(build_model("mask_rcnn_r18_fpn", 3, regressor_has_background=True, **SMALL))
     exported = export_state_dict(model, "torchvision")
+    for i in range(4):
+        for kind in ("weight", "bias"):
+            exported[f"roi_heads.mask_head.mask_fcn{i + 1}.{kind}"] = exported.pop(f"roi_heads.mask_head.{i}.0.{kind}")
     older = {
         re.sub(r"(inner_blocks\.\d|layer_blocks\.\d|rpn\.head\.conv)(\.0)+\.(weight|bias)$", r"\1.\3", name): tensor
         for name, tensor in exported.items()
@@ -122,13 +131,16 @@ def detectron2_name(name):
         (r"^roi_head\.fc", "roi_heads.box_head.fc"),
         (r"^roi_head\.classifier", "roi_heads.box_predictor.cls_score"),
         (r"^roi_head\.regressor", "roi_heads.box_predictor.bbox_pred"),
+        (r"^mask_head\.convs\.(\d)", lambda match: f"roi_heads.mask_head.mask_fcn{int(match[1]) + 1}"),
+        (r"^mask_head\.upsample", "roi_heads.mask_head.deconv"),
+        (r"^mask_head\.logits", "roi_heads.mask_head.predictor"),
     ):
         name = re.sub(ours, theirs, name)
     return name
 
 
 def test_every_name_of_detectron2s_r50_fpn_is_read():
-    ours = randomized(build_model("faster_rcnn_r50_fpn", 3, **SMALL)).state_dict()
+    ours = randomized(build_model("mask_rcnn_r50_fpn", 3, **SMALL)).state_dict()
     theirs = {detectron2_name(name): tensor for name, tensor in ours.items()}
     assert "backbone.bottom_up.res4.5.conv3.norm.running_var" in theirs
     assert "backbone.bottom_up.stem.conv1.norm.bias" in theirs
