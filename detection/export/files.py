@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection.export.graph import OUTPUT_NAMES, DetectorGraph, ExportError, Suppression, graph_model, suppress_groups
+from detection.export.graph import (
+    MASK_OUTPUT_NAME,
+    OUTPUT_NAMES,
+    DetectorGraph,
+    ExportError,
+    Suppression,
+    graph_model,
+    suppress_groups,
+)
 from detection.models import Detector
 from detection.models.weights.stored import stripped_file
 
@@ -29,7 +37,8 @@ _IMAGE_SIDES = (1, 2**15)  # of a dynamic height or width
 _BATCH_SIZES = (1, 2**10)
 
 Runner: TypeAlias = Callable[[np.ndarray], list[dict[str, Tensor]]]
-"""uint8 RGB [B, H, W, 3] -> for each image {"boxes_xyxy", "scores", "labels"}, as the model in PyTorch gives them."""
+"""uint8 RGB [B, H, W, 3] -> for each image {"boxes_xyxy", "scores", "labels"}, as the model in PyTorch gives them, and
+"mask_probabilities" of a model with masks."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def save_onnx(detector: Detector, shape: InputShape, path: str | Path, opset: in
             dynamo=True,
             custom_translation_table=onnx_suppression.TRANSLATIONS,
             input_names=["images"],
-            output_names=list(OUTPUT_NAMES),
+            output_names=[*OUTPUT_NAMES, *([MASK_OUTPUT_NAME] if detector.model.config.has_masks else [])],
             opset_version=opset,
             verbose=False,
         )
@@ -141,7 +150,7 @@ def open_onnx(path: str | Path) -> Runner:
         raise ExportError(f"onnxruntime {runtime.__version__} cannot run {path}: {error}") from error
 
     def run(images: np.ndarray) -> list[dict[str, Tensor]]:
-        return _per_image(*map(torch.from_numpy, session.run(list(OUTPUT_NAMES), {"images": images})))
+        return _per_image(*map(torch.from_numpy, session.run(None, {"images": images})))
 
     return run
 
@@ -180,10 +189,14 @@ def _metadata(detector: Detector, shape: InputShape) -> dict[str, Any]:
     }
 
 
-def _per_image(boxes: Tensor, scores: Tensor, labels: Tensor, counts: Tensor) -> list[dict[str, Tensor]]:
+def _per_image(
+    boxes: Tensor, scores: Tensor, labels: Tensor, counts: Tensor, masks: Tensor | None = None
+) -> list[dict[str, Tensor]]:
+    outputs = {"boxes_xyxy": boxes, "scores": scores, "labels": labels}
+    if masks is not None:
+        outputs[MASK_OUTPUT_NAME] = masks
     return [
-        {"boxes_xyxy": boxes[row, :count], "scores": scores[row, :count], "labels": labels[row, :count]}
-        for row, count in enumerate(counts.tolist())
+        {name: values[row, :count] for name, values in outputs.items()} for row, count in enumerate(counts.tolist())
     ]
 
 

@@ -27,6 +27,8 @@ Suppression = Callable[[Tensor, Tensor, float, int], Tensor]
 kept, bool [G, N]: greedy suppression within each group."""
 
 OUTPUT_NAMES = ("boxes_xyxy", "scores", "labels", "num_detections")
+MASK_OUTPUT_NAME = "mask_probabilities"
+"""Behind the others, of a model with masks."""
 
 
 def suppress_groups(boxes_xyxy: Tensor, scores: Tensor, iou_threshold: float, most: int) -> Tensor:
@@ -61,7 +63,8 @@ class DetectorGraph(nn.Module):
 
     forward: uint8 [B, H, W, 3], RGB -> boxes_xyxy float32 [B, D, 4] in pixels of those images, scores float32
     [B, D], labels int64 [B, D], num_detections int64 [B]. Best first; D is the model's detections_per_image, and rows
-    from num_detections on are zero, their labels -1.
+    from num_detections on are zero, their labels -1. Of a model with masks also mask_probabilities float32
+    [B, D, 28, 28].
     """
 
     def __init__(self, detector: Detector, suppress: Suppression = suppress_groups) -> None:
@@ -77,13 +80,18 @@ class DetectorGraph(nn.Module):
             anchors = base_anchors(size, config.anchor_ratios, rounded=config.round_anchors)
             self.register_buffer(f"base_anchors_{level}", anchors.to(detector.model.pixel_mean.device))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         batch, factors = self._network_input(images)
         features = self.model.extract_features(batch)
         boxes, valid = self._proposals(features, batch)
         with implementation(roi_align="operator"):
             class_logits, deltas, boxes = self.model.second_stage(features, boxes, batch.sizes)
         found, scores, labels, is_box = self._detections(class_logits, deltas, boxes, valid, batch.sizes)
+        masks = []
+        if self.config.has_masks:
+            with implementation(roi_align="operator"):
+                probabilities = self.model.mask_probabilities(features, found, labels)
+            masks = [torch.where(is_box[..., None, None], probabilities, 0.0)]
         edges = torch.stack((_scalar(images, 2), _scalar(images, 1))).repeat(2).float()
         found = torch.minimum((found / factors).clamp(min=0), edges)
         return (
@@ -91,6 +99,7 @@ class DetectorGraph(nn.Module):
             torch.where(is_box, scores, 0.0),
             torch.where(is_box, labels, -1),
             is_box.sum(dim=1),
+            *masks,
         )
 
     def _network_input(self, images: Tensor) -> tuple[ImageBatch, Tensor]:

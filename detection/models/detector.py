@@ -50,9 +50,10 @@ class Detector:
         """Detections in one image, or a list of them for a list of images, best first.
 
         Each is {"boxes_xyxy": float32 [N, 4] in pixels of the image as it is stored, "scores": float32 [N],
-        "labels": int64 [N], "names": list of N class names}, tensors on the CPU. Any EXIF orientation is
-        ignored, as in training: turn photos with PIL.ImageOps.exif_transpose first. Raises DetectorError for an
-        image that cannot be read or has another form than `Image` says.
+        "labels": int64 [N], "names": list of N class names}, tensors on the CPU; of a model with masks also
+        "mask_probabilities" float32 [N, 28, 28], of which `paste_masks` makes masks. Any EXIF orientation is ignored,
+        as in training: turn photos with PIL.ImageOps.exif_transpose first. Raises DetectorError for an image that
+        cannot be read or has another form than `Image` says.
         """
         if batch_size < 1:
             raise DetectorError(f"batch_size is {batch_size}; give at least 1")
@@ -77,9 +78,8 @@ class Detector:
             labels = detection["labels"].cpu()
             results.append(
                 {
+                    **{key: value.cpu() for key, value in detection.items()},
                     "boxes_xyxy": boxes,
-                    "scores": detection["scores"].cpu(),
-                    "labels": labels,
                     "names": [self.class_names[label] for label in labels.tolist()],
                 }
             )

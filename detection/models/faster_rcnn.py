@@ -242,7 +242,7 @@ class FasterRCNN(nn.Module):
         with _full_precision(boxes_xyxy.device):
             pooled = self.pool(features, boxes_xyxy, mask=True)
         of_stages = [head(pooled, labels.flatten()).float().sigmoid() for head in self.mask_heads]
-        return torch.stack(of_stages).mean(dim=0).unflatten(0, labels.shape)
+        return torch.stack(of_stages).mean(dim=0).view(*labels.shape, MASK_SIZE, MASK_SIZE)
 
     def extract_features(self, images: ImageBatch) -> tuple[Tensor, ...]:
         """P2..P6, [B, fpn_channels, H_l, W_l], of images normalized and with zeros outside."""

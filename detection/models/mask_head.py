@@ -78,7 +78,6 @@ def mask_rois(config: FasterRCNNConfig, rois: RoISample, *, trimmed: bool) -> Ma
         most = min(most, int(config.roi_samples_per_image * config.roi_positive_fraction))
     if trimmed:
         most = min(most, int(rois.positive.sum(dim=1).max()))
-    # Where slots were sampled the positives are first already.
     slots = rois.positive.long().argsort(dim=1, descending=True, stable=True)[:, : max(1, most)]
     positive = rois.positive.gather(1, slots)
     boxes = rois.boxes_xyxy.gather(1, slots[..., None].expand(-1, -1, 4))

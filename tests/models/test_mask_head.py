@@ -103,7 +103,7 @@ def sampled(positive):
     slots = positive.shape[1]
     boxes = torch.arange(positive.numel() * 4.0).view(*positive.shape, 4)
     labels = torch.where(positive, torch.arange(slots), 80)
-    return RoISample(boxes, positive, positive, labels, boxes, labels, None)
+    return RoISample(boxes, positive, positive, labels, boxes, labels, boxes, None)
 
 
 def test_positives_have_as_many_slots_as_can_be_or_as_many_as_there_are():

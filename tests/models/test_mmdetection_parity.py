@@ -316,8 +316,8 @@ def test_losses_in_bf16_stay_within_one_percent(parity, monkeypatch):
     model, images, targets = parity.model, parity.images, parity.targets
     recorded = []
 
-    def record(*arguments, stage):
-        recorded.append(sample_rois(*arguments, stage=stage))
+    def record(*arguments, **named):
+        recorded.append(sample_rois(*arguments, **named))
         return recorded[0]
 
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

@@ -23,12 +23,13 @@ LOSS_NAMES = {
     "loss_rpn_bbox": "loss_rpn_box_reg",
     "loss_cls": "loss_classifier",
     "loss_bbox": "loss_box_reg",
+    "loss_mask": "loss_mask",
 }
 
 
 @pytest.fixture(scope="module")
 def theirs():
-    """torchvision's fasterrcnn_resnet50_fpn with random weights that make its outputs vary, everything sampled."""
+    """torchvision's maskrcnn_resnet50_fpn with random weights that make its outputs vary, everything sampled."""
     torch.manual_seed(0)
     backbone = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
     for name, buffer in backbone.named_buffers():
@@ -41,7 +42,7 @@ def theirs():
         elif name.endswith("bias"):
             buffer.normal_(0, 0.05)
     # These limits leave images with a shorter side of 128 and a longer one of up to 160 as they are.
-    model = torchvision.models.detection.FasterRCNN(
+    model = torchvision.models.detection.MaskRCNN(
         _resnet_fpn_extractor(backbone, 3), NUM_CLASSES + 1, min_size=128, max_size=160
     )
     for layer, std in (
@@ -61,7 +62,7 @@ def theirs():
 @pytest.fixture(scope="module")
 def ours(theirs):
     model = build_model(
-        "fasterrcnn_resnet50_fpn",
+        "maskrcnn_resnet50_fpn",
         num_classes=NUM_CLASSES,
         rpn_samples_per_image=None,
         roi_samples_per_image=None,
@@ -81,10 +82,18 @@ def images():
     return photos
 
 
-def test_detections_equal_torchvisions(theirs, ours, images):
+def test_detections_and_masks_equal_torchvisions(theirs, ours, images):
+    theirs.eval()
     with torch.no_grad():
-        expected = theirs.eval()([image / 255 for image in images])
-    expected = [{"boxes_xyxy": e["boxes"], "scores": e["scores"], "labels": e["labels"] - 1} for e in expected]
+        inputs, _ = theirs.transform([image / 255 for image in images])
+        features = theirs.backbone(inputs.tensors)
+        proposals, _ = theirs.rpn(inputs, features)
+        found, _ = theirs.roi_heads(features, proposals, inputs.image_sizes)
+    names = {"boxes_xyxy": "boxes", "scores": "scores", "labels": "labels", "mask_probabilities": "masks"}
+    expected = [{ours: each[theirs] for ours, theirs in names.items()} for each in found]
+    for each in expected:
+        each["labels"] -= 1
+        each["mask_probabilities"] = each["mask_probabilities"][:, 0]
     difference = compare_detections(
         ours.eval()(images), expected, score_threshold=0.05, detections_per_image=100, score_tolerance=1e-5
     )
@@ -104,9 +113,16 @@ def test_training_losses_and_gradients_equal_torchvisions(theirs, ours, images, 
     ]
     if case == "none in the second":
         targets[1] = {"boxes_xyxy": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    for each in targets:
+        rows, columns = torch.arange(160)[:, None], torch.arange(160)
+        x1, y1, x2, y2 = each["boxes_xyxy"].T[..., None, None]
+        inside = (columns >= x1) & (columns < x2) & (rows >= y1) & (rows < y2)
+        each["masks"] = (inside & ((rows + columns) % 23 < 15)).to(torch.uint8)
     if case == "equal boxes of two classes":
         targets[0]["boxes_xyxy"][1] = targets[0]["boxes_xyxy"][0]
-    in_their_terms = [{"boxes": each["boxes_xyxy"].double(), "labels": each["labels"] + 1} for each in targets]
+    in_their_terms = [
+        {"boxes": each["boxes_xyxy"].double(), "labels": each["labels"] + 1, "masks": each["masks"]} for each in targets
+    ]
     expected = theirs.train()([image.double() / 255 for image in images], in_their_terms)
     losses = ours.train()(images, targets)
     for name, their_name in LOSS_NAMES.items():

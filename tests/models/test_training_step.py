@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 
-from detection.models import ImageBatch, TargetBatch, build_model
+from detection.models import ImageBatch, MaskBatch, TargetBatch, build_model
 from detection.models import rpn as rpn_module
 from detection.models.backbones import NORMS
 from detection.models.ops.backend import DEVICE, implementation
@@ -21,7 +21,6 @@ from detection.models.rpn import rpn_losses
 from detection.models.structures import batch_images, batch_targets
 
 LOSSES = {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}
-LOSSES_OF_A_CASCADE = {"loss_rpn_cls", "loss_rpn_bbox"} | {f"loss_{k}_s{s}" for k in ("cls", "bbox") for s in range(3)}
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 96, 128
@@ -30,6 +29,7 @@ HEIGHT, WIDTH = 96, 128
 SMALL = {
     "fpn_channels": 32,
     "roi_hidden_channels": 64,
+    "mask_channels": 8,
     "rpn_proposals_train": 200,
     "rpn_proposals_test": 50,
     "roi_samples_per_image": 64,
@@ -47,7 +47,7 @@ def make_model(name="faster_rcnn_r18_fpn", **overrides):
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model()
+    return make_model("mask_rcnn_r18_fpn")
 
 
 def photos(*sizes):
@@ -57,14 +57,24 @@ def photos(*sizes):
 
 def target(boxes, labels=None):
     boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
-    return {"boxes_xyxy": boxes, "labels": torch.arange(len(boxes)) % 5 if labels is None else labels}
+    masks = torch.zeros(len(boxes), HEIGHT, WIDTH, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.long().tolist(), strict=True):
+        mask[y1 : (y1 + y2 + 1) // 2, x1:x2] = True
+    labels = torch.arange(len(boxes)) % 5 if labels is None else labels
+    return {"boxes_xyxy": boxes, "labels": labels, "masks": masks}
+
+
+def names_of_losses(config):
+    kinds = ["cls", "bbox", *(["mask"] if config.has_masks else [])]
+    stages = [""] if config.cascade_ious is None else [f"_s{stage}" for stage in range(3)]
+    return {"loss_rpn_cls", "loss_rpn_bbox", *(f"loss_{kind}{stage}" for kind in kinds for stage in stages)}
 
 
 def step(model, images, targets):
     """Losses of a step, after checks that hold for every step: finite, and every trained parameter takes part."""
     model.zero_grad(set_to_none=True)
     losses = model(images, targets)
-    assert losses.keys() == (LOSSES if model.config.cascade_ious is None else LOSSES_OF_A_CASCADE)
+    assert losses.keys() == names_of_losses(model.config)
     sum(losses.values()).backward()
     assert all(loss.isfinite() and loss.dtype == torch.float32 and loss.dim() == 0 for loss in losses.values())
     for name, parameter in model.named_parameters():
@@ -156,7 +166,7 @@ def test_a_fresh_models_losses_are_those_of_guessing(name):
     "name",
     [
         pytest.param(f"{name}_fpn", marks=() if "18" in name else pytest.mark.slow)
-        for name in ("faster_rcnn_r18", "cascade_rcnn_r18", "faster_rcnn_r50", "faster_rcnn_x101_32x4d")
+        for name in ("faster_rcnn_r18", "cascade_mask_rcnn_r18", "faster_rcnn_r50", "faster_rcnn_x101_32x4d")
     ],
 )
 def test_every_model_trains_with_every_norm_in_both_precisions(name, norm, precision):
@@ -182,8 +192,9 @@ def test_the_command_line_fine_tunes_a_frozen_network_in_bf16(tmp_path):
 def test_every_kind_of_target_gives_finite_losses_and_gradients_for_all(model, case):
     losses = step(model, photos((HEIGHT, WIDTH), (HEIGHT, WIDTH)), EDGE_CASES[case])
     if case == "no boxes at all":
-        assert losses["loss_rpn_bbox"] == losses["loss_bbox"] == 0
+        assert losses["loss_rpn_bbox"] == losses["loss_bbox"] == losses["loss_mask"] == 0
     else:
+        assert losses["loss_mask"] > 0
         assert losses["loss_bbox"] > 0 or losses["loss_rpn_bbox"] > 0
     assert losses["loss_rpn_cls"] > 0
     assert losses["loss_cls"] > 0
@@ -240,6 +251,11 @@ def test_padded_boxes_behind_the_real_ones_change_nothing(model):
         torch.cat((truth.labels, torch.full((2, padding), 4)), dim=1),
         torch.cat((truth.valid, torch.zeros(2, padding, dtype=torch.bool)), dim=1),
         truth.sample_keys,
+        MaskBatch(
+            torch.cat((truth.masks.bits, torch.ones(9, dtype=torch.uint8))),
+            torch.cat((truth.masks.offsets, torch.full((2, padding), 5)), dim=1),
+            torch.cat((truth.masks.rectangles, torch.zeros(2, padding, 4, dtype=torch.int64)), dim=1),
+        ),
     )
     with torch.no_grad():
         assert model(batch, truth) == model(batch, padded)
@@ -298,7 +314,7 @@ def test_the_code_for_other_devices_gives_the_same_losses(model):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name", ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn", "cascade_rcnn_r18_fpn"])
+@pytest.mark.parametrize("name", ["mask_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn", "cascade_mask_rcnn_r18_fpn"])
 @pytest.mark.parametrize("with_triton", [True, False])
 def test_a_step_on_the_gpu_waits_for_nothing_and_without_triton_once_for_its_suppression(name, with_triton):
     device = torch.device("cuda")
@@ -323,7 +339,7 @@ def test_a_step_on_the_gpu_waits_for_nothing_and_without_triton_once_for_its_sup
 @pytest.mark.cuda
 def test_losses_on_the_gpu_equal_those_on_the_cpu(model):
     batch, truth = two_images()
-    on_gpu = make_model().cuda()
+    on_gpu = make_model("mask_rcnn_r18_fpn").cuda()
     on_gpu.load_state_dict(model.state_dict())
     # A GPU's convolutions of float32 round their inputs to TF32 otherwise.
     precise = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
@@ -336,7 +352,7 @@ def test_losses_on_the_gpu_equal_those_on_the_cpu(model):
 
 @pytest.mark.slow
 def test_each_padded_size_is_compiled_once_without_graph_break_and_gives_the_same_losses_gradients_and_names():
-    model = make_model()
+    model = make_model("mask_rcnn_r18_fpn")
     names = list(model.state_dict())
     batches = []
     for size in ((HEIGHT, WIDTH), (64, 160), (HEIGHT, WIDTH)):
@@ -357,8 +373,8 @@ def test_each_padded_size_is_compiled_once_without_graph_break_and_gives_the_sam
     for (losses, gradients), (other_losses, other_gradients) in zip(train(), expected, strict=True):
         torch.testing.assert_close(losses, other_losses, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(gradients, other_gradients, rtol=1e-3, atol=1e-5)
-    # Two sizes of backbone, FPN and RPN head, and one of the box head.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
+    # Two sizes of backbone, FPN and RPN head, and one of the box head and of the mask head.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 8
     assert list(model.state_dict()) == names
     with torch.autocast("cpu", torch.bfloat16):
         sum(model(*batches[0]).values()).backward()

@@ -128,5 +128,6 @@ def _trimmed_blocks(crops: MaskCrops, size: int) -> Iterator[Block]:
         while stop < len(order) and elements[order[stop]] * (stop + 1 - first) <= _BLOCK_ON_CPU:
             stop += 1
         block = order[first:stop]
-        yield torch.from_numpy(block), *(max(1, int(each[block].max())) for each in (heights, widths, samples))
+        most_rows, most_columns, most_samples = (max(1, int(each[block].max())) for each in (heights, widths, samples))
+        yield torch.from_numpy(block), most_rows, most_columns, most_samples
         first = stop
