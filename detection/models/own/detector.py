@@ -17,7 +17,7 @@ class OwnDetectorConfig:
     """What a detector of one's own is made from.
 
     factory: package.module:function. num_classes: without the background. settings: further keywords of the function.
-    norm, frozen_stages: nothing is known of them.
+    norm, frozen_stages: nothing is known of them. has_masks: no masks are asked for.
     """
 
     factory: str
@@ -25,6 +25,7 @@ class OwnDetectorConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     norm: str = "own"
     frozen_stages: int = -1
+    has_masks: bool = False
 
     @property
     def backbone(self) -> str:

@@ -97,7 +97,7 @@ def load_weights(
     neither cached nor reachable.
     """
     name = model.config.backbone
-    masks = getattr(model.config, "has_masks", False)
+    masks = model.config.has_masks
     published = None if _is_of_timm(str(spec), name) else find_published(str(spec), name, masks=masks)
     if isinstance(model, OwnDetector):
         stored = read_own(Path(spec))
