@@ -1,4 +1,4 @@
-"""Finds objects in images: images with boxes, a COCO results file, or crops.
+"""Finds objects in images: images with boxes and masks, a COCO results file, crops, or masks.
 
     python scripts/predict.py --weights runs/mine/checkpoints/best.pt --output-dir out photo.jpg holiday/ "more/*.png"
     python scripts/predict.py --weights detector.pt --json results.json --annotations instances_val2017.json val2017/
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "for --json: COCO file with the image ids (by file name) and category ids (by name); without it images count "
         "from 1, and FILE_images.json beside the results says which is which"
     )
+    add("--save-masks", metavar="DIR", type=Path, help="each mask as DIR/CLASS/IMAGE_NUMBER.png, 255 on 0")
     add("--annotations", metavar="FILE", type=Path, help=text)
     add("--overwrite", action="store_true", help="replace files of an earlier call (never an input)")
     add = parser.add_argument_group("which boxes").add_argument
@@ -101,9 +102,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _predict(arguments: argparse.Namespace, console: Console) -> int:
-    if arguments.output_dir is arguments.json is arguments.save_crops is None:
+    if arguments.output_dir is arguments.json is arguments.save_crops is arguments.save_masks is None:
         arguments.output_dir = DEFAULT_FOLDER
-    outputs = [path for path in (arguments.output_dir, arguments.save_crops, arguments.json) if path is not None]
+    folders = [path for path in (arguments.output_dir, arguments.save_crops, arguments.save_masks) if path is not None]
+    outputs = folders if arguments.json is None else [*folders, arguments.json]
     if arguments.annotations is not None and arguments.json is None:
         raise PredictionError("--annotations goes with --json")
     views = _views(arguments)
@@ -112,7 +114,6 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     if min_score is None:
         min_score = 0.0 if outputs == [arguments.json] else DEFAULT_MIN_SCORE
 
-    folders = [path for path in (arguments.output_dir, arguments.save_crops) if path is not None]
     files = find_images(arguments.inputs, excluded=folders)[: arguments.limit]
     others = [path for path in (arguments.weights, arguments.annotations) if path is not None and path.is_file()]
     protected = ProtectedFiles([*files, *others])
@@ -131,6 +132,8 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
         arguments.weights, _device(arguments.device), own_code=(arguments.model, arguments.backbone)
     )
     labels = None if arguments.classes is None else find_labels(arguments.classes.split(","), detector.class_names)
+    if arguments.save_masks is not None and not detector.model.config.has_masks:
+        raise PredictionError("--save-masks: this detector has no masks; train a mask_rcnn or cascade_mask_rcnn model")
     image_ids: Sequence[int] = range(1, len(files) + 1)
     category_ids: Sequence[int | None] = detector.category_ids
     if arguments.annotations is not None:
@@ -151,6 +154,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
             detector.class_names,
             image_folder=arguments.output_dir,
             crop_folder=arguments.save_crops,
+            mask_folder=arguments.save_masks,
             protected=protected,
             overwrite=arguments.overwrite,
         ) as writer,

@@ -31,7 +31,7 @@ WRITERS = 4  # threads that draw and compress behind the model
 def draw_detections(
     image: ImageInput, found: Mapping[str, Any], *, min_score: float = 0.3, longest_side: int | None = None
 ) -> Image.Image:
-    """The image with boxes, class names and scores in percent, as an image that a notebook shows by itself.
+    """The image with boxes, masks, class names and scores in percent, as an image that a notebook shows by itself.
 
     image: as it was given to `Detector.predict`, and found: what that returned for it. min_score: 0..1, boxes below
     are left out. longest_side: pixels to scale to first; default: the image's own size, but at least 640, so that
@@ -41,13 +41,18 @@ def draw_detections(
     boxes, scores, labels = (found[key].numpy() for key in ("boxes_xyxy", "scores", "labels"))
     name_of = dict(zip(labels.tolist(), found["names"], strict=True))
     class_names = [name_of.get(label, "") for label in range(max(name_of, default=-1) + 1)]
-    shown = ImageDetections(0, pixels, boxes, scores, labels).select(min_score, None, None)
+    masks = found["mask_probabilities"].numpy() if "mask_probabilities" in found else None
+    shown = ImageDetections(0, pixels, boxes, scores, labels, mask_probabilities=masks).select(min_score, None, None)
     return Image.fromarray(_drawn(shown, class_names, longest_side))
 
 
 def _drawn(found: ImageDetections, class_names: Sequence[str], longest_side: int | None = None) -> np.ndarray:
     side = longest_side or max(LEGIBLE_SIDE, *found.pixels.shape[:2])
-    return draw_boxes(found.pixels, found.boxes_xyxy, found.labels, class_names, found.scores, longest_side=side)
+    height, width = (max(1, round(length * side / max(found.pixels.shape[:2]))) for length in found.pixels.shape[:2])
+    masks = list(found.masks((height, width)))
+    return draw_boxes(
+        found.pixels, found.boxes_xyxy, found.labels, class_names, found.scores, masks=masks, longest_side=side
+    )
 
 
 class PredictionOutputs(AbstractContextManager["PredictionOutputs"]):
@@ -64,17 +69,21 @@ class PredictionOutputs(AbstractContextManager["PredictionOutputs"]):
         *,
         image_folder: Path | None,
         crop_folder: Path | None,
+        mask_folder: Path | None = None,
         protected: ProtectedFiles,
         overwrite: bool = False,
     ) -> None:
         self.counts: Counter[str] = Counter()
         """Boxes written of each class."""
         self._class_names, self._names, self._protected = class_names, distinct_names(files), protected
-        self._crop_folder = crop_folder
+        self._crop_folder, self._mask_folder = crop_folder, mask_folder
         self._image_paths: list[Path] = []
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="writer")
         self._pending: deque[Future[None]] = deque()
-        for option, folder in (("--output-dir", image_folder), ("--save-crops", crop_folder)):
+        for option, folder in (
+            *(("--output-dir", image_folder), ("--save-crops", crop_folder)),
+            ("--save-masks", mask_folder),
+        ):
             try:
                 if folder is not None:
                     check_writable(folder)
@@ -88,9 +97,10 @@ class PredictionOutputs(AbstractContextManager["PredictionOutputs"]):
             protected.check(path)
             if not overwrite:
                 refuse_existing(path)
-        # Which crops there will be is not known yet, and those of two calls in one folder could not be told apart.
-        if crop_folder is not None and not overwrite and crop_folder.is_dir() and any(crop_folder.iterdir()):
-            raise PredictionError(f"{crop_folder} holds files already; choose another folder for crops, or --overwrite")
+        # Which of them there will be is not known yet, and those of two calls in one folder could not be told apart.
+        for what, folder in (("crops", crop_folder), ("masks", mask_folder)):
+            if folder is not None and not overwrite and folder.is_dir() and any(folder.iterdir()):
+                raise PredictionError(f"{folder} holds files already; choose another folder for {what}, or --overwrite")
 
     def add(self, found: ImageDetections) -> None:
         """Writes the image and the crops of one file soon."""
@@ -110,10 +120,16 @@ class PredictionOutputs(AbstractContextManager["PredictionOutputs"]):
             _save(self._image_paths[found.index], _drawn(found, self._class_names))
         if self._crop_folder is not None:
             for number, (label, pixels) in enumerate(found.crops(), start=1):
-                class_folder = re.sub(r"[^\w-]+", "_", self._class_names[label])
-                path = self._crop_folder / class_folder / f"{self._names[found.index]}_{number:03}.png"
-                self._protected.check(path)
-                _save(path, pixels)
+                self._save_object(self._crop_folder, found, label, number, pixels)
+        if self._mask_folder is not None:
+            for number, (label, mask) in enumerate(zip(found.labels.tolist(), found.masks(), strict=True), start=1):
+                self._save_object(self._mask_folder, found, label, number, mask.astype(np.uint8) * 255)
+
+    def _save_object(self, folder: Path, found: ImageDetections, label: int, number: int, pixels: np.ndarray) -> None:
+        class_folder = re.sub(r"[^\w-]+", "_", self._class_names[label])
+        path = folder / class_folder / f"{self._names[found.index]}_{number:03}.png"
+        self._protected.check(path)
+        _save(path, pixels)
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from data import CocoAnnotations, ImageError, read_image
 from detection.errors import DetectionError
 from detection.inference.exif import AS_STORED, orientation_of, upright
 from detection.inference.tta import View, predict_views
-from detection.models import Detector
+from detection.models import Detector, paste_masks
 
 READERS = 4  # threads that decode images ahead of the model
 
@@ -33,6 +34,7 @@ class ImageDetections:
 
     index: place of the file in the list. pixels: uint8 RGB [H, W, 3], as stored or turned upright. boxes_xyxy: float32
     [N, 4] in these pixels. scores: float32 [N]. labels: int64 [N]. is_turned: whether they are not as stored.
+    mask_probabilities: float32 [N, 28, 28], within the boxes; None without masks.
     """
 
     index: int
@@ -41,6 +43,7 @@ class ImageDetections:
     scores: np.ndarray
     labels: np.ndarray
     is_turned: bool = False
+    mask_probabilities: np.ndarray | None = None
 
     def select(self, min_score: float, labels: Iterable[int] | None, max_boxes: int | None) -> ImageDetections:
         """Those with at least min_score, of these classes (None: all), and of them the max_boxes best."""
@@ -48,13 +51,27 @@ class ImageDetections:
         if labels is not None:
             wanted &= np.isin(self.labels, list(labels))
         rows = np.flatnonzero(wanted)[:max_boxes]
+        masks = None if self.mask_probabilities is None else self.mask_probabilities[rows]
         return dataclasses.replace(
-            self, boxes_xyxy=self.boxes_xyxy[rows], scores=self.scores[rows], labels=self.labels[rows]
+            self,
+            boxes_xyxy=self.boxes_xyxy[rows],
+            scores=self.scores[rows],
+            labels=self.labels[rows],
+            mask_probabilities=masks,
         )
 
     def without_pixels(self) -> ImageDetections:
         """The same boxes for keeping; pixels: uint8 [0, 0, 3]."""
         return dataclasses.replace(self, pixels=np.zeros((0, 0, 3), np.uint8))
+
+    def masks(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """bool [N, height, width]: masks of the whole image, or of it resized to `size`; [0, ...] without masks."""
+        height, width = self.pixels.shape[:2] if size is None else size
+        if self.mask_probabilities is None:
+            return np.zeros((0, height, width), bool)
+        factors = np.array([width / self.pixels.shape[1], height / self.pixels.shape[0]] * 2, np.float32)
+        boxes = torch.from_numpy(self.boxes_xyxy * factors)
+        return paste_masks(torch.from_numpy(self.mask_probabilities), boxes, (height, width)).numpy()
 
     def crops(self) -> Iterator[tuple[int, np.ndarray]]:
         """Label and pixels (uint8 RGB, a view) of each box, whole pixels outwards; none of a box without area."""
@@ -91,7 +108,8 @@ def predict_files(
                 results = detector.predict(images, batch_size=batch_size)
         for image, found in zip(batch, results, strict=True):
             boxes, scores, labels = (found[key].numpy() for key in ("boxes_xyxy", "scores", "labels"))
-            yield ImageDetections(image.index, image.pixels, boxes, scores, labels, image.is_turned)
+            masks = found["mask_probabilities"].numpy() if "mask_probabilities" in found else None
+            yield ImageDetections(image.index, image.pixels, boxes, scores, labels, image.is_turned, masks)
 
 
 def find_labels(names: Sequence[str], class_names: Sequence[str]) -> list[int]:

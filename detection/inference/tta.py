@@ -47,6 +47,8 @@ def predict_views(
         if view.flip:
             for found, pixels in zip(results, images, strict=True):
                 found["boxes_xyxy"] = mirror(found["boxes_xyxy"], pixels.shape[1])
+                if "mask_probabilities" in found:
+                    found["mask_probabilities"] = found["mask_probabilities"].flip(2)
         of_views.append(results)
     most = detector.model.config.detections_per_image
     return [fuse_views(found, most=most) for found in zip(*of_views, strict=True)]
@@ -63,16 +65,19 @@ def fuse_views(found: Sequence[Mapping[str, Any]], *, most: int) -> dict[str, An
 
     Best first, each detection joins the group of its class that it overlaps most, if by more than FUSION_IOU, or begins
     one. A group's box is the mean of its boxes, weighted by their scores; its score is the mean of their scores, times
-    the share of the views that found it. One view is left as it is.
+    the share of the views that found it. Masks are averaged as the boxes are. One view is left as it is.
     """
     if len(found) == 1:
-        return {key: found[0][key] for key in ("boxes_xyxy", "scores", "labels")}
+        return {key: value for key, value in found[0].items() if key != "names"}
+    has_masks = all("mask_probabilities" in view for view in found)
     boxes, scores, labels = (torch.cat([view[key] for view in found]) for key in ("boxes_xyxy", "scores", "labels"))
     order = scores.argsort(descending=True, stable=True)
     boxes, scores, labels = boxes[order], scores[order], labels[order]
     fused, weighted = torch.zeros_like(boxes), torch.zeros_like(boxes)
     totals, sizes, group_labels = torch.zeros_like(scores), torch.zeros_like(scores), torch.full_like(labels, -1)
     num_groups = 0
+    masks = torch.cat([view["mask_probabilities"] for view in found])[order] if has_masks else boxes[:, :0]
+    weighted_masks = torch.zeros_like(masks)
     for row in range(len(boxes)):
         overlap = pairwise_iou(boxes[row : row + 1], fused[:num_groups])[0]
         overlap = torch.where(group_labels[:num_groups] == labels[row], overlap, 0.0)
@@ -81,9 +86,13 @@ def fuse_views(found: Sequence[Mapping[str, Any]], *, most: int) -> dict[str, An
             group, num_groups = num_groups, num_groups + 1
             group_labels[group] = labels[row]
         weighted[group] += boxes[row] * scores[row]
+        weighted_masks[group] += masks[row] * scores[row]
         totals[group] += scores[row]
         sizes[group] += 1
         fused[group] = weighted[group] / totals[group]
     group_scores = totals[:num_groups] / sizes[:num_groups] * sizes[:num_groups].clamp(max=len(found)) / len(found)
     best = group_scores.argsort(descending=True, stable=True)[:most]
-    return {"boxes_xyxy": fused[best], "scores": group_scores[best], "labels": group_labels[best]}
+    results = {"boxes_xyxy": fused[best], "scores": group_scores[best], "labels": group_labels[best]}
+    if has_masks:
+        results["mask_probabilities"] = weighted_masks[best] / totals[best, None, None]
+    return results

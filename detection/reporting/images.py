@@ -12,6 +12,7 @@ LINE_FRACTION = 1 / 250  # line width and letter height, as parts of the image's
 LETTER_FRACTION = 1 / 40
 MIN_LETTER_HEIGHT = 10
 BACKGROUND = (255, 255, 255)
+TINT = 0.45  # of a mask's color, the rest is the image's
 DARK, LIGHT = (0, 0, 0), (255, 255, 255)
 
 _Rectangle = tuple[int, int, int, int]
@@ -33,13 +34,15 @@ def draw_boxes(
     class_names: Sequence[str],
     scores: np.ndarray | None = None,
     *,
+    masks: Sequence[np.ndarray] = (),
     longest_side: int | None = None,
     letter_fraction: float = LETTER_FRACTION,
 ) -> np.ndarray:
     """A copy of the image with boxes and class names (and scores in percent) on it.
 
     image: uint8 RGB [H, W, 3]. boxes_xyxy: float [N, 4] in its pixels. labels: int [N] in
-    0..len(class_names)-1. scores: float [N] in 0..1. longest_side: the image is scaled to it first, so
+    0..len(class_names)-1. scores: float [N] in 0..1. masks: bool [h, w] each of the whole image in any resolution, or
+    none; they are tinted, and rimmed, in the colors of their classes. longest_side: the image is scaled to it first, so
     that lines and letters stay sharp. letter_fraction: height of letters as a part of the image's mean side.
     Returns uint8 RGB [H', W', 3]. Every name lies inside the image, on a ground of its class's color.
     """
@@ -48,6 +51,8 @@ def draw_boxes(
     if longest_side is not None:
         pixels = _scaled(image, longest_side)
         boxes_xyxy = boxes_xyxy * np.array([pixels.width / image.shape[1], pixels.height / image.shape[0]] * 2)
+    if len(masks):
+        pixels = _tinted(pixels, masks, labels)
     draw = ImageDraw.Draw(pixels)
     mean_side = (pixels.width + pixels.height) / 2
     line_width = max(1, round(mean_side * LINE_FRACTION))
@@ -99,6 +104,21 @@ def _scaled(image: np.ndarray, longest_side: int) -> Image.Image:
     ratio = longest_side / max(image.shape[:2])
     height, width = (max(1, round(side * ratio)) for side in image.shape[:2])
     return Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _tinted(pixels: Image.Image, masks: Sequence[np.ndarray], labels: np.ndarray) -> Image.Image:
+    """The image with masks on it, small ones on top."""
+    tinted = np.array(pixels, dtype=np.float32)
+    for number in sorted(range(len(masks)), key=lambda number: -float(np.mean(masks[number]))):
+        mask = np.asarray(Image.fromarray(masks[number]).resize(pixels.size, Image.Resampling.NEAREST))
+        color = np.array(class_color(int(labels[number])), dtype=np.float32)
+        inner = mask.copy()
+        for axis in (0, 1):
+            for step in (-1, 1):
+                inner &= np.roll(mask, step, axis)
+        tinted[mask] += TINT * (color - tinted[mask])
+        tinted[mask & ~inner] = color
+    return Image.fromarray(tinted.round().astype(np.uint8))
 
 
 def _draw_frame(draw: ImageDraw.ImageDraw, box_xyxy: np.ndarray, color: tuple[int, int, int], width: int) -> None:

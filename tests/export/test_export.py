@@ -19,7 +19,7 @@ from detection.export.graph import suppress_groups
 from detection.models import backbones, build_model
 from detection.models.detector import Detector
 
-RECIPES = ["faster_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn", "cascade_rcnn_r18_fpn"]
+RECIPES = ["mask_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn", "cascade_mask_rcnn_r18_fpn"]
 SHAPES = [(100, 150), (150, 100), (128, 128), (40, 300), (1, 60)]
 
 
@@ -29,6 +29,7 @@ def small_detector(recipe):
     patch = pytest.MonkeyPatch()
     patch.setitem(backbones.ARCHITECTURES, "resnet18", backbones.Architecture((1, 1, 1, 1), bottleneck=False))
     small = {"fpn_channels": 32, "roi_hidden_channels": 64, "rpn_nms_pre_test": 100, "rpn_proposals_test": 50}
+    small["mask_channels"] = 8
     model = build_model(recipe, 3, detections_per_image=20, **small).eval()
     patch.undo()
     for parameter in model.roi_head.parameters():
@@ -57,13 +58,14 @@ def test_the_graph_is_the_detector(recipe, shape):
     detector = small_detector(recipe)
     images = [image(*shape, seed) for seed in range(2)]
     with torch.no_grad():
-        boxes, scores, labels, counts = DetectorGraph(detector)(torch.from_numpy(np.stack(images)))
-    found = [
-        {"boxes_xyxy": boxes[row, :count], "scores": scores[row, :count], "labels": labels[row, :count]}
-        for row, count in enumerate(counts.tolist())
-    ]
+        boxes, scores, labels, counts, *masks = DetectorGraph(detector)(torch.from_numpy(np.stack(images)))
+    outputs = {"boxes_xyxy": boxes, "scores": scores, "labels": labels}
+    if detector.model.config.has_masks:
+        (outputs["mask_probabilities"],) = masks
+    found = [{key: each[row, :count] for key, each in outputs.items()} for row, count in enumerate(counts.tolist())]
     result = difference(detector, detector.predict(images, batch_size=2), found)
     assert result.num_matched > 2 and result.within(5e-4, 1e-2), str(result)
+    assert (result.largest_mask > 0) == detector.model.config.has_masks
     assert boxes.shape == (2, 20, 4) and scores.dtype == torch.float32 and labels.dtype == torch.int64
     for row, count in enumerate(counts.tolist()):
         assert (
@@ -77,7 +79,8 @@ def test_nothing_found_is_a_count_of_zero():
     with torch.no_grad():
         detector.model.roi_head.classifier.weight.zero_()
         detector.model.roi_head.classifier.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0]))  # background, always
-        boxes, scores, labels, counts = DetectorGraph(detector)(torch.from_numpy(image(90, 120))[None])
+        boxes, scores, labels, counts, masks = DetectorGraph(detector)(torch.from_numpy(image(90, 120))[None])
+    assert not masks.any()
     assert counts.tolist() == [0] and (boxes == 0).all() and (scores == 0).all() and (labels == -1).all()
 
 
@@ -114,6 +117,7 @@ def test_an_onnx_file_finds_the_same_in_any_size_and_batch(onnx_file, shape, bat
     result = difference(
         detector, detector.predict(images, batch_size=batch_size), open_onnx(onnx_file)(np.stack(images))
     )
+    assert result.largest_mask > 0
     assert result.num_matched > 2 and result.within(5e-4, 1e-2), str(result)
 
 
@@ -136,6 +140,7 @@ def test_an_onnx_file_is_alone_valid_and_knows_its_classes(onnx_file):
         "scores": ["batch", 20],
         "labels": ["batch", 20],
         "num_detections": ["batch"],
+        "mask_probabilities": ["batch", 20, 28, 28],
     }
 
 

@@ -46,6 +46,14 @@ def test_boxes_of_an_object_become_their_mean_weighted_by_score():
     assert rows_of(fuse_views([one, other], most=1)) == result[:1]
 
 
+def test_masks_of_an_object_become_their_mean_weighted_by_score():
+    views = [found((0, 0, 10, 10, 0.9, 0), (50, 50, 60, 60, 0.4, 1)), found((0, 0, 12, 10, 0.3, 0))]
+    masks = torch.rand(3, 28, 28)
+    views[0]["mask_probabilities"], views[1]["mask_probabilities"] = masks[:2], masks[2:]
+    fused = fuse_views(views, most=100)["mask_probabilities"]
+    torch.testing.assert_close(fused, torch.stack(((0.9 * masks[0] + 0.3 * masks[2]) / 1.2, masks[1])))
+
+
 def test_classes_and_distant_boxes_stay_apart():
     one = found((0, 0, 10, 10, 0.9, 0))
     other_class, distant = found((0, 0, 10, 10, 0.8, 1)), found((4, 0, 14, 10, 0.8, 0))

@@ -35,6 +35,15 @@ def test_a_box_is_drawn_in_its_class_color_and_the_given_image_stays():
     assert (draw(image, labels=()) == image).all()
 
 
+def test_masks_are_tinted_and_rimmed_in_the_colors_of_their_classes():
+    mask = np.zeros((60, 80), bool)  # half the resolution of the image
+    mask[30:40, 30:50] = True
+    drawn = draw(gray(), BOX, masks=[mask])
+    color = np.array(class_color(2))
+    np.testing.assert_allclose(drawn[70, 90], 128 + 0.45 * (color - 128), atol=1)
+    assert tuple(drawn[70, 60]) == tuple(color) and tuple(drawn[70, 58]) == (128, 128, 128)
+
+
 @pytest.mark.parametrize(
     "box",
     [(0, 0, 20, 15), (140, 0, 160, 15), (0, 100, 10, 120), (150, 110, 160, 120), (0, 0, 160, 120), (-9, -9, 300, 300)],

@@ -8,17 +8,20 @@ import torch
 from PIL import Image
 
 from data import read_coco
-from detection.models import load_detector
+from detection.models import load_detector, paste_masks
 
 CLASS_NAMES = ["person", "race car", "cat"]
 CATEGORY_IDS = [1, 3, 17]
 SMALL = {"fpn_channels": 32, "roi_hidden_channels": 64, "rpn_nms_pre_test": 100, "rpn_proposals_test": 50}
+MASKS = {"has_masks": True, "mask_channels": 8}
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, detector_content):
     path = tmp_path_factory.mktemp("weights") / "detector.pt"
-    content = detector_content("faster_rcnn_r18_fpn", 0, CLASS_NAMES, CATEGORY_IDS, detections_per_image=20, **SMALL)
+    content = detector_content(
+        "faster_rcnn_r18_fpn", 0, CLASS_NAMES, CATEGORY_IDS, detections_per_image=20, **SMALL, **MASKS
+    )
     torch.save(content, path)
     return path
 
@@ -136,6 +139,16 @@ def test_crops_are_the_pixels_of_the_boxes_in_folders_of_their_classes(predict, 
         np.testing.assert_array_equal(np.asarray(Image.open(crop)), pixels[int(y) : y1, int(x) : x1])
 
 
+def test_each_mask_is_an_image_of_the_photos_size(predict, weights, photos, tmp_path):
+    assert predict("--save-masks", tmp_path / "masks", "--min-score", 0.1, photos / "b.png") == 0
+    found = load_detector(weights).predict(photos / "b.png")
+    expected = paste_masks(found["mask_probabilities"], found["boxes_xyxy"], (80, 60))[found["scores"] >= 0.1]
+    files = sorted((tmp_path / "masks").rglob("*.png"), key=lambda path: path.name)
+    assert len(files) == len(expected) > 0 and expected.any()
+    for file, mask in zip(files, expected.numpy(), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), mask * np.uint8(255))
+
+
 def test_a_broken_image_is_named_and_the_others_are_done(predict, photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes((photos / "a.jpg").read_bytes()[:200])
     assert predict("--output-dir", tmp_path / "out", "--json", tmp_path / "r.json", photos) == 1
@@ -174,7 +187,10 @@ def test_what_an_earlier_call_wrote_is_replaced_only_when_asked(predict, photos,
         (tmp_path / name).write_text("mine")
     before = content_of(tmp_path)
     wishes = (["--output-dir", tmp_path / "out"], ["--json", tmp_path / "r.json"], ["--json", tmp_path / "s.json"])
-    for wish in (*wishes, ["--save-crops", tmp_path / "crops"]):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "mine.png").write_bytes(b"")
+    before = content_of(tmp_path)
+    for wish in (*wishes, ["--save-crops", tmp_path / "crops"], ["--save-masks", tmp_path / "masks"]):
         assert predict(*wish, photos) == 2
         error = capsys.readouterr().err
         assert "--overwrite" in error and error.count("\n") == 1
