@@ -13,15 +13,13 @@ from detection.models import load_detector, paste_masks
 CLASS_NAMES = ["person", "race car", "cat"]
 CATEGORY_IDS = [1, 3, 17]
 SMALL = {"fpn_channels": 32, "roi_hidden_channels": 64, "rpn_nms_pre_test": 100, "rpn_proposals_test": 50}
-MASKS = {"has_masks": True, "mask_channels": 8}
+SMALL |= {"has_masks": True, "mask_channels": 8}
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, detector_content):
     path = tmp_path_factory.mktemp("weights") / "detector.pt"
-    content = detector_content(
-        "faster_rcnn_r18_fpn", 0, CLASS_NAMES, CATEGORY_IDS, detections_per_image=20, **SMALL, **MASKS
-    )
+    content = detector_content("faster_rcnn_r18_fpn", 0, CLASS_NAMES, CATEGORY_IDS, detections_per_image=20, **SMALL)
     torch.save(content, path)
     return path
 
@@ -182,14 +180,12 @@ def test_what_an_earlier_call_wrote_is_not_taken_as_input(predict, photos):
 def test_what_an_earlier_call_wrote_is_replaced_only_when_asked(predict, photos, tmp_path, capsys):
     (tmp_path / "crops" / "cat").mkdir(parents=True)
     (tmp_path / "crops" / "cat" / "mine.png").write_bytes(b"mine")
+    (tmp_path / "masks").mkdir()
     (tmp_path / "out").mkdir()
-    for name in ("out/b.png", "r.json", "s_images.json"):
+    for name in ("masks/mine.png", "out/b.png", "r.json", "s_images.json"):
         (tmp_path / name).write_text("mine")
     before = content_of(tmp_path)
     wishes = (["--output-dir", tmp_path / "out"], ["--json", tmp_path / "r.json"], ["--json", tmp_path / "s.json"])
-    (tmp_path / "masks").mkdir()
-    (tmp_path / "masks" / "mine.png").write_bytes(b"")
-    before = content_of(tmp_path)
     for wish in (*wishes, ["--save-crops", tmp_path / "crops"], ["--save-masks", tmp_path / "masks"]):
         assert predict(*wish, photos) == 2
         error = capsys.readouterr().err
