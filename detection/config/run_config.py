@@ -272,6 +272,12 @@ class OutputConfig:
     log_interval: int | None = setting(
         None, COMMAND_LINE, "iterations between readings", shown=_by_device(LOG_INTERVALS), type=positive_int
     )
+    tracker: str | None = setting(
+        None,
+        COMMAND_LINE,
+        "also sends figures, images and configuration there, from a thread; its own variables say where and as whom",
+        choices=("wandb", "mlflow", "trackio"),
+    )
     eval_backend: str = setting(
         "auto", COMMAND_LINE, "COCO metrics", choices=("auto", "pycocotools", "hotcoco", "both")
     )

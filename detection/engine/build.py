@@ -42,6 +42,7 @@ from detection.models import (
     model_from_config,
     prefetch_weights,
 )
+from detection.reporting import tracker_named
 from schedules import Schedule, config_schedule, load_schedule, with_overrides
 
 
@@ -78,6 +79,8 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
         require_cuda_graphs(processes.device)
     if config.mode != "test":
         resolve_backend(config.output.eval_backend)
+    if config.mode == "train" and config.output.tracker is not None:
+        tracker_named(config.output.tracker)
     resume, overwrite = config.output.resume, config.output.overwrite
     is_restart = config.mode == "train" and not config.dry_run and output.was_begun_by_torchrun(processes.nodes)
     if is_restart:

@@ -8,7 +8,7 @@ from detection.config.run_config import RunConfig
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.signals import StopRequest
 from detection.engine.run_dir import RunDir
-from detection.reporting import Console
+from detection.reporting import Console, Tracker
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class RunContext:
     output: RunDir
     stop: StopRequest
     console: Console
+    trackers: tuple[Tracker, ...] = ()
+    """The caller's own, besides that of --tracker."""
 
     @property
     def num_workers(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,14 @@ from detection.engine.inputs.datasets import read_annotations
 from detection.engine.resume import resumed_settings, with_batch_size_of
 from detection.engine.run_dir import RunDir
 from detection.engine.train import find_batch_size, run_training
-from detection.reporting import Console
+from detection.reporting import Console, Tracker
 
 
-def train(**options: Any) -> Path:
+def train(*, trackers: Sequence[Tracker] = (), **options: Any) -> Path:
     """Train as `train.py` does, with its options by name: train(data_path="my_set", max_epochs=3, ema=True).
+
+    Args:
+        trackers: get figures and images too, see `run`; `tracker` is the option.
 
     set={"lr": 0.01} and model_set={...} take dictionaries, options of several values lists. val_only=True and
     test_only=True evaluate.
@@ -46,13 +50,17 @@ def train(**options: Any) -> Path:
         KeyboardInterrupt: a signal ended the run, which saved itself first: resume="DIR" continues it.
     """
     config = parse_arguments(words_of(options), raises=True)
-    if run(config) == STOPPED_EXIT_CODE:
+    if run(config, trackers) == STOPPED_EXIT_CODE:
         raise KeyboardInterrupt(f"continue with train(resume={str(config.output_dir)!r})")
     return config.output_dir
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, trackers: Sequence[Tracker] = ()) -> int:
     """Do what the configuration says.
+
+    Args:
+        trackers: get a training's figures and images, besides that of --tracker; on the main process only. Their
+            classes have different names.
 
     Returns:
         The exit status: 0, or STOPPED_EXIT_CODE where a signal ended the run (which saved itself first).
@@ -69,7 +77,7 @@ def run(config: RunConfig) -> int:
         with StopRequest() as stop:
             if processes.heartbeat is not None:
                 processes.heartbeat.share_stop(lambda: stop.requested, stop.request_from_elsewhere)
-            return _run(config, processes, output, stop)
+            return _run(config, processes, output, stop, tuple(trackers))
     except BaseException as error:
         # A process that fails alone leaves the others waiting: they are told why.
         last_words = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -84,7 +92,9 @@ def run(config: RunConfig) -> int:
         stop_processes(failed=last_words is not None)
 
 
-def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequest) -> int:
+def _run(
+    config: RunConfig, processes: Processes, output: RunDir, stop: StopRequest, trackers: tuple[Tracker, ...]
+) -> int:
     finds_batch_size = config.train.batch_size == AUTO_BATCH_SIZE
     if finds_batch_size and device_memory(processes.device) is None:
         raise ConfigError("--batch-size auto is for GPUs: a CPU shares its machine's memory; give a number")
@@ -102,7 +112,7 @@ def _run(config: RunConfig, processes: Processes, output: RunDir, stop: StopRequ
     annotations = read_annotations(config.data, processes, mode=config.mode)
     components = run_on_all_ranks(processes, partial(build, config, processes, checkpoint, annotations))
     console = Console(None if config.dry_run else output.log, is_main=processes.is_main, rank=processes.rank)
-    context = RunContext(config, processes, output, stop, console)
+    context = RunContext(config, processes, output, stop, console, trackers)
     for line in lines:
         console.say(line)
     try:

@@ -45,6 +45,10 @@ class RunDir:
     def detections(self, split: str) -> Path:
         return self.path / f"detections_{split}.json"
 
+    def tracker(self, name: str) -> Path:
+        """The file that holds what a tracker calls the run."""
+        return self.path / f"tracker_{name}.txt"
+
     @property
     def holds_a_run(self) -> bool:
         """Something was trained here: iterations were logged, or a checkpoint was written."""

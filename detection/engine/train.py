@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from data import CocoDataset, TrainLoader
 from detection.engine.accelerate.compile import compile_for_training, uncompiled
@@ -40,7 +41,7 @@ from detection.engine.train_state import Facts, Progress, TrainState, assert_sam
 from detection.engine.trainer import Trainer
 from detection.engine.trial import MARGIN, MemoryTrial, largest_that_fits
 from detection.models import AnyDetector, FasterRCNN, OwnDetector, is_own, model_config
-from detection.reporting import MetricsLog, TensorBoardLog
+from detection.reporting import MetricsLog, TensorBoardLog, TrackedRun, TrackerFeed, tracker_named
 from schedules import Schedule, unmatched_custom_keys
 
 
@@ -393,12 +394,25 @@ def _open_logger(context: RunContext, components: Components, progress: Progress
         record = config_record(context, schedule, components.evaluation_files, progress.iteration)
         write_json(output.config, record)
         describe = partial(_describe, context, schedule, configuration_text(record))
-        logger = MetricLogger(console, log, board, describe=describe, best_epoch=progress.best_epoch)
+        trackers = _tracker_feeds(context, record, progress.iteration)
+        logger = MetricLogger(console, log, board, describe=describe, best_epoch=progress.best_epoch, trackers=trackers)
         logger.flush()
         output.mark_as_begun(context.processes.nodes)
     except OSError as error:
         raise RunDirError(f"{output.path}: cannot be written: {error}") from error
     return logger
+
+
+def _tracker_feeds(context: RunContext, record: dict[str, Any], iteration: int) -> list[TrackerFeed]:
+    """What passes the run on to the tracker of --tracker, and to the caller's own."""
+    named = {type(tracker).__name__: tracker for tracker in context.trackers}
+    if (name := context.config.output.tracker) is not None:
+        named[name] = tracker_named(name)
+    output, settings = context.output, {name: value for name, value in record.items() if name != "starts"}
+    run = TrackedRun(output.path.resolve().name, output.path, settings, iteration)
+    return [
+        TrackerFeed(name, tracker, run, output.tracker(name), context.console.warn) for name, tracker in named.items()
+    ]
 
 
 def _describe(context: RunContext, schedule: Schedule, configuration: str, board: TensorBoardLog) -> None:

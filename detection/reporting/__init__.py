@@ -4,7 +4,7 @@ from detection.reporting.console import Console, ProgressBar
 from detection.reporting.disk import check_writable, sync_folder, write_whole
 from detection.reporting.forecast import Forecast
 from detection.reporting.images import class_color, draw_boxes, mosaic, save_png, side_by_side
-from detection.reporting.metrics_log import MetricsError, MetricsLog, read_metrics
+from detection.reporting.metrics_log import MetricsError, MetricsLog, points_of, read_metrics
 from detection.reporting.run_comparison import (
     Run,
     RunsError,
@@ -15,6 +15,8 @@ from detection.reporting.run_comparison import (
 )
 from detection.reporting.tables import sparkline, summary_table, validation_table
 from detection.reporting.tensorboard import TensorBoardLog
+from detection.reporting.tracker_clients import TRACKERS, tracker_named
+from detection.reporting.trackers import TrackedRun, Tracker, TrackerFeed
 from detection.reporting.words import counted, duration
 
 __all__ = [
@@ -25,7 +27,11 @@ __all__ = [
     "ProgressBar",
     "Run",
     "RunsError",
+    "TRACKERS",
     "TensorBoardLog",
+    "TrackedRun",
+    "Tracker",
+    "TrackerFeed",
     "check_writable",
     "class_color",
     "comparison_table",
@@ -35,6 +41,7 @@ __all__ = [
     "duration",
     "mosaic",
     "plot_runs",
+    "points_of",
     "read_metrics",
     "read_runs",
     "save_png",
@@ -42,6 +49,7 @@ __all__ = [
     "sparkline",
     "summary_table",
     "sync_folder",
+    "tracker_named",
     "validation_table",
     "write_whole",
 ]

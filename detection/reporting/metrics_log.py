@@ -19,8 +19,11 @@ from typing import Any
 
 from detection.errors import DetectionError
 from detection.reporting.disk import write_whole
+from detection.reporting.tables import UNDEFINED
 
 NONFINITE_KEY = "nonfinite"
+# What a record is about, and what is drawn under tags of its own.
+_NO_POINTS = {"kind", "iteration", "epoch", "per_class", "notes", "num_images"}
 
 
 class MetricsError(DetectionError):
@@ -103,6 +106,21 @@ def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, An
         if kind is None or record.get("kind") == kind:
             records.append(_decoded(record))
     return records
+
+
+def points_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a record by tag: train/<name>, or val/<name>, and val/AP/<class> from "per_class".
+
+    A figure of a validation that is -1 (nothing of that kind in the ground truth) is left out.
+    """
+    kind = record["kind"]
+    points = {
+        f"{kind}/{name}": float(value)
+        for name, value in record.items()
+        if name not in _NO_POINTS and not (value is None or isinstance(value, (str, bool, Mapping, list, tuple)))
+    }
+    points |= {f"{kind}/AP/{name}": float(value) for name, value in record.get("per_class", {}).items()}
+    return points if kind == "train" else {tag: value for tag, value in points.items() if value != UNDEFINED}
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

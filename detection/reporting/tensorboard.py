@@ -7,7 +7,7 @@ not only for those that understand TensorBoard's restart marks.
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import summary as summaries
 
 from detection.reporting.event_files import EventWriter, cut_event_files
-from detection.reporting.tables import UNDEFINED
+from detection.reporting.metrics_log import points_of
 
 IMAGES_TAG = "val/detections"
 JPEG_QUALITY = 92
-
-# Not figures to draw: what the point is about, and what has tags of its own.
-_NOT_CURVES = {"kind", "iteration", "epoch", "per_class", "notes", "num_images"}
 
 # Page -> chart -> tags (regular expressions). A page draws all curves of a run in one color: parts that do not lie
 # apart have a chart each.
@@ -88,17 +85,12 @@ class TensorBoardLog:
         return tag in self.history.last_steps
 
     def train(self, record: Mapping[str, Any]) -> None:
-        """Draws a training record of metrics.jsonl: every figure in it as train/<name>, at record["iteration"]."""
-        self._draw({f"train/{name}": value for name, value in _figures(record)}, record)
+        """Draws a training record of metrics.jsonl at record["iteration"]: its points_of."""
+        self._draw(record)
 
     def validation(self, record: Mapping[str, Any]) -> None:
-        """Draws a validation record of metrics.jsonl: val/<name>, and val/AP/<class> from "per_class".
-
-        A figure of -1 (nothing of that kind in the ground truth) gets no point.
-        """
-        points = {f"val/{name}": value for name, value in _figures(record)}
-        points |= {f"val/AP/{name}": value for name, value in record.get("per_class", {}).items()}
-        self._draw({tag: value for tag, value in points.items() if value != UNDEFINED}, record)
+        """Draws a validation record of metrics.jsonl in the same way."""
+        self._draw(record)
 
     def images(self, iteration: int, images: Sequence[np.ndarray], tag: str = IMAGES_TAG) -> None:
         """Shows uint8 RGB [H, W, 3] arrays as <tag>/0, <tag>/1, ...; an image that the log already has is skipped."""
@@ -154,9 +146,9 @@ class TensorBoardLog:
     def _is_new(self, tag: str, step: int) -> bool:
         return self.history.last_steps.get(tag, -1) < step
 
-    def _draw(self, points: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    def _draw(self, record: Mapping[str, Any]) -> None:
         # One message with all points of a step: a twelfth of the records that one message a point would take.
-        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in points.items()]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points_of(record).items()]
         if values:
             self._write(Summary(value=values), int(record["iteration"]))
 
@@ -164,13 +156,6 @@ class TensorBoardLog:
         self._writer.write(summary, step)
         for value in summary.value:
             self.history.last_steps[value.tag] = step
-
-
-def _figures(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in record.items():
-        no_number = value is None or isinstance(value, (str, bool, Mapping, list, tuple))
-        if name not in _NOT_CURVES and not no_number:
-            yield name, value
 
 
 def _image(tag: str, pixels: np.ndarray) -> Summary:

@@ -59,6 +59,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_page_on_python_runs(folder):
     names = run("python_api.md")
+    assert [iteration for iteration, _ in names["tracker"].curve] == [0]
     assert names["metrics"]["mAP"] == pytest.approx(1.0)
     assert len(names["found"]["scores"]) > 0 and len(names["fused"]["scores"]) > 0
     assert names["report"].matched and not names["report"].missing

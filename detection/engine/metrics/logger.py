@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, and the console with train.log."""
+"""Where a run's figures go: metrics.jsonl, TensorBoard, trackers, and the console with train.log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from detection.reporting import (
     MetricsLog,
     ProgressBar,
     TensorBoardLog,
+    TrackerFeed,
     duration,
+    points_of,
     read_metrics,
     summary_table,
     validation_table,
@@ -36,16 +38,20 @@ class MetricLogger:
         *,
         describe: Callable[[TensorBoardLog], None] = lambda board: None,
         best_epoch: int | None = None,
+        trackers: Sequence[TrackerFeed] = (),
     ) -> None:
         """
         Args:
             log, board: on the main process of a run that trains; None elsewhere.
             describe: writes what describes the run into a log that does not have it yet.
             best_epoch: of the run so far, counted from 1. None: what `log` holds is not compared with what comes.
+            trackers: get every figure and image besides.
         """
         self.console = console
         self.log = log
         self.board = board
+        self._trackers = trackers
+        self._is_done = False
         self._bar: ProgressBar | None = None
         self._forecast: Forecast | None = None
         self._failed_writes = 0
@@ -89,6 +95,7 @@ class MetricLogger:
         for record in records:
             self._log(record)
             self._on_board(partial(TensorBoardLog.train, record=record))
+            self._track(record)
             self._next = record["iteration"] + 1, self._next[1]
         if records and self._bar is not None:
             last = records[-1]
@@ -102,6 +109,7 @@ class MetricLogger:
         record = {"kind": "val", "epoch": epoch, "iteration": iteration, "weights": model_tested, **metrics}
         self._log(record)
         self._on_board(partial(TensorBoardLog.validation, record=record))
+        self._track(record)
         self._next = self._next[0], iteration + 1
         if self._forecast is not None:
             self._forecast.leave_out(metrics["seconds"])
@@ -113,8 +121,10 @@ class MetricLogger:
         self._remember(record)
 
     def images(self, iteration: int, images: Sequence[np.ndarray], tag: str) -> None:
-        """Show images, uint8 RGB [H, W, 3] each, in TensorBoard."""
+        """Show images, uint8 RGB [H, W, 3] each, in TensorBoard and trackers."""
         self._on_board(lambda board: board.images(iteration, images, tag))
+        for tracker in self._trackers:
+            tracker.images(iteration, tag, images)
 
     def precision_recall(self, iteration: int, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
         """Show curves, name -> (precision, recall), in TensorBoard."""
@@ -129,6 +139,7 @@ class MetricLogger:
 
     def finish(self, num_iterations: int) -> None:
         """Mark the run as done to its last iteration."""
+        self._is_done = True
         self._mend_board()
         self._on_board(lambda board: board.finish(num_iterations))
 
@@ -150,11 +161,17 @@ class MetricLogger:
             self.log.close()
         self._mend_board()
         self._on_board(TensorBoardLog.close)
+        for tracker in self._trackers:
+            tracker.close(self._is_done)
 
     def _remember(self, record: dict[str, Any]) -> None:
         self._last_validation = record
         if self._best_validation is None or record["mAP"] > self._best_validation["mAP"]:
             self._best_validation = record
+
+    def _track(self, record: dict[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.scalars(record["iteration"], points_of(record))
 
     def _log(self, record: dict[str, Any]) -> None:
         """Write into metrics.jsonl, after what an earlier failure left unwritten."""
