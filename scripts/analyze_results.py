@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             backend=arguments.backend,
             score_threshold=arguments.score_threshold,
             num_worst_images=arguments.worst,
-            num_run=_num_run(Path(arguments.results)),
+            num_run=number_run(Path(arguments.results)),
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _num_run(results: Path) -> int | None:
+def number_run(results: Path) -> int | None:
     """On how many images a run of train.py made this results file, where its records lie beside it."""
     split = results.stem.removeprefix("detections_")
     with contextlib.suppress(OSError, ValueError, MetricsError):

@@ -9,6 +9,7 @@ The errors are those of detections_val.json, which the last validation has writt
 import sys
 from pathlib import Path
 
+from analyze_results import number_run
 from checkout import exit_status, program_parser
 from data import AnnotationError, read_image
 from detection.engine.metrics.run_page import run_page
@@ -60,7 +61,7 @@ def _analysis(results: Path, annotations: Path | None, images: Path | None, wors
     if not annotations.is_file():
         return "", [f"errors and images: {annotations} is not there; give --annotations FILE"]
     try:
-        analysis = analyze_results(annotations, results, num_worst_images=worst)
+        analysis = analyze_results(annotations, results, num_run=number_run(results), num_worst_images=worst)
     except (AnnotationError, EvaluationError, ResultsError) as error:
         return "", [f"errors and images: {error}"]
     title = f"<h2>Errors in {results.name}</h2>"

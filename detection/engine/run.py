@@ -35,11 +35,12 @@ from detection.reporting import Console, Tracker
 def train(*, trackers: Sequence[Tracker] = (), **options: Any) -> Path:
     """Train as `train.py` does, with its options by name: train(data_path="my_set", max_epochs=3, ema=True).
 
-    Args:
-        trackers: get figures and images too, see `run`; `tracker` is the option.
-
     set={"lr": 0.01} and model_set={...} take dictionaries, options of several values lists. val_only=True and
     test_only=True evaluate.
+
+    Args:
+        trackers: as of `run`.
+        options: those of the command line, `tracker` among them.
 
     Returns:
         The run's output directory.

@@ -76,6 +76,7 @@ def _repeat(run: Run) -> str:
         facts.append(f"commit {run.config['git_commit']}")
     facts += [f"{name} {version}" for name, version in run.config.get("versions", {}).items()]
     parts.append(f'<p class="quiet">{escape(", ".join(facts))}</p>')
+    parts.append("<p>train.py --config with this run's config.json repeats it with the settings of its last start.</p>")
     if later:
         rows = [
             [start["time"], f"{start['iteration']:,}", str(start["world_size"]), start_command(start)]
