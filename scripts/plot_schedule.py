@@ -10,6 +10,9 @@ from checkout import exit_status, program_parser
 from detection.config.arg_types import png_file, positive_int
 from schedules import MultiStepLR, Schedule, ScheduleError, load_schedule, with_overrides
 
+MOST_ITERATIONS = 20_000_000
+"""A list of as many rates takes half a gigabyte, and a minute."""
+
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
@@ -47,7 +50,13 @@ def _plot(arguments: argparse.Namespace) -> int:
     schedule, lines = with_overrides(load_schedule(arguments.schedule), dict(arguments.set))
     if arguments.batch_size_total is not None:
         schedule = schedule.scaled(arguments.batch_size_total)
-    rates = [schedule.learning_rate(i, length) for i in range(schedule.max_epochs * length)]
+    iterations = schedule.max_epochs * length
+    if iterations > MOST_ITERATIONS:
+        raise ScheduleError(
+            f"{schedule.max_epochs} epochs of {length:,} iterations are {iterations:,} learning rates; at most "
+            f"{MOST_ITERATIONS:,} are computed: give a smaller --iterations-per-epoch"
+        )
+    rates = [schedule.learning_rate(i, length) for i in range(iterations)]
     for line in [*schedule.notes, *lines, *schedule.describe()]:
         print(line)
     if arguments.csv:

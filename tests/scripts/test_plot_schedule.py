@@ -41,6 +41,8 @@ def test_a_wrong_schedule_ends_with_one_line(tmp_path):
     assert "Traceback" not in done.stderr
     done = run("--png", "lr.svg", cwd=tmp_path)
     assert done.returncode == 2 and "lr.svg does not end in .png: an image is written as PNG" in done.stderr
+    done = run("--iterations-per-epoch", 10**9, cwd=tmp_path)
+    assert done.returncode == 2 and "give a smaller --iterations-per-epoch" in done.stderr
     done = run("--set", "param_scheduler.0.begin=600", cwd=tmp_path)
     assert done.returncode == 2
     assert "param_scheduler.0" in done.stderr
