@@ -10,6 +10,7 @@ from data.loading.batch import DeviceBatch, RawBatch, assemble
 from data.loading.dataset import CocoDataset, DatasetError
 from data.loading.loader import EvalLoader, TrainLoader
 from data.loading.prefetcher import DevicePrefetcher, LoadTimes
+from data.loading.image_order import NEWEST_ORDER, ORDERS
 from data.loading.sampler import plan_epoch
 from data.loading.unreadable import UnreadableImage
 from data.loading.workers import WorkerError, worker_error
@@ -33,6 +34,8 @@ __all__ = [
     "ImageError",
     "LargeScaleJitter",
     "LoadTimes",
+    "NEWEST_ORDER",
+    "ORDERS",
     "PhotometricDistortion",
     "RawBatch",
     "ScaleSampling",

@@ -11,16 +11,10 @@ import numpy as np
 
 from data.loading.batch import BatchPlan, RawBatch
 from data.loading.dataset import CocoDataset
+from data.loading.image_order import NEWEST_ORDER, ORDERS
 from data.loading.largest_batch import largest_batch
 from data.loading.read_batch import OnUnreadable
-from data.loading.sampler import (
-    epoch_length,
-    evaluation_batches,
-    iterations_per_epoch,
-    plan_epoch,
-    repeat_factors,
-    repeat_numbers,
-)
+from data.loading.sampler import evaluation_batches, repeat_factors
 from data.loading.shape_buckets import bucket_of, shape_buckets
 from data.loading.workers import WorkerPool
 from data.transforms.augmentation import Augmentation
@@ -33,6 +27,9 @@ BOX_ROWS_MULTIPLE = 16
 EPOCHS_LOOKED_AT = 24
 """By then scales that are drawn at random, and images that meet by chance, have made their largest batch, or nearly."""
 
+ITERATIONS_LOOKED_AT = 16_384
+"""Of an epoch: all of COCO's, evenly spread ones of a set of millions."""
+
 _FLIPS_ONLY, _UNCHANGED = Augmentation(), Augmentation(flip_probability=0.0)
 
 
@@ -43,7 +40,8 @@ class TrainLoader:
     (a * world_size + r) * batch_size onward. What a global batch holds, its order, augmentation, padded size and
     number of box rows depend on (seed, iteration, global batch size) only, so 1 process with batch 4 and 2
     processes with batch 2 see the same tensors. For the order and the end of an epoch see
-    data.loading.sampler.plan_epoch. With limit_batches an epoch has that many iterations at most (the first of it).
+    data.loading.image_order, of which image_order is a version. With limit_batches an epoch has that many iterations at
+    most (the first of it).
     epoch_iterations: what counts as an epoch of the training, whatever the set's size; passes over the set follow each
     other as ever, and end and begin inside of epochs.
 
@@ -73,6 +71,7 @@ class TrainLoader:
         augmentation: Augmentation = _FLIPS_ONLY,
         repeat_threshold: float | None = None,
         repeat_times: int = 1,
+        image_order: int = NEWEST_ORDER,
         limit_batches: int | None = None,
         epoch_iterations: int | None = None,
         few_shapes: bool = False,
@@ -82,17 +81,21 @@ class TrainLoader:
         assert 0 <= rank < world_size and min(batch_size, accumulate) >= 1
         self.dataset = dataset
         self.global_batch_size = world_size * batch_size * accumulate
-        self.repeat_factors: np.ndarray | None = None
-        """float64 [N] of the images, where they come more often than once"""
+        factors: np.ndarray | None = None
         if repeat_threshold is not None:
             images = np.repeat(np.arange(len(dataset)), dataset.box_counts)
-            self.repeat_factors = repeat_factors(images, dataset.labels, len(dataset), repeat_threshold)
+            factors = repeat_factors(images, dataset.labels, len(dataset), repeat_threshold)
         if repeat_times > 1:
-            once = np.ones(len(dataset)) if self.repeat_factors is None else self.repeat_factors
-            self.repeat_factors = repeat_times * once
-        self.images_per_epoch = len(dataset) if self.repeat_factors is None else epoch_length(self.repeat_factors)
+            factors = repeat_times * (np.ones(len(dataset)) if factors is None else factors)
+        self.repeat_factors = factors
+        """float64 [N] of the images, where they come more often than once"""
+        self.image_order = image_order
+        self._order = ORDERS[image_order](
+            dataset.widths, dataset.heights, seed=seed, global_batch_size=self.global_batch_size, factors=factors
+        )
+        self.images_per_epoch = self._order.length
         """Before the last batch is filled up; limit_batches has no part in it"""
-        self._pass_iterations = iterations_per_epoch(self.images_per_epoch, self.global_batch_size)
+        self._pass_iterations = self._order.num_batches
         self.iterations_per_epoch = epoch_iterations or self._pass_iterations
         if limit_batches is not None:
             self._pass_iterations = min(self._pass_iterations, limit_batches)
@@ -123,16 +126,10 @@ class TrainLoader:
 
     def plans(self, first_iteration: int, last_iteration: int, rank: int | None = None) -> Iterator[BatchPlan]:
         """What `batches` loads, without loading it; of process `rank` where one is given."""
-        epoch, order = -1, np.empty((0, 0), dtype=np.int64)
-        repeats = order
         for iteration in range(first_iteration, last_iteration):
-            if iteration // self._pass_iterations != epoch:
-                epoch = iteration // self._pass_iterations
-                order = self._order(epoch)
-                repeats = repeat_numbers(order)
-            within = iteration % self._pass_iterations
-            here = self._rank if rank is None else rank
-            yield from self._plans_of(iteration, epoch, order[within], repeats[within], here)
+            epoch, number = divmod(iteration, self._pass_iterations)
+            images, repeats = self._order.batches(epoch, np.array([number]))
+            yield from self._plans_of(iteration, epoch, images[0], repeats[0], self._rank if rank is None else rank)
 
     def start(self) -> None:
         """Starts the worker processes, which otherwise begin with the first batch."""
@@ -149,9 +146,9 @@ class TrainLoader:
         sizes: set[tuple[int, int]] = set()
         num_box_rows = 0
         for epoch in range(min(num_epochs, EPOCHS_LOOKED_AT)):
-            order = self._order(epoch)[: self._pass_iterations]
+            order, repeats = self._order.batches(epoch, _spread(self._pass_iterations, ITERATIONS_LOOKED_AT))
             images = order.reshape(-1)
-            every = self._geometry(epoch, images, image_words(images, repeat_numbers(images)))
+            every = self._geometry(epoch, images, image_words(images, repeats.reshape(-1)))
             num_box_rows = max(num_box_rows, _box_rows(self.dataset.box_counts[images]))
             if self._augmentation.jitter is not None:
                 sizes.add(every.padded_size)
@@ -168,16 +165,6 @@ class TrainLoader:
             padded_size=max(sizes, key=lambda size: (size[0] * size[1], size)),
             num_box_rows=num_box_rows,
             num_images=self._batch_size,
-        )
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return plan_epoch(
-            self.dataset.widths,
-            self.dataset.heights,
-            seed=self._seed,
-            epoch=epoch,
-            global_batch_size=self.global_batch_size,
-            factors=self.repeat_factors,
         )
 
     def _geometry(self, epoch: int, images: np.ndarray, words: np.ndarray) -> Geometry:
@@ -300,6 +287,11 @@ class EvalLoader:
             sample_keys=none,
             num_box_rows=_box_rows(dataset.box_counts[indices]),
         )
+
+
+def _spread(number: int, most: int) -> np.ndarray:
+    """0 to `number` - 1, or `most` of them evenly spread, the first and the last among them: int64."""
+    return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(np.int64))
 
 
 def _box_rows(box_counts: np.ndarray) -> int:

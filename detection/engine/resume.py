@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from data import ORDERS
 from detection.config.run_config import FREEZE_CHOICES, RunConfig
 from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
@@ -72,6 +73,20 @@ def with_batch_size_of(checkpoint: LoadedCheckpoint, config: RunConfig, world_si
     if run["world_size"] != world_size and train.global_batch_size is None and train.accumulate is None:
         train = dataclasses.replace(train, global_batch_size=run["global_batch_size"])
     return dataclasses.replace(config, train=train).for_processes(world_size)
+
+
+def image_order_of(checkpoint: LoadedCheckpoint) -> int:
+    """The version of the order in which the checkpoint's run takes its images, in which it continues.
+
+    Raises:
+        CheckpointError: an order that this version of the program does not know.
+    """
+    version = checkpoint.state["run"].get("image_order", 1)  # not in checkpoints of before there was another
+    if version not in ORDERS:
+        raise CheckpointError(
+            f"{checkpoint.path} is of a newer version of this program (image order {version}): update to resume it"
+        )
+    return int(version)
 
 
 def check_resumable(checkpoint: LoadedCheckpoint, facts: Facts, num_iterations: int) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from data import CocoDataset, TrainLoader
+from data import NEWEST_ORDER, CocoDataset, TrainLoader
 from detection.engine.accelerate.compile import compile_for_training, uncompiled
 from detection.engine.accelerate.cuda_graphs import StepGraphs, cuda_step_graphs
 from detection.engine.accelerate.device_memory import REMEDIES, device_memory
@@ -34,7 +34,7 @@ from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.nonfinite import NonFiniteGuard
 from detection.engine.optim.optimizer import build_optimizer, parameter_facts, set_learning_rate
 from detection.engine.optim.update import ParameterUpdate
-from detection.engine.resume import check_resumable, resumed_progress
+from detection.engine.resume import check_resumable, image_order_of, resumed_progress
 from detection.engine.run_dir import RunDirError, write_json
 from detection.engine.run_summary import closing_summary, config_record, configuration_text, describe_run
 from detection.engine.train_state import Facts, Progress, TrainState, assert_same_on_all_ranks, run_facts
@@ -53,7 +53,8 @@ def run_training(
     changes: lines on settings of the command line that are not those of the checkpoint's run.
     """
     config, processes, console = context.config, context.processes, context.console
-    loader = _train_loader(context, components, workers=context.num_workers)
+    image_order = NEWEST_ORDER if checkpoint is None else image_order_of(checkpoint)
+    loader = _train_loader(context, components, workers=context.num_workers, image_order=image_order)
     graphs = None
     if config.train.cuda_graphs:
         graphs = run_on_all_ranks(processes, partial(cuda_step_graphs, components.model, console.warn))
@@ -334,7 +335,9 @@ def _memory_trial(context: RunContext) -> MemoryTrial | None:
     return MemoryTrial(context.processes, memory, build_step, passes=3 if uses_graphs else 1)
 
 
-def _train_loader(context: RunContext, components: Components, *, workers: int) -> TrainLoader:
+def _train_loader(
+    context: RunContext, components: Components, *, workers: int, image_order: int = NEWEST_ORDER
+) -> TrainLoader:
     assert components.train_set is not None
     config, processes = context.config, context.processes
     return TrainLoader(
@@ -350,6 +353,7 @@ def _train_loader(context: RunContext, components: Components, *, workers: int) 
         augmentation=augmentation_of(config.augmentation, config.data.max_size),
         repeat_threshold=config.augmentation.repeat_threshold,
         repeat_times=config.augmentation.repeat_times,
+        image_order=image_order,
         limit_batches=config.data.limit_train_batches,
         epoch_iterations=components.schedule.epoch_iterations,
         few_shapes=config.train.compile or config.train.cuda_graphs,

@@ -19,7 +19,7 @@ from detection.engine import RunError, build, run
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.evaluator import Evaluator
 from detection.engine.metrics.logger import MetricLogger
-from detection.engine.resume import resumed_settings
+from detection.engine.resume import image_order_of, resumed_settings
 from detection.engine.trainer import Trainer
 from detection.models.config import model_config
 from detection.reporting import TensorBoardLog
@@ -83,6 +83,24 @@ def test_a_killed_run_resumes_to_the_same_bits(
     same_run(tmp_path / "run", finished)
     starts = json.loads((tmp_path / "run" / "config.json").read_text())["starts"]
     assert [begun["iteration"] for begun in starts] == [0, resumed_at]
+
+
+def test_a_run_begun_in_an_earlier_order_of_images_goes_on_in_it(
+    start, start_and_kill, finished, tmp_path, same_run, records_of, monkeypatch
+):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(train, "NEWEST_ORDER", 1)
+        assert start(tmp_path / "whole") == 0
+        start_and_kill(4, tmp_path / "run", "--checkpoint-iterations", "1")
+    assert start(tmp_path / "run", "--resume") == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    assert records_of(tmp_path / "run", "train") != records_of(finished, "train")
+
+
+def test_of_an_order_of_images_the_checkpoint_decides():
+    assert image_order_of(LoadedCheckpoint(Path("last.pt"), {"run": {}})) == 1
+    with pytest.raises(CheckpointError, match="last.pt is of a newer version"):
+        image_order_of(LoadedCheckpoint(Path("last.pt"), {"run": {"image_order": 99}}))
 
 
 def test_mixed_precision_average_and_accumulation_resume_to_the_same_bits(start, start_and_kill, tmp_path, same_run):
