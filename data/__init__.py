@@ -8,9 +8,9 @@ from data.errors import DataError
 from data.images.decode import ImageError, read_image
 from data.loading.batch import DeviceBatch, RawBatch, assemble
 from data.loading.dataset import CocoDataset, DatasetError
+from data.loading.image_order import NEWEST_ORDER, ORDERS
 from data.loading.loader import EvalLoader, TrainLoader
 from data.loading.prefetcher import DevicePrefetcher, LoadTimes
-from data.loading.image_order import NEWEST_ORDER, ORDERS
 from data.loading.sampler import plan_epoch
 from data.loading.unreadable import UnreadableImage
 from data.loading.workers import WorkerError, worker_error

@@ -14,7 +14,6 @@ import numpy as np
 from data.loading.sampler import FRACTION_BITS, epoch_length, iterations_per_epoch, plan_epoch, repeat_numbers
 from data.transforms.hash_rng import BATCH_STREAM, PLACE_STREAM, REPEAT_STREAM, hash_permutation, hash_uniform
 
-
 _Groups = list[tuple[int, int]]
 """First place and number of places of the portraits, and of the others."""
 
@@ -60,8 +59,8 @@ class ImageOrder:
         return iterations_per_epoch(self.length, self._batch_size)
 
     def batches(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The global batches of these numbers (int64 [K], 0 to num_batches - 1): the images, int64 [K, B], and how often
-        each was in the epoch before, int64 [K, B]."""
+        """The global batches of these numbers (int64 [K], 0 to num_batches - 1): the images, int64 [K, B], and for each
+        the number of its repeat in the epoch (int64 [K, B], 0 for one, another for each other)."""
         size, length = self._batch_size, self.length
         start = float(hash_uniform(self._seed, REPEAT_STREAM, epoch))
         num_portraits = self._num_portraits
