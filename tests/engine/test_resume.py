@@ -89,7 +89,7 @@ def test_a_run_begun_in_an_earlier_order_of_images_goes_on_in_it(
     start, start_and_kill, finished, tmp_path, same_run, records_of, monkeypatch
 ):
     with monkeypatch.context() as earlier:
-        earlier.setattr(train, "NEWEST_ORDER", 1)
+        earlier.setattr("detection.engine.train.NEWEST_ORDER", 1)
         assert start(tmp_path / "whole") == 0
         start_and_kill(4, tmp_path / "run", "--checkpoint-iterations", "1")
     assert start(tmp_path / "run", "--resume") == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 
+from detection.engine.optim.amp import multiplies_bfloat16
 from detection.models import ImageBatch, MaskBatch, TargetBatch, build_model
 from detection.models import rpn as rpn_module
 from detection.models.backbones import NORMS
@@ -170,12 +171,15 @@ def test_a_fresh_models_losses_are_those_of_guessing(name):
     ],
 )
 def test_every_model_trains_with_every_norm_in_both_precisions(name, norm, precision):
+    if precision == "bf16" and "18" not in name and not multiplies_bfloat16(CPU):
+        pytest.skip("takes long where the processor emulates bfloat16")
     model = make_model(name, norm=norm).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         step(model, photos((HEIGHT, WIDTH)), [target([BOX])])
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not multiplies_bfloat16(CPU), reason="takes minutes where the processor emulates bfloat16")
 def test_the_command_line_fine_tunes_a_frozen_network_in_bf16(tmp_path):
     data, run, weights = tmp_path / "shapes", tmp_path / "run", tmp_path / "resnet18.pth"
     torch.save(torchvision.models.resnet18().state_dict(), weights)
