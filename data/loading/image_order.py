@@ -150,8 +150,14 @@ class WholeEpochOrder:
     def batches(self, epoch: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As ImageOrder's."""
         if epoch != self._epoch:
-            settings = {"seed": self._seed, "global_batch_size": self._batch_size, "factors": self._factors}
-            self._epoch, self._plan = epoch, plan_epoch(*self._sides, epoch=epoch, **settings)
+            self._epoch = epoch
+            self._plan = plan_epoch(
+                *self._sides,
+                seed=self._seed,
+                epoch=epoch,
+                global_batch_size=self._batch_size,
+                factors=self._factors,
+            )
             self._repeats = repeat_numbers(self._plan)
         return self._plan[numbers], self._repeats[numbers]
 
