@@ -13,6 +13,7 @@ from tqdm import tqdm
 from checkout import ROOT, exit_status
 from data import read_coco
 from data.coco.findings import by_severity
+from data.coco.layout import SplitFiles
 from data.convert.conversion import (
     COCO_TEXTS,
     ConversionError,
@@ -21,14 +22,14 @@ from data.convert.conversion import (
     check_classes,
     images_of_coco,
 )
-from data.convert.splits import split_by_seed
-from data.convert.write import WrittenSplit, write_coco_set
+from data.convert.labeled_set import LabeledSet
+from data.convert.splits import DEFAULT_VAL_FRACTION
+from data.convert.write import write_coco_set
 from data.errors import DataError
 from detection.config.arg_types import inner_fraction
 from detection.reporting.tables import aligned
 
 Way = Callable[[argparse.Namespace], int]
-DEFAULT_VAL_FRACTION = 0.1
 MAX_CLASSES_SHOWN = 40
 
 
@@ -118,47 +119,44 @@ def from_coco(arguments: argparse.Namespace, write: Callable[..., None], parts: 
     return 0
 
 
-def to_coco(
-    arguments: argparse.Namespace,
-    splits: dict[str, list[LabeledImage]],
-    class_names: list[str],
-    remarks: Remarks,
-    facts: dict[str, str],
-    *,
-    description: str,
-    images_root: Path | None = None,
-) -> int:
+def classes_of(arguments: argparse.Namespace) -> tuple[Path | None, list[str]]:
+    """What --classes gives: a file of all class names, or the names of the classes to keep."""
+    given = arguments.classes
+    if given is None or Path(given).is_file():
+        return None if given is None else Path(given), []
+    if Path(given).suffix == ".txt":
+        raise ConversionError(f"{given}: there is no such file")
+    return None, [name.strip() for name in given.split(",") if name.strip()]
+
+
+def to_coco(arguments: argparse.Namespace, labeled: LabeledSet, wanted: list[str]) -> int:
     """Reports, writes the COCO-format set, and says what was written and what to run next; the exit status.
 
-    facts: lines about what was read, by name.
+    wanted: the classes to keep; all where empty.
     """
-    table = class_table(splits, class_names, remarks)
+    remarks = labeled.remarks
+    stop_for_errors(remarks, arguments)
+    if wanted:
+        labeled.keep_classes(wanted)
+    splits = labeled.splits(arguments.val_fraction, arguments.seed)
+    table = class_table(splits, labeled.class_names, remarks)
     report(remarks, arguments)
     with bar(sum(map(len, splits.values())), "writing") as progress:
         written = write_coco_set(
             arguments.output_dir,
             splits,
-            class_names,
-            images_root=images_root,
+            labeled.class_names,
+            images_root=labeled.images_root,
             copy=arguments.copy,
             overwrite=arguments.overwrite,
-            description=description,
+            description=labeled.description,
             progress=progress.update,
         )
-    facts |= {"written": ", ".join(str(split.annotations) for split in written.values())}
+    facts = labeled.facts | {"written": ", ".join(str(split.annotations) for split in written.values())}
     print("\n" + "\n".join(f"{name:<13}{fact}" for name, fact in facts.items()) + "\n")
     print(table + "\n")
     print(next_commands(written, arguments.output_dir))
     return 0
-
-
-def split_images(
-    images: list[LabeledImage], arguments: argparse.Namespace
-) -> tuple[dict[str, list[LabeledImage]], str]:
-    """Splits by seed, and a line that says so."""
-    fraction = arguments.val_fraction or DEFAULT_VAL_FRACTION
-    line = f"by seed {arguments.seed} and file name, {fraction:g} of the images to validate on"
-    return split_by_seed(images, fraction, arguments.seed), line
 
 
 def bar(total: int, description: str) -> tqdm:
@@ -202,7 +200,7 @@ def class_table(
     return "\n".join(aligned(rows, {0}) + ([f"and {left_out} classes with fewer boxes"] if left_out else []))
 
 
-def next_commands(written: dict[str, WrittenSplit], output_dir: Path) -> str:
+def next_commands(written: dict[str, SplitFiles], output_dir: Path) -> str:
     """What to run next: check, look, train."""
     sets = " ".join(
         f"--{name}-images {_quoted(written[name].images)} --{name}-annotations {_quoted(written[name].annotations)}"

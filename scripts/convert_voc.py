@@ -15,11 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import checkout  # noqa: F401
-from convert_cli import bar, build_parsers, from_coco, report, run, split_images, stop_for_errors, to_coco
-from data.convert.conversion import ConversionError, LabeledImage, Remarks, derived_classes
+from convert_cli import bar, build_parsers, classes_of, from_coco, run, to_coco
+from data.convert.conversion import ConversionError, Remarks
 from data.convert.files import read_class_file
-from data.convert.splits import split_by_folder, split_by_lists
-from data.convert.voc import VOC_TEXTS, VocFolders, VocReader, VocSet, find_voc
+from data.convert.voc import VOC_TEXTS, VocFolders, VocReader, find_voc, voc_set
 from data.convert.write import write_voc_set
 from data.images.files import walk
 
@@ -40,10 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--xml", type=Path, metavar="DIR", help="the XML files [VOC_DIR/Annotations, or VOC_DIR]")
     add("--images", type=Path, metavar="DIR", help="the images [VOC_DIR/JPEGImages, or VOC_DIR]")
     text = (
-        "class names, one a line, in the order wanted [VOC_DIR/classes.txt, labels.txt or labelmap.txt; else the names "
-        "found, by alphabet]"
+        "a file of class names, one a line, in the order wanted; or names: boxes of others are left out "
+        "[VOC_DIR/classes.txt, labels.txt or labelmap.txt; else the names found, by alphabet]"
     )
-    add("--classes", type=Path, metavar="FILE", help=text)
+    add("--classes", metavar="FILE|A,B", help=text)
     text = (
         "one-based: VOC's own, pixels from 1, the last included. zero-based: edges from 0, as LabelImg and CVAT write "
         "them. auto: one-based for files that name VOC under <source><database>, else zero-based [auto]"
@@ -66,26 +65,14 @@ def _parser() -> argparse.ArgumentParser:
 def _to_coco(arguments: argparse.Namespace) -> int:
     folders = find_voc(arguments.source, xml=arguments.xml, images=arguments.images)
     lists = _lists(arguments, folders)
-    class_file = arguments.classes or folders.classes
+    given, wanted = classes_of(arguments)
+    class_file = given or folders.classes
     classes = None if class_file is None else read_class_file(class_file)
     remarks = Remarks(VOC_TEXTS)
     reader = VocReader(folders, remarks, classes, arguments.coordinates, arguments.difficult, arguments.exif)
     with bar(len(walk(folders.xml, {".xml"})), "XML files") as progress:
-        found = reader.read(progress.update)
-    class_names = classes if classes is not None else derived_classes(found.images, remarks)
-    stop_for_errors(remarks, arguments)
-    splits, line = _split(found, lists, arguments)
-    if not class_names:
-        report(remarks, arguments)
-        raise ConversionError(f"{folders.xml}: no object in any XML file: there is nothing to train on")
-    conventions = ", ".join(f"{kind} in {count:,} files" for kind, count in sorted(found.coordinates.items()))
-    facts = {
-        "splits": line,
-        "classes": f"{len(class_names)} ({'as found, by alphabet' if class_file is None else class_file})",
-        "coordinates": f"{conventions} (--coordinates {arguments.coordinates})",
-    }
-    description = f"converted from the Pascal VOC files of {folders.xml}"
-    return to_coco(arguments, splits, class_names, remarks, facts, description=description, images_root=folders.images)
+        labeled = voc_set(reader, lists, class_file, meant=wanted, progress=progress.update)
+    return to_coco(arguments, labeled, wanted)
 
 
 def _lists(arguments: argparse.Namespace, folders: VocFolders) -> dict[str, Path]:
@@ -97,21 +84,6 @@ def _lists(arguments: argparse.Namespace, folders: VocFolders) -> dict[str, Path
     if given and arguments.val_fraction is not None:
         raise ConversionError("lists and --val-fraction are two ways to split: give one of them")
     return given if given else {} if arguments.val_fraction is not None else folders.sets
-
-
-def _split(
-    found: VocSet, lists: dict[str, Path], arguments: argparse.Namespace
-) -> tuple[dict[str, list[LabeledImage]], str]:
-    if lists:
-        splits, unlisted = split_by_lists(found.images, lists, found.left_out)
-        line = ", ".join(str(file) for file in lists.values())
-        if unlisted:
-            line += f"; {len(unlisted):,} images are in none of them and were left out, the first {unlisted[0]}"
-        return splits, line
-    by_folder = split_by_folder(found.images) if arguments.val_fraction is None else None
-    if by_folder is not None:
-        return by_folder, f"by the folders of {arguments.source} (--val-fraction would split anew)"
-    return split_images(found.images, arguments)
 
 
 def _from_coco(arguments: argparse.Namespace) -> int:

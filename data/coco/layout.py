@@ -12,6 +12,14 @@ class MissingDataset(DataError):
 
 
 @dataclass(frozen=True)
+class SplitFiles:
+    """Where the images and the annotations of one split are."""
+
+    images: Path
+    annotations: Path
+
+
+@dataclass(frozen=True)
 class CocoLayout:
     """The two splits of a COCO-format set: a folder of images and an annotation file each."""
 

@@ -127,10 +127,13 @@ SHARED_TEXTS = {
     "was drawn; see --exif, and look at these in the gallery",
     "exif-mapped": "info: images ask viewers to turn them (EXIF); their boxes, drawn on the turned image, were turned "
     "to the pixels as stored",
-    "class-names-alike": "warning: class names differ only in case or blanks, or a rare one is nearly another. Are "
-    "they one class? Then correct the name",
+    "class-names-equal": "error: class names differ only in case or blanks. Correct the labels, or tell the classes "
+    "apart by naming all of them: --classes A,a",
+    "class-names-alike": "warning: the name of a rare class is nearly another's. Are they one class? Then correct the "
+    "name",
     "class-not-in-val": "warning: classes without a box to validate on: their AP will be undefined",
     "class-not-in-train": "warning: classes without a box to train on",
+    "class-left-out": "info: boxes of classes that --classes does not name were left out",
     "class-unused": "info: classes of the class list have no box at all",
     "empty": "info: images have no object; they are kept as background, which training leaves out",
 }
@@ -222,15 +225,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def derived_classes(images: Sequence[LabeledImage], remarks: Remarks) -> list[str]:
-    """The names of all boxes in alphabetical order."""
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """ "1 image", "2 images"; `several` where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def derived_classes(images: Sequence[LabeledImage], remarks: Remarks, meant: Sequence[str] = ()) -> list[str]:
+    """The names of all boxes in alphabetical order.
+
+    Names that differ only in case or blanks are an error, unless all of them are `meant`.
+    """
     counts = Counter(box.name for image in images for box in image.boxes)
     names = sorted(counts)
     bare = {name: "".join(name.casefold().split()) for name in names}
     for spelling in dict.fromkeys(bare.values()):
         alike = [name for name in names if bare[name] == spelling]
-        if len(alike) > 1:
-            remarks.add("class-names-alike", ", ".join(map(repr, alike)))
+        if len(alike) > 1 and not set(alike) <= set(meant):
+            remarks.add("class-names-equal", ", ".join(map(repr, alike)))
     for rare in names:
         often = [name for name in names if counts[name] * RARE_SHARE >= counts[rare]]
         for name in difflib.get_close_matches(rare, often, n=1, cutoff=ALIKE):

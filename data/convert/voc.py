@@ -11,7 +11,7 @@ VOC2007 Database"), and the programs write "Unknown" or their own name there. "a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -30,12 +30,15 @@ from data.convert.conversion import (
     Progress,
     Remarks,
     add_box,
+    derived_classes,
     describe,
     fit_box,
     image_facts,
     nearest,
     to_stored,
 )
+from data.convert.labeled_set import LabeledSet
+from data.convert.splits import split_by_lists, split_of_path
 from data.convert.voc_xml import XmlError, parse_xml
 from data.images.files import IMAGE_SUFFIXES, walk
 
@@ -65,12 +68,13 @@ VOC_TEXTS = {
 class VocFolders:
     """Where XML files and images lie."""
 
+    root: Path
     xml: Path
     images: Path
     classes: Path | None
     """A file of class names, where the folder has one."""
     sets: dict[str, Path]
-    """Lists of ImageSets/Main by split: train and val, and test where there is one; empty without the two."""
+    """Lists of ImageSets/Main by split: train, val and test; empty where there is nothing to validate on."""
 
 
 def find_voc(root: Path, *, xml: Path | None = None, images: Path | None = None) -> VocFolders:
@@ -88,10 +92,13 @@ def find_voc(root: Path, *, xml: Path | None = None, images: Path | None = None)
     # A folder "annotations" may also hold the JSON files of an earlier conversion.
     chosen_xml = xml or next((root / name for name in XML_FOLDERS if walk(root / name, {".xml"})), root)
     chosen_images = images or next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), root)
-    sets = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in ("train", "val", "test")}
+    lists = root / "ImageSets" / "Main"
+    sets = {split: lists / f"{split}.txt" for split in ("train", "val", "test")}
     sets = {split: file for split, file in sets.items() if file.is_file()}
+    if "train" not in sets and "val" not in sets and (lists / "trainval.txt").is_file():
+        sets["train"] = lists / "trainval.txt"
     classes = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
-    return VocFolders(chosen_xml, chosen_images, classes, sets if {"train", "val"} <= sets.keys() else {})
+    return VocFolders(root, chosen_xml, chosen_images, classes, sets if "train" in sets and len(sets) > 1 else {})
 
 
 @dataclass
@@ -103,6 +110,54 @@ class VocSet:
     """Keys of XML files that could not be used."""
     coordinates: Counter[str] = field(default_factory=Counter)
     """Files by the convention that their boxes were read with."""
+
+
+def voc_set(
+    reader: VocReader,
+    lists: Mapping[str, Path],
+    class_file: Path | None = None,
+    *,
+    meant: Sequence[str] = (),
+    progress: Progress = lambda _: None,
+) -> LabeledSet:
+    """What the reader reads, by split: those of `lists`, or of folders named train, val or test that images lie in.
+
+    class_file: where the reader's classes are from. meant: classes that are different ones however alike their names.
+
+    Raises ConversionError where there are no XML files, no object, or a list names what is not there.
+    """
+    folders, found = reader.folders, reader.read(progress)
+    names = list(reader.classes) if reader.classes is not None else None
+    class_names = derived_classes(found.images, reader.remarks, meant) if names is None else names
+    if not class_names and not reader.remarks.num_errors:
+        raise ConversionError(f"{folders.xml}: no object in any XML file: there is nothing to train on")
+    by_split: dict[str, list[LabeledImage]] = {}
+    if lists:
+        by_split, unlisted = split_by_lists(found.images, dict(lists), found.left_out)
+        origin = ", ".join(str(file) for file in lists.values())
+        if unlisted:
+            origin += f"; {len(unlisted):,} images are in none of them and were left out, the first {unlisted[0]}"
+    else:
+        for image in found.images:
+            split = split_of_path(image.path, folders.root)
+            if split == "all":
+                split = split_of_path(folders.xml / image.key, folders.xml)
+            by_split.setdefault(split, []).append(image)
+        origin = f"by the folders of {folders.root} (--val-fraction would split anew)"
+    conventions = ", ".join(f"{kind} in {count:,} files" for kind, count in sorted(found.coordinates.items()))
+    return LabeledSet(
+        by_split,
+        origin,
+        class_names,
+        reader.remarks,
+        description=f"converted from the Pascal VOC files of {folders.xml}",
+        images_root=folders.images,
+        facts={
+            "splits": "",
+            "classes": f"{len(class_names)} ({'as found, by alphabet' if class_file is None else class_file})",
+            "coordinates": f"{conventions} (--coordinates {reader.coordinates})",
+        },
+    )
 
 
 @dataclass

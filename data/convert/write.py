@@ -10,22 +10,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from data.coco.annotations import AnnotationError, read_coco
+from data.coco.layout import SplitFiles
 from data.convert.conversion import ConversionError, Exif, LabeledImage, Progress, Remarks, image_facts
 from data.convert.voc_xml import Coordinates, voc_xml
 from data.convert.yolo import label_path, yolo_lines
 from data.convert.yolo_config import yaml_text
-
-
-@dataclass(frozen=True)
-class WrittenSplit:
-    """A split of a COCO-format set as it lies on the disk."""
-
-    images: Path
-    annotations: Path
 
 
 def write_coco_set(
@@ -38,7 +30,7 @@ def write_coco_set(
     overwrite: bool = False,
     description: str = "",
     progress: Progress = lambda _: None,
-) -> dict[str, WrittenSplit]:
+) -> dict[str, SplitFiles]:
     """Writes annotations/instances_<split>.json for each split, and what they refer to.
 
     Images stay where they are, and file names are relative to images_root, or to the deepest folder that holds all
@@ -100,7 +92,7 @@ def write_coco_set(
             except AnnotationError as error:  # such as file names that leave their folder on another system
                 raise ConversionError(f"the result cannot be used: {error}") from error
             images_dir = output_dir / split if copy else roots[split]
-            written[split] = WrittenSplit(images_dir, targets[split])
+            written[split] = SplitFiles(images_dir, targets[split])
     return written
 
 

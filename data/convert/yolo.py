@@ -32,18 +32,21 @@ from data.convert.conversion import (
     Progress,
     Remarks,
     add_box,
+    counted,
     fit_box,
     image_facts,
     to_displayed,
     to_stored,
 )
-from data.convert.splits import SPLIT_OF_FOLDER
+from data.convert.labeled_set import LabeledSet
+from data.convert.splits import SPLIT_OF_FOLDER, split_of_path
 from data.convert.yolo_config import CLASS_FILES, YoloSettings, read_settings
 from data.images.files import IMAGE_SUFFIXES, walk
 
 DIGITS = 8
 HUNDREDTH = Decimal("0.01")
 MAX_EXACT_SIDE = 300_000  # pixels; the error of a corner, 0.75e-8 of the side, stays below half a hundredth
+ROBOFLOW_FOLDERS = ("../valid/images", "../val/images")
 MAX_FRACTION = 2  # anything beyond is no fraction of an image but pixels
 
 YOLO_TEXTS = {
@@ -61,7 +64,7 @@ YOLO_TEXTS = {
 
 @dataclass
 class YoloSet:
-    """Images by split; everything under "all" where nothing says what is validated on."""
+    """Images by split: train, val and test; "all" for those of which nothing says it."""
 
     splits: dict[str, list[Path]]
     settings: YoloSettings
@@ -82,21 +85,34 @@ def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | N
         if folder is not None and not folder.is_dir():
             raise ConversionError(f"{folder}: there is no such folder. Give the one that holds the YOLO files")
     settings = read_settings(settings_file or _find_settings(root))
+    splits: dict[str, list[Path]] = {}
     if settings.splits and images is None:
-        splits = {name: _images_of(root, settings, name) for name in settings.splits}
         origin = str(settings.source)
+        missing = []
+        for name in settings.splits:
+            found = _images_of(root, settings, name)
+            if found is None:
+                missing.append(name)
+            else:
+                splits[name] = found
+        if missing:
+            lists = ", ".join(f"{name} ({' '.join(settings.splits[name])})" for name in missing)
+            origin += f"; not there, though named: {lists}"
+        if "train" in missing:
+            listed = {path for paths in splits.values() for path in paths}
+            splits["train"] = [path for path in walk(_plain(root), IMAGE_SUFFIXES) if path not in listed]
     else:
-        splits, origin = {}, f"the folders of {images or root}"
-        for path in walk(_plain(images or root), IMAGE_SUFFIXES):
-            parts = [part.lower() for part in path.relative_to(images or root).parts[:-1]]
-            named = [SPLIT_OF_FOLDER[part] for part in parts if part in SPLIT_OF_FOLDER]
-            splits.setdefault(named[0] if named else "all", []).append(path)
+        origin = f"the folders of {images or root}"
+        base = _plain(images or root)
+        for path in walk(base, IMAGE_SUFFIXES):
+            splits.setdefault(split_of_path(path, base), []).append(path)
     splits = {name: paths for name, paths in splits.items() if paths}
     if not splits:
         raise ConversionError(f"{images or root}: no images there ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    if "all" in splits or not {"train", "val"} <= splits.keys() or set(splits["train"]) == set(splits["val"]):
-        test = {"test": splits.pop("test")} if "test" in splits else {}
-        splits = {"all": sorted({path for paths in splits.values() for path in paths}), **test}
+    if set(splits.get("train", [])) == set(splits.get("val", splits.get("train", []))):
+        rest = splits.pop("val", [])
+        if "test" not in splits or rest:
+            splits["all"] = sorted({*splits.pop("train", []), *splits.get("all", []), *rest})
     twice = set(splits.get("train", [])) & set(splits.get("val", []))
     if twice:
         raise ConversionError(
@@ -104,6 +120,33 @@ def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | N
             "or give --val-fraction for splits of our own"
         )
     return YoloSet(splits, settings, origin)
+
+
+def yolo_set(
+    found: YoloSet, root: Path, remarks: Remarks, *, exif: Exif = "auto", progress: Progress = lambda _: None
+) -> LabeledSet:
+    """The images of `found`, what find_yolo gives of `root`, with the boxes of their label files.
+
+    Raises ConversionError where no image has a label file.
+    """
+    class_names = found.settings.class_names
+    paths = sorted({path for split in found.splits.values() for path in split})
+    images = read_yolo(paths, class_names, remarks, root=root, exif=exif, progress=progress)
+    check_orphans(paths, remarks)
+    if paths and remarks.count("no-label-file") == len(paths):
+        raise ConversionError(
+            f"{root}: none of the {counted(len(paths), 'image')} has a label file. They are searched for in "
+            '"labels" instead of the last "images" of the path, and beside the image'
+        )
+    by_path = {image.path: image for image in images}
+    return LabeledSet(
+        {name: [by_path[path] for path in split if path in by_path] for name, split in found.splits.items()},
+        found.origin,
+        class_names,
+        remarks,
+        description=f"converted from the YOLO files of {root}",
+        facts={"splits": "", "classes": f"{len(class_names)} ({found.settings.source})"},
+    )
 
 
 def read_yolo(
@@ -261,7 +304,8 @@ def _find_settings(root: Path) -> Path:
     if not found and len(yamls) > 1:
         raise ConversionError(f"{root}: holds several settings, {', '.join(p.name for p in yamls)}. Give --data FILE")
     found += yamls
-    found += [folder / name for folder in (root, root / "labels") for name in CLASS_FILES if (folder / name).is_file()]
+    folders = [root, root / "labels", *(root / name for name in SPLIT_OF_FOLDER)]  # Roboflow's darknet has one a split
+    found += [folder / name for folder in folders for name in CLASS_FILES if (folder / name).is_file()]
     if not found:
         raise ConversionError(
             f"{root}: no data.yaml, obj.data or classes.txt there. Give the class names: a text file with one a line "
@@ -270,14 +314,18 @@ def _find_settings(root: Path) -> Path:
     return found[0]
 
 
-def _images_of(root: Path, settings: YoloSettings, split: str) -> list[Path]:
-    """The images of a split: of folders (with subfolders), patterns, and lists of images."""
+def _images_of(root: Path, settings: YoloSettings, split: str) -> list[Path] | None:
+    """The images of a split: of folders (with subfolders), patterns, and lists of images.
+
+    None where a folder or list is missing that the programs name whether they write it or not.
+    """
     found: list[Path] = []
     for written in settings.splits[split]:
         source = _locate(root, settings, written)
         if source is None:
-            if split == "test":  # often written down and not shipped
-                continue
+            # Often written down and not shipped: test sets, CVAT's lists, and Roboflow's folders of empty splits.
+            if split == "test" or settings.source.suffix == ".data" or written in ROBOFLOW_FOLDERS:
+                return None
             raise ConversionError(
                 f"{settings.source}: {split} is {written!r}, and there is no such folder or list (searched from "
                 f"{settings.source.parent}). Correct it, or delete the line and give --val-fraction"

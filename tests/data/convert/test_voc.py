@@ -271,9 +271,16 @@ def test_names_that_may_be_slips_are_pointed_out(read):
     slips = [an_object(1, 10, 20, 20, name="WBCs"), an_object(1, 20, 20, 30, name="wbc")]
     found, remarks = read({"a.xml": an_xml(*objects, *slips, an_object(2, 9, 40, 40, name="tree"))})
     assert derived_classes(found.images, remarks) == ["WBC", "WBCs", "tree", "wbc"]
-    (finding,) = remarks.findings
-    assert finding.code == "class-names-alike"
-    assert finding.places == ("'WBC', 'wbc'", "'WBCs' (1 boxes), 'WBC' (100 boxes)")
+    found_places = {finding.code: finding.places for finding in remarks.findings}
+    alike = ("'WBCs' (1 boxes), 'WBC' (100 boxes)",)
+    assert found_places == {"class-names-equal": ("'WBC', 'wbc'",), "class-names-alike": alike}
+    assert remarks.num_errors == 1
+
+
+def test_names_that_differ_in_case_alone_are_told_apart_where_all_of_them_are_meant(read):
+    found, remarks = read({"a.xml": an_xml(an_object(1, 1, 9, 9, name="Coin"), an_object(9, 9, 19, 19, name="coin"))})
+    assert derived_classes(found.images, remarks, ["Coin", "coin"]) == ["Coin", "coin"]
+    assert not remarks.findings
 
 
 def test_an_image_whose_xml_cannot_be_read_is_not_called_unlabeled(read):
