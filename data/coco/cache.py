@@ -54,6 +54,13 @@ class PackedFile(NamedTuple):
         return Path(f"/proc/{os.getpid()}/fd/{self.file.fileno()}")
 
 
+def cache_folder() -> Path:
+    """Where this user keeps what can be made again: $XDG_CACHE_HOME/detection-harness, or ~/.cache/..."""
+    # The annotations' own folder may be read-only and shared; a user's cache serves all of his runs.
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "detection-harness"
+
+
 def load_or_build(source: Path, folder: Path, build: Callable[[], Packed], variant: str = "") -> PackedFile:
     """What build() makes of `source`, out of the cache folder where it is there already.
 
@@ -75,7 +82,7 @@ def load_or_build(source: Path, folder: Path, build: Callable[[], Packed], varia
     built = problem = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _one_builder(source, path):
+        with one_builder(source, path, "packs"):
             found = _open(path, key)
             if found is None:
                 built = _built(source, key.removesuffix(variant), build)
@@ -174,8 +181,9 @@ def _write(file: BinaryIO, packed: Packed, key: str) -> None:
 
 
 @contextmanager
-def _one_builder(source: Path, path: Path) -> Iterator[None]:
-    """Inside, other programs that would build `path` wait for this one.
+def one_builder(source: Path, path: Path, does: str) -> Iterator[None]:
+    """Inside, other programs that would build `path` of `source` wait for this one. does: what they read meanwhile:
+    "packs".
 
     It spares work and keeps nothing safe: where the file system has no locks, or the one that holds the lock neither
     comes to an end nor dies, each builds for itself.
@@ -193,7 +201,7 @@ def _one_builder(source: Path, path: Path) -> Iterator[None]:
                     lock.seek(0)
                     holder = lock.read() or "another process"
                     limit = f"{PATIENCE_SECONDS / 60:g} minutes at most"
-                    print(f"{source}: {holder} packs it (lock: {lock.name}); waiting, {limit}", file=sys.stderr)
+                    print(f"{source}: {holder} {does} it (lock: {lock.name}); waiting, {limit}", file=sys.stderr)
                     told = True
             except OSError:
                 break

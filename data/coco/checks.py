@@ -1,5 +1,6 @@
 """Faults of a COCO-format set that show without opening an image; fast enough for the start of every run."""
 
+import filecmp
 import functools
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import numpy as np
 from data.coco.annotations import CocoAnnotations
 from data.coco.findings import MAX_PLACES, Finding, examples
 
+COPIES_LOOKED_FOR = 20_000  # images
 OVERHANG = 2.0  # pixels a box may stick out of its image unmentioned; COCO's own boxes do by rounding
 
 # Boxes are suspected to be (x1, y1, x2, y2) when, read as (x, y, width, height), nearly all have width > x and
@@ -64,6 +66,11 @@ def check_annotations(
     unused = [f"{name!r} (category id {number})" for label, (name, number) in enumerate(classes) if label not in used]
     if unused:
         findings.append(Finding.of("unused-category", unused, source=source))
+    alike: dict[str, list[str]] = {}
+    for name in annotations.class_names:
+        alike.setdefault("".join(name.casefold().split()), []).append(name)
+    if places := [", ".join(map(repr, names)) for names in alike.values() if len(names) > 1]:
+        findings.append(Finding.of("class-names-alike", places, source=source))
     if annotations.crowd.all():
         severity = "error" if needs_boxes else "warning"
         purpose = "train on" if training else "score detections against"
@@ -148,6 +155,31 @@ def check_pair(
         if shared:
             findings.append(val.images_finding("shared-image", shared, train=train.source))
     return findings
+
+
+def check_copies(
+    train: CocoAnnotations, val: CocoAnnotations, train_images: str | Path, val_images: str | Path
+) -> list[Finding]:
+    """Files of the validation split that are copies of training images, byte for byte, whatever their names.
+
+    Sets of more than COPIES_LOOKED_FOR images are not looked through here, as it opens the files of equal size.
+    """
+    if len(train) + len(val) > COPIES_LOOKED_FOR:
+        return []
+    by_size: dict[int, list[tuple[int, str]]] = {}
+    for index, (_, entry) in enumerate(image_entries(train, Path(train_images))):
+        if entry is not None and entry.is_file():
+            by_size.setdefault(entry.stat().st_size, []).append((index, entry.path))
+    copies = []
+    for index, (_, entry) in enumerate(image_entries(val, Path(val_images))):
+        same_size = by_size.get(entry.stat().st_size, []) if entry is not None and entry.is_file() else []
+        for trained, path in same_size:
+            if entry is not None and filecmp.cmp(path, entry.path, shallow=False):
+                copies.append(f"{val.place(index)} is {train.place(trained)} of training")
+                break
+    if not copies:
+        return []
+    return [Finding.of("copy-in-val", copies, source=val.source, train=train.source)]
 
 
 def _box_finding(annotations: CocoAnnotations, code: str, faulty: np.ndarray) -> Finding:

@@ -18,6 +18,8 @@ RULES = {
     "{purpose}. Give a file with boxes of single objects",
     "unused-category": "warning: {source}: categories that no annotation uses; their AP is undefined. Fine if it is "
     "meant so",
+    "class-names-alike": "warning: {source}: classes whose names differ only in case or blanks are different classes "
+    "here. Are they one? Then give them one name",
     "no-cache": "info: {folder}: packed annotations cannot be kept here, so each start parses {source} ({problem})",
     # Of annotations.
     "annotation-id-0": "info: {source}: annotation id 0, which plain pycocotools takes for unmatched, counts like any "
@@ -71,6 +73,8 @@ RULES = {
     "name",
     "shared-image": "error: {source} lists image files that {train} lists too: validation would measure what was "
     "trained on. Take them out of one of the two",
+    "copy-in-val": "warning: {source}: images are copies of images that {train} trains on, so validation flatters. "
+    "Take them out of one of the two",
     "train-image-in-val": "error: {source}: images that {train} trains on (equal pixels), so validation would "
     "flatter. Take them out of one of the two",
 }

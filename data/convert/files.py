@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from data.convert.conversion import ConversionError
@@ -42,3 +43,12 @@ def checked_class_names(names: list[str], place: Callable[[int], str], file: Pat
     if not names:
         raise ConversionError(f"{file}: names no class. Write one name a line")
     return names
+
+
+def looks_like_yolo_labels(file: Path) -> bool:
+    """Whether the first line that says something is a class number and four more numbers."""
+    try:
+        words = next((line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()), [])
+        return len(words) >= 5 and all(Decimal(word).is_finite() for word in words[:5])
+    except (OSError, UnicodeDecodeError, InvalidOperation):
+        return False

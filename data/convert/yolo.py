@@ -38,6 +38,7 @@ from data.convert.conversion import (
     to_displayed,
     to_stored,
 )
+from data.convert.files import looks_like_yolo_labels
 from data.convert.labeled_set import LabeledSet
 from data.convert.splits import SPLIT_OF_FOLDER, split_of_path
 from data.convert.yolo_config import CLASS_FILES, YoloSettings, read_settings
@@ -70,6 +71,8 @@ class YoloSet:
     settings: YoloSettings
     origin: str
     """What the splits were taken from, for a message."""
+    missing: str
+    """Splits that the settings name and that are not there."""
 
 
 def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | None = None) -> YoloSet:
@@ -86,18 +89,15 @@ def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | N
             raise ConversionError(f"{folder}: there is no such folder. Give the one that holds the YOLO files")
     settings = read_settings(settings_file or _find_settings(root))
     splits: dict[str, list[Path]] = {}
+    missing: list[str] = []
     if settings.splits and images is None:
         origin = str(settings.source)
-        missing = []
         for name in settings.splits:
             found = _images_of(root, settings, name)
             if found is None:
                 missing.append(name)
             else:
                 splits[name] = found
-        if missing:
-            lists = ", ".join(f"{name} ({' '.join(settings.splits[name])})" for name in missing)
-            origin += f"; not there, though named: {lists}"
         if "train" in missing:
             listed = {path for paths in splits.values() for path in paths}
             splits["train"] = [path for path in walk(_plain(root), IMAGE_SUFFIXES) if path not in listed]
@@ -119,7 +119,8 @@ def find_yolo(root: Path, *, settings_file: Path | None = None, images: Path | N
             f"{origin}: {len(twice)} images are in train and in val, the first {min(twice)}. Take them out of one, "
             "or give --val-fraction for splits of our own"
         )
-    return YoloSet(splits, settings, origin)
+    lists = ", ".join(f"{name} ({' '.join(settings.splits[name])})" for name in missing)
+    return YoloSet(splits, settings, origin, lists)
 
 
 def yolo_set(
@@ -145,7 +146,8 @@ def yolo_set(
         class_names,
         remarks,
         description=f"converted from the YOLO files of {root}",
-        facts={"splits": "", "classes": f"{len(class_names)} ({found.settings.source})"},
+        facts=({"not there": found.missing} if found.missing else {})
+        | {"splits": "", "classes": f"{len(class_names)} ({found.settings.source})"},
     )
 
 
@@ -184,7 +186,7 @@ def check_orphans(images: Sequence[Path], remarks: Remarks) -> None:
     wanted = {find_label_file(path) for path in images}
     for folder in sorted({file.parent for file in wanted if file.parent.is_dir()}):
         for file in sorted(folder.glob("*.txt")):
-            if file not in wanted and _looks_like_labels(file):
+            if file not in wanted and looks_like_yolo_labels(file):
                 remarks.add("missing-image", str(file))
 
 
@@ -364,11 +366,3 @@ def _spellings(written: str) -> list[str]:
 def _plain(path: Path) -> Path:
     """Without '..' in it, links left as they are."""
     return Path(os.path.normpath(path))
-
-
-def _looks_like_labels(file: Path) -> bool:
-    try:
-        words = next((line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()), [])
-        return len(words) >= 5 and all(Decimal(word).is_finite() for word in words[:5])
-    except (OSError, UnicodeDecodeError, InvalidOperation):
-        return False

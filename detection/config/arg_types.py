@@ -73,6 +73,14 @@ fraction = Number(float, 0.0, 1.0, metavar="P")
 inner_fraction = Number(float, 0.0, 1.0, excluded=(0.0, 1.0), metavar="P")
 
 
+def class_list(text: str) -> tuple[str, ...]:
+    """An argparse type: names between commas, each once."""
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no list of different names: write A,B,C")
+    return names
+
+
 def png_file(text: str) -> Path:
     """An argparse type: where a PNG image shall go."""
     if not text.lower().endswith(".png"):

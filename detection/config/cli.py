@@ -251,7 +251,16 @@ def _check_options(config: RunConfig, given: Mapping[str, Any]) -> None:
             raise ConfigError(f"--batch-size auto is found by training steps: give {which} a number")
         if output.overwrite:
             raise ConfigError(f"{which} starts no run: leave --overwrite away")
-    if config.mode == "test" and data.test_annotations is None:
-        raise ConfigError("--test-only needs --test-images DIR and --test-annotations FILE")
+    if config.mode == "test" and data.test_annotations is None and data.data_path is None:
+        raise ConfigError(
+            "--test-only needs --test-images DIR and --test-annotations FILE, or a --data-path with a test split"
+        )
+    searched = data.train_annotations is None if config.mode == "train" else data.data_path is not None
+    for name in ("data_format", "classes", "val_fraction", "split_seed"):
+        if name in given and not (searched and data.dataset != "shapes"):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} is for the folder of --data-path: give that in place of the files, or leave {flag} away"
+            )
     if data.dataset == "shapes" and (data.train_images or data.val_images):
         raise ConfigError("--dataset shapes brings its own images: leave --train-images and --val-images away")

@@ -15,6 +15,7 @@ from detection.config.arg_types import (
     Number,
     above_0,
     batch_size,
+    class_list,
     inner_fraction,
     positive_int,
     side,
@@ -36,6 +37,8 @@ from detection.config.settings import (
 
 FREEZE_CHOICES = {"none": -1, "stem": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage4": 4, "backbone": 4}
 """What --freeze takes, and the number of frozen stages that it means."""
+DATA_FORMATS = ("coco", "yolo", "voc", "imagefolder")
+"""Those of data.layouts, whose import takes as long as PyTorch's."""
 WORKERS = {"cuda": 4, "cpu": 1}
 LOG_INTERVALS = {"cuda": 20, "cpu": 1}
 """Defaults by the type of the device."""
@@ -60,8 +63,28 @@ class DataConfig:
 
     dataset: str = setting("coco", COMPATIBLE, "shapes is made on first use", choices=("coco", "shapes"))
     data_path: Path | None = setting(
-        None, COMPATIBLE, "standard COCO layout", shown="datasets/coco, or datasets/shapes", type=Path, metavar="DIR"
+        None,
+        COMPATIBLE,
+        "the folder of a set, in any layout that docs/own_data.md lists",
+        shown="datasets/coco, or datasets/shapes",
+        type=Path,
+        metavar="DIR",
     )
+    data_format: str | None = setting(
+        None, COMPATIBLE, "how to read --data-path, where several ways are possible", choices=DATA_FORMATS
+    )
+    classes: tuple[str, ...] = setting(
+        (), COMPATIBLE, "of --data-path keep these classes alone", type=class_list, metavar="A,B,..."
+    )
+    val_fraction: float | None = setting(
+        None,
+        COMMAND_LINE,
+        "share of the images of --data-path to validate on, where it does not say which",
+        shown="0.1",
+        type=inner_fraction,
+        metavar="X",
+    )
+    split_seed: int = setting(0, COMMAND_LINE, "of that choice: another one chooses other images", type=whole(0))
     train_images: Path | None = setting(None, COMPATIBLE, "image folder of the train set", type=Path, metavar="DIR")
     train_annotations: Path | None = setting(None, COMPATIBLE, "COCO JSON of the train set", type=Path, metavar="FILE")
     val_images: Path | None = setting(None, COMMAND_LINE, "image folder of the val set", type=Path, metavar="DIR")

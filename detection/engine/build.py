@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from data import CocoAnnotations, CocoDataset
+from data.coco.layout import SplitFiles
+from data.layouts.found_set import FoundSet
 from detection.config import ConfigError
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.cuda_graphs import require_cuda_graphs
@@ -18,12 +20,7 @@ from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.cpu_threads import crowding
 from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
-from detection.engine.inputs.datasets import (
-    DatasetFiles,
-    SplitFiles,
-    dataset_files,
-    prepare_files,
-)
+from detection.engine.inputs.datasets import DatasetFiles, prepare_files
 from detection.engine.optim.amp import multiplies_bfloat16
 from detection.engine.optim.optimizer import is_fused
 from detection.engine.run_dir import RunDir
@@ -63,11 +60,14 @@ class Components:
     """Where its weights come from, and what of it is trained."""
 
 
-def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[LoadedCheckpoint | None, list[str]]:
+def preflight(
+    config: RunConfig, output: RunDir, processes: Processes
+) -> tuple[LoadedCheckpoint | None, FoundSet | None, list[str]]:
     """Everything that only the main process may do, and everything cheap that can be wrong.
 
     Returns:
-        The checkpoint to resume from, and lines that the start of the run should show.
+        The checkpoint to resume from, what the folder of --data-path holds (`find_data`), and lines that the start of
+        the run should show.
     """
     schedule, _ = _load_schedule(config)
     if config.train.skip_nonfinite and (schedule.optimizer.kwargs.get("dampening") or not is_fused(schedule)):
@@ -96,7 +96,8 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
             imported(backbone)
     if config.augmentation.augmentation is not None:
         imported(config.augmentation.augmentation)
-    lines = [*config.config_notes, *prepare_files(config.data, mode=config.mode)]
+    found, data_lines = prepare_files(config.data, mode=config.mode)
+    lines = [*config.config_notes, *data_lines]
     if schedule.amp == "fp16" and processes.device.type == "cpu":
         # Not refused: the figures are right, and float16 can be tried where there is no GPU.
         lines.append("warning: float16 on a CPU takes some forty times as long as float32: use --amp bf16 or --amp off")
@@ -118,14 +119,14 @@ def preflight(config: RunConfig, output: RunDir, processes: Processes) -> tuple[
     else:
         lines += output.lock()
     if resume is None:
-        return None, lines
+        return None, found, lines
     checkpoint = _checkpoint_to_resume(resume, output, is_restart=is_restart)
     if checkpoint is not None:
-        return checkpoint, [*lines, *(f"skipped: {reason}" for reason in checkpoint.skipped)]
+        return checkpoint, found, [*lines, *(f"skipped: {reason}" for reason in checkpoint.skipped)]
     if config.mode != "train":
         raise CheckpointError(f"{output.checkpoints}: there is no checkpoint to evaluate; give --weights FILE")
     _prefetch(config)
-    return None, lines
+    return None, found, lines
 
 
 def _prefetch(config: RunConfig) -> None:
@@ -183,11 +184,11 @@ def build(
     config: RunConfig,
     processes: Processes,
     checkpoint: LoadedCheckpoint | None,
+    files: DatasetFiles,
     annotations: dict[Path, CocoAnnotations],
 ) -> Components:
     """What every process builds for itself, of the checkpoint and the annotation files (by path) that all have."""
     schedule, overrides = run_schedule(config, processes)
-    files = dataset_files(config.data, mode=config.mode)
     # A listing of the image folder takes seconds on a network's file system. Process 0 has made one in `preflight`.
     look_for_images = processes.rank == processes.node_main and not processes.is_main
     if config.mode == "train":

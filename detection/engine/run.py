@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from data import worker_error
+from data.layouts.found_set import FoundSet
 from detection.config import ConfigError, parse_arguments
 from detection.config.arg_types import AUTO_BATCH_SIZE
 from detection.config.cli import words_of
@@ -69,6 +73,15 @@ def run(config: RunConfig, trackers: Sequence[Tracker] = ()) -> int:
     Raises:
         RunError and the errors in USER_ERRORS: the user's to mend.
     """
+    with ExitStack() as scratch:
+        if config.dry_run and config.data.dataset == "shapes" and not config.data.folder.exists():
+            # A dry run writes nothing: the set that it needs goes when it ends.
+            folder = Path(scratch.enter_context(TemporaryDirectory(prefix="dry_run_"))) / "shapes"
+            config = replace(config, data=replace(config.data, data_path=folder))
+        return _with_processes(config)
+
+
+def _with_processes(config: RunConfig) -> int:
     timeout = timedelta(minutes=config.collective_timeout)
     processes = start_processes(config.device, timeout, config.threads)
     output = RunDir(config.output_dir)
@@ -104,14 +117,14 @@ def _run(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    checkpoint, lines = _prepare(config, processes, output)
+    checkpoint, found, lines = _prepare(config, processes, output)
     if finds_batch_size and checkpoint is not None:
         config, finds_batch_size = with_batch_size_of(checkpoint, config, processes.world_size), False
     changes: list[str] = []
     if checkpoint is not None and config.mode == "train":
         config, changes = run_on_all_ranks(processes, partial(resumed_settings, checkpoint, config))
-    annotations = read_annotations(config.data, processes, mode=config.mode)
-    components = run_on_all_ranks(processes, partial(build, config, processes, checkpoint, annotations))
+    files, annotations = read_annotations(config.data, processes, mode=config.mode, found=found)
+    components = run_on_all_ranks(processes, partial(build, config, processes, checkpoint, files, annotations))
     console = Console(None if config.dry_run else output.log, is_main=processes.is_main, rank=processes.rank)
     context = RunContext(config, processes, output, stop, console, trackers)
     for line in lines:
@@ -133,19 +146,23 @@ def _run(
         raise of_worker from error
 
 
-def _prepare(config: RunConfig, processes: Processes, output: RunDir) -> tuple[LoadedCheckpoint | None, list[str]]:
-    """The checkpoint to resume from and what the start of the run should say.
+def _prepare(
+    config: RunConfig, processes: Processes, output: RunDir
+) -> tuple[LoadedCheckpoint | None, FoundSet | None, list[str]]:
+    """The checkpoint to resume from, what the main process has found (None on others), and what the start should say.
 
     The main process reads the checkpoint; the others get what it has read, whatever lies at that path for them.
     """
-    found: LoadedCheckpoint | None = None
+    checkpoint: LoadedCheckpoint | None = None
+    found: FoundSet | None = None
 
     def check() -> tuple[Path | None, list[str]]:
-        nonlocal found
-        found, lines = preflight(config, output, processes)
-        return None if found is None else found.path, lines
+        nonlocal checkpoint, found
+        checkpoint, found, lines = preflight(config, output, processes)
+        return None if checkpoint is None else checkpoint.path, lines
 
     path, lines = run_on_main_rank(processes, check)
     if path is None:
-        return None, lines
-    return LoadedCheckpoint(path, processes.broadcast_state(None if found is None else found.state)), lines
+        return None, found, lines
+    state = processes.broadcast_state(None if checkpoint is None else checkpoint.state)
+    return LoadedCheckpoint(path, state), found, lines

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from data import CocoDataset, TrainLoader
+from data.coco.layout import SplitFiles
 from detection.config.run_config import RunConfig
 from detection.engine.build import Components
 from detection.engine.context import RunContext
 from detection.engine.distributed.comm import Processes
 from detection.engine.inputs.augmentation import describe_augmentation
 from detection.engine.inputs.bad_images import BadImages
-from detection.engine.inputs.datasets import SplitFiles
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import multiplies_bfloat16
 from detection.engine.run_dir import RunDir

@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from detection.engine.inputs.datasets import cache_folder
+from data.coco.cache import cache_folder
 from detection.models import FasterRCNN
 
 _P = ParamSpec("_P")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +20,14 @@ from data import (
     read_coco,
 )
 from data.coco.annotations import share_coco, shared_coco
+from data.coco.cache import cache_folder
+from data.coco.checks import check_copies
+from data.coco.layout import SplitFiles
+from data.layouts.found_set import FoundSet, Wanted, find_set
 from detection.config.run_config import DataConfig
 from detection.engine.distributed.agreement import run_on_all_ranks, run_on_each_node
 from detection.engine.distributed.comm import Processes
-
-
-@dataclass(frozen=True)
-class SplitFiles:
-    """Where the images and the annotations of one split are."""
-
-    images: Path
-    annotations: Path
+from detection.reporting import counted
 
 
 @dataclass(frozen=True)
@@ -41,109 +38,145 @@ class DatasetFiles:
     val: SplitFiles | None
     test: SplitFiles | None
 
+    @property
+    def annotations(self) -> list[Path]:
+        """The annotation files of all of them."""
+        return [split.annotations for split in (self.train, self.val, self.test) if split is not None]
 
-def prepare_files(config: DataConfig, *, mode: str) -> list[str]:
-    """Find and check the files of every split, making the shapes set where it is asked for; main process only.
 
-    The checks read annotations and list folders, and open no image: a few seconds for COCO.
+def find_data(config: DataConfig, *, mode: str) -> FoundSet | None:
+    """What the folder of --data-path holds, converted where need be; None where options name all files.
+
+    Makes the shapes set where it is asked for. One process of a machine does this for all.
 
     Args:
         mode: train, val or test: which splits are needed.
 
-    Returns:
-        A line for each remark that the start of the run should show.
-
     Raises:
-        MissingDataset: the standard layout is not there; the message shows it.
-        AnnotationError, DatasetError: faults that would break or bias training; every one is listed.
+        MissingDataset, LayoutError, ConversionError, AnnotationError: what is there, and what to do.
     """
+    # A train set given by hand without a val set means: train without validation.
+    if mode in _given(config):
+        return None
     if config.dataset == "shapes":
         make_shapes(config.folder)
-    files = dataset_files(config, mode=mode)
+    if config.data_path is None:
+        coco_layout(config.folder)  # its message is about getting COCO
+    wanted = Wanted(config.data_format, config.classes, config.val_fraction, config.split_seed)
+    with tqdm(unit="file", desc=f"reading {config.folder}", leave=False, disable=None) as bar:
+        found = find_set(config.folder, cache_folder(), wanted, bar.update)
+    if mode not in found.splits:
+        there = ", ".join(found.splits)
+        raise DatasetError(
+            f"{found.title}: there are no images of a {mode} split, only of {there}. Give --{mode}-images"
+        )
+    return found
+
+
+def dataset_files(config: DataConfig, found: FoundSet | None, *, mode: str) -> DatasetFiles:
+    """The files of the splits that the mode needs: those that options name, before those of the folder."""
+    splits = {**(found.splits if found is not None else {}), **_given(config)}
+    if mode == "train":
+        # The folder's own test split is for --test-only.
+        return DatasetFiles(splits["train"], splits.get("val"), _given(config).get("test"))
+    return DatasetFiles(None, splits["val"] if mode == "val" else None, splits.get("test") if mode == "test" else None)
+
+
+def prepare_files(config: DataConfig, *, mode: str) -> tuple[FoundSet | None, list[str]]:
+    """Find and check the files of every split; main process only.
+
+    The checks read annotations and list folders, and open no image: a few seconds for COCO.
+
+    Returns:
+        What `find_data` gives, and a line for each remark that the start of the run should show.
+
+    Raises:
+        AnnotationError, DatasetError: faults that would break or bias training; every one is listed.
+        The errors of `find_data`.
+    """
+    found = find_data(config, mode=mode)
+    files = dataset_files(config, found, mode=mode)
     findings: list[Finding] = []
-    splits = {}
-    wanted = [(files.train, True), (files.val, True), (files.test, False)]
+    read: dict[str, CocoAnnotations] = {}
+    wanted = [("train", files.train), ("val", files.val), ("test", files.test)]
     # A set is packed when it is first read, which takes a minute for COCO; on a terminal that shows.
-    bar = tqdm([pair for pair in wanted if pair[0] is not None], unit="set", leave=False, disable=None)
-    for split, needs_boxes in bar:
+    bar = tqdm([pair for pair in wanted if pair[1] is not None], unit="set", leave=False, disable=None)
+    for name, split in bar:
         if split is not None:
             bar.set_description(f"reading {split.annotations.name}")
-            annotations = _chosen(config, read_coco(split.annotations, cache_dir=cache_folder()))
-            splits[split] = annotations
-            training = split == files.train
-            findings += check_split(annotations, split.images, training=training, needs_boxes=needs_boxes)
+            read[name] = annotations = read_coco(split.annotations, cache_dir=cache_folder())
+            findings += check_split(annotations, split.images, training=name == "train", needs_boxes=name != "test")
     if files.train is not None and files.val is not None:
-        findings += check_pair(splits[files.train], splits[files.val], files.train.images, files.val.images)
+        pair = read["train"], read["val"], files.train.images, files.val.images
+        findings += [*check_pair(*pair), *check_copies(*pair)]
     errors = ["  " + str(finding).removeprefix("error: ") for finding in findings if finding.severity == "error"]
     if errors:
         raise DatasetError(
             "\n".join(["the data cannot be used as they are:", *errors])
             + "\nscripts/check_dataset.py lists every place, and looks into the images too."
         )
-    return [str(finding) for finding in findings if finding.severity == "warning"]
+    lines = [] if found is None or config.data_path is None else _describe(found, read)
+    return found, lines + [str(finding) for finding in findings if finding.severity == "warning"]
 
 
-def dataset_files(config: DataConfig, *, mode: str) -> DatasetFiles:
-    """Like `prepare_files`, once everything is there."""
-    train = _given(config.train_images, config.train_annotations)
-    val = _given(config.val_images, config.val_annotations)
-    test = _given(config.test_images, config.test_annotations)
-    if mode == "test":
-        return DatasetFiles(None, None, test)
-    # A train set given by hand without a val set means: train without validation.
-    if (mode == "train" and train is None) or (mode == "val" and val is None):
-        layout = coco_layout(config.folder)
-        train = train or SplitFiles(layout.train_images, layout.train_annotations)
-        val = val or SplitFiles(layout.val_images, layout.val_annotations)
-    return DatasetFiles(train if mode == "train" else None, val, test)
+def _describe(found: FoundSet, read: Mapping[str, CocoAnnotations]) -> list[str]:
+    """Two lines: what a folder was read as, and what was left out or changed."""
+    parts = [
+        f"{name} {counted(len(one), 'image')}, {counted(one.num_boxes, 'box', 'boxes')}" for name, one in read.items()
+    ]
+    parts += [f"{name} not used here" for name in found.splits if name not in read]
+    classes = counted(len(next(iter(read.values())).class_names), "class", "classes")
+    said = "; ".join(remark for remark in found.remarks if remark)
+    return [f"found: {found.title}: {'; '.join(parts)}; {classes}", f"       {said or 'all of it is used as it is'}"]
 
 
-def read_annotations(config: DataConfig, processes: Processes, *, mode: str) -> dict[Path, CocoAnnotations]:
-    """The annotation files of every split, by path; after `prepare_files`, collective.
+def read_annotations(
+    config: DataConfig, processes: Processes, *, mode: str, found: FoundSet | None = None
+) -> tuple[DatasetFiles, dict[Path, CocoAnnotations]]:
+    """The files of every split, and their annotations by path; after `prepare_files`, collective.
 
     One process of each machine reads them, out of the cache where they are there. The others map what it has, so that a
-    machine holds them once, and parses once where no cache can be kept.
+    machine holds them once, and parses once where no cache can be kept. It also finds the files in the folder of
+    --data-path for all of its machine; found: what the main process has found already.
 
     Raises:
         RunError: files are faulty or missing on one of the machines.
     """
     with ExitStack() as shared:
+        files = DatasetFiles(None, None, None)
         read: dict[Path, CocoAnnotations] = {}
 
-        def share() -> dict[str, tuple[str, str]]:
+        def share() -> tuple[FoundSet | None, dict[str, tuple[str, str]]]:
             processes.at("reading the annotations for the processes of its machine")
+            here = found or find_data(config, mode=mode)
             words = {}
-            for path in _annotation_files(config, mode):
+            for path in dataset_files(config, here, mode=mode).annotations:
                 read[path], words[str(path)] = shared.enter_context(share_coco(path, cache_folder()))
-            return words
+            return here, words
 
         def take() -> None:
-            for path in _annotation_files(config, mode):
+            nonlocal files
+            files = dataset_files(config, here, mode=mode)
+            for path in files.annotations:
                 if path not in read:
                     # Another command line may name another file; that they agree is checked later.
                     annotations = shared_coco(path, words[str(path)]) if str(path) in words else None
                     read[path] = annotations or read_coco(path, cache_dir=cache_folder())
 
-        words = run_on_each_node(processes, share)
+        here, words = run_on_each_node(processes, share)
         run_on_all_ranks(processes, take)
-        return {path: _chosen(config, annotations) for path, annotations in read.items()}
+    return files, read
 
 
-def _chosen(config: DataConfig, annotations: CocoAnnotations) -> CocoAnnotations:
-    return annotations if config.classes is None else annotations.of_classes(config.classes)
-
-
-def _annotation_files(config: DataConfig, mode: str) -> list[Path]:
-    files = dataset_files(config, mode=mode)
-    return [split.annotations for split in (files.train, files.val, files.test) if split is not None]
-
-
-def cache_folder() -> Path:
-    """Where this user keeps what can be made again: $XDG_CACHE_HOME/detection-harness, or ~/.cache/..."""
-    # The annotations' own folder may be read-only and shared; a user's cache serves all of his runs.
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base) / "detection-harness"
-
-
-def _given(images: Path | None, annotations: Path | None) -> SplitFiles | None:
-    return SplitFiles(images, annotations) if images is not None and annotations is not None else None
+def _given(config: DataConfig) -> dict[str, SplitFiles]:
+    """The splits whose files options name."""
+    files = {
+        "train": (config.train_images, config.train_annotations),
+        "val": (config.val_images, config.val_annotations),
+        "test": (config.test_images, config.test_annotations),
+    }
+    return {
+        name: SplitFiles(images, annotations)
+        for name, (images, annotations) in files.items()
+        if images is not None and annotations is not None
+    }
