@@ -1,5 +1,6 @@
 """A data set to look at: a gallery of it, or images of what the model is fed (resized, augmented and padded).
 
+    python3 scripts/browse_dataset.py --data-path my_set --html gallery.html
     python3 scripts/browse_dataset.py --images DIR --annotations FILE.json --html gallery.html
     python3 scripts/browse_dataset.py --dataset shapes --data-path datasets/shapes --output-dir browse
     python3 scripts/browse_dataset.py --dataset shapes --lsj 512 --photometric-distortion --mosaic
@@ -25,16 +26,17 @@ from data import (
     DeviceBatch,
     EvalLoader,
     TrainLoader,
-    coco_layout,
-    make_shapes,
     read_coco,
 )
 from data.errors import DataError
 from data.tools.gallery import write_gallery
+from data_path import add_data_path
 from detection.config.arg_types import positive_int
 from detection.config.augmentation import AugmentationConfig, add_augmentation_options, check_effect
+from detection.config.run_config import DataConfig
 from detection.config.settings import ConfigError, filled
 from detection.engine.inputs.augmentation import augmentation_of
+from detection.engine.inputs.datasets import find_folder
 from detection.reporting.images import class_color, draw_boxes, mosaic, save_png
 
 GALLERY_COUNT, PNG_COUNT = 200, 32
@@ -49,10 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--dataset", choices=("coco", "shapes"), default="coco", help="shapes: made if not there [coco]")
-    add("--data-path", type=Path, help="[datasets/coco or datasets/shapes]")
+    add_data_path(parser)
     add("--images", type=Path, help="folder of images of any COCO-format set")
     add("--annotations", type=Path, help="annotation file of that set")
-    add("--split", choices=("train", "val"), default="train", help="val: no flips, every image [train]")
+    add("--split", choices=("train", "val", "test"), default="train", help="val, test: no flips, every image [train]")
     add("--output-dir", type=Path, default=Path("browse"), help="where the PNG files go [browse]")
     add("--html", type=Path, metavar="FILE", help="a gallery in one file instead; replaces nothing but a gallery")
     add("--thumbnail-size", type=positive_int, default=480, help="gallery: longest side, pixels [480]")
@@ -84,13 +86,11 @@ def locate(arguments: argparse.Namespace) -> tuple[Path, Path]:
         raise DatasetError("--images and --annotations go together: give both or none.")
     if images is not None:
         return images, annotations
-    folder = arguments.data_path or Path("datasets") / arguments.dataset
-    if arguments.dataset == "shapes":
-        make_shapes(folder)
-    layout = coco_layout(folder, train=arguments.split == "train", val=arguments.split == "val")
-    if arguments.split == "train":
-        return layout.train_images, layout.train_annotations
-    return layout.val_images, layout.val_annotations
+    found = find_folder(filled(DataConfig, vars(arguments)))
+    if arguments.split not in found.splits:
+        raise DatasetError(f"{found.title}: there is no {arguments.split} split, only {', '.join(found.splits)}")
+    files = found.splits[arguments.split]
+    return files.images, files.annotations
 
 
 def write_html(images: Path, file: Path, arguments: argparse.Namespace) -> int:

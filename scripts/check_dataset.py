@@ -1,9 +1,12 @@
-"""Lists the faults of a COCO-format data set, with file, id and remedy.
+"""Lists the faults of a data set, with file, id and remedy.
+
+    python3 scripts/check_dataset.py --data-path my_set
 
 Exit status: 0 when nothing was found that breaks or biases training, 1 when something was, 2 for a wrong command.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -12,12 +15,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import checkout  # noqa: F401
+from checkout import exit_status
 from data.coco.annotations import AnnotationError, CocoAnnotations, find_fatal, read_coco
 from data.coco.checks import check_pair, check_split
 from data.coco.findings import MAX_PLACES, SEVERITIES, Finding, by_severity
 from data.coco.image_checks import DecodedImage, check_images, check_leaks, inspect_images
 from data.coco.layout import standard_layout
+from data.convert.conversion import counted
+from data.errors import DataError
+from data_path import add_data_path, described, found_set, options_given
 
 SPLITS = ("train", "val")
 
@@ -35,13 +41,16 @@ class Split:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parse(argv)
-    splits: list[Split] = arguments.splits
+    return exit_status(lambda: check(_parse(argv)), DataError, status=1)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Prints every finding; the exit status."""
+    splits = splits_of(arguments)
     for split in splits:
         _check(split, arguments)
     between: list[Finding] = []
-    if len(splits) == 2:
-        train, val = splits
+    for train, val in itertools.combinations(splits, 2):
         if train.annotations is not None and val.annotations is not None:
             between += check_pair(train.annotations, val.annotations, train.images, val.images)
             if train.facts is not None and val.facts is not None:
@@ -60,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", type=Path, help="a set in COCO's standard layout (default: datasets/coco)")
+    add_data_path(parser)
     for split in SPLITS:
         parser.add_argument(f"--{split}-images", type=Path, metavar="DIR", help=f"images of the {split} split")
         parser.add_argument(f"--{split}-annotations", type=Path, metavar="FILE", help="its COCO annotation file")
@@ -73,14 +82,23 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     if any((images is None) != (file is None) for images, file in files.values()):
         parser.error("images and annotations of a split go together: --train-images with --train-annotations")
     arguments.splits = [Split(name, images, file) for name, (images, file) in files.items() if file is not None]
-    if arguments.data_path is not None and arguments.splits:
+    if "data_path" in arguments and arguments.splits:
         parser.error("give either --data-path or the files of the splits")
-    if not arguments.splits:
-        layout = standard_layout(arguments.data_path or Path("datasets/coco"))
-        arguments.splits = [
-            Split(name, getattr(layout, f"{name}_images"), getattr(layout, f"{name}_annotations")) for name in SPLITS
-        ]
     return arguments
+
+
+def splits_of(arguments: argparse.Namespace) -> list[Split]:
+    """Those that options name, or those of the folder. Raises DataError where it cannot be read."""
+    if arguments.splits:
+        return arguments.splits
+    layout = standard_layout(getattr(arguments, "data_path", Path("datasets/coco")))
+    is_coco = layout.train_annotations.is_file() and not options_given(arguments)
+    found = None if is_coco else found_set(arguments)
+    if found is None:  # what of COCO's own layout is missing is a finding like others
+        parts = ((name, getattr(layout, f"{name}_images"), getattr(layout, f"{name}_annotations")) for name in SPLITS)
+        return [Split(*part) for part in parts]
+    print(described(found))
+    return [Split(name, files.images, files.annotations) for name, files in found.splits.items()]
 
 
 def _check(split: Split, arguments: argparse.Namespace) -> None:
@@ -115,10 +133,11 @@ def summary(splits: Sequence[Split], findings: dict[str, list[Finding]]) -> str:
             lines.append(f"{split.name:<8}{split.file}: unusable as it is; boxes and images were not checked")
             continue
         annotations = split.annotations
+        classes = counted(len(annotations.class_names), "class", "classes")
         looked = "images decoded" if split.facts is not None else "images not opened"
         lines.append(
             f"{split.name:<8}{len(annotations):,} images, {annotations.num_boxes:,} annotations "
-            f"({int(annotations.crowd.sum()):,} crowd), {len(annotations.class_names)} classes; {looked}"
+            f"({int(annotations.crowd.sum()):,} crowd), {classes}; {looked}"
         )
     found = {(finding.severity, finding.code) for group in findings.values() for finding in group}
     if not found:

@@ -1,6 +1,7 @@
 """Finds objects in images: images with boxes and masks, a COCO results file, crops, or masks.
 
     python scripts/predict.py --weights runs/mine/checkpoints/best.pt --output-dir out photo.jpg holiday/ "more/*.png"
+    python scripts/predict.py --weights runs/mine/checkpoints/best.pt --data-path my_set --output-dir out
     python scripts/predict.py --weights detector.pt --json results.json --annotations instances_val2017.json val2017/
     python scripts/predict.py --weights detector.pt --tta --min-score 0.5 --save-crops crops holiday/
 
@@ -20,6 +21,7 @@ from checkout import exit_status, program_parser
 from data import ImageError, read_coco
 from data.errors import DataError
 from data.images.files import ProtectedFiles, find_images
+from data_path import add_data_path, found_set
 from detection.config.arg_types import fraction, positive_int
 from detection.engine.optim.amp import Precision
 from detection.errors import DetectionError
@@ -61,11 +63,14 @@ def _in_memory(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = program_parser(__doc__)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="IMAGES", help="files, folders (with subfolders), glob patterns")
+    add("inputs", nargs="*", metavar="IMAGES", help="files, folders (with subfolders), glob patterns")
     add("--weights", required=True, metavar="FILE", type=Path, help="a checkpoint of training, or a stripped file")
     text = "package.module:function, where the weights are of {} of your own (docs/extend.md)"
     add("--model", metavar="NAME", help=text.format("a detector"))
     add("--backbone", metavar="NAME", help=text.format("a backbone"))
+    of_set = parser.add_argument_group("a data set in place of IMAGES, read as train.py reads it")
+    add_data_path(of_set, without=("classes",))
+    of_set.add_argument("--split", choices=["train", "val", "test"], default="val", help="images of this split [val]")
     add = parser.add_argument_group(f"what to write (default: --output-dir {DEFAULT_FOLDER})").add_argument
     add("--output-dir", metavar="DIR", type=Path, help="images with boxes, JPEG or PNG as they came")
     add("--json", metavar="FILE", type=Path, help="boxes in COCO's results format")
@@ -106,6 +111,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
         arguments.output_dir = DEFAULT_FOLDER
     folders = [path for path in (arguments.output_dir, arguments.save_crops, arguments.save_masks) if path is not None]
     outputs = folders if arguments.json is None else [*folders, arguments.json]
+    of_set = _files_of_set(arguments, console)
     if arguments.annotations is not None and arguments.json is None:
         raise PredictionError("--annotations goes with --json")
     views = _views(arguments)
@@ -114,7 +120,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     if min_score is None:
         min_score = 0.0 if outputs == [arguments.json] else DEFAULT_MIN_SCORE
 
-    files = find_images(arguments.inputs, excluded=folders)[: arguments.limit]
+    files = (find_images(arguments.inputs, excluded=folders) if of_set is None else of_set)[: arguments.limit]
     others = [path for path in (arguments.weights, arguments.annotations) if path is not None and path.is_file()]
     protected = ProtectedFiles([*files, *others])
     images_list = None
@@ -197,6 +203,23 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     if num_broken == len(files):
         return 2
     return 1 if num_broken else 0
+
+
+def _files_of_set(arguments: argparse.Namespace, console: Console) -> list[Path] | None:
+    """The images of the split of --data-path, whose annotations give the ids for --json; None without --data-path."""
+    found = found_set(arguments)
+    if (found is None) == (not arguments.inputs):
+        raise PredictionError("give IMAGES, or --data-path DIR for the images of a data set")
+    if found is None:
+        return None
+    if arguments.split not in found.splits:
+        raise PredictionError(f"{found.title}: there is no {arguments.split} split, only {', '.join(found.splits)}")
+    split = found.splits[arguments.split]
+    annotations = read_coco(split.annotations)
+    console.say(f"{found.title}: {arguments.split}, {counted(len(annotations), 'image')}")
+    if arguments.annotations is None and arguments.json is not None:
+        arguments.annotations = split.annotations
+    return [split.images / annotations.file_name(index) for index in range(len(annotations))]
 
 
 def _views(arguments: argparse.Namespace) -> tuple[View, ...]:

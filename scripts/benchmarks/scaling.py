@@ -16,6 +16,7 @@ import torch
 
 import checkout
 from benchmarks.figures import BenchmarkError, Say, figure_rows, figure_table, pairwise_ratio, rotated
+from benchmarks.scenes import use_data_path
 from benchmarks.steps import Variant, load_work
 
 ALONE, APART, TOGETHER = "one process alone", "all, gradients kept apart", "all, gradients exchanged"
@@ -88,6 +89,7 @@ def measure_scaling(
 
 def _train_command(arguments: argparse.Namespace, variant: Variant, device: torch.device, folder: Path) -> list[str]:
     """train.py and its arguments, on a set that lasts for the iterations."""
+    use_data_path(arguments)
     num_iterations = _WARM_ITERATIONS + _TIMED_ITERATIONS
     pictures = num_iterations * arguments.nproc * arguments.batch_size
     work = load_work(argparse.Namespace(**{**vars(arguments), "pictures": pictures}), folder, torch.device("cpu"))

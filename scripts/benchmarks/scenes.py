@@ -17,6 +17,7 @@ from PIL import Image
 import checkout  # noqa: F401
 from benchmarks.figures import BenchmarkError
 from data import CocoDataset, read_coco
+from data_path import add_data_path, found_set
 
 # Roughly COCO train2017: (width, height) and the share of images of about that size.
 COCO_SIZES = (((640, 480), 0.36), ((640, 427), 0.25), ((480, 640), 0.13), ((427, 640), 0.09), ((500, 375), 0.05),
@@ -32,10 +33,18 @@ _JPEG_QUALITY = 88
 
 
 def add_image_arguments(parser: argparse.ArgumentParser, *, num_images: int) -> None:
+    add_data_path(parser)
     parser.add_argument("--images", metavar="DIR", help="images of a COCO-format set, instead of generated ones")
     parser.add_argument("--annotations", metavar="FILE", help="its annotations; needed with --images")
     parser.add_argument("--pictures", type=int, default=num_images, help=f"how many to generate [{num_images}]")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images, boxes and order")
+
+
+def use_data_path(arguments: argparse.Namespace) -> None:
+    """Makes --images and --annotations name the training images of --data-path, where that is given."""
+    if (found := found_set(arguments)) is not None:
+        train = found.splits.get("train") or next(iter(found.splits.values()))
+        arguments.images, arguments.annotations = train.images, train.annotations
 
 
 def open_images(
@@ -46,6 +55,7 @@ def open_images(
     Args:
         network_size: (height, width) of all generated images after the usual resize; None draws sizes as COCO's.
     """
+    use_data_path(arguments)
     if (arguments.images is None) != (arguments.annotations is None):
         raise BenchmarkError("--images DIR and --annotations FILE go together")
     if arguments.images is not None:

@@ -58,19 +58,24 @@ def find_data(config: DataConfig, *, mode: str) -> FoundSet | None:
     # A train set given by hand without a val set means: train without validation.
     if mode in _given(config):
         return None
-    if config.dataset == "shapes":
-        make_shapes(config.folder)
-    if config.data_path is None:
-        coco_layout(config.folder)  # its message is about getting COCO
-    wanted = Wanted(config.data_format, config.classes, config.val_fraction, config.split_seed)
-    with tqdm(unit="file", desc=f"reading {config.folder}", leave=False, disable=None) as bar:
-        found = find_set(config.folder, cache_folder(), wanted, bar.update)
+    found = find_folder(config)
     if mode not in found.splits:
         there = ", ".join(found.splits)
         raise DatasetError(
             f"{found.title}: there are no images of a {mode} split, only of {there}. Give --{mode}-images"
         )
     return found
+
+
+def find_folder(config: DataConfig) -> FoundSet:
+    """Like `find_data`, whatever splits there are."""
+    if config.dataset == "shapes":
+        make_shapes(config.folder)
+    if config.data_path is None:
+        coco_layout(config.folder)  # its message is about getting COCO
+    wanted = Wanted(config.data_format, config.classes, config.val_fraction, config.split_seed)
+    with tqdm(unit="file", desc=f"reading {config.folder}", leave=False, disable=None) as bar:
+        return find_set(config.folder, cache_folder(), wanted, bar.update)
 
 
 def dataset_files(config: DataConfig, found: FoundSet | None, *, mode: str) -> DatasetFiles:

@@ -218,7 +218,7 @@ def test_every_fatal_column_is_listed_at_once(script, shapes, capsys):
 
 def test_a_missing_file_is_an_error_and_no_traceback(script, tmp_path, capsys):
     assert script.main(["--data-path", str(tmp_path)]) == 1
-    assert "no such file" in capsys.readouterr().out
+    assert "nothing there is a data set that can be read" in capsys.readouterr().err
 
 
 def test_one_split_alone_is_checked_by_its_own_paths(script, shapes, capsys):

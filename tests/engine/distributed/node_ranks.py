@@ -65,7 +65,7 @@ def readings(processes: Processes, folder: Path, own: Path, words: list[str]) ->
     def read(case: str, cache: Path) -> dict[Path, CocoAnnotations]:
         os.environ["XDG_CACHE_HOME"] = str(cache)
         calls.clear()
-        sets = datasets.read_annotations(parse_arguments(words).data, processes, mode="train")
+        _, sets = datasets.read_annotations(parse_arguments(words).data, processes, mode="train")
         digests = [annotations.digest() for annotations in sets.values()]
         sources = [annotations.source for annotations in sets.values()]
         found[case] = {"parses": calls.total(), "digests": digests, "sources": sources}

@@ -82,9 +82,13 @@ def test_every_command_of_the_guide_does_what_it_says(tmp_path, monkeypatch, cap
         streams = capsys.readouterr()
         assert status == 0, (program, words, streams.out[-2000:], streams.err[-2000:])
         said[number, name] = streams.out
-    assert [name for _, name in said][:6] == [
-        *("convert_voc.py", "convert_yolo.py", "check_dataset.py", "browse_dataset.py", "train.py", "predict.py")
+    assert [name for _, name in said][:8] == [
+        *("check_dataset.py", "train.py", "convert_voc.py", "convert_yolo.py", "check_dataset.py", "browse_dataset.py"),
+        *("train.py", "predict.py"),
     ]
+    lines = said[1, "train.py"].splitlines()
+    assert lines[0].startswith("found: YOLO in my_yolo: train 11 images, ") and lines[0].endswith("; 6 classes")
+    assert lines[1] == "       by seed 0 and file name, 0.1 of the images to validate on"
     assert (tmp_path / "datasets" / "mine" / "gallery.html").is_file()
     assert len(list((tmp_path / "predictions").iterdir())) == 2
     tuned = next(text for (number, name), text in reversed(said.items()) if name == "train.py")

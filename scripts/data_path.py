@@ -1,0 +1,37 @@
+"""--data-path as train.py takes it, for the programs here."""
+
+import argparse
+from typing import Any
+
+from data.layouts.found_set import FoundSet
+from detection.config.run_config import DataConfig
+from detection.config.settings import add_options, filled, settings_of
+from detection.engine.inputs.datasets import find_folder
+
+OPTIONS = ("data_path", "data_format", "classes", "val_fraction", "split_seed")
+
+
+def add_data_path(parser: Any, *, without: tuple[str, ...] = ()) -> None:
+    """Adds --data-path and the options that say how to read the folder. What is not given is not in the namespace."""
+    for _, _, field in settings_of(DataConfig):
+        if field.name in OPTIONS and field.name not in without:
+            add_options(parser, field)
+
+
+def options_given(arguments: argparse.Namespace) -> list[str]:
+    """The options given that say how to read the folder."""
+    return [name for name in OPTIONS[1:] if name in arguments]
+
+
+def found_set(arguments: argparse.Namespace) -> FoundSet | None:
+    """What the folder of --data-path holds; None where it is not given. Raises what train.py shows as an error."""
+    given = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
+    if "data_path" not in given:
+        return None
+    return find_folder(filled(DataConfig, given))
+
+
+def described(found: FoundSet) -> str:
+    """What was found, in lines."""
+    first = f"found: {found.title}: {', '.join(found.splits)}"
+    return "\n".join([first, *(f"       {remark}" for remark in found.remarks)])
