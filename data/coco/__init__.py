@@ -1,1 +1,1 @@
-"""COCO annotation files to validated flat arrays, their cache, checks, and known layouts on disk."""
+"""COCO annotation files to validated flat arrays, their cache, checks, and COCO's own layout on disk."""

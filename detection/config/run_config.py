@@ -127,6 +127,15 @@ class DataConfig:
         return WORKERS[device] if self.workers is None else self.workers
 
     @property
+    def set_name(self) -> str:
+        """What the set is called: by its folder, or that of its annotation file; shapes, coco."""
+        file = self.train_annotations
+        if file is not None:
+            folder = file.absolute().parent
+            return folder.parent.name if folder.name == "annotations" else folder.name
+        return self.dataset if self.data_path is None or self.dataset == "shapes" else self.data_path.absolute().name
+
+    @property
     def folder(self) -> Path:
         """The folder of the standard layout: data_path, or datasets/<dataset>."""
         return self.data_path or Path("datasets") / self.dataset
@@ -274,7 +283,7 @@ class OutputConfig:
     """What is written where, and when."""
 
     output_dir: Path | None = setting(
-        None, EACH_START, "where the run's files go", shown="runs/<model>_<schedule>", type=Path, metavar="DIR"
+        None, EACH_START, "where the run's files go", shown="runs/<model>_<schedule>_<set>", type=Path, metavar="DIR"
     )
     resume: str | None = setting(
         None,
@@ -395,10 +404,10 @@ class RunConfig:
 
     @property
     def output_dir(self) -> Path:
-        """The output directory: the one given, or runs/<model>_<schedule>[_<dataset>]."""
+        """The output directory: the one given, or runs/<model>_<schedule>[_<set>]; the name of any set but COCO."""
         if self.output.output_dir is not None:
             return self.output.output_dir
         parts = [re.sub(r"[^\w.-]+", "_", self.model.model), Path(self.train.schedule).stem.removeprefix("schedule_")]
-        if self.data.dataset != "coco":
-            parts.append(self.data.dataset)
+        if self.data.set_name != "coco":
+            parts.append(self.data.set_name)
         return Path("runs") / "_".join(parts)

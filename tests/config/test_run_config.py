@@ -166,10 +166,16 @@ def test_options_are_not_abbreviated():
         ("--schedule 2x --model faster_rcnn_r18_fpn", "runs/faster_rcnn_r18_fpn_2x"),
         ("--schedule my/schedule_long.py", "runs/faster_rcnn_r50_fpn_long"),
         ("--dataset shapes", "runs/faster_rcnn_r50_fpn_1x_shapes"),
+        ("--data-path sets/coins", "runs/faster_rcnn_r50_fpn_1x_coins"),
+        ("--data-path /shared/coco", "runs/faster_rcnn_r50_fpn_1x"),
+        (
+            "--train-images i --train-annotations coins/annotations/instances_train.json",
+            "runs/faster_rcnn_r50_fpn_1x_coins",
+        ),
         ("--output-dir elsewhere", "elsewhere"),
     ],
 )
-def test_the_output_directory_is_named_for_model_and_schedule(words: str, folder: str):
+def test_the_output_directory_is_named_for_model_schedule_and_set(words: str, folder: str):
     assert parse_arguments(words.split()).output_dir == Path(folder)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from data.tools.shapes import make_shapes
 from detection.models import build_model, export_state_dict
 from detection.models.weights.layouts import COCO_CATEGORY_IDS
+from tests.data.layouts import exports
 from tests.documentation.documented_commands import ROOT
 from tests.documentation.stand_ins import SHORT_TRAINING, SMALL_MODEL
 
@@ -125,6 +126,7 @@ class Trees:
             # With as many categories as COCO, and its ids, weights for COCO fit.
             content["categories"] = [{"id": n, "name": named.get(n, f"class {n}")} for n in COCO_CATEGORY_IDS]
             file.write_text(json.dumps(content))
+        exports.yolo_roboflow(given / "my_set")
         # COCO as pages name it outside its folder; the results of runs/NAME are of the shapes' val2017.
         for made, split in ((coco, "train2017"), (shapes, "val2017")):
             shutil.copy(made / "annotations" / f"instances_{split}.json", given)

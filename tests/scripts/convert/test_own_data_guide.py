@@ -18,6 +18,7 @@ from data.convert.yolo import YOLO_TEXTS
 from data.convert.yolo_config import yaml_text
 from data.tools.shape_scenes import CLASS_NAMES
 from data.tools.shapes import make_shapes
+from tests.data.layouts import exports
 from tests.engine.tiny_model import make_known
 
 ROOT = Path(__file__).parents[3]
@@ -56,6 +57,12 @@ def label_files(root: Path) -> None:
         image = LabeledImage("", root / name, width, height, boxes)
         (root / "my_voc" / "Annotations" / name).with_suffix(".xml").write_bytes(voc_xml(image, name))
         (root / "my_yolo" / "labels" / name).with_suffix(".txt").write_text("\n".join(lines))
+    for name, export in {
+        "my_roboflow": exports.roboflow_coco,
+        "my_imagefolder": exports.imagefolder,
+        "my_coco": exports.one_coco_file,
+    }.items():
+        export(root / name)
     (root / "my_yolo" / "data.yaml").write_text(yaml_text(list(CLASS_NAMES), {"train": "images"}))
 
 
@@ -82,10 +89,14 @@ def test_every_command_of_the_guide_does_what_it_says(tmp_path, monkeypatch, cap
         streams = capsys.readouterr()
         assert status == 0, (program, words, streams.out[-2000:], streams.err[-2000:])
         said[number, name] = streams.out
-    assert [name for _, name in said][:8] == [
-        *("check_dataset.py", "train.py", "convert_voc.py", "convert_yolo.py", "check_dataset.py", "browse_dataset.py"),
-        *("train.py", "predict.py"),
+    assert [name for _, name in said][:13] == [
+        *("check_dataset.py", "train.py", "predict.py", *["train.py"] * 4, "convert_voc.py", "convert_yolo.py"),
+        *("check_dataset.py", "browse_dataset.py", "train.py", "predict.py"),
     ]
+    assert "2 images" not in said[2, "predict.py"] and "YOLO in my_yolo: val, 1 image" in said[2, "predict.py"]
+    titles = [said[number, "train.py"].splitlines()[0] for number in range(3, 7)]
+    kinds = ("Roboflow's COCO export", "Pascal VOC", "Hugging Face's imagefolder", "COCO JSON")
+    assert all(title.startswith(f"found: {kind} in my_") for title, kind in zip(titles, kinds, strict=True))
     lines = said[1, "train.py"].splitlines()
     assert lines[0].startswith("found: YOLO in my_yolo: train 11 images, ") and lines[0].endswith("; 6 classes")
     assert lines[1] == "       by seed 0 and file name, 0.1 of the images to validate on"
