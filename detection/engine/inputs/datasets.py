@@ -120,7 +120,8 @@ def prepare_files(config: DataConfig, *, mode: str) -> tuple[FoundSet | None, li
             "\n".join(["the data cannot be used as they are:", *errors])
             + "\nscripts/check_dataset.py lists every place, and looks into the images too."
         )
-    lines = [] if found is None or config.data_path is None else _describe(found, read)
+    is_known = config.data_path is None or config.dataset == "shapes"
+    lines = [] if found is None or is_known else _describe(found, read)
     return found, lines + [str(finding) for finding in findings if finding.severity == "warning"]
 
 
