@@ -30,7 +30,7 @@ from data import (
 )
 from data.errors import DataError
 from data.tools.gallery import write_gallery
-from data_path import add_data_path
+from data_path import add_data_path, chosen
 from detection.config.arg_types import positive_int
 from detection.config.augmentation import AugmentationConfig, add_augmentation_options, check_effect
 from detection.config.run_config import DataConfig
@@ -74,7 +74,9 @@ def show(arguments: argparse.Namespace) -> int:
     images, annotations = locate(arguments)
     if arguments.html is not None:
         return write_html(images, annotations, arguments)
-    count = browse(CocoDataset(images, read_coco(annotations), training=arguments.split == "train"), arguments)
+    count = browse(
+        CocoDataset(images, chosen(read_coco(annotations), arguments), training=arguments.split == "train"), arguments
+    )
     print(f"{count} images in {arguments.output_dir / 'mosaic.png' if arguments.mosaic else arguments.output_dir}")
     return 0
 
@@ -95,7 +97,7 @@ def locate(arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 def write_html(images: Path, file: Path, arguments: argparse.Namespace) -> int:
     """Writes the gallery; 1 where images cannot be read or have another size than the file says, else 0."""
-    annotations = read_coco(file)
+    annotations = chosen(read_coco(file), arguments)
     count = arguments.count or GALLERY_COUNT
     with tqdm(total=min(count, len(annotations)), desc="images", unit="img", disable=None) as bar:
         summary = write_gallery(

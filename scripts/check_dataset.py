@@ -23,7 +23,7 @@ from data.coco.image_checks import DecodedImage, check_images, check_leaks, insp
 from data.coco.layout import standard_layout
 from data.convert.conversion import counted
 from data.errors import DataError
-from data_path import add_data_path, described, found_set, options_given
+from data_path import add_data_path, chosen, described, found_set
 
 SPLITS = ("train", "val")
 
@@ -92,7 +92,7 @@ def splits_of(arguments: argparse.Namespace) -> list[Split]:
     if arguments.splits:
         return arguments.splits
     layout = standard_layout(getattr(arguments, "data_path", Path("datasets/coco")))
-    is_coco = layout.train_annotations.is_file() and not options_given(arguments)
+    is_coco = layout.train_annotations.is_file()
     found = None if is_coco else found_set(arguments)
     if found is None:  # what of COCO's own layout is missing is a finding like others
         parts = ((name, getattr(layout, f"{name}_images"), getattr(layout, f"{name}_annotations")) for name in SPLITS)
@@ -103,10 +103,11 @@ def splits_of(arguments: argparse.Namespace) -> list[Split]:
 
 def _check(split: Split, arguments: argparse.Namespace) -> None:
     try:
-        split.annotations = read_coco(split.file)
+        read = read_coco(split.file)
     except AnnotationError:
         split.findings = find_fatal(split.file)
         return
+    split.annotations = chosen(read, arguments)
     split.findings = check_split(split.annotations, split.images, training=split.name == "train")
     if arguments.fast or not split.images.is_dir():
         return

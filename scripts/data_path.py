@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from data import CocoAnnotations
 from data.layouts.found_set import FoundSet
 from detection.config.run_config import DataConfig
 from detection.config.settings import add_options, filled, settings_of
@@ -18,9 +19,9 @@ def add_data_path(parser: Any, *, without: tuple[str, ...] = ()) -> None:
             add_options(parser, field)
 
 
-def options_given(arguments: argparse.Namespace) -> list[str]:
-    """The options given that say how to read the folder."""
-    return [name for name in OPTIONS[1:] if name in arguments]
+def chosen(annotations: CocoAnnotations, arguments: argparse.Namespace) -> CocoAnnotations:
+    """The classes of --classes alone, where that is given."""
+    return annotations.of_classes(arguments.classes) if "classes" in arguments else annotations
 
 
 def found_set(arguments: argparse.Namespace) -> FoundSet | None:

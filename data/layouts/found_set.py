@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.coco.cache import one_builder
@@ -36,7 +36,8 @@ class Wanted:
     data_format: str | None = None
     """A key of FORMATS where several would do; None: the one that it has."""
     classes: tuple[str, ...] = ()
-    """The classes to keep; all where empty."""
+    """The classes to keep; all where empty. Files of COCO's own layout are used as they are all the same: whoever reads
+    them chooses the classes."""
     val_fraction: float | None = None
     """Share of the images to validate on where the folder does not say which; None: a tenth."""
     split_seed: int = 0
@@ -71,7 +72,7 @@ def find_set(
     if standard.train_annotations.is_file() or standard.val_annotations.is_file():
         try:
             layout = coco_layout(root)
-            if wanted == Wanted():
+            if replace(wanted, classes=()) == Wanted():
                 splits = {
                     "train": SplitFiles(layout.train_images, layout.train_annotations),
                     "val": SplitFiles(layout.val_images, layout.val_annotations),

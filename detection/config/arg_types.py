@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T", int, float)
 
@@ -73,12 +73,16 @@ fraction = Number(float, 0.0, 1.0, metavar="P")
 inner_fraction = Number(float, 0.0, 1.0, excluded=(0.0, 1.0), metavar="P")
 
 
-def class_list(text: str) -> tuple[str, ...]:
-    """An argparse type: names between commas, each once."""
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no list of different names: write A,B,C")
-    return names
+class NameList(argparse.Action):
+    """Different names, with commas or blanks between them, as one tuple."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        names = tuple(name.strip() for value in values for name in value.split(","))
+        if not all(names) or len(set(names)) < len(names):
+            raise argparse.ArgumentError(self, f"{' '.join(values)[:40]} is no list of different names: write A,B,C")
+        setattr(namespace, self.dest, names)
 
 
 def png_file(text: str) -> Path:

@@ -256,7 +256,7 @@ def _check_options(config: RunConfig, given: Mapping[str, Any]) -> None:
             "--test-only needs --test-images DIR and --test-annotations FILE, or a --data-path with a test split"
         )
     searched = data.train_annotations is None if config.mode == "train" else data.data_path is not None
-    for name in ("data_format", "classes", "val_fraction", "split_seed"):
+    for name in ("data_format", "val_fraction", "split_seed"):
         if name in given and not (searched and data.dataset != "shapes"):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(

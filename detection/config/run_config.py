@@ -12,10 +12,10 @@ from typing import Any
 
 from detection.config.arg_types import (
     AUTO_BATCH_SIZE,
+    NameList,
     Number,
     above_0,
     batch_size,
-    class_list,
     inner_fraction,
     positive_int,
     side,
@@ -73,9 +73,6 @@ class DataConfig:
     data_format: str | None = setting(
         None, COMPATIBLE, "how to read --data-path, where several ways are possible", choices=DATA_FORMATS
     )
-    classes: tuple[str, ...] = setting(
-        (), COMPATIBLE, "of --data-path keep these classes alone", type=class_list, metavar="A,B,..."
-    )
     val_fraction: float | None = setting(
         None,
         COMMAND_LINE,
@@ -108,7 +105,8 @@ class DataConfig:
         "names of the classes to train on and to evaluate; annotations of others do not count",
         shown="those of the annotations",
         nargs="+",
-        metavar="NAME",
+        action=NameList,
+        metavar="A,B",
     )
     limit_train_batches: int | None = setting(None, COMPATIBLE, "iterations an epoch at most", type=positive_int)
     limit_val_batches: int | None = setting(

@@ -73,7 +73,7 @@ def find_folder(config: DataConfig) -> FoundSet:
         make_shapes(config.folder)
     if config.data_path is None:
         coco_layout(config.folder)  # its message is about getting COCO
-    wanted = Wanted(config.data_format, config.classes, config.val_fraction, config.split_seed)
+    wanted = Wanted(config.data_format, config.classes or (), config.val_fraction, config.split_seed)
     with tqdm(unit="file", desc=f"reading {config.folder}", leave=False, disable=None) as bar:
         return find_set(config.folder, cache_folder(), wanted, bar.update)
 
@@ -109,7 +109,7 @@ def prepare_files(config: DataConfig, *, mode: str) -> tuple[FoundSet | None, li
     for name, split in bar:
         if split is not None:
             bar.set_description(f"reading {split.annotations.name}")
-            read[name] = annotations = read_coco(split.annotations, cache_dir=cache_folder())
+            read[name] = annotations = _chosen(config, read_coco(split.annotations, cache_dir=cache_folder()))
             findings += check_split(annotations, split.images, training=name == "train", needs_boxes=name != "test")
     if files.train is not None and files.val is not None:
         pair = read["train"], read["val"], files.train.images, files.val.images
@@ -171,7 +171,11 @@ def read_annotations(
 
         here, words = run_on_each_node(processes, share)
         run_on_all_ranks(processes, take)
-    return files, read
+        return files, {path: _chosen(config, annotations) for path, annotations in read.items()}
+
+
+def _chosen(config: DataConfig, annotations: CocoAnnotations) -> CocoAnnotations:
+    return annotations if config.classes is None else annotations.of_classes(config.classes)
 
 
 def _given(config: DataConfig) -> dict[str, SplitFiles]:

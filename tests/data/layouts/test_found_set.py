@@ -166,7 +166,7 @@ def test_classes_that_differ_only_in_case_are_refused_until_all_are_named(find, 
     assert read_coco(found.splits["train"].annotations).class_names == ("Coin", "coin")
 
 
-@pytest.mark.parametrize("export", [exports.coco_own, exports.roboflow_coco, exports.yolo_roboflow, exports.voc_cvat])
+@pytest.mark.parametrize("export", [exports.roboflow_coco, exports.yolo_roboflow, exports.voc_cvat])
 def test_classes_keeps_these_alone_and_all_images(export, find, tmp_path):
     export(tmp_path / "set")
     found = find(tmp_path / "set", classes=("key",))

@@ -54,7 +54,7 @@ def test_a_folder_without_the_split_that_is_needed_names_those_there_are(yolo_se
         start(tmp_path / "run", "--data-path", yolo_set, "--test-only", "--weights", "FasterRCNN")
 
 
-@pytest.mark.parametrize("words", ["--classes a", "--val-fraction 0.2", "--split-seed 1", "--data-format voc"])
+@pytest.mark.parametrize("words", ["--val-fraction 0.2", "--split-seed 1", "--data-format voc"])
 def test_options_of_the_folder_without_effect_are_refused(words):
     with pytest.raises(ConfigError, match=f"{words.split()[0]} is for the folder of --data-path"):
         parse_arguments(["--train-images", "a", "--train-annotations", "b", *words.split()])
