@@ -82,8 +82,7 @@ def dataset_files(config: DataConfig, found: FoundSet | None, *, mode: str) -> D
     """The files of the splits that the mode needs: those that options name, before those of the folder."""
     splits = {**(found.splits if found is not None else {}), **_given(config)}
     if mode == "train":
-        # The folder's own test split is for --test-only.
-        return DatasetFiles(splits["train"], splits.get("val"), _given(config).get("test"))
+        return DatasetFiles(splits["train"], splits.get("val"), splits.get("test"))
     return DatasetFiles(None, splits["val"] if mode == "val" else None, splits.get("test") if mode == "test" else None)
 
 
