@@ -78,10 +78,10 @@ def run(config: RunConfig, trackers: Sequence[Tracker] = ()) -> int:
             # A dry run writes nothing: the set that it needs goes when it ends.
             folder = Path(scratch.enter_context(TemporaryDirectory(prefix="dry_run_"))) / "shapes"
             config = replace(config, data=replace(config.data, data_path=folder))
-        return _with_processes(config)
+        return _with_processes(config, trackers)
 
 
-def _with_processes(config: RunConfig) -> int:
+def _with_processes(config: RunConfig, trackers: Sequence[Tracker]) -> int:
     timeout = timedelta(minutes=config.collective_timeout)
     processes = start_processes(config.device, timeout, config.threads)
     output = RunDir(config.output_dir)
