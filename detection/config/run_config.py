@@ -226,6 +226,29 @@ class TrainConfig:
         group="schedule",
     )
     """KEY=VALUE each: those of --set in order, then the others."""
+    patience: int | None = setting(
+        None,
+        COMMAND_LINE,
+        "end after N validations without a better --best-metric",
+        group="schedule",
+        type=whole(1, 100_000),
+    )
+    max_hours: float | None = setting(
+        None,
+        COMMAND_LINE,
+        "hours of training and validation, over all starts, after which the run ends; the rest of the schedule is then "
+        "walked through faster, so that the learning rate still drops",
+        group="schedule",
+        type=above_0(24 * 366),
+        metavar="H",
+    )
+    best_metric: str = setting(
+        "mAP",
+        COMMAND_LINE,
+        "figure of the validation that best.pt and --patience go by, as TensorBoard names it: mAP_50, AP/dog",
+        group="schedule",
+        metavar="NAME",
+    )
     batch_size: int = setting(
         2,
         COMPATIBLE,

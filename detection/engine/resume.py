@@ -141,14 +141,18 @@ def check_resumable(checkpoint: LoadedCheckpoint, facts: Facts, num_iterations: 
 def resumed_progress(checkpoint: LoadedCheckpoint, facts: Facts, num_iterations: int) -> Progress:
     """How far the checkpoint's run was, without a best mAP that is of other images than those of this run."""
     state = checkpoint.state
-    keeps_best = not _forgets_best(state, facts, num_iterations)
-    return Progress(
-        iteration=state["iteration"],
-        validation_due=state["validation_due"],
-        best_map=state["best_map"] if keeps_best else None,
-        best_epoch=state["best_epoch"] if keeps_best else None,
-        skipped_steps=state.get("skipped_steps", 0),  # not in checkpoints of before there was a count
-    )
+    metric = _at(facts["config"], "train.best_metric", "mAP")
+    hours = [_at(config, "train.max_hours") for config in (state["config"], facts["config"])]
+    # What is not in checkpoints of earlier versions keeps its default.
+    progress = Progress(**{each.name: state[each.name] for each in dataclasses.fields(Progress) if each.name in state})
+    if "best_value" not in state:
+        progress.best_value = progress.best_map
+    if _forgets_best(state, facts, num_iterations) or metric != progress.best_metric:
+        progress.forget_best()
+    progress.best_metric = metric
+    if hours[0] != hours[1] or not 0 <= progress.tail_position <= num_iterations:
+        progress.tail_from, progress.tail_position, progress.last_iteration = 0, 0.0, None
+    return progress
 
 
 def _forgets_best(state: Mapping[str, Any], facts: Facts, num_iterations: int) -> bool:

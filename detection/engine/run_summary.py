@@ -71,6 +71,8 @@ def describe_run(
         ("kernels", describe_kernels(processes.device)),
         ("output", str(context.output.path)),
     ]
+    if ends := _describe_ends(config):
+        rows.append(("ends", "\n".join(ends)))
     if notes:
         rows.append(("overrides", "\n".join(notes)))
     if progress.iteration:
@@ -153,9 +155,9 @@ def closing_summary(
         lines.append(bad_images.summary())
     lines.append(f"checkpoints  {output.checkpoints}")
     results, images, analysis = output.detections("val"), "IMAGE_OR_FOLDER", []
-    if progress.best_map is not None:
-        lines[-1] += f"   best.pt has mAP {progress.best_map:.3f} (epoch {progress.best_epoch})"
-    if validated is not None and progress.best_map is not None:
+    if progress.best_value is not None:
+        lines[-1] += f"   best.pt has {progress.best_metric} {progress.best_value:.3f} (epoch {progress.best_epoch})"
+    if validated is not None and progress.best_epoch is not None:
         images = quote(str(validated.images))
         lines.append(f"detections   {results} (of the last validation)")
         if can_be_analyzed:
@@ -186,6 +188,18 @@ def _describe_set(name: str, dataset: CocoDataset) -> str:
         f"{name}: {len(dataset):,} images ({empty:,} without a box), {int(dataset.box_counts.sum()):,} boxes, "
         f"{len(dataset.class_names)} classes ({dataset.annotations.source})"
     )
+
+
+def _describe_ends(config: RunConfig) -> list[str]:
+    """When a run ends before its schedule."""
+    lines, metric = [], config.train.best_metric
+    if config.train.patience is not None:
+        lines.append(f"after {counted(config.train.patience, 'validation')} without a better {metric}")
+    if config.train.max_hours is not None:
+        lines.append(f"within {config.train.max_hours:g} hours; the rest of the schedule is then gone through faster")
+    if metric != "mAP":
+        lines.append(f"best.pt is the validation with the highest {metric}")
+    return lines
 
 
 def _describe_parameters(model: nn.Module) -> str:

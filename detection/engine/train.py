@@ -23,6 +23,7 @@ from detection.engine.evaluator import Evaluator, coco_evaluator, evaluate_set
 from detection.engine.inputs.augmentation import augmentation_of
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
 from detection.engine.inputs.datasets import SplitFiles
+from detection.engine.metrics.best import check_best_metric
 from detection.engine.metrics.images import training_mosaic
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.metrics.step_metrics import NonFiniteLoss, StepMetrics
@@ -66,15 +67,15 @@ def run_training(
     if (trial := _memory_trial(context)) is not None:
         console.say(trial.require_fit(state, loader))
     progress = state.progress
-    if progress.iteration >= state.num_iterations and not progress.validation_due:
-        console.say(f"epoch {state.schedule.max_epochs} is done already: nothing is left to train (--max-epochs)")
+    if (reason := state.reason_to_end(config.train.patience)) is not None and not progress.validation_due:
+        console.say(f"nothing is left to train: {reason}")
     if config.dry_run:
         console.say("dry run: everything above was checked; nothing was trained or written.")
         return 0
 
     if checkpoint is not None:
         if not run_on_main_rank(processes, partial(_leave_other_future, context, checkpoint, progress)):
-            progress.best_map = progress.best_epoch = None
+            progress.forget_best()
         checkpoint.state.clear()  # everything was copied out of it; it has the size of several models
     logger = run_on_all_ranks(processes, partial(_open_logger, context, components, progress))
     bad_images = BadImages(processes, console, config.data.max_bad_images)
@@ -101,7 +102,7 @@ def run_training(
     except (NonFiniteLoss, TooManyBadImages) as error:  # every process has it
         raise RunError(str(error)) from error
     else:
-        logger.finish(state.num_iterations)
+        logger.finish(progress.iteration)
     finally:
         if processes.is_main and (problem := store.close()) is not None:
             console.warn(problem)
@@ -133,7 +134,7 @@ def _test(context: RunContext, state: TrainState, dataset: CocoDataset, files: S
     best = context.output.checkpoints / BEST
 
     def take_best() -> str:
-        if state.progress.best_map is None:
+        if state.progress.best_epoch is None:
             return f"the last {name}"
         stored = load_checkpoint(best).state
         model.load_state_dict(stored["ema"] or stored["model"])
@@ -214,12 +215,15 @@ def _build_state(
     """The training's state, as new or as the checkpoint has it; the start screen says which run this will be."""
     config, processes, console = context.config, context.processes, context.console
     schedule, model = components.schedule, components.model
+    if config.train.patience is not None and components.evaluation_set is None:
+        raise RunError("--patience counts validations, and there is no validation set: give one, or --max-hours")
+    check_best_metric(config.train.best_metric, components.train_set.class_names if components.train_set else ())
     # What is wrong with the learning rate shows when it is first asked for.
     run_on_all_ranks(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
     facts = run_facts(config, processes, schedule, model, loader, components.evaluation_set)
     assert_same_on_all_ranks(config, processes, facts)
     num_iterations = schedule.max_epochs * loader.iterations_per_epoch
-    progress = Progress()
+    progress = Progress(best_metric=config.train.best_metric)
     notes = [*components.overrides, *schedule.notes]
     if checkpoint is None and not isinstance(model, OwnDetector):
         named = vars(model_config(config.model.model))
@@ -377,10 +381,10 @@ def _leave_other_future(context: RunContext, checkpoint: LoadedCheckpoint, progr
         except OSError as error:
             raise RunDirError(f"{done.aside}: {error}") from error
         console.say(f"checkpoints that do not belong to this run from here on, or are broken, are now in {done.aside}")
-    if progress.best_map is not None and not done.has_best:
+    if progress.best_value is not None and not done.has_best:
         console.say(
-            f"the weights of the best mAP so far ({progress.best_map:.3f}, epoch {progress.best_epoch}) are not there "
-            "any more: best.pt begins anew"
+            f"the weights of the best {progress.best_metric} so far ({progress.best_value:.3f}, epoch "
+            f"{progress.best_epoch}) are not there any more: best.pt begins anew"
         )
     return done.has_best
 

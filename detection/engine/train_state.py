@@ -2,7 +2,7 @@
 
 A checkpoint's state is a dictionary of tensors and plain types (loaded with weights_only=True):
 
-    iteration, validation_due, best_map, best_epoch, skipped_steps    how far the run is, see Progress
+    iteration, validation_due, best_map, best_epoch, skipped_steps, ...   how far the run is, see Progress
     model, ema, optimizer, scaler                                     tensors; ema is None without --ema
     schedule, model_config, config                                    settings, as plain dictionaries
     iterations_per_epoch, class_names, category_ids, preprocessing, run      facts that a resumed run is compared with
@@ -11,6 +11,7 @@ A checkpoint's state is a dictionary of tensors and plain types (loaded with wei
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import NoneType
@@ -23,10 +24,12 @@ from data import CocoDataset, TrainLoader
 from detection.config.run_config import RunConfig
 from detection.engine.distributed.agreement import RunError
 from detection.engine.distributed.comm import Processes
+from detection.engine.metrics.best import metric_of
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.optimizer import load_optimizer_state, optimizer_state
 from detection.models import AnyDetector, ModelError, OwnCodeError, model_from_config
+from detection.reporting import counted
 from schedules import Schedule
 
 Facts = dict[str, Any]
@@ -42,9 +45,36 @@ class Progress:
     """The epoch that just ended has not been validated yet."""
     best_map: float | None = None
     best_epoch: int | None = None
-    """Counted from 1. Both None until a validation gave an mAP."""
+    """Of the validation that is the best by the best metric; counted from 1. Both None until one gave that figure."""
+    best_iteration: int | None = None
+    best_metric: str = "mAP"
+    best_value: float | None = None
+    stale_validations: int = 0
+    """Since the best one."""
     skipped_steps: int = 0
     """Iterations that made no step because they were not finite."""
+    seconds: float = 0.0
+    """Of training and validation over all starts, where --max-hours counts them."""
+    tail_from: int = 0
+    tail_position: float = 0.0
+    last_iteration: int | None = None
+    """Where --max-hours ends the run early: its iterations tail_from..last_iteration walk through the schedule's from
+    tail_position to the end."""
+
+    def forget_best(self) -> None:
+        """Count the best validation anew."""
+        self.best_map = self.best_epoch = self.best_iteration = self.best_value = None
+        self.stale_validations = 0
+
+    def note_validation(self, metrics: Mapping[str, Any], epoch: int) -> bool:
+        """Count a validation; whether it is the best so far by the best metric."""
+        value = metric_of(metrics, self.best_metric)
+        self.stale_validations += 1
+        if value is None or (self.best_value is not None and value <= self.best_value):
+            return False
+        self.best_map, self.best_epoch, self.best_iteration = metrics["mAP"], epoch, self.iteration
+        self.best_value, self.stale_validations = value, 0
+        return True
 
 
 @dataclass
@@ -66,13 +96,51 @@ class TrainState:
         return int(self.facts["iterations_per_epoch"])
 
     @property
-    def num_iterations(self) -> int:
-        """Of the whole run."""
+    def schedule_iterations(self) -> int:
+        """Of the whole schedule."""
         return self.schedule.max_epochs * self.iterations_per_epoch
 
     @property
+    def num_iterations(self) -> int:
+        """Of the whole run, which may end before the schedule."""
+        last = self.progress.last_iteration
+        return self.schedule_iterations if last is None else last
+
+    @property
+    def schedule_iteration(self) -> float:
+        """The place in the schedule whose learning rate the next iteration has."""
+        progress, end = self.progress, self.progress.last_iteration
+        if end is None or end <= progress.tail_from:
+            return progress.iteration
+        part = (progress.iteration - progress.tail_from) / (end - progress.tail_from)
+        return progress.tail_position + (self.schedule_iterations - progress.tail_position) * part
+
+    def end_in(self, iterations: int) -> None:
+        """Go through the rest of the schedule in at most so many iterations from here."""
+        progress, position = self.progress, self.schedule_iteration
+        rest = self.schedule_iterations - position
+        if iterations >= rest and position == progress.iteration:
+            progress.last_iteration = None
+        else:
+            progress.tail_from, progress.tail_position = progress.iteration, position
+            progress.last_iteration = progress.iteration + min(iterations, math.ceil(rest))
+
+    def reason_to_end(self, patience: int | None) -> str | None:
+        """Why nothing is left to train; None where something is. patience: validations without a better one."""
+        progress = self.progress
+        if progress.iteration >= self.num_iterations:
+            early = "" if progress.last_iteration is None else " in the hours given (--max-hours)"
+            return f"{progress.iteration:,} iterations are done{early}"
+        if patience is not None and progress.stale_validations >= patience and not progress.validation_due:
+            than = "" if progress.best_epoch is None else f" than epoch {progress.best_epoch}"
+            validations = counted(progress.stale_validations, "validation")
+            return f"{validations} gave no better {progress.best_metric}{than} (--patience)"
+        return None
+
+    @property
     def epochs_done(self) -> int:
-        return self.progress.iteration // self.iterations_per_epoch
+        """Whole epochs, and the one that the end of the run cuts off."""
+        return -(-self.progress.iteration // self.iterations_per_epoch)
 
     @property
     def validated_model(self) -> tuple[nn.Module, str]:
@@ -133,7 +201,15 @@ SHAPE: dict[str, Any] = {
     "validation_due": (bool,),
     "best_map": (float, NoneType),
     "best_epoch": (int, NoneType),
+    "best_iteration?": (int, NoneType),
+    "best_metric?": (str,),
+    "best_value?": (float, NoneType),
+    "stale_validations?": (int,),
     "skipped_steps?": (int,),
+    "seconds?": (float,),
+    "tail_from?": (int,),
+    "tail_position?": (float, int),
+    "last_iteration?": (int, NoneType),
     "model": EachIs(dict, (Tensor,)),
     "ema": (EachIs(dict, (Tensor,)), NoneType),
     "optimizer": {"type": (str,), "state": EachIs(dict, EachIs(dict, (Tensor, int, float, NoneType)))},

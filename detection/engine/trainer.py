@@ -19,13 +19,15 @@ from detection.engine.inputs.agreed_batches import AgreedBatches
 from detection.engine.metrics.step_metrics import NonFiniteLoss
 from detection.engine.metrics.training_log import TrainingLog
 from detection.engine.optim.gradients import GradientComputer
+from detection.engine.optim.time_budget import TimeBudget
 from detection.engine.optim.update import ParameterUpdate
 from detection.engine.replay.captured_step import capture_step
 from detection.engine.train_state import TrainState
 
 
 class Trainer:
-    """Trains to the schedule's last epoch, from any iteration. An iteration is one optimizer step."""
+    """Trains to the schedule's last epoch, or to an earlier end that patience or hours ask for, from any iteration. An
+    iteration is one optimizer step."""
 
     def __init__(
         self,
@@ -43,6 +45,9 @@ class Trainer:
             validate: (iteration, model) -> metrics; collective. None: the run has no validation set.
         """
         self.processes, self.stop, self.output = context.processes, context.stop, context.output
+        settings = context.config.train
+        self.patience = settings.patience
+        self.budget = None if settings.max_hours is None else TimeBudget(settings.max_hours, context.processes)
         self.state = state
         self.loader = loader
         self.gradients = gradients
@@ -62,29 +67,37 @@ class Trainer:
         state, progress = self.state, self.state.progress
         self.checkpoints.saved_iteration = progress.iteration or None
         self.log.metrics.skipped_steps = progress.skipped_steps
-        loaded = self.loader.batches(progress.iteration, state.num_iterations)
+        loaded = self.loader.batches(progress.iteration, state.schedule_iterations)
         batches = AgreedBatches(loaded, self.processes, self.stop)
         self.run_validation_if_due()
         self.gradients.model.train()
         with (
-            self.log.training_bar(batches, state.num_iterations, progress.iteration),
+            self.log.training_bar(batches, state.schedule_iterations, progress.iteration),
             naming_out_of_memory(lambda: self._place(batches)),
         ):
-            while progress.iteration < state.num_iterations:
+            while state.reason_to_end(self.patience) is None:
                 try:
                     self.train_step(batches)
                 except Stopped:
                     if progress.iteration != (self.checkpoints.saved_iteration or 0):
                         self.save([LAST])
-                    words = f"with {progress.iteration} of {state.num_iterations} iterations done"
+                    words = f"with {progress.iteration} of {state.schedule_iterations} iterations done"
                     raise Stopped(words) from None
                 if self.log.reads_after(progress.iteration):
                     self.write_log()
-                if progress.iteration % state.iterations_per_epoch == 0:
+                    self.plan_end()
+                if progress.iteration % state.iterations_per_epoch == 0 or progress.iteration == state.num_iterations:
                     self.save_epoch()
                 elif self.checkpoint_is_due():
                     self.save([LAST])
                 self.run_validation_if_due()
+        if progress.iteration < state.schedule_iterations:
+            self.log.logger.say(f"the run ends here: {state.reason_to_end(self.patience)}")
+
+    def plan_end(self) -> None:
+        """Where hours are given, count them and plan how the rest of the schedule fits into what is left of them."""
+        if self.budget is not None and (line := self.budget.plan(self.state)) is not None:
+            self.log.logger.say(line)
 
     def train_step(self, batches: DevicePrefetcher) -> None:
         """One iteration: gradients of a global batch, and one optimizer step.
@@ -95,7 +108,7 @@ class Trainer:
         iteration = self.state.progress.iteration
         self.processes.at(f"in iteration {iteration}")
         fed = self.gradients.compute(batches)
-        learning_rate, grad_norm = self.update.apply(iteration)
+        learning_rate, grad_norm = self.update.apply(iteration, int(self.state.schedule_iteration))
         self.log.metrics.add(
             fed.losses,
             grad_norm,
@@ -141,9 +154,10 @@ class Trainer:
         self.processes.broadcast_buffers(tested)
         metrics = self.validate(progress.iteration - 1, tested)
         names = [LAST, epoch_file(epochs_done)]
-        if metrics["mAP"] >= 0 and (progress.best_map is None or metrics["mAP"] > progress.best_map):
-            progress.best_map, progress.best_epoch = metrics["mAP"], epochs_done
+        if progress.note_validation(metrics, epochs_done):
             names.append(BEST)
+        if self.budget is not None:
+            self.budget.note_validation(metrics["seconds"])
         self.log.logger.validation(epochs_done - 1, progress.iteration - 1, metrics, tested_name)
         self.save(names)
         self.gradients.model.train()
@@ -152,9 +166,9 @@ class Trainer:
     def save_epoch(self) -> None:
         """Write the checkpoint of an epoch's end: before its validation, which may take long."""
         epochs_done = self.state.epochs_done
-        self.state.progress.validation_due = self.validate is not None and self.state.schedule.validates_after(
-            epochs_done
-        )
+        is_end = self.state.progress.iteration == self.state.num_iterations
+        validates = is_end or self.state.schedule.validates_after(epochs_done)
+        self.state.progress.validation_due = self.validate is not None and validates
         self.save([LAST, epoch_file(epochs_done)])
 
     def checkpoint_is_due(self) -> bool:

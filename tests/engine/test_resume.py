@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data import WorkerError
-from detection.config import RunConfig, parse_arguments
+from detection.config import ConfigError, RunConfig, parse_arguments
 from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
 from detection.engine import RunError, build, run
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
@@ -23,6 +23,7 @@ from detection.engine.resume import image_order_of, resumed_settings
 from detection.engine.trainer import Trainer
 from detection.models.config import model_config
 from detection.reporting import TensorBoardLog
+from schedules import load_schedule, with_overrides
 from tests.engine.tiny_model import Killed
 
 MIXED = ["--max-epochs", "1", "--amp", "bf16", "--ema", "0.9", "--accumulate", "2", "--checkpoint-iterations", "1"]
@@ -409,3 +410,38 @@ def test_a_killed_loader_process_ends_the_run_with_one_message_and_the_resume_is
     assert "error: a process that loads images ended" in (tmp_path / "run" / "train.log").read_text()
     assert start(tmp_path / "run", "--resume") == 0
     same_run(tmp_path / "run", finished)
+
+
+def test_patience_ends_a_run_after_the_same_validation_whether_it_was_killed_or_not(
+    start, start_and_kill, tmp_path, same_run, capsys, records_of
+):
+    words = ["--max-epochs", "30", "--lr", "1e-9", "--patience", "2", "--best-metric", "AR_100"]
+    assert start(tmp_path / "whole", *words) == 0
+    values = [record["AR_100"] for record in records_of(tmp_path / "whole", "val")]
+    assert len(values) == 3 + values.index(max(values)) < 30
+    said = f"2 validations gave no better AR_100 than epoch {len(values) - 2}"
+    assert f"the run ends here: {said}" in capsys.readouterr().out
+    start_and_kill(3 * len(values) - 2, tmp_path / "run", *words)
+    assert run(parse_arguments(["--resume", str(tmp_path / "run")])) == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    assert run(parse_arguments(["--resume", str(tmp_path / "run")])) == 0
+    assert f"nothing is left to train: {said}" in capsys.readouterr().out
+
+
+def test_a_run_that_is_out_of_time_validates_saves_and_goes_on_with_more_hours(
+    start, tmp_path, load, capsys, records_of
+):
+    assert start(tmp_path / "run", "--max-hours", "1e-9") == 0
+    assert "2 iterations are done in the hours given" in capsys.readouterr().out
+    assert [(each["epoch"], each["iteration"]) for each in records_of(tmp_path / "run", "val")] == [(0, 1)]
+    assert load(tmp_path / "run" / "checkpoints" / "best.pt")["iteration"] == 2
+    assert start(tmp_path / "run", "--resume", "--max-hours", "9") == 0
+    schedule, _ = with_overrides(load_schedule("1x"), {"max_epochs": "2"})
+    assert [each["lr"] for each in records_of(tmp_path / "run", "train")][2:] == [
+        schedule.learning_rate(iteration, 3) for iteration in range(2, 6)
+    ]
+
+
+def test_figures_that_no_validation_has_are_refused(start, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean AP/circle"):
+        start(tmp_path / "run", "--best-metric", "AP/cirle", "--dry-run")

@@ -44,9 +44,13 @@ class ParameterUpdate:
         self.can_skip = precision.amp == "fp16" or all(group["fused"] for group in optimizer.param_groups)
         """Whether a step that is not finite leaves the model as it was; foreach=True and fused=False cannot."""
 
-    def apply(self, iteration: int) -> tuple[float, Tensor]:
-        """One optimizer step; its learning rate, and the gradients' norm (scalar on the device, before clipping)."""
-        learning_rate = set_learning_rate(self._optimizer, self._schedule, iteration, self._iterations_per_epoch)
+    def apply(self, iteration: int, place: int | None = None) -> tuple[float, Tensor]:
+        """One optimizer step; its learning rate, and the gradients' norm (scalar on the device, before clipping).
+
+        place: the iteration of the schedule that the learning rate is of; None: the same.
+        """
+        place = iteration if place is None else place
+        learning_rate = set_learning_rate(self._optimizer, self._schedule, place, self._iterations_per_epoch)
         self._precision.unscale(self._optimizer)
         norm = gradient_norm(self._parameters, norm_type=self._norm_type, clip_to=self._clip_to)
         skip = self._guard.finish(norm)

@@ -1,12 +1,17 @@
 """One state from process 0 to all: run by test_shared_state.py, what arrived left in <folder>/<rank>.pt."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from detection.engine.distributed.comm import start_processes, stop_processes
+from detection.engine.distributed.comm import Processes, start_processes, stop_processes
+from detection.engine.optim.time_budget import TimeBudget
+from detection.engine.train_state import TrainState
 from detection.process_exit import leave
+from schedules import load_schedule
 
 
 def state_to_share() -> dict:
@@ -21,9 +26,22 @@ def state_to_share() -> dict:
     }
 
 
+def planned_end(processes: Processes) -> dict:
+    """What a budget of hours plans where every process's clock goes at a pace of its own."""
+    model: Any = None
+    facts = {"iterations_per_epoch": 100}
+    state = TrainState(model, model, model, None, load_schedule("1x"), facts)
+    budget = TimeBudget(0.1, processes, clock=lambda: state.progress.iteration * (1.0 + processes.rank))
+    for _ in range(5):
+        state.progress.iteration += 20
+        budget.plan(state)
+    return asdict(state.progress)
+
+
 def main() -> int:
     processes = start_processes("cpu")
     arrived = processes.broadcast_state(state_to_share() if processes.is_main else None)
+    arrived["plan"] = planned_end(processes)
     torch.save(arrived, Path(sys.argv[1]) / f"{processes.rank}.pt")
     processes.barrier()
     stop_processes()
