@@ -33,7 +33,9 @@ def run(progress: Progress, hours: float, pace, stop_at: int | None = None, plan
         now[0] += pace(progress.iteration)
         progress.iteration += 1
         if progress.iteration % plan_each == 0:
-            budget.plan(state)
+            progress.seconds, left = budget.left(progress.iteration, progress.seconds)
+            if left is not None:
+                state.end_in(left)
     return rates
 
 
