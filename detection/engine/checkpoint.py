@@ -103,7 +103,7 @@ def is_of_best(path: Path, progress: Progress) -> bool:
         return False
     try:
         state = _glance_at(path)
-        end = progress.best_iteration or progress.best_epoch * int(state["iterations_per_epoch"])
+        end = progress.ending.best_iteration or progress.best_epoch * int(state["iterations_per_epoch"])
         is_its_end = int(state["iteration"]) == end
         best = (progress.best_epoch, progress.best_map, False)
         return is_its_end and (state["best_epoch"], state["best_map"], state["validation_due"]) == best

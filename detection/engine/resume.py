@@ -10,7 +10,7 @@ from data import ORDERS
 from detection.config.run_config import FREEZE_CHOICES, RunConfig
 from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
 from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
-from detection.engine.train_state import Facts, Progress
+from detection.engine.train_state import Ending, Facts, Progress
 from detection.reporting import counted
 
 _PARTS: dict[Any, str] = {number: part for part, number in FREEZE_CHOICES.items()}
@@ -144,14 +144,15 @@ def resumed_progress(checkpoint: LoadedCheckpoint, facts: Facts, num_iterations:
     metric = _at(facts["config"], "train.best_metric", "mAP")
     hours = [_at(config, "train.max_hours") for config in (state["config"], facts["config"])]
     # What is not in checkpoints of earlier versions keeps its default.
-    progress = Progress(**{each.name: state[each.name] for each in dataclasses.fields(Progress) if each.name in state})
-    if "best_value" not in state:
-        progress.best_value = progress.best_map
-    if _forgets_best(state, facts, num_iterations) or metric != progress.best_metric:
+    known = {each.name: state[each.name] for each in dataclasses.fields(Progress) if each.name in state}
+    stored = state.get("ending", {"best_value": state["best_map"]})
+    ending = Ending(**{each.name: stored[each.name] for each in dataclasses.fields(Ending) if each.name in stored})
+    progress = Progress(**known | {"ending": ending})
+    if _forgets_best(state, facts, num_iterations) or metric != ending.best_metric:
         progress.forget_best()
-    progress.best_metric = metric
-    if hours[0] != hours[1] or not 0 <= progress.tail_position <= num_iterations:
-        progress.tail_from, progress.tail_position, progress.last_iteration = 0, 0.0, None
+    ending.best_metric = metric
+    if hours[0] != hours[1] or not 0 <= ending.tail_position <= num_iterations:
+        ending.tail_from, ending.tail_position, ending.last_iteration = 0, 0.0, None
     return progress
 
 

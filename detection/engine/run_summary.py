@@ -155,8 +155,9 @@ def closing_summary(
         lines.append(bad_images.summary())
     lines.append(f"checkpoints  {output.checkpoints}")
     results, images, analysis = output.detections("val"), "IMAGE_OR_FOLDER", []
-    if progress.best_value is not None:
-        lines[-1] += f"   best.pt has {progress.best_metric} {progress.best_value:.3f} (epoch {progress.best_epoch})"
+    ending = progress.ending
+    if ending.best_value is not None:
+        lines[-1] += f"   best.pt has {ending.best_metric} {ending.best_value:.3f} (epoch {progress.best_epoch})"
     if validated is not None and progress.best_epoch is not None:
         images = quote(str(validated.images))
         lines.append(f"detections   {results} (of the last validation)")

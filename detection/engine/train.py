@@ -38,7 +38,7 @@ from detection.engine.optim.update import ParameterUpdate
 from detection.engine.resume import check_resumable, image_order_of, resumed_progress
 from detection.engine.run_dir import RunDirError, write_json
 from detection.engine.run_summary import closing_summary, config_record, configuration_text, describe_run
-from detection.engine.train_state import Facts, Progress, TrainState, assert_same_on_all_ranks, run_facts
+from detection.engine.train_state import Ending, Facts, Progress, TrainState, assert_same_on_all_ranks, run_facts
 from detection.engine.trainer import Trainer
 from detection.engine.trial import MARGIN, MemoryTrial, largest_that_fits
 from detection.models import AnyDetector, FasterRCNN, OwnDetector, is_own, model_config
@@ -223,7 +223,7 @@ def _build_state(
     facts = run_facts(config, processes, schedule, model, loader, components.evaluation_set)
     assert_same_on_all_ranks(config, processes, facts)
     num_iterations = schedule.max_epochs * loader.iterations_per_epoch
-    progress = Progress(best_metric=config.train.best_metric)
+    progress = Progress(ending=Ending(best_metric=config.train.best_metric))
     notes = [*components.overrides, *schedule.notes]
     if checkpoint is None and not isinstance(model, OwnDetector):
         named = vars(model_config(config.model.model))
@@ -381,9 +381,9 @@ def _leave_other_future(context: RunContext, checkpoint: LoadedCheckpoint, progr
         except OSError as error:
             raise RunDirError(f"{done.aside}: {error}") from error
         console.say(f"checkpoints that do not belong to this run from here on, or are broken, are now in {done.aside}")
-    if progress.best_value is not None and not done.has_best:
+    if progress.ending.best_value is not None and not done.has_best:
         console.say(
-            f"the weights of the best {progress.best_metric} so far ({progress.best_value:.3f}, epoch "
+            f"the weights of the best {progress.ending.best_metric} so far ({progress.ending.best_value:.3f}, epoch "
             f"{progress.best_epoch}) are not there any more: best.pt begins anew"
         )
     return done.has_best

@@ -2,7 +2,7 @@
 
 A checkpoint's state is a dictionary of tensors and plain types (loaded with weights_only=True):
 
-    iteration, validation_due, best_map, best_epoch, skipped_steps, ...   how far the run is, see Progress
+    iteration, validation_due, best_map, best_epoch, skipped_steps, ending   how far the run is, see Progress
     model, ema, optimizer, scaler                                     tensors; ema is None without --ema
     schedule, model_config, config                                    settings, as plain dictionaries
     iterations_per_epoch, class_names, category_ids, preprocessing, run      facts that a resumed run is compared with
@@ -46,13 +46,36 @@ class Progress:
     best_map: float | None = None
     best_epoch: int | None = None
     """Of the validation that is the best by the best metric; counted from 1. Both None until one gave that figure."""
+    skipped_steps: int = 0
+    """Iterations that made no step because they were not finite."""
+    ending: Ending = field(default_factory=lambda: Ending())
+
+    def forget_best(self) -> None:
+        """Count the best validation anew."""
+        self.best_map = self.best_epoch = self.ending.best_iteration = self.ending.best_value = None
+        self.ending.stale_validations = 0
+
+    def note_validation(self, metrics: Mapping[str, Any], epoch: int) -> bool:
+        """Count a validation; whether it is the best so far by the best metric."""
+        ending = self.ending
+        value = metric_of(metrics, ending.best_metric)
+        ending.stale_validations += 1
+        if value is None or (ending.best_value is not None and value <= ending.best_value):
+            return False
+        self.best_map, self.best_epoch, ending.best_iteration = metrics["mAP"], epoch, self.iteration
+        ending.best_value, ending.stale_validations = value, 0
+        return True
+
+
+@dataclass
+class Ending:
+    """What --best-metric, --patience and --max-hours go by."""
+
     best_iteration: int | None = None
     best_metric: str = "mAP"
     best_value: float | None = None
     stale_validations: int = 0
     """Since the best one."""
-    skipped_steps: int = 0
-    """Iterations that made no step because they were not finite."""
     seconds: float = 0.0
     """Of training and validation over all starts, where --max-hours counts them."""
     tail_from: int = 0
@@ -60,21 +83,6 @@ class Progress:
     last_iteration: int | None = None
     """Where --max-hours ends the run early: its iterations tail_from..last_iteration walk through the schedule's from
     tail_position to the end."""
-
-    def forget_best(self) -> None:
-        """Count the best validation anew."""
-        self.best_map = self.best_epoch = self.best_iteration = self.best_value = None
-        self.stale_validations = 0
-
-    def note_validation(self, metrics: Mapping[str, Any], epoch: int) -> bool:
-        """Count a validation; whether it is the best so far by the best metric."""
-        value = metric_of(metrics, self.best_metric)
-        self.stale_validations += 1
-        if value is None or (self.best_value is not None and value <= self.best_value):
-            return False
-        self.best_map, self.best_epoch, self.best_iteration = metrics["mAP"], epoch, self.iteration
-        self.best_value, self.stale_validations = value, 0
-        return True
 
 
 @dataclass
@@ -103,38 +111,38 @@ class TrainState:
     @property
     def num_iterations(self) -> int:
         """Of the whole run, which may end before the schedule."""
-        last = self.progress.last_iteration
+        last = self.progress.ending.last_iteration
         return self.schedule_iterations if last is None else last
 
     @property
     def schedule_iteration(self) -> float:
         """The place in the schedule whose learning rate the next iteration has."""
-        progress, end = self.progress, self.progress.last_iteration
-        if end is None or end <= progress.tail_from:
+        progress, end = self.progress, self.progress.ending.last_iteration
+        if end is None or end <= progress.ending.tail_from:
             return progress.iteration
-        part = (progress.iteration - progress.tail_from) / (end - progress.tail_from)
-        return progress.tail_position + (self.schedule_iterations - progress.tail_position) * part
+        part = (progress.iteration - progress.ending.tail_from) / (end - progress.ending.tail_from)
+        return progress.ending.tail_position + (self.schedule_iterations - progress.ending.tail_position) * part
 
     def end_in(self, iterations: int) -> None:
         """Go through the rest of the schedule in at most so many iterations from here."""
         progress, position = self.progress, self.schedule_iteration
         rest = self.schedule_iterations - position
         if iterations >= rest and position == progress.iteration:
-            progress.last_iteration = None
+            progress.ending.last_iteration = None
         else:
-            progress.tail_from, progress.tail_position = progress.iteration, position
-            progress.last_iteration = progress.iteration + min(iterations, math.ceil(rest))
+            progress.ending.tail_from, progress.ending.tail_position = progress.iteration, position
+            progress.ending.last_iteration = progress.iteration + min(iterations, math.ceil(rest))
 
     def reason_to_end(self, patience: int | None) -> str | None:
         """Why nothing is left to train; None where something is. patience: validations without a better one."""
         progress = self.progress
         if progress.iteration >= self.num_iterations:
-            early = "" if progress.last_iteration is None else " in the hours given (--max-hours)"
+            early = "" if progress.ending.last_iteration is None else " in the hours given (--max-hours)"
             return f"{progress.iteration:,} iterations are done{early}"
-        if patience is not None and progress.stale_validations >= patience and not progress.validation_due:
+        if patience is not None and progress.ending.stale_validations >= patience and not progress.validation_due:
             than = "" if progress.best_epoch is None else f" than epoch {progress.best_epoch}"
-            validations = counted(progress.stale_validations, "validation")
-            return f"{validations} gave no better {progress.best_metric}{than} (--patience)"
+            validations = counted(progress.ending.stale_validations, "validation")
+            return f"{validations} gave no better {progress.ending.best_metric}{than} (--patience)"
         return None
 
     @property
@@ -201,15 +209,17 @@ SHAPE: dict[str, Any] = {
     "validation_due": (bool,),
     "best_map": (float, NoneType),
     "best_epoch": (int, NoneType),
-    "best_iteration?": (int, NoneType),
-    "best_metric?": (str,),
-    "best_value?": (float, NoneType),
-    "stale_validations?": (int,),
     "skipped_steps?": (int,),
-    "seconds?": (float,),
-    "tail_from?": (int,),
-    "tail_position?": (float, int),
-    "last_iteration?": (int, NoneType),
+    "ending?": {
+        "best_iteration": (int, NoneType),
+        "best_metric": (str,),
+        "best_value": (float, NoneType),
+        "stale_validations": (int,),
+        "seconds": (float,),
+        "tail_from": (int,),
+        "tail_position": (float, int),
+        "last_iteration": (int, NoneType),
+    },
     "model": EachIs(dict, (Tensor,)),
     "ema": (EachIs(dict, (Tensor,)), NoneType),
     "optimizer": {"type": (str,), "state": EachIs(dict, EachIs(dict, (Tensor, int, float, NoneType)))},

@@ -98,13 +98,13 @@ class Trainer:
         """Where hours are given, count them and plan how the rest of the schedule fits into what is left of them."""
         if self.budget is None:
             return
-        progress, was_planned = self.state.progress, self.state.progress.last_iteration is not None
-        progress.seconds, left = self.budget.left(progress.iteration, progress.seconds)
+        progress, was_planned = self.state.progress, self.state.progress.ending.last_iteration is not None
+        progress.ending.seconds, left = self.budget.left(progress.iteration, progress.ending.seconds)
         if left is not None:
             self.state.end_in(left)
-        if not was_planned and progress.last_iteration is not None:
+        if not was_planned and progress.ending.last_iteration is not None:
             self.log.logger.say(
-                f"--max-hours {self.budget.hours:g}: the run ends after about {progress.last_iteration:,} of "
+                f"--max-hours {self.budget.hours:g}: the run ends after about {progress.ending.last_iteration:,} of "
                 f"{self.state.schedule_iterations:,} iterations, and the learning rate drops as much sooner"
             )
 

@@ -34,7 +34,7 @@ def planned_end(processes: Processes) -> dict:
     budget = TimeBudget(0.1, processes, clock=lambda: state.progress.iteration * (1.0 + processes.rank))
     for _ in range(5):
         state.progress.iteration += 20
-        state.progress.seconds, left = budget.left(state.progress.iteration, state.progress.seconds)
+        state.progress.ending.seconds, left = budget.left(state.progress.iteration, state.progress.ending.seconds)
         if left is not None:
             state.end_in(left)
     return asdict(state.progress)

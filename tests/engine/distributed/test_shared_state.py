@@ -29,6 +29,6 @@ def test_every_process_gets_the_state_of_process_0(ranks: int, program: Callable
             assert process.returncode == 0, out + err
     first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks))
     assert first["names"] == ["cat", "dog"]
-    assert first["plan"]["last_iteration"] == 360
+    assert first["plan"]["ending"]["last_iteration"] == 360
     for other in others:
         assert_same_bits(first, other)
