@@ -26,6 +26,7 @@ from data.convert.labeled_set import LabeledSet
 from data.convert.splits import DEFAULT_VAL_FRACTION
 from data.convert.write import write_coco_set
 from data.errors import DataError
+from data.layouts.recognition import other_tool
 from detection.config.arg_types import inner_fraction
 from detection.reporting.tables import aligned
 
@@ -42,8 +43,15 @@ class Parser(argparse.ArgumentParser):
 
 def run(arguments: argparse.Namespace) -> int:
     """Goes the way that was asked for; the exit status."""
-    stopped = "stopped; nothing was written"
-    return exit_status(lambda: arguments.convert(arguments), DataError, OSError, status=1, stopped=stopped)
+
+    def convert() -> int:
+        try:
+            return arguments.convert(arguments)
+        except ConversionError as error:
+            tool = other_tool(arguments.source, arguments.format) if "source" in arguments else ""
+            raise ConversionError(f"{error}{tool}") from None
+
+    return exit_status(convert, DataError, OSError, status=1, stopped="stopped; nothing was written")
 
 
 def build_parsers(
@@ -56,7 +64,7 @@ def build_parsers(
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ways = parser.add_subparsers(required=True, parser_class=Parser, metavar="to-coco | from-coco")
     there = ways.add_parser("to-coco", help=f"{files} to a COCO-format set", allow_abbrev=False)
-    there.set_defaults(convert=to_coco)
+    there.set_defaults(convert=to_coco, format=kind.lower())
     there.add_argument("source", type=Path, metavar=f"{kind}_DIR", help=source_help)
     there.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="where annotations/ goes")
     add = there.add_argument_group("splits").add_argument

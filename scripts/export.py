@@ -40,7 +40,7 @@ from detection.export import (
     save_weights,
 )
 from detection.models import Detector, load_detector
-from detection.reporting import Console
+from detection.reporting import Console, counted
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "weights": ".pt"}
 MOST_IMAGES = 16
@@ -101,7 +101,9 @@ def _export(arguments: argparse.Namespace, console: Console) -> int:
     if kind == "weights":
         save_weights(detector, output)
         load_detector(output)
-        _say_written(console, output, f"{len(detector.class_names)} classes, input {_sides(detector)}")
+        _say_written(
+            console, output, f"{counted(len(detector.class_names), 'class', 'classes')}, input {_sides(detector)}"
+        )
         return 0
 
     images = [] if arguments.no_compare else _images(arguments.images, shape, console)

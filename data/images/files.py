@@ -18,19 +18,25 @@ class ImageFilesError(DataError):
     """A name under which there is no image."""
 
 
-def walk(folder: Path, suffixes: Iterable[str], excluded: Sequence[Path] = ()) -> list[Path]:
-    """Files below a folder by suffix, sorted; hidden ones and a Mac's shadow files are left out.
+def walk(folder: Path, suffixes: Iterable[str] | None, excluded: Sequence[Path] = ()) -> list[Path]:
+    """Files below a folder by suffix (None: all), sorted; hidden ones and a Mac's shadow files are left out.
 
-    excluded: resolved folders that are not looked into.
+    Links to folders are followed, each folder once, but not those that lead to a folder above. excluded: resolved
+    folders that are not looked into.
     """
     found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+    seen = {str(above) for above in Path(folder).resolve().parents}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         if _is_below(Path(parent) / "any", excluded):
             folders.clear()
             continue
         found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in suffixes)
+    return sorted(path for path in found if suffixes is None or path.suffix.lower() in suffixes)
 
 
 def find_images(sources: Iterable[str | Path], *, excluded: Iterable[Path] = ()) -> list[Path]:

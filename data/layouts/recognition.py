@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from data.convert.files import looks_like_yolo_labels
 from data.convert.splits import SPLIT_OF_FOLDER
 from data.convert.yolo_config import CLASS_FILES
 from data.errors import DataError
-from data.images.files import IMAGE_SUFFIXES
+from data.images.files import IMAGE_SUFFIXES, walk
 
 ROBOFLOW_FILE = "_annotations.coco.json"
 CONTAINERS = {"images", "labels", "annotations", "data", "jpegimages", "vocdevkit", *SPLIT_OF_FOLDER}
@@ -72,7 +71,7 @@ def recognize(root: Path, data_format: str | None = None) -> Reading:
     """
     if not root.is_dir():
         raise LayoutError(f"{root}: there is no such folder. Give --data-path the folder of the set")
-    files = _files(root)
+    files = walk(root, None)
     found = readings(root, files)
     if data_format is not None:
         found = [reading for reading in found if reading.format == data_format]
@@ -106,7 +105,7 @@ def readings(root: Path, files: Sequence[Path]) -> list[Reading]:
 
 def coco_files(root: Path, files: Sequence[Path] | None = None) -> list[Path]:
     """The COCO annotation files with boxes below a folder, sorted."""
-    files = _files(root) if files is None else files
+    files = walk(root, None) if files is None else files
     by_folder: dict[Path, list[Path]] = {}
     for file in files:
         if file.suffix.lower() == ".json":
@@ -124,22 +123,13 @@ def other_tool(root: Path, data_format: str) -> str:
     """What to say to someone who has given a folder of another format to the reader of this one; "" where it is not."""
     if not root.is_dir():
         return ""
-    found = [reading for reading in readings(root, _files(root)) if reading.format != data_format]
-    if not found:
+    found = readings(root, walk(root, None))
+    if not found or any(reading.format == data_format for reading in found):
         return ""
     names = " and ".join(f"{FORMATS[reading.format]} ({reading.evidence})" for reading in found)
     converters = [CONVERTERS[reading.format] for reading in found if reading.format in CONVERTERS]
     remedy = f"give it to {' or '.join(converters)}" if converters else "it needs no conversion"
     return f"\nThe folder seems to be of {names}: {remedy}, or train on it as it is: train.py --data-path {root}"
-
-
-def _files(root: Path) -> list[Path]:
-    """All files below a folder, sorted; hidden ones and a Mac's shadow files left out."""
-    found = []
-    for parent, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-    return found
 
 
 def _yolo_evidence(root: Path, files: Sequence[Path]) -> Path | None:

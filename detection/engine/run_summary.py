@@ -187,7 +187,7 @@ def _describe_set(name: str, dataset: CocoDataset) -> str:
     empty = int((dataset.box_counts == 0).sum())
     return (
         f"{name}: {len(dataset):,} images ({empty:,} without a box), {int(dataset.box_counts.sum()):,} boxes, "
-        f"{len(dataset.class_names)} classes ({dataset.annotations.source})"
+        f"{counted(len(dataset.class_names), 'class', 'classes')} ({dataset.annotations.source})"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -241,3 +242,27 @@ def test_a_cache_that_cannot_be_written_says_which_variable_helps(tmp_path):
     (tmp_path / "occupied").touch()
     with pytest.raises(LayoutError, match="XDG_CACHE_HOME"):
         find_set(tmp_path / "set", tmp_path / "occupied")
+
+
+def test_a_link_to_the_folder_of_the_images_is_followed(find, tmp_path):
+    exports.yolo_ultralytics(tmp_path / "set")
+    (tmp_path / "set" / "images").rename(tmp_path / "elsewhere")
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "train" / "again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    found = find(tmp_path / "set")
+    assert len(image_names(found, "train")) == 4 and len(image_names(found, "val")) == 2
+
+
+@pytest.mark.parametrize(
+    ("program", "export", "said"),
+    [
+        ("convert_voc", exports.yolo_roboflow, "YOLO .*give it to scripts/convert_yolo.py, or .*train.py --data-path"),
+        ("convert_yolo", exports.voc_cvat, "Pascal VOC .*give it to scripts/convert_voc.py"),
+        ("convert_voc", exports.roboflow_coco, "COCO JSON .*it needs no conversion"),
+    ],
+)
+def test_a_converter_names_the_right_one_for_another_tools_folder(program, export, said, tmp_path, monkeypatch, capsys):
+    export(tmp_path / "set")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "scripts"))
+    assert __import__(program).main(["to-coco", str(tmp_path / "set"), str(tmp_path / "out")]) == 1
+    assert re.search(said, capsys.readouterr().err) and not (tmp_path / "out").exists()

@@ -22,6 +22,7 @@ from detection.engine.distributed.agreement import run_on_each_node
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.inputs import datasets
 from detection.process_exit import leave
+from tests.data.layouts.exports import yolo_class_list
 from tests.engine.tiny_model import make_known
 
 calls: Counter[str] = Counter()
@@ -97,6 +98,30 @@ def readings(processes: Processes, folder: Path, own: Path, words: list[str]) ->
     return found
 
 
+def conversions(processes: Processes, own: Path) -> dict[str, Any]:
+    """What a YOLO folder on the disk of each machine costs each process, twice; and what a fault in it says."""
+    os.environ["XDG_CACHE_HOME"] = str(own / "cache")
+    if processes.rank == processes.node_main:
+        yolo_class_list(own / "things")
+    processes.barrier()
+    plain_find = datasets.find_set
+    config = parse_arguments(["--data-path", str(own / "things")]).data
+    found: dict[str, Any] = {}
+    for case in ("first", "again"):
+        calls.clear()
+        datasets.find_set = lambda *words: calls.update(["find"]) or plain_find(*words)  # type: ignore[func-returns-value]
+        files, sets = datasets.read_annotations(config, processes, mode="train")
+        digests = [sets[path].digest() for path in files.annotations]
+        found[case] = {"finds": calls["find"], "digests": digests, "folder": str(files.annotations[0].parents[4])}
+    datasets.find_set = plain_find
+    processes.barrier()
+    if processes.rank == processes.world_size - 1:
+        (own / "things" / "000.txt").write_text("7 0.5 0.5 0.1 0.1")
+    processes.barrier()
+    found["faulty"] = message(lambda: datasets.read_annotations(config, processes, mode="train"))
+    return found
+
+
 def main() -> None:
     folder, ports, nodes, words = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]
     torch.set_num_threads(1)
@@ -123,6 +148,7 @@ def main() -> None:
     processes.barrier()
     found = {"node_main": processes.node_main, "on_each_node": on_each_node(processes)}
     found["readings"] = readings(processes, folder, own, words)
+    found["conversions"] = conversions(processes, own)
     stop_processes()
     os.environ["MASTER_PORT"] = ports.pop()
     os.scandir = counted("list", os.scandir)  # type: ignore[assignment]

@@ -77,6 +77,18 @@ def test_a_faulty_file_on_one_machine_ends_the_start_on_all_and_is_named(ranks):
     assert said.startswith("/") and "/b/train.json: not JSON" in said
 
 
+def test_one_process_of_each_machine_finds_and_converts_a_folder_for_those_there(ranks):
+    found = [one["conversions"] for one in ranks]
+    for case in ("first", "again"):
+        assert [one[case]["finds"] for one in found] == [1, *[0] * (len(ranks) - 2), 1]
+        assert [Path(one[case]["folder"]).name for one in found] == ["cache"] * len(ranks)
+        assert [Path(one[case]["folder"]).parent.name for one in found] == MACHINES[len(ranks)]
+    # Equal folders on two machines are equal sets.
+    assert len({tuple(one[case]["digests"]) for one in found for case in ("first", "again")}) == 1
+    (said,) = {one["faulty"] for one in found}
+    assert "/b/things/000.txt, line 1: class 7" in said
+
+
 def test_one_process_of_each_machine_lists_the_images(ranks):
     assert [any(found["listed"]) for found in ranks] == [True, *[False] * (len(ranks) - 2), True]
     assert ranks[-1]["listed"] == [1, 1]
