@@ -26,6 +26,7 @@ from data.layouts.recognition import CONVERTERS, FORMATS, ROBOFLOW_FILE, LayoutE
 VERSION = 1  # another number whenever equal folders would give other files
 RECORD = "set.json"
 PLACES_SHOWN = 3
+KEY_SHOWN = 16  # hexadecimal digits of a folder's key in its name in the cache
 LABEL_SUFFIXES = {".json", ".jsonl", ".xml", ".txt", ".yaml", ".yml", ".data", ".names", ".labels", ".md"}
 
 
@@ -94,7 +95,7 @@ def _in_any_layout(root: Path, cache_dir: Path, wanted: Wanted, progress: Progre
     root = _voc_year(inner_folder(root))
     reading = recognize(root, wanted.data_format)
     key = _key(root, reading, wanted)
-    target = cache_dir / "sets" / key
+    target = cache_dir / "sets" / f"{key[:KEY_SHOWN]}_{root.absolute().name}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         found = _read_record(target)
