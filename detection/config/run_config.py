@@ -331,6 +331,9 @@ class OutputConfig:
         "also sends figures, images and configuration there, from a thread; its own variables say where and as whom",
         choices=("wandb", "mlflow", "trackio"),
     )
+    val_loss: bool = setting(
+        True, COMMAND_LINE, "the losses on the validation set, as val/loss beside train/loss in TensorBoard"
+    )
     eval_backend: str = setting(
         "auto", COMMAND_LINE, "COCO metrics", choices=("auto", "pycocotools", "hotcoco", "both")
     )

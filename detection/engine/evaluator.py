@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
 from detection.engine.run_dir import RunDirError, write_json
 from detection.evaluation import CocoEvaluator, Detections, write_results
-from detection.models import AnyDetector, FasterRCNN, ImageBatch
+from detection.models import AnyDetector, FasterRCNN, ImageBatch, TargetBatch
 from detection.reporting import counted, validation_table
 
 _OVER = 2
@@ -66,6 +67,8 @@ class Evaluator:
             max_bad_images=config.data.max_bad_images,
         )
         self._is_limited = config.data.limit_val_batches is not None
+        self._wants_losses = config.output.val_loss and self.split == "val"
+        self._losses: list[tuple[int, int, dict[str, float]]] = []
         self._precision = precision
         self._logger = metric_logger
         self._bad_images = bad_images
@@ -107,9 +110,23 @@ class Evaluator:
         self.processes.at("computing the metrics" if self.processes.is_main else f"{verb}, all batches done")
         metrics = run_on_main_rank(self.processes, partial(self._judge, detections, image_ids, *counts))
         if metrics is not None and self.split == "val":
+            metrics |= self._mean_losses()
             metrics["seconds"] = time.perf_counter() - started
             metrics["images_per_second"] = metrics["num_images"] / forward_seconds
         return metrics, detections
+
+    def _mean_losses(self) -> dict[str, float]:
+        """The losses' mean over the images run, and their sum as "loss"; collective. Empty without losses.
+
+        The batches do not depend on the number of processes, and their order here does not either.
+        """
+        found = [each for part in self.processes.gather_objects(self._losses) for each in part]
+        found.sort(key=lambda each: each[0])
+        self._losses = []
+        total = sum(count for _, count, _ in found)
+        names = found[0][2] if found else {}
+        means = {name: math.fsum(count * losses[name] for _, count, losses in found) / total for name in names}
+        return {"loss": math.fsum(means.values()), **means} if means else {}
 
     def _judge(
         self, detections: Detections | None, image_ids: np.ndarray, num_unreadable: int, num_nonfinite: int
@@ -204,7 +221,15 @@ class Evaluator:
         """Detections in a batch, and how many of its images have values that are not finite."""
         assert isinstance(model, AnyDetector)
         with self._precision.autocast():
-            found, is_finite = model.detect(ImageBatch(batch.pixels, batch.sizes))
+            images = ImageBatch(batch.pixels, batch.sizes)
+            if self._wants_losses and isinstance(model, FasterRCNN):
+                # An image's own key: it draws the same samples in every validation.
+                targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.image_ids.to(batch.labels))
+                found, is_finite, losses = model.detect_with_losses(images, targets)
+                values = zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)
+                self._losses.append((batch.iteration, len(batch), dict(values)))
+            else:
+                found, is_finite = model.detect(images)
         # The network saw the image enlarged by (x, y) factors: boxes go back the same way.
         scales = batch.scale_factors.cpu().numpy()
         black = {fault.image_id for fault in batch.unreadable}

@@ -157,7 +157,7 @@ def closing_summary(
     results, images, analysis = output.detections("val"), "IMAGE_OR_FOLDER", []
     ending = progress.ending
     if ending.best_value is not None:
-        lines[-1] += f"   best.pt has {ending.best_metric} {ending.best_value:.3f} (epoch {progress.best_epoch})"
+        lines[-1] += f"   best.pt has {ending.best_metric} {abs(ending.best_value):.3f} (epoch {progress.best_epoch})"
     if validated is not None and progress.best_epoch is not None:
         images = quote(str(validated.images))
         lines.append(f"detections   {results} (of the last validation)")
@@ -199,7 +199,7 @@ def _describe_ends(config: RunConfig) -> list[str]:
     if config.train.max_hours is not None:
         lines.append(f"within {config.train.max_hours:g} hours; the rest of the schedule is then gone through faster")
     if metric != "mAP":
-        lines.append(f"best.pt is the validation with the highest {metric}")
+        lines.append(f"best.pt is the validation with the best {metric}")
     return lines
 
 

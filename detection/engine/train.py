@@ -217,7 +217,8 @@ def _build_state(
     schedule, model = components.schedule, components.model
     if config.train.patience is not None and components.evaluation_set is None:
         raise RunError("--patience counts validations, and there is no validation set: give one, or --max-hours")
-    check_best_metric(config.train.best_metric, components.train_set.class_names if components.train_set else ())
+    has_loss = config.output.val_loss and isinstance(model, FasterRCNN)
+    check_best_metric(config.train.best_metric, loader.dataset.class_names, has_loss=has_loss)
     # What is wrong with the learning rate shows when it is first asked for.
     run_on_all_ranks(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
     facts = run_facts(config, processes, schedule, model, loader, components.evaluation_set)
@@ -383,8 +384,8 @@ def _leave_other_future(context: RunContext, checkpoint: LoadedCheckpoint, progr
         console.say(f"checkpoints that do not belong to this run from here on, or are broken, are now in {done.aside}")
     if progress.ending.best_value is not None and not done.has_best:
         console.say(
-            f"the weights of the best {progress.ending.best_metric} so far ({progress.ending.best_value:.3f}, epoch "
-            f"{progress.best_epoch}) are not there any more: best.pt begins anew"
+            f"the weights of the best {progress.ending.best_metric} so far (epoch {progress.best_epoch}) are not there "
+            "any more: best.pt begins anew"
         )
     return done.has_best
 

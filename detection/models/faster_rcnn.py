@@ -116,9 +116,11 @@ class FasterRCNN(nn.Module):
         for part in (self.backbone, self.fpn, self.rpn, *self.roi_heads, *self.mask_heads):
             part.compile(**torch_compile_kwargs)
 
-    def _losses(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
+    def _losses(
+        self, images: ImageBatch, targets: TargetBatch, features: tuple[Tensor, ...] | None = None
+    ) -> dict[str, Tensor]:
         config = self.config
-        features = self.extract_features(images)
+        features = self.extract_features(images) if features is None else features
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)
             learned = anchor_targets(config, anchors, images.sizes, targets)
@@ -188,13 +190,21 @@ class FasterRCNN(nn.Module):
         return F.cross_entropy(logits.float(), labels.view(-1), reduction="none").view_as(labels)
 
     @torch.no_grad()
-    def detect(self, images: ImageBatch) -> tuple[list[Detections], Tensor]:
+    def detect_with_losses(
+        self, images: ImageBatch, targets: TargetBatch
+    ) -> tuple[list[Detections], Tensor, dict[str, Tensor]]:
+        """What `detect` gives, and the losses as `forward` gives them in training, of the same feature maps."""
+        features = self.extract_features(images)
+        return *self.detect(images, features), self._losses(images, targets, features)
+
+    @torch.no_grad()
+    def detect(self, images: ImageBatch, features: tuple[Tensor, ...] | None = None) -> tuple[list[Detections], Tensor]:
         """Detections as `forward` gives them, and for which images all outputs of the network are finite, bool [B].
 
-        What is NaN or infinite is no detection.
+        What is NaN or infinite is no detection. features: of the images, where they are there already.
         """
         config = self.config
-        features = self.extract_features(images)
+        features = self.extract_features(images) if features is None else features
         logits, deltas = self.rpn(features)
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)

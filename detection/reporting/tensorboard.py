@@ -28,14 +28,14 @@ _PAGES = {
     "Overview": {
         "learning rate": ["^train/lr$"],
         "mAP": ["^val/mAP$"],
-        "loss": ["^train/loss$"],
+        "loss": ["^(train|val)/loss$"],
         "images per second": ["^train/images_per_second$"],
     },
     "Losses": {
-        "RPN: object or not": ["^train/loss_rpn_cls$"],
-        "RPN: boxes": ["^train/loss_rpn_bbox$"],
-        "box head: classes": ["^train/loss_cls(_s[0-9])?$"],
-        "box head: boxes": ["^train/loss_bbox(_s[0-9])?$"],
+        "RPN: object or not": ["^(train|val)/loss_rpn_cls$"],
+        "RPN: boxes": ["^(train|val)/loss_rpn_bbox$"],
+        "box head: classes": ["^(train|val)/loss_cls(_s[0-9])?$"],
+        "box head: boxes": ["^(train|val)/loss_bbox(_s[0-9])?$"],
         "gradient norm": ["^train/grad_norm$"],
     },
     "Validation": {

@@ -29,7 +29,7 @@ def test_a_validation_alone_gives_the_figures_of_the_trainings_last(start, finis
     assert start(tmp_path / "run", "--val-only", "--resume") == 0
     metrics = json.loads((tmp_path / "run" / "metrics_val.json").read_text())
     trained = records_of(finished, "val")[-1]
-    for name in ("mAP", "mAP_50", "AR_100", "per_class", "num_images"):
+    for name in ("mAP", "mAP_50", "AR_100", "per_class", "num_images", "loss", "loss_rpn_cls", "loss_bbox"):
         assert metrics[name] == trained[name]
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     first, second = ((folder / "detections_val.json").read_text() for folder in (finished, tmp_path / "run"))
@@ -197,6 +197,20 @@ def test_a_training_tests_its_best_weights_at_the_end(finished, shapes_set, tmp_
     assert tested["mAP"] == alone["mAP"]
     assert f"{folder / 'checkpoints' / 'best.pt'}" in said
     assert tested["num_images"] == 6
+
+
+def test_the_validation_loss_of_three_processes_is_that_of_one_to_the_bit(finished, arguments, program, tmp_path):
+    words = ["--val-only", "--weights", finished / "checkpoints" / "last.pt", "--limit-val-batches", "9"]
+    words += ["--model", "faster_rcnn_r18_fpn", "--batch-size", "1"]
+    assert run(parse_arguments(arguments(tmp_path / "one", *words))) == 0
+    with program("../../train.py", *arguments(tmp_path / "three", *words), ranks=3) as processes:
+        for process in processes:
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, out[-2000:] + err[-2000:]
+    one, three = (json.loads((tmp_path / name / "metrics_val.json").read_text()) for name in ("one", "three"))
+    losses = [name for name in one if name.startswith("loss")]
+    assert len(losses) == 5
+    assert [three[name] for name in losses] == [one[name] for name in losses]
 
 
 def start_alone(words: list, record: Path, output: Path) -> int:

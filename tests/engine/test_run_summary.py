@@ -17,7 +17,7 @@ def test_the_end_of_a_run_names_its_files_and_commands_that_exist(start, shapes_
     assert [line.split()[0] for line in table[1:3]] == ["1", "2"]  # epochs count from 1
     closing = printed.split("\n\ncheckpoints ")[-1].splitlines()
     said = {line[:13].strip(): line[13:] for line in closing[1:]}
-    assert list(said) == ["detections", "figures", "curves", "why so", "try it"]
+    assert list(said) == ["detections", "figures", "curves", "report", "why so", "try it"]
     assert Path(said["detections"].removesuffix(" (of the last validation)")).is_file()
     assert all(Path(file).is_file() for file in said["figures"].split(", "))
     assert said["curves"] == f"tensorboard --logdir '{output}'"

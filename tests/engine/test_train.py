@@ -25,7 +25,7 @@ TRAIN_TAGS = (
     *("train/lr", "train/loss", "train/loss_rpn_cls", "train/loss_rpn_bbox", "train/loss_cls", "train/loss_bbox"),
     *("train/grad_norm", "train/images_per_second", "train/data_seconds"),
 )
-VAL_TAGS = ("val/mAP", "val/mAP_50", "val/mAP_75", "val/AR_100")
+VAL_TAGS = ("val/mAP", "val/mAP_50", "val/mAP_75", "val/AR_100", "val/loss", "val/loss_rpn_cls", "val/loss_bbox")
 
 
 def curves(output: Path) -> EventAccumulator:

@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from detection.models import DetectorError, WeightsError, build_model, export_state_dict, load_detector
+from detection.models import (
+    DetectorError,
+    ImageBatch,
+    TargetBatch,
+    WeightsError,
+    build_model,
+    export_state_dict,
+    load_detector,
+)
 from detection.models.detector import Detector, network_size, resize
 from detection.models.weights.stored import stripped_file
 
@@ -230,3 +238,20 @@ def test_a_detector_is_shown_in_a_line_and_batches_have_images(model, tmp_path):
     assert shown.startswith("Detector(resnet18, ") and "\n" not in shown and len(shown) < 200
     with pytest.raises(DetectorError, match="batch_size is 0; give at least 1"):
         detector.predict([photo(32, 32)], batch_size=0)
+
+
+def test_losses_beside_detections_are_those_of_training_and_change_no_detection():
+    torch.manual_seed(0)
+    model = build_model("faster_rcnn_r18_fpn", num_classes=3, rpn_proposals_test=50, rpn_proposals_train=50)
+    images = ImageBatch(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96], [50, 70]]))
+    boxes = torch.tensor([[[5.0, 5.0, 40.0, 40.0]], [[10.0, 8.0, 30.0, 44.0]]])
+    keys = torch.tensor([7, 8])
+    targets = TargetBatch(boxes, torch.tensor([[0], [2]]), torch.ones(2, 1, dtype=torch.bool), keys)
+    trained = model.train()(images, targets)
+    found, is_finite, losses = model.eval().detect_with_losses(images, targets)
+    assert list(losses) == list(trained) and bool(is_finite.all())
+    for name, value in losses.items():
+        assert torch.equal(value, trained[name].detach()), name
+        assert not value.requires_grad
+    for one, other in zip(found, model.detect(images)[0], strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)

@@ -116,6 +116,7 @@ class MetricLogger:
         self.say(
             f"validation after epoch {epoch + 1} "
             f"({model_tested}, {metrics['num_images']:,} images, {duration(metrics['seconds'])})"
+            + (f", loss {metrics['loss']:.4f}" if "loss" in metrics else "")
         )
         self.say(validation_table(metrics, self._last_validation, self._best_validation))
         self._remember(record)

@@ -171,6 +171,7 @@ def test_gradients_that_stay_in_their_buckets_train_as_those_that_move_there(
 def test_unequal_shards_are_validated_as_by_one_process(ranks, folder, alone, records_of):
     (ours,), (theirs,) = records_of(folder / "as_one", "val"), records_of(alone("--batch-size", "4"), "val")
     assert ours["num_images"] == theirs["num_images"] == 6
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)  # weights of other rounding, other samples
     results = json.loads((folder / "as_one" / "detections_val.json").read_text())
     ids = [entry["image_id"] for entry in results]
     assert ids == sorted(ids) and len(set(ids)) == 6
