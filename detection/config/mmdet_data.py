@@ -35,10 +35,11 @@ _TRANSFORM_IO: dict[str, Keys] = {
     "LoadAnnotations": {
         "with_bbox": only(True),
         "with_label": only(True),
-        **{key: only(False, hint="masks are not supported") for key in ("with_mask", "with_seg", "with_keypoints")},
-        "poly2mask": only(True, False),
+        # Masks are loaded where the model learns them.
+        "with_mask": (flag, False),
+        **{key: only(False) for key in ("with_seg", "with_keypoints")},
         "box_type": only("hbox"),
-        "imdecode_backend": idle("loading")["imdecode_backend"],
+        **idle("loading"),
         **_BACKEND,
     },
     "PackDetInputs": idle("packing"),
@@ -81,7 +82,7 @@ _CROP: dict[str, Keys] = {
         # MIN_CROPPED_BOX_SIDE of data.transforms.geometry, which imports torch.
         "min_gt_bbox_wh": only((1e-2, 1e-2), required=True),
         "by_box": only(True),
-        "by_mask": only(False, hint="masks are not supported"),
+        "by_mask": only(False),
         "min_gt_mask_area": only(1),
         "keep_empty": (flag, True),
     },
@@ -240,7 +241,7 @@ def evaluator(split: str) -> Check:
             lambda value, place: value and Found(f"{split}_annotations", Path(local_file(value, place)), place),
             None,
         ),
-        "metric": only("bbox", ["bbox"], hint="bbox is the only metric"),
+        "metric": only("bbox", ["bbox"], ["bbox", "segm"], hint="masks are evaluated where the model has them"),
         "format_only": only(False),
         "outfile_prefix": only(None),
         "proposal_nums": only([100, 300, 1000]),

@@ -35,10 +35,13 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
     },
     "dataset": _all("serialize_data lazy_init max_refetch", OWN),
     "evaluator": {"classwise": "the AP of each class is always written"},
-    "loading": {"imdecode_backend": OWN},
+    "loading": {
+        "imdecode_backend": OWN,
+        "poly2mask": "masks are bitmaps here, at the network's scale, as with True",
+    },
     "packing": {"meta_keys": OWN},
     "data_preprocessor": {
-        **_all("pad_mask mask_pad_value pad_seg seg_pad_value", "there are no masks"),
+        **_all("pad_mask mask_pad_value pad_seg seg_pad_value", OWN),
         **_all("non_blocking boxtype2tensor", OWN),
     },
     "backbone": {

@@ -30,15 +30,17 @@ _NO_C4 = "C4 and DC5 heads are not supported; " + NEAREST + "the configuration w
 _LINEAR = only({"type": "Linear"})
 
 
-def _class_loss(use_sigmoid: bool) -> Check:
+def _class_loss(use_sigmoid: bool, *, of_masks: bool = False) -> Check:
     keys = {
         "use_sigmoid": only(use_sigmoid, required=use_sigmoid),
         "loss_weight": only(1.0),
         "reduction": only("mean"),
         **{key: only(None) for key in ("class_weight", "ignore_index")},
-        **{key: only(False) for key in ("use_mask", "avg_non_ignore")},
+        "use_mask": only(of_masks, required=of_masks),
+        "avg_non_ignore": only(False),
     }
-    return typed({"CrossEntropyLoss": keys}, hint="the other losses of classes are not supported")
+    what = "masks" if of_masks else "classes"
+    return typed({"CrossEntropyLoss": keys}, hint=f"the other losses of {what} are not supported")
 
 
 _OVERLAP: Keys = {"eps": only(1e-6)}
@@ -105,12 +107,12 @@ def _nms(name: str, *, may_be_soft: bool = False) -> Check:
     return typed(kinds, "nms", "the others are not supported")
 
 
-def _assigner(positive: Any, negative: Any, lowest: Any, low_quality: bool) -> Check:
+def _assigner(positive: Any, negative: Any, lowest: Any, low_quality: Any) -> Check:
     keys = {
         "pos_iou_thr": positive,
         "neg_iou_thr": negative,
         "min_pos_iou": lowest,
-        "match_low_quality": only(low_quality, required=not low_quality),
+        "match_low_quality": low_quality,
         "gt_max_assign_all": only(True),
         "ignore_iof_thr": only(-1),
         "ignore_wrt_candidates": only(True),
@@ -153,17 +155,25 @@ _RPN_TARGETS: Keys = {
         to("model.rpn_positive_iou", _iou),
         to("model.rpn_negative_iou", _iou),
         to("model.rpn_low_quality_iou", _iou, 0.0),
-        True,
+        only(True),
     ),
     "sampler": _sampler("rpn", False),
     "allowed_border": _border,
     **_TARGETS,
 }
+_ROI_ASSIGNER = _assigner(to("model.roi_iou", _iou), to("model.roi_iou", _iou), (_iou, 0.0), (flag, True))
+
+
+def _roi_assigner(value: Any, place: Place) -> Any:
+    found = _ROI_ASSIGNER(value, place)
+    low_quality_iou = found["min_pos_iou"] if found["match_low_quality"] else None
+    return [found, Found("model.roi_low_quality_iou", low_quality_iou, place.at("match_low_quality"))]
+
+
 _ROI_TARGETS: Keys = {
-    "assigner": _assigner(
-        to("model.roi_iou", _iou), to("model.roi_iou", _iou), (lambda value, place: None, None), False
-    ),
+    "assigner": _roi_assigner,
     "sampler": _sampler("roi", True),
+    "mask_size": only(28),
     **_TARGETS,
 }
 
@@ -251,32 +261,49 @@ def _box_head(value: Any, place: Place) -> Any:
     return found
 
 
-_EXTRACTOR: Check = typed(
+def _extractor(output_size: Any) -> Check:
+    keys: Keys = {
+        "output_size": output_size,
+        "sampling_ratio": to("model.roi_sampling_ratio", whole(0, 64), 0),
+        "aligned": to("model.roi_aligned", flag, True),
+        "pool_mode": only("avg"),
+        "use_torchvision": only(False),
+    }
+    of_extractor: Keys = {
+        "roi_layer": typed({"RoIAlign": keys}, hint="the other poolings are not supported"),
+        "out_channels": _CHANNELS,
+        "featmap_strides": only([4, 8, 16, 32], required=True, hint=_NO_C4),
+        "finest_scale": to("model.roi_finest_scale", number(above=0, at_most=100_000), 56.0),
+        "init_cfg": only(None),
+    }
+    return typed({"SingleRoIExtractor": of_extractor}, hint="the other extractors are not supported")
+
+
+_EXTRACTOR = _extractor(to("model.roi_output_size", whole(1, 64)))
+_MASK_EXTRACTOR = _extractor(only(14, required=True))
+_MASK_HEAD: Check = typed(
     {
-        "SingleRoIExtractor": {
-            "roi_layer": typed(
-                {
-                    "RoIAlign": {
-                        "output_size": to("model.roi_output_size", whole(1, 64)),
-                        "sampling_ratio": to("model.roi_sampling_ratio", whole(0, 64), 0),
-                        "aligned": to("model.roi_aligned", flag, True),
-                        "pool_mode": only("avg"),
-                        "use_torchvision": only(False),
-                    }
-                },
-                hint="the other poolings are not supported",
-            ),
-            "out_channels": _CHANNELS,
-            "featmap_strides": only([4, 8, 16, 32], required=True, hint=_NO_C4),
-            "finest_scale": to("model.roi_finest_scale", number(above=0, at_most=100_000), 56.0),
-            "init_cfg": only(None),
+        "FCNMaskHead": {
+            "num_convs": only(4),
+            "roi_feat_size": only(14),
+            "in_channels": to("model.fpn_channels", whole(1, 4096), 256),
+            "conv_kernel_size": only(3),
+            "conv_out_channels": to("model.mask_channels", whole(1, 4096), 256),
+            "num_classes": to("num_classes", whole(1, 100_000), 80),
+            "class_agnostic": only(False),
+            "upsample_cfg": only({"type": "deconv", "scale_factor": 2}),
+            **{key: only(None) for key in ("conv_cfg", "norm_cfg", "init_cfg")},
+            "predictor_cfg": only({"type": "Conv"}),
+            "loss_mask": (_class_loss(False, of_masks=True), None),
         }
     },
-    hint="the other extractors are not supported",
+    hint="the other mask heads are not supported",
 )
 _ROI_PARTS: Keys = {
     "shared_head": absent("C4 heads are"),
-    **{key: absent("masks are") for key in ("mask_roi_extractor", "mask_head", "mask_iou_head")},
+    "mask_roi_extractor": (lambda value, place: optional(_each_stage(_MASK_EXTRACTOR))(value, place), None),
+    "mask_head": (lambda value, place: optional(_each_stage(_MASK_HEAD))(value, place), None),
+    "mask_iou_head": absent("scores of masks are"),
     **{key: absent("semantic heads are") for key in ("semantic_roi_extractor", "semantic_head")},
     "init_cfg": only(None),
 }
@@ -301,8 +328,9 @@ def _stages(check: Check) -> Check:
     return read
 
 
-def _extractors(value: Any, place: Place) -> Any:
-    return several(_EXTRACTOR)(value, place) if isinstance(value, (list, tuple)) else _EXTRACTOR(value, place)
+def _each_stage(check: Check) -> Check:
+    """One for all stages, or a list with an entry for each."""
+    return lambda value, place: (several(check) if isinstance(value, (list, tuple)) else check)(value, place)
 
 
 _ROI_HEADS: dict[str, Keys] = {
@@ -311,7 +339,7 @@ _ROI_HEADS: dict[str, Keys] = {
         **_ROI_PARTS,
         "num_stages": whole(1, 4),
         "stage_loss_weights": to("model.cascade_loss_weights", several(number(at_least=0, at_most=1000))),
-        "bbox_roi_extractor": _extractors,
+        "bbox_roi_extractor": _each_stage(_EXTRACTOR),
         "bbox_head": _stages(_box_head),
     },
 }
@@ -371,7 +399,7 @@ _NECK: dict[str, Keys] = {
         "init_cfg": only(None, {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}),
     }
 }
-_DETECTORS = ("FasterRCNN", "CascadeRCNN")
+_DETECTORS = ("FasterRCNN", "MaskRCNN", "CascadeRCNN")
 _PAD: Keys = {
     "size": to("pad_to", several(whole(33, 16384), 2)),
     "img_pad_value": only(0),
@@ -398,7 +426,7 @@ _PREPROCESSOR: dict[str, Keys] = {
 
 
 def model_of(value: Any, place: Place) -> list[Found | Idle]:
-    hint = " (masks, one-stage detectors and others are not supported)"
+    hint = " (one-stage detectors and others are not supported)"
     choice(*_DETECTORS, hint=hint)(dictionary(value, place).get("type"), place.at("type"))
     staged = dictionary(value.get("roi_head"), place.at("roi_head")).get("type") == "CascadeRoIHead"
     rcnn = _stages(keyed(_ROI_TARGETS)) if staged else keyed(_ROI_TARGETS)
@@ -408,7 +436,7 @@ def model_of(value: Any, place: Place) -> list[Found | Idle]:
         "data_preprocessor": typed(_PREPROCESSOR),
         "rpn_head": typed(_RPN_HEAD, hint="FCOS and others as RPN are not supported"),
         "neck": typed(_NECK, hint="the other necks are not supported"),
-        "roi_head": typed(_ROI_HEADS, hint="masks and other heads are not supported"),
+        "roi_head": typed(_ROI_HEADS, hint="the other heads are not supported"),
         "train_cfg": keyed({"rpn": keyed(_RPN_TARGETS), "rpn_proposal": _proposals("train"), "rcnn": rcnn}),
         "test_cfg": keyed(
             {
@@ -418,6 +446,7 @@ def model_of(value: Any, place: Place) -> list[Found | Idle]:
                         "score_thr": to("model.score_threshold", _fraction),
                         "nms": _nms("model.nms_iou", may_be_soft=True),
                         "max_per_img": to("model.detections_per_image", whole(1, 100_000)),
+                        "mask_thr_binary": only(0.5),
                     }
                 ),
             }
@@ -427,7 +456,17 @@ def model_of(value: Any, place: Place) -> list[Found | Idle]:
     found = read_dict(value, place, keys)
     _require_widths(found, place)
     _require_stages(found, place)
-    return [*found_in(found), *_backbone(found["backbone"], place.at("backbone"), staged)]
+    recipe = {(False, False): "faster_rcnn", (False, True): "mask_rcnn", (True, False): "cascade_rcnn"}
+    has_masks = _has_masks(found["roi_head"], place.at("roi_head"))
+    name = recipe.get((staged, has_masks), "cascade_mask_rcnn")
+    return [*found_in(found), *_backbone(found["backbone"], place.at("backbone"), name)]
+
+
+def _has_masks(roi_head: Mapping[str, Any], place: Place) -> bool:
+    parts = [roi_head[key] is not None for key in ("mask_roi_extractor", "mask_head")]
+    if any(parts) != all(parts):
+        raise place.error("masks need both mask_roi_extractor and mask_head; give both, or neither")
+    return all(parts)
 
 
 def _require_widths(model: Mapping[str, Any], place: Place) -> None:
@@ -451,12 +490,12 @@ def _require_stages(model: Mapping[str, Any], place: Place) -> None:
             raise at.error(f"is of {count} stages, and roi_head.num_stages is {num_stages}; give one of each stage")
 
 
-def _backbone(found: Mapping[str, Any], place: Place, is_cascade: bool) -> Iterator[Found]:
+def _backbone(found: Mapping[str, Any], place: Place, recipe: str) -> Iterator[Found]:
     """Name of the model, norm and starting weights."""
     is_resnet = found["type"] == "ResNet"
     depth = found["depth"] if is_resnet else 101
     short = f"r{depth}" if is_resnet else f"x101_{found['groups']}x{found['base_width']}d"
-    name = f"{'cascade' if is_cascade else 'faster'}_rcnn_{short}_fpn"
+    name = f"{recipe}_{short}_fpn"
     if "64x8d" in name:
         raise place.at("base_width").error(f"{_RESNEXTS}, and not 64x8d")
     yield Found("model", name, place.at("depth"))

@@ -10,11 +10,11 @@ from detection.config.mmdet_run import read_run
 from detection.config.settings import ConfigError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "mmdetection_configs.md"
-FOLDERS = ("faster_rcnn", "cascade_rcnn")
+FOLDERS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn")
 OPENING = """# MMDetection's configurations here
 
-What `train.py --config FILE` says to each file of MMDetection 3.3.0's folders {folders}, those of
-mask heads left out. {runs} of {all} run; of these, {files} need `--weights FILE`, as their starting weights are not
+What `train.py --config FILE` says to each file of MMDetection 3.3.0's folders {folders}.
+{runs} of {all} run; of these, {files} need `--weights FILE`, as their starting weights are not
 fetched here.
 
 This page is made from the files and not written by hand; `python3 -m detection.config.mmdet_page FOLDER` rewrites it.
@@ -25,12 +25,12 @@ This page is made from the files and not written by hand; `python3 -m detection.
 
 def page(folder: Path) -> str:
     """The page as Markdown. folder: the configs of MMDetection."""
-    files = [path for name in FOLDERS for path in sorted((folder / name).glob("*.py")) if "mask" not in path.name]
+    files = [path for name in FOLDERS for path in sorted((folder / name).glob("*.py"))]
     said = {path.relative_to(folder).as_posix(): _said(path, folder) for path in files}
     needs_file = sum("--weights FILE" in text for text in said.values())
     runs = sum(text.startswith("runs") for text in said.values())
     opening = OPENING.format(
-        folders=" and ".join(f"`{name}`" for name in FOLDERS), runs=runs, all=len(said), files=needs_file
+        folders=", ".join(f"`{name}`" for name in FOLDERS), runs=runs, all=len(said), files=needs_file
     )
     return "\n".join([opening, *(f"| `configs/{name}` | {text} |" for name, text in said.items())]) + "\n"
 

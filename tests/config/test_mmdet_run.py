@@ -18,7 +18,7 @@ from tests.config.test_mmdet_config import wheel_configs
 from tests.fuzzing import examples
 
 CONFIGS = Path(__file__).parents[1] / "reference" / "mmdet_run"
-FASTER, CASCADE = CONFIGS / "faster.py", CONFIGS / "cascade.py"
+FASTER, CASCADE, MASK = CONFIGS / "faster.py", CONFIGS / "cascade.py", CONFIGS / "mask.py"
 
 
 def parsed(*words, path=FASTER):
@@ -29,12 +29,24 @@ def with_options(*options, path=FASTER):
     return parsed("--cfg-options", *options, path=path)
 
 
-@pytest.mark.parametrize(("path", "name"), [(FASTER, "faster_rcnn_r50_fpn"), (CASCADE, "cascade_rcnn_r50_fpn")])
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(FASTER, "faster_rcnn_r50_fpn"), (CASCADE, "cascade_rcnn_r50_fpn"), (MASK, "mask_rcnn_r50_fpn")],
+)
 def test_the_shipped_values_are_those_of_the_model_of_that_name(path, name):
     config = parsed(path=path)
     assert config.model.model == name
     assert model_config(name, **dict(config.model.settings)) == model_config(name)
     assert (config.model.weights, config.model.norm, config.model.frozen_stages) == ("imagenet", "frozen_bn", 1)
+
+
+def test_a_cascade_with_masks_has_a_mask_head_for_each_stage(tmp_path):
+    whole = MASK.read_text().replace("faster.py", str(CASCADE)).replace('    type="MaskRCNN",\n', "")
+    lines = [line for line in whole.splitlines() if "train_cfg" not in line]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    config = parsed(path=tmp_path / "mine.py")
+    assert config.model.model == "cascade_mask_rcnn_r50_fpn"
+    assert parameters_of(config) == PARAMETERS["cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"]
 
 
 def test_data_schedule_and_runtime_arrive_in_their_settings():
@@ -94,8 +106,9 @@ REFUSED = [
     ("model.backbone.type=RegNet", "the other backbones are not supported"),
     ("model.backbone.norm_cfg.type=GN", "group norm"),
     ("model.roi_head.shared_head.type=ResLayer", "C4 heads are not supported"),
-    ("model.roi_head.mask_head.type=FCNMaskHead", "masks are not supported"),
-    ("model.type=MaskRCNN", "masks, one-stage detectors and others are not supported"),
+    ("model.roi_head.mask_head.type=FCNMaskHead", "masks need both mask_roi_extractor and mask_head"),
+    ("model.roi_head.mask_head.type=HTCMaskHead", "the other mask heads are not supported"),
+    ("model.type=RetinaNet", "one-stage detectors and others are not supported"),
     ("model.rpn_head.type=FCOSHead", "FCOS and others as RPN are not supported"),
     ("model.roi_head.bbox_head.loss_bbox.type=GIoULoss", "GIoULoss compares boxes; give reg_decoded_bbox=True"),
     ("model.roi_head.bbox_head.loss_bbox.type=EIoULoss", "must be 'L1Loss' or 'SmoothL1Loss'"),
@@ -114,7 +127,7 @@ REFUSED = [
     ("train_dataloader.batch_sampler.type=Other", "must be 'AspectRatioBatchSampler' here"),
     ("train_dataloader.dataset.pipeline.2.keep_ratio=False", "images keep their ratio"),
     ("train_cfg.type=IterBasedTrainLoop", "train_cfg: has no max_iters; add it"),
-    ("val_evaluator.metric=segm", "bbox is the only metric"),
+    ("val_evaluator.metric=proposal", "masks are evaluated where the model has them"),
     ("val_evaluator.ann_file=other.json", "here the two are one setting"),
     ("model.roi_head.bbox_head.num_classes=3", "is 3, and the data sets have 80 classes"),
     ("load_from=https://host/weights.pth", "download it, and give --weights FILE"),
@@ -287,6 +300,7 @@ PARAMETERS = json.loads((CONFIGS / "parameters.json").read_text())
     [
         (FASTER, "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"),
         (CASCADE, "cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py"),
+        (MASK, "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"),
     ],
 )
 def test_names_shapes_and_what_is_trained_are_mmdetections(path, same_as):
