@@ -61,7 +61,9 @@ class FasterRCNN(nn.Module):
             RoIAlign(size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides)
             for size in (config.roi_output_size, MASK_ROI_SIZE)
         )
-        self._is_compiled = False
+        self.fixed_shapes = False
+        """Whether the mask head takes as many RoIs as can be in training, on the CPU too. Otherwise there it takes as
+        many as are positive."""
         for name in ("pixel_mean", "pixel_std"):  # which may be given as whole numbers
             values = torch.tensor(getattr(config, name), dtype=torch.get_default_dtype())
             self.register_buffer(name, values[:, None, None], persistent=False)
@@ -112,7 +114,7 @@ class FasterRCNN(nn.Module):
 
     def compile_dense_parts(self, **torch_compile_kwargs: Any) -> None:
         """Compiles backbone, fpn, rpn, box and mask heads in place; names in the state dict stay."""
-        self._is_compiled = True
+        self.fixed_shapes = True
         for part in (self.backbone, self.fpn, self.rpn, *self.roi_heads, *self.mask_heads):
             part.compile(**torch_compile_kwargs)
 
@@ -175,8 +177,8 @@ class FasterRCNN(nn.Module):
     ) -> Tensor:
         stage, device = self.config.stages[number], rois.positive.device
         with _full_precision(device):
-            # What is compiled, and what runs on other devices, has shapes that no batch changes.
-            positives = mask_rois(stage, rois, trimmed=device.type == "cpu" and not self._is_compiled)
+            # Other devices would wait for the number.
+            positives = mask_rois(stage, rois, trimmed=device.type == "cpu" and not self.fixed_shapes)
             pooled = self.pool(features, positives.boxes_xyxy, table, mask=True)
             learned = mask_targets(stage, positives, masks, image_size)
         logits = self.mask_heads[number](pooled, positives.labels.view(-1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detection.models.faster_rcnn import FasterRCNN
 
-PARTS = ("backbone", "fpn", "rpn", "roi_head")
+PARTS = ("backbone", "fpn", "rpn", "roi_head", "mask_head")
 REST = "rest"
 NUM_BOXES = 8  # ground truth of the training step; COCO has 7.3 boxes an image
 
@@ -39,17 +39,20 @@ class PartSummary:
 
 
 def summarize_model(model: FasterRCNN, height: int, width: int) -> list[PartSummary]:
-    """One entry for each of PARTS and one for the rest, measured with random images of this size.
+    """One entry for each of PARTS that the model has and one for the rest, measured with random images of this size.
+    The mask head learns from as many RoIs as it can.
 
     height, width: pixels at the network's scale. Neither the model nor torch's random state changes.
     """
     model = copy.deepcopy(model)
+    model.fixed_shapes = True
+    names = [name for name in PARTS if name != "mask_head" or model.config.has_masks]
     with torch.random.fork_rng(devices=[]):
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-        flops = _count_flops(model, image)
-        one, two = _measure_saved(model, [image]), _measure_saved(model, [image] * 2)
+        flops = _count_flops(model, names, image)
+        one, two = _measure_saved(model, names, [image]), _measure_saved(model, names, [image] * 2)
     summaries = []
-    for name in (*PARTS, REST):
+    for name in (*names, REST):
         part = nn.Module() if name == REST else model.get_submodule(name)  # nothing else has parameters
         parameters = list(part.parameters())
         summaries.append(
@@ -72,26 +75,27 @@ def _modules(model: FasterRCNN, name: str) -> list[str]:
     return [f"{name}.{number}" for number in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
 
 
-def _count_flops(model: FasterRCNN, image: Tensor) -> dict[str, int]:
+def _count_flops(model: FasterRCNN, names: Sequence[str], image: Tensor) -> dict[str, int]:
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model([image])
     counts = counter.get_flop_counts()
     root = type(model).__name__
-    flops = {name: sum(sum(counts[f"{root}.{module}"].values()) for module in _modules(model, name)) for name in PARTS}
+    flops = {name: sum(sum(counts[f"{root}.{module}"].values()) for module in _modules(model, name)) for name in names}
     return {**flops, REST: counter.get_total_flops() - sum(flops.values())}
 
 
-def _measure_saved(model: FasterRCNN, images: list[Tensor]) -> dict[str, int]:
+def _measure_saved(model: FasterRCNN, names: Sequence[str], images: list[Tensor]) -> dict[str, int]:
     model.train()
     height, width = images[0].shape[1:]
     corners = torch.rand(NUM_BOXES, 2, 2).sort(dim=1).values
     boxes_xyxy = corners.flatten(1) * torch.tensor([width, height] * 2)
-    target = {"boxes_xyxy": boxes_xyxy, "labels": torch.zeros(NUM_BOXES, dtype=torch.int64)}
+    masks = torch.ones(NUM_BOXES, height, width, dtype=torch.bool)
+    target = {"boxes_xyxy": boxes_xyxy, "labels": torch.zeros(NUM_BOXES, dtype=torch.int64), "masks": masks}
 
     current = REST
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved = dict.fromkeys((*PARTS, REST), 0)
+    saved = dict.fromkeys((*names, REST), 0)
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any = None) -> None:
@@ -108,7 +112,7 @@ def _measure_saved(model: FasterRCNN, images: list[Tensor]) -> dict[str, int]:
         return tensor
 
     hooks = []
-    for name in PARTS:
+    for name in names:
         for part in map(model.get_submodule, _modules(model, name)):
             hooks += [part.register_forward_pre_hook(enter(name)), part.register_forward_hook(enter(REST))]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -27,15 +27,19 @@ from detection.engine.optim.amp import Precision
 from detection.engine.optim.update import ParameterUpdate
 from detection.models import FasterRCNN
 from detection.models.anchors import AnchorGenerator
+from detection.models.mask_head import MaskHead, mask_loss, mask_rois, mask_targets
 from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.roi_head import BoxHead, roi_losses, sample_rois
 from detection.models.rpn import RPNHead, anchor_targets, rpn_losses, select_proposals
 
 INPUT, FEATURES, RPN_HEAD, PROPOSALS = "input", "backbone and FPN", "RPN head", "proposals and NMS"
-ASSIGNMENT, ROI_ALIGN, BOX_HEAD = "assignment and sampling", "RoIAlign", "box head"
+ASSIGNMENT, ROI_ALIGN, BOX_HEAD, MASK_HEAD = "assignment and sampling", "RoIAlign", "box head", "mask head"
 LOSSES, BACKWARD, OPTIMIZER, REST = "losses", "backward", "optimizer", "rest"
-STAGES = (INPUT, FEATURES, RPN_HEAD, PROPOSALS, ASSIGNMENT, ROI_ALIGN, BOX_HEAD, LOSSES, BACKWARD, OPTIMIZER, REST)
+STAGES = (
+    *(INPUT, FEATURES, RPN_HEAD, PROPOSALS, ASSIGNMENT, ROI_ALIGN, BOX_HEAD, MASK_HEAD),
+    *(LOSSES, BACKWARD, OPTIMIZER, REST),
+)
 READING = "reading of the losses"
 """At logging steps only, so that its synchronizations are not a step's."""
 
@@ -48,7 +52,8 @@ OUR_FUNCTIONS: dict[str, Sequence[Callable[..., Any]]] = {
     # The table of all levels' cells serves the sampled anchors and RoIAlign alike.
     ROI_ALIGN: (cell_table, roi_levels, RoIAlign.__call__),
     BOX_HEAD: (BoxHead.forward,),
-    LOSSES: (rpn_losses, roi_losses),
+    MASK_HEAD: (MaskHead.forward, mask_rois, mask_targets),
+    LOSSES: (rpn_losses, roi_losses, mask_loss),
     BACKWARD: (Precision.backward,),
     OPTIMIZER: (ParameterUpdate.apply,),
     READING: (StepMetrics.read,),
@@ -66,6 +71,7 @@ THEIR_FUNCTIONS: dict[str, Sequence[Callable[..., Any]]] = {
     ),
     ROI_ALIGN: (MultiScaleRoIAlign.forward,),
     BOX_HEAD: (faster_rcnn.TwoMLPHead.forward, faster_rcnn.FastRCNNPredictor.forward),
+    MASK_HEAD: (roi_heads.project_masks_on_boxes,),
     LOSSES: (rpn.RegionProposalNetwork.compute_loss, roi_heads.fastrcnn_loss),
     BACKWARD: (Precision.backward,),
     OPTIMIZER: (torch.optim.Optimizer.zero_grad, Precision.step),

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import detection as torchvision_detection
@@ -19,7 +20,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import checkout  # noqa: F401
 from benchmarks.figures import BenchmarkError
 from benchmarks.scenes import open_images
-from data import DevicePrefetcher, RawBatch, TrainLoader
+from data import CocoDataset, DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine.accelerate.compile import compile_for_training, prepare_compiler
 from detection.engine.accelerate.cuda_graphs import cuda_step_graphs, require_cuda_graphs
 from detection.engine.distributed.comm import Processes
@@ -129,7 +130,8 @@ def load_work(arguments: argparse.Namespace, folder: Path, device: torch.device)
     made = folder / "annotations.json"
     if made.exists():
         arguments = argparse.Namespace(**{**vars(arguments), "images": folder, "annotations": made})
-    dataset = open_images(arguments, folder, network_size=network_size)
+    masks = model_config(arguments.model).has_masks
+    dataset = open_images(arguments, folder, network_size=network_size, masks=masks)
     new_loader = partial(
         TrainLoader,
         dataset,
@@ -145,7 +147,7 @@ def load_work(arguments: argparse.Namespace, folder: Path, device: torch.device)
         batches = tuple(batch.pin_memory() for batch in batches)
     weights, num_classes = folder / "weights.pth", len(dataset.class_names)
     if not weights.exists():
-        write_starting_weights(weights, arguments.model, num_classes, batches[0])
+        write_starting_weights(weights, arguments.model, dataset, batches[0])
     return Work(arguments.model, num_classes, *sizes, device, new_loader(), batches, weights)
 
 
@@ -215,7 +217,7 @@ class TorchvisionStep:
     """
 
     def __init__(self, variant: Variant, work: Work) -> None:
-        self.variant, self.device = variant, work.device
+        self.variant, self.device, self._dataset = variant, work.device, work.loader.dataset
         self.model = torchvision_model(work.model, work.num_classes, work.min_size, work.max_size)
         self.model.load_state_dict(torch.load(work.weights, weights_only=True))
         self.model.to(work.device).to(memory_format=variant.memory_format)
@@ -250,7 +252,8 @@ class TorchvisionStep:
     def take_input(self, batch: RawBatch) -> Inputs:
         """Images and targets onto the device; what its workers would hand over is made once, in the untimed round."""
         if id(batch) not in self._decoded:
-            self._decoded[id(batch)] = batch, torchvision_inputs(batch, pin=self.device.type == "cuda")
+            inputs = torchvision_inputs(batch, self._dataset, pin=self.device.type == "cuda")
+            self._decoded[id(batch)] = batch, inputs
         images, targets = self._decoded[id(batch)][1]
         moved = [{name: value.to(self.device) for name, value in target.items()} for target in targets]
         return [image.to(self.device) for image in images], moved
@@ -268,8 +271,9 @@ class TorchvisionStep:
         return self._losses
 
 
-def torchvision_inputs(batch: RawBatch, *, pin: bool) -> Inputs:
-    """The images of `batch` at native size, float [3, h, w] in 0..1, and their boxes, as torchvision takes them."""
+def torchvision_inputs(batch: RawBatch, dataset: CocoDataset, *, pin: bool) -> Inputs:
+    """The images of `batch` at native size, float [3, h, w] in 0..1, and their boxes and masks, as torchvision takes
+    them."""
     images, targets, start = [], [], 0
     for row, ((height, width), flip) in enumerate(zip(batch.native_sizes, batch.flips, strict=True)):
         end = start + height * width * 3
@@ -278,6 +282,13 @@ def torchvision_inputs(batch: RawBatch, *, pin: bool) -> Inputs:
         valid = batch.valid[row]
         boxes = batch.boxes_xyxy[row, valid] / batch.scale_factors[row].repeat(2)
         target = {"boxes": boxes, "labels": batch.labels[row, valid] + 1}
+        if dataset.has_masks:
+            bitmaps = dataset.bitmaps(int(batch.plan.indices[row]))
+            masks = np.zeros((len(boxes), height, width), dtype=np.uint8)
+            for mask, number in zip(masks, valid.nonzero()[:, 0].tolist(), strict=True):
+                left, top, bits = bitmaps[number]
+                mask[top : top + bits.shape[0], left : left + bits.shape[1]] = bits
+            target["masks"] = torch.from_numpy(np.ascontiguousarray(masks[..., ::-1]) if flip else masks)
         if pin:
             image, target = image.pin_memory(), {name: value.pin_memory() for name, value in target.items()}
         images.append(image)
@@ -287,20 +298,22 @@ def torchvision_inputs(batch: RawBatch, *, pin: bool) -> Inputs:
 
 
 def torchvision_model(name: str, num_classes: int, min_size: int, max_size: int) -> torchvision_detection.FasterRCNN:
-    """What torchvision's fasterrcnn_resnet50_fpn builds around pretrained weights: frozen batch norm, stem and first
-    stage frozen; with the backbone of our model `name`. The weights are random."""
-    backbone_name = model_config(name).backbone
+    """What torchvision's fasterrcnn_resnet50_fpn, or maskrcnn_resnet50_fpn, builds around pretrained weights: frozen
+    batch norm, stem and first stage frozen; with the backbone of our model `name`. The weights are random."""
+    config = model_config(name)
+    backbone_name = config.backbone
     if backbone_name not in _TORCHVISION_BACKBONES:
         raise BenchmarkError(f"--model {name}: torchvision has no detector with {backbone_name} to stand beside it")
     backbone = resnet_fpn_backbone(backbone_name=backbone_name, weights=None, trainable_layers=3)
-    return torchvision_detection.FasterRCNN(backbone, num_classes + 1, min_size=min_size, max_size=max_size)
+    detector = torchvision_detection.MaskRCNN if config.has_masks else torchvision_detection.FasterRCNN
+    return detector(backbone, num_classes + 1, min_size=min_size, max_size=max_size)
 
 
-def write_starting_weights(file: Path, model_name: str, num_classes: int, batch: RawBatch) -> None:
+def write_starting_weights(file: Path, model_name: str, dataset: CocoDataset, batch: RawBatch) -> None:
     """Random weights for torchvision's model, calmed so that activations, proposals and scores are of ordinary size."""
     torch.manual_seed(0)
     size = batch.resized_sizes[0]
-    model = torchvision_model(model_name, num_classes, min(size), max(size))
+    model = torchvision_model(model_name, len(dataset.class_names), min(size), max(size))
     for block in model.backbone.body.modules():
         last_norm = getattr(block, "bn3", None) or getattr(block, "bn2", None)
         if last_norm is not None:
@@ -308,7 +321,7 @@ def write_starting_weights(file: Path, model_name: str, num_classes: int, batch:
     classifier = model.roi_heads.box_predictor.cls_score
     hidden: list[Tensor] = []
     handle = classifier.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
-    images, _ = torchvision_inputs(batch, pin=False)
+    images, _ = torchvision_inputs(batch, dataset, pin=False)
     with torch.inference_mode():
         model.eval()(images[:1])
     handle.remove()

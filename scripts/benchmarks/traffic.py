@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 import checkout  # noqa: F401
 from benchmarks.figures import BenchmarkError, Say, add_common_arguments, format_table
 from benchmarks.profilers import BACKWARD, LOSSES, OUR_FUNCTIONS, STAGES
-from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
+from detection.models import FasterRCNN, ImageBatch, MaskBatch, TargetBatch, build_model
 from detection.models.ops import nms
 from detection.models.ops.backend import TRITON, implementation
 from gpu_checks.fake_device import is_supported, move, pretend_gpu
@@ -149,6 +149,11 @@ def _count(arguments: argparse.Namespace, with_kernels: bool) -> dict[str, Traff
             torch.empty((number, boxes), dtype=torch.int64, device=device),
             torch.empty((number, boxes), dtype=torch.bool, device=device),
             torch.empty(number, dtype=torch.int64, device=device),
+            MaskBatch(
+                torch.empty(number * boxes * 64 * 64, dtype=torch.uint8, device=device),
+                torch.empty((number, boxes), dtype=torch.int64, device=device),
+                torch.empty((number, boxes, 4), dtype=torch.int64, device=device),
+            ),
         )
         with counter:
             with torch.autocast(device.type, torch.bfloat16):
@@ -221,6 +226,11 @@ def _kernels(counter: TrafficCounter) -> Iterator[None]:
         counter.add(bytes_of((table, pooled)))
         return pooled
 
+    def crop_bitmaps(boxes: Tensor, bits: Tensor, *_: Any, size: int, aligned: bool) -> Tensor:
+        covered = torch.empty((len(boxes), size, size), device=boxes.device)
+        counter.add(bytes_of((bits, boxes, covered)))
+        return covered
+
     modules = {
         f"detection.models.ops.triton.{name}": SimpleNamespace(**{function.__name__: function})
         for name, function in (
@@ -228,6 +238,7 @@ def _kernels(counter: TrafficCounter) -> Iterator[None]:
             ("nms", keep_best),
             ("matcher", best_matches),
             ("roi_align", pool_from_table),
+            ("mask_crops", crop_bitmaps),
         )
     }
     with mock.patch.dict(sys.modules, modules), implementation(**TRITON):

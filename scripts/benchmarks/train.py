@@ -30,7 +30,7 @@ from benchmarks.figures import (
     ratio_cell,
     spread,
 )
-from benchmarks.profilers import STAGES, synchronize
+from benchmarks.profilers import MASK_HEAD, STAGES, synchronize
 from benchmarks.scaling import measure_scaling
 from benchmarks.scenes import add_image_arguments
 from benchmarks.steps import DTYPES, SWITCHES, Step, Variant, Work, build_step, load_work
@@ -252,7 +252,8 @@ class Comparison:
             spans = profilers.StageSpans(events, profilers.OUR_FUNCTIONS if ours else profilers.THEIR_FUNCTIONS)
             if not step.variant.graphs:  # a replay calls nothing that belongs to a stage
                 seconds = spans.seconds(events)
-                stages[name] = {stage: seconds[stage] / len(work.batches) for stage in STAGES}
+                known = [stage for stage in STAGES if stage != MASK_HEAD or work.loader.dataset.has_masks]
+                stages[name] = {stage: seconds[stage] / len(work.batches) for stage in known}
                 waits[name] = profilers.count_waits(events, spans, len(work.batches))
             if self.on_gpu:
                 gpu[name] = profilers.gpu_figures(events, len(work.batches))

@@ -35,6 +35,18 @@ def test_operations_are_twice_the_multiplications_of_the_layers(model):
     assert parts["fpn"].flops == laterals + 2 * fpn_cells * 16 * 16 * 9
 
 
+def test_a_mask_head_is_a_part_of_its_own_with_its_layers_at_each_detection():
+    small = {"fpn_channels": 16, "roi_hidden_channels": 32, "rpn_proposals_test": 40, "mask_channels": 8}
+    model = build_model("mask_rcnn_r18_fpn", num_classes=3, score_threshold=0.0, detections_per_image=20, **small)
+    part = {part.name: part for part in summarize_model(model, 64, 64)}["mask_head"]
+    assert part.parameters == (16 * 9 + 1) * 8 + 3 * (8 * 9 + 1) * 8 + 8 * 8 * 4 + 8 + 3 * 8 + 3
+    convolutions = 14 * 14 * (16 * 9 * 8 + 3 * 8 * 9 * 8 + 8 * 8 * 4)
+    # The logits of the own class alone, whose weights and bias a product picks.
+    assert part.flops == 2 * 20 * (convolutions + 28 * 28 * 8 + 3 * 8 + 3)
+    # 128 RoIs at most; outputs of four convolutions and the upsampling, and more.
+    assert part.saved_bytes > 4 * 128 * 8 * (4 * 14 * 14 + 28 * 28)
+
+
 @pytest.mark.slow
 def test_more_pixels_keep_more_and_frozen_stages_keep_nothing(model):
     small, large = ({p.name: p.saved_bytes for p in summarize_model(model, side, side)} for side in (64, 128))

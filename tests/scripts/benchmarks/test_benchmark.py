@@ -48,8 +48,9 @@ def test_train_measures_both_steps_and_takes_them_apart(measured, capsys, tmp_pa
     trace = tmp_path / "trace.json"
     variants = ["torchvision-fp32", "ours-fp32-cl"]
     options = [*TOY, "--device", "cpu", "--variants", *variants, "--inference", "--profile", trace]
-    record = measured("train", "--model", "faster_rcnn_r18_fpn", *options)
+    record = measured("train", "--model", "mask_rcnn_r18_fpn", *options)
     assert [row["name"] for row in record["train"]] == variants
+    assert all("loss_mask" in row["losses"] for row in record["train"])
     for row in [*record["train"], *record["inference"]["batch"], *record["inference"]["one_image"]]:
         assert row["seconds"].keys() == {"median", "min", "max", "values"}
         assert row["ratios"].keys() == {"torchvision-fp32"}
