@@ -463,10 +463,11 @@ def model_of(value: Any, place: Place) -> list[Found | Idle]:
 
 
 def _has_masks(roi_head: Mapping[str, Any], place: Place) -> bool:
-    parts = [roi_head[key] is not None for key in ("mask_roi_extractor", "mask_head")]
-    if any(parts) != all(parts):
-        raise place.error("masks need both mask_roi_extractor and mask_head; give both, or neither")
-    return all(parts)
+    parts = ("mask_roi_extractor", "mask_head")
+    given = [key for key in parts if roi_head[key] is not None]
+    if len(given) == 1:
+        raise place.at(given[0]).error(f"masks need both {' and '.join(parts)}; give both, or neither")
+    return bool(given)
 
 
 def _require_widths(model: Mapping[str, Any], place: Place) -> None:

@@ -64,6 +64,12 @@ def by_matrices(
         x1, y1, x2, y2 = crops.boxes_xyxy[rois].unbind(1)
         rows = _axis_weights(y1, y2, y, crop_height, height, size, aligned, num_rows, most_samples)
         columns = _axis_weights(x1, x2, x, crop_width, width, size, aligned, num_columns, most_samples)
+        if trimmed:  # the crops as they lie in memory, instead of indices of all their pixels
+            for place, roi in enumerate(rois.tolist()):
+                first, (_, _, w, h) = int(crops.offsets[roi]), crops.rectangles[roi].tolist()
+                bitmap = crops.bits[first : first + h * w].view(h, w).float()
+                found[roi] = rows[place, :, :h] @ bitmap @ columns[place, :, :w].T
+            continue
         in_row = torch.arange(num_columns, device=x.device)
         of_row = torch.arange(num_rows, device=x.device)[:, None] * crop_width[:, None, None]
         # What is read beside a crop has no weight.
@@ -94,11 +100,17 @@ def _axis_weights(
     samples = torch.arange(most_samples, device=lows.device)
     bins = torch.arange(size, device=lows.device)[:, None]
     places = lows[:, None, None] + bins * bin_lengths + (samples + 0.5) * bin_lengths / num_samples.clamp(min=1)
-    used = (samples < num_samples) & (places >= -1) & (places <= map_length)
-    pixels = torch.arange(extent, device=lows.device)
-    distances = places.clamp(0, map_length - 1)[..., None] - (firsts[:, None] + pixels)[:, None, None]
-    weights = distances.abs_().neg_().add_(1).clamp_(min=0).mul_(used[..., None]).sum(dim=2)
-    return weights.div_(num_samples.clamp(min=1)).masked_fill_((pixels >= lengths[:, None])[:, None], 0)
+    used = ((samples < num_samples) & (places >= -1) & (places <= map_length)).float()
+    places = places.clamp_(0, map_length - 1)
+    before = places.floor()
+    fractions = (places - before) * used
+    # A place for all pixels before the crop, and one for all behind it.
+    weights = torch.zeros((len(lows), size, extent + 2), device=lows.device)
+    index = before.long() - firsts[:, None, None] + 1
+    weights.scatter_add_(2, index.clamp(0, extent + 1), used - fractions)
+    weights.scatter_add_(2, (index + 1).clamp_(0, extent + 1), fractions)
+    outside = torch.arange(extent, device=lows.device) >= lengths[:, None]
+    return weights[:, :, 1:-1].div(num_samples.clamp(min=1)).masked_fill_(outside[:, None], 0)
 
 
 Block = tuple[Tensor, int, int, int]
@@ -108,7 +120,7 @@ Block = tuple[Tensor, int, int, int]
 def _equal_blocks(crops: MaskCrops, image_size: tuple[int, int], size: int) -> Iterator[Block]:
     longest = max(image_size)
     most_samples = -(-longest // size)
-    elements = max(image_size[0] * image_size[1], size * most_samples * longest)
+    elements = max(image_size[0] * image_size[1], size * longest)
     rois = torch.arange(len(crops.offsets), device=crops.bits.device)
     for block in rois.split(max(1, _BLOCK_ON_DEVICE // elements)):
         yield block, *image_size, most_samples
@@ -120,7 +132,7 @@ def _trimmed_blocks(crops: MaskCrops, size: int) -> Iterator[Block]:
     sides = (crops.boxes_xyxy[:, 2:] - crops.boxes_xyxy[:, :2]).numpy().max(axis=1, initial=0)
     samples = np.ceil(sides / size).clip(1).astype(np.int64)
     longest = np.maximum(widths, heights)
-    elements = np.maximum(widths * heights, size * samples * longest)
+    elements = np.maximum(widths * heights, size * np.maximum(samples, longest))
     order = np.argsort(elements, kind="stable")
     first = 0
     while first < len(order):
