@@ -41,8 +41,8 @@ def test_a_mask_head_is_a_part_of_its_own_with_its_layers_at_each_detection():
     part = {part.name: part for part in summarize_model(model, 64, 64)}["mask_head"]
     assert part.parameters == (16 * 9 + 1) * 8 + 3 * (8 * 9 + 1) * 8 + 8 * 8 * 4 + 8 + 3 * 8 + 3
     convolutions = 14 * 14 * (16 * 9 * 8 + 3 * 8 * 9 * 8 + 8 * 8 * 4)
-    # The logits of the own class alone, whose weights and bias a product picks.
-    assert part.flops == 2 * 20 * (convolutions + 28 * 28 * 8 + 3 * 8 + 3)
+    # The logits of the own class alone, whose weights a product picks.
+    assert part.flops == 2 * 20 * (convolutions + 28 * 28 * 8 + 3 * 8)
     # 128 RoIs at most; outputs of four convolutions and the upsampling, and more.
     assert part.saved_bytes > 4 * 128 * 8 * (4 * 14 * 14 + 28 * 28)
 

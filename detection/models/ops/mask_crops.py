@@ -65,10 +65,10 @@ def by_matrices(
         rows = _axis_weights(y1, y2, y, crop_height, height, size, aligned, num_rows, most_samples)
         columns = _axis_weights(x1, x2, x, crop_width, width, size, aligned, num_columns, most_samples)
         if trimmed:  # the crops as they lie in memory, instead of indices of all their pixels
-            for place, roi in enumerate(rois.tolist()):
+            for slot, roi in enumerate(rois.tolist()):
                 first, (_, _, w, h) = int(crops.offsets[roi]), crops.rectangles[roi].tolist()
                 bitmap = crops.bits[first : first + h * w].view(h, w).float()
-                found[roi] = rows[place, :, :h] @ bitmap @ columns[place, :, :w].T
+                found[roi] = rows[slot, :, :h] @ bitmap @ columns[slot, :, :w].T
             continue
         in_row = torch.arange(num_columns, device=x.device)
         of_row = torch.arange(num_rows, device=x.device)[:, None] * crop_width[:, None, None]
