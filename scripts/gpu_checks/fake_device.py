@@ -16,7 +16,7 @@ from torch.utils import backend_registration
 
 NAME = "pretended"
 # Those of a training step that autocast runs in the lower precision.
-_LOWERED = ("conv2d", "linear", "matmul", "mm", "bmm", "addmm")
+_LOWERED = ("conv2d", "conv_transpose2d.input", "linear", "matmul", "mm", "bmm", "addmm")
 _libraries: list[torch.library.Library] = []
 
 
@@ -37,7 +37,8 @@ def pretend_gpu() -> tuple[torch.device, FakeTensorMode]:
         rest, lowered = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
         rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
         for name in _LOWERED:
-            lowered.impl(name, _in_bfloat16(getattr(torch.ops.aten, name)), "AutocastPrivateUse1")
+            operator = getattr(torch.ops.aten, name.partition(".")[0])
+            lowered.impl(name, _in_bfloat16(operator), "AutocastPrivateUse1")
         _libraries.extend((rest, lowered))
     return torch.device(NAME, 0), FakeTensorMode()
 

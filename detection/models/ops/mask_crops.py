@@ -34,8 +34,10 @@ def crop_masks(crops: MaskCrops, image_size: tuple[int, int], *, size: int, alig
     One sample a pixel (sampling ratio 0). image_size: height and width of the padded images, at which the RoIs end.
     """
     height, width = image_size
-    limits = torch.tensor([width, height] * 2, dtype=torch.float32, device=crops.bits.device)
-    crops = crops._replace(boxes_xyxy=torch.minimum(crops.boxes_xyxy.float().clamp(min=0), limits))
+    boxes = crops.boxes_xyxy.float().clone()
+    boxes[:, 0::2].clamp_(0, width)
+    boxes[:, 1::2].clamp_(0, height)
+    crops = crops._replace(boxes_xyxy=boxes)
     name = implementation_of("mask_crops", crops.bits.device)
     if name == "triton":
         return by_triton(crops, image_size, size=size, aligned=aligned)

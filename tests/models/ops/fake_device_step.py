@@ -23,7 +23,7 @@ from detection.engine.optim.amp import Precision, gradient_norm
 from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.nonfinite import NonFiniteGuard
 from detection.engine.optim.optimizer import build_optimizer, set_learning_rate, trained_parameters
-from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
+from detection.models import FasterRCNN, ImageBatch, MaskBatch, TargetBatch, build_model
 from detection.models.ops import nms
 from gpu_checks.fake_device import move, pretend_gpu
 from schedules import load_schedule
@@ -52,7 +52,8 @@ def raw_batch() -> RawBatch:
         native_sizes=sizes, sizes=torch.from_numpy(plan.sizes), boxes_xyxy=torch.zeros(2, 3, 4),
         labels=torch.zeros(2, 3, dtype=torch.int64), valid=torch.ones(2, 3, dtype=torch.bool),
         image_ids=torch.tensor([1, 2]), places=torch.tensor([0, 1]), sample_keys=torch.tensor([3, 4]),
-        scale_factors=torch.ones(2, 2),
+        scale_factors=torch.ones(2, 2), mask_bits=torch.ones(9, dtype=torch.uint8),
+        mask_offsets=torch.zeros(2, 3, dtype=torch.int64), mask_rectangles=torch.tensor([5, 6, 3, 3]).repeat(2, 3, 1),
     )  # fmt: skip
 
 
@@ -73,7 +74,8 @@ def train(name: str, batch: Any, device: torch.device, amp: str, **settings: Any
     )
     guard.begin()
     images = ImageBatch(batch.pixels, batch.sizes)
-    targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys)
+    masks = MaskBatch(batch.mask_bits, batch.mask_offsets, batch.mask_rectangles)
+    targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys, masks)
     with precision.autocast():
         model(images, targets)  # anchors of a new size are made on the host
         with TensorsFromNumbers():
@@ -110,9 +112,9 @@ def main() -> None:
         except Exception as error:  # the question whether suppression has settled is caught in the act
             found["suppression"] = type(error).__name__
         everything = {"rpn_samples_per_image": None, "roi_samples_per_image": None}
-        found["in bf16"] = train("faster_rcnn_r18_fpn", batch, device, "bf16")
+        found["in bf16"] = train("mask_rcnn_r18_fpn", batch, device, "bf16")
         found["in torchvision's recipe"] = train("fasterrcnn_resnet18_fpn", batch, device, "off")
-        found["without sampling"] = train("faster_rcnn_r18_fpn", batch, device, "off", **everything)
+        found["without sampling"] = train("mask_rcnn_r18_fpn", batch, device, "off", **everything)
     json.dump(found, sys.stdout)
 
 
