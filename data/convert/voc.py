@@ -143,7 +143,7 @@ def voc_set(
             if split == "all":
                 split = split_of_path(folders.xml / image.key, folders.xml)
             by_split.setdefault(split, []).append(image)
-        origin = f"by the folders of {folders.root} (--val-fraction would split anew)"
+        origin = f"the folders of {folders.root}"
     conventions = ", ".join(f"{kind} in {count:,} files" for kind, count in sorted(found.coordinates.items()))
     return LabeledSet(
         by_split,
