@@ -8,6 +8,7 @@ the names in classes.txt or in the README.md of the set (dataset_info, class_lab
 from __future__ import annotations
 
 import json
+import os
 import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -39,6 +40,7 @@ CLASS_LABELS = re.compile(r"class_label:\s*\n\s*names:\s*\n((?:\s*['\"]?\d+['\"]
 IMAGEFOLDER_TEXTS = {
     "faulty-record": "error: records are no image with objects: expected are file_name, and objects with as many bbox "
     "(x, y, width, height in pixels) as categories. Mend or delete the line",
+    "image-twice": "error: an image is in two records. Join them",
     "missing-image": "error: images that a record names are missing. Add them, or delete the line",
     **SHARED_TEXTS,
 }
@@ -59,6 +61,7 @@ def imagefolder_set(
         raise ConversionError(f"{root}: no {METADATA} there")
     listed = _class_list(root)
     found: dict[str, list[LabeledImage]] = {}
+    seen: dict[str, int] = {}
     for file in files:
         for number, line in enumerate(read_text(file, "Write it as UTF-8").splitlines(), 1):
             if not line.strip():
@@ -70,6 +73,8 @@ def imagefolder_set(
             except LeftOut as reason:
                 remarks.leave_out(reason)
                 continue
+            if seen.setdefault(image.key, number) != number:
+                remarks.add("image-twice", f"{file}, line {number}: {image.path} is in line {seen[image.key]} too")
             if remarks.num_errors == errors:
                 found.setdefault(split_of_path(image.path, root), []).append(image)
     images = [image for split in found.values() for image in split]
@@ -103,7 +108,8 @@ def _image(
     facts = image_facts(path)
     if facts.orientation != 1:
         remarks.add("exif-turned", f"{path}: orientation {facts.orientation}, taken as stored")
-    image = LabeledImage(path.relative_to(root).with_suffix("").as_posix(), path, facts.width, facts.height)
+    # With its suffix: here two images may differ in that alone.
+    image = LabeledImage(Path(os.path.relpath(path, root)).as_posix(), path, facts.width, facts.height)
     for category, (x, y, width, height) in boxes:
         if listed is not None and isinstance(category, int):
             if category not in listed:

@@ -310,8 +310,8 @@ def _find_settings(root: Path) -> Path:
     found += [folder / name for folder in folders for name in CLASS_FILES if (folder / name).is_file()]
     if not found:
         raise ConversionError(
-            f"{root}: no data.yaml, obj.data or classes.txt there. Write the class names into classes.txt, one a line, in "
-            "the order of their numbers; scripts/convert_yolo.py also takes them from elsewhere (--classes FILE)"
+            f"{root}: no data.yaml, obj.data or classes.txt there. Write the class names into classes.txt, one a line, "
+            "in the order of their numbers; scripts/convert_yolo.py also takes them from elsewhere (--classes FILE)"
         )
     return found[0]
 

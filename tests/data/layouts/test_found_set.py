@@ -266,3 +266,33 @@ def test_a_converter_names_the_right_one_for_another_tools_folder(program, expor
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "scripts"))
     assert __import__(program).main(["to-coco", str(tmp_path / "set"), str(tmp_path / "out")]) == 1
     assert re.search(said, capsys.readouterr().err) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"file_name": "000.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [0]}}', "image-twice"),
+        ('{"file_name": "gone.png", "objects": {"bbox": [], "categories": []}}', "missing-image"),
+        ('{"file_name": "000.png", "objects": {"bbox": [[1, 2, 3]], "categories": [0]}}', "faulty-record"),
+        ('{"file_name": "000.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [0, 1]}}', "faulty-record"),
+        ('{"file_name": "000.png", "objects": {"bbox": [[1, 2, 3, "x"]], "categories": [0]}}', "faulty-record"),
+        ('{"file_name": "000.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [7]}}', "unknown-class"),
+        ("no JSON", "faulty-record"),
+    ],
+)
+def test_records_of_an_imagefolder_that_cannot_be_used_are_named_with_their_line(line, said, find, tmp_path):
+    exports.imagefolder(tmp_path / "set")
+    file = tmp_path / "set" / "train" / "metadata.jsonl"
+    write(file, file.read_text() + line + "\n")
+    with pytest.raises(ConversionError, match=rf"\[{said}\]\n.*train/metadata.jsonl, line 5"):
+        find(tmp_path / "set")
+
+
+def test_images_of_an_imagefolder_may_differ_in_their_suffix_alone(find, tmp_path):
+    names = [
+        image(tmp_path / "set" / f"{number // 2}.{'png' if number % 2 else 'jpg'}", number).name for number in range(6)
+    ]
+    records = [{"file_name": name, "objects": [{"bbox": BOXES[0], "label": "coin"}]} for name in names]
+    write(tmp_path / "set" / "metadata.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
+    found = find(tmp_path / "set")
+    assert image_names(found, "train") | image_names(found, "val") == set(names)
