@@ -58,6 +58,18 @@ def test_a_page_has_figures_curves_speed_configuration_and_the_command(directory
         assert outside not in page
 
 
+@pytest.mark.parametrize(("metric", "epoch"), [("mAP_50", "1"), ("AP/<b>", "2"), ("loss", "3")])
+def test_the_best_validation_is_the_one_whose_weights_the_run_kept(directory, metric, epoch):
+    record = json.loads((directory / "config.json").read_text())
+    record["config"]["train"]["best_metric"] = metric
+    (directory / "config.json").write_text(json.dumps(record))
+    (run,) = read_runs([directory])
+    for validation, mAP_50, loss in zip(run.val, (0.9, 0.8, 0.9), (3.0, 2.0, 1.0), strict=True):  # noqa: N806
+        validation |= {"mAP_50": mAP_50, "loss": loss}
+    page = run_page(run)
+    assert [row[0] for row in rows(page, "Validations") if "best" in row[0]] == [f"{epoch} (best)"]
+
+
 def test_a_run_that_has_only_begun_has_a_page_too(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     page = run_page(*read_runs([tmp_path]))
