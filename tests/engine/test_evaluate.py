@@ -201,9 +201,9 @@ def test_a_training_tests_its_best_weights_at_the_end(finished, shapes_set, tmp_
 
 def test_the_validation_loss_of_three_processes_is_that_of_one_to_the_bit(finished, arguments, program, tmp_path):
     words = ["--val-only", "--weights", finished / "checkpoints" / "last.pt", "--limit-val-batches", "9"]
-    words += ["--model", "faster_rcnn_r18_fpn", "--batch-size", "1"]
+    words += ["--batch-size", "1"]
     assert run(parse_arguments(arguments(tmp_path / "one", *words))) == 0
-    with program("../../train.py", *arguments(tmp_path / "three", *words), ranks=3) as processes:
+    with program("tiny_model.py", *arguments(tmp_path / "three", *words), ranks=3) as processes:
         for process in processes:
             out, err = process.communicate(timeout=240)
             assert process.returncode == 0, out[-2000:] + err[-2000:]
