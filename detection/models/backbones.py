@@ -186,6 +186,13 @@ class Bottleneck(nn.Module):
         return conv_norm(self.conv3, self.bn3, out, relu=True, residual=_identity(self.downsample, x))
 
 
+def start_norms_at_one(backbone: nn.Module) -> None:
+    """Give the last norm of each residual block the weight one, with which the block is not the identity at first."""
+    for block in backbone.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            nn.init.ones_((block.bn2 if isinstance(block, BasicBlock) else block.bn3).get_parameter("weight"))
+
+
 class ResNet(nn.Module):
     """Stem and four stages with fresh weights (He normal, fan out; norms at one and zero).
 

@@ -62,6 +62,10 @@ class FasterRCNNConfig:
     stride_in_1x1: bool = False
     fpn_channels: int = number(256, 1, 4096)
     fpn_norm: str | None = choice(None, ("gn",))
+    init: str = choice("mmdet", ("mmdet", "torchvision"))
+    """Whose random weights pyramid and box heads begin with; those of backbone and RPN are the same in both."""
+    zero_last_norms: bool = True
+    """Whether the last norm of each residual block begins with a weight of zero (not where it is frozen)."""
 
     # Anchors: one size a level, P2..P6, and every ratio (height over width) at equal area
     anchor_strides: tuple[int, ...] = number((4, 8, 16, 32, 64), 1, 1024, length=5)
@@ -257,6 +261,9 @@ def _require_fit(setting: dataclasses.Field[Any], value: Any) -> None:
 TORCHVISION_RECIPE: dict[str, Any] = {
     # The affine of frozen batch norm stays as it was loaded.
     "train_norm_affine": False,
+    # What a network begins with where no weights are loaded.
+    "init": "torchvision",
+    "zero_last_norms": False,
     # Anchors: corners rounded to whole pixels, a stride recomputed from the grid, all of them used.
     "round_anchors": True,
     "anchor_stride_from_grid": True,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from detection.models.anchors import AnchorGenerator, AnchorGrid
-from detection.models.backbones import ARCHITECTURES, ResNet
+from detection.models.backbones import ARCHITECTURES, ResNet, start_norms_at_one
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.fpn import FPN
 from detection.models.mask_head import MASK_ROI_SIZE, MASK_SIZE, MaskHead, mask_loss, mask_rois, mask_targets
@@ -56,6 +56,10 @@ class FasterRCNN(nn.Module):
         if config.has_masks:
             masks = [MaskHead(stage) for stage in config.stages]
             self.mask_head = masks[0] if config.cascade_ious is None else nn.ModuleList(masks)
+        if not config.zero_last_norms:
+            start_norms_at_one(self.backbone)
+        if config.init == "torchvision":
+            self._initialize_as_torchvision()
         self._anchor_generator = AnchorGenerator(config)
         self._roi_align, self._mask_align = (
             RoIAlign(size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides)
@@ -67,6 +71,15 @@ class FasterRCNN(nn.Module):
         for name in ("pixel_mean", "pixel_std"):  # which may be given as whole numbers
             values = torch.tensor(getattr(config, name), dtype=torch.get_default_dtype())
             self.register_buffer(name, values[:, None, None], persistent=False)
+
+    def _initialize_as_torchvision(self) -> None:
+        # torchvision 0.23: FeaturePyramidNetwork, and the defaults of nn.Linear in TwoMLPHead and FastRCNNPredictor.
+        for conv in (*self.fpn.lateral, *self.fpn.output):
+            nn.init.kaiming_uniform_(conv.get_parameter("weight"), a=1)
+        for head in self.roi_heads:
+            for layer in head.children():
+                assert isinstance(layer, nn.Linear)
+                layer.reset_parameters()
 
     def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """Training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}, float32 scalars. A cascade has the last

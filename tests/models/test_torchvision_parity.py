@@ -10,7 +10,7 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from detection.export import compare_detections
-from detection.models import build_model
+from detection.models import build_model, export_state_dict
 from detection.models.config import model_config
 from detection.models.weights.layouts import to_ours
 
@@ -154,3 +154,24 @@ def test_numbers_of_proposals_samples_and_detections_equal_torchvisions():
     assert roi_heads.score_thresh == config.score_threshold
     assert roi_heads.nms_thresh == config.nms_iou
     assert roi_heads.detections_per_img == config.detections_per_image
+
+
+@pytest.mark.slow
+def test_every_layer_begins_as_torchvisions():
+    torch.manual_seed(0)
+    theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=4, trainable_backbone_layers=5
+    ).state_dict()
+    model = build_model("fasterrcnn_resnet50_fpn", num_classes=3, norm="bn", frozen_stages=-1)
+    ours = export_state_dict(model, "torchvision")
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        one, other = tensor.double(), theirs[name].double()
+        if other.numel() == 1 or float(other.std()) == 0:
+            assert torch.equal(one, other), name
+            continue
+        # Of n normal or uniform values the deviation is known to a part of 1 / sqrt(2 n); five times that.
+        assert float(one.std() / other.std()) == pytest.approx(1, abs=5 / other.numel() ** 0.5), name
+        kurtosis = [float(((each - each.mean()) / each.std()).pow(4).mean()) for each in (one, other)]
+        if other.numel() > 1000:  # 3 of a normal, 1.8 of a uniform distribution
+            assert kurtosis[0] == pytest.approx(kurtosis[1], abs=0.6), name
