@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from detection.config import ConfigError
 from detection.engine.distributed.sync_batch_norm import has_synchronized_batch_norm
-from detection.models import ImageBatch, TargetBatch, describe_kernels, uses_triton
+from detection.models import ImageBatch, MaskBatch, TargetBatch, describe_kernels, uses_triton
 
 Losses = dict[str, Tensor]
 Step = Callable[[ImageBatch, TargetBatch], Losses]
 
 _FEWEST_BOX_ROWS = 32
+# Each size has a recording of its own: of MB only few.
+_FEWEST_MASK_BITS, _GROWTH_OF_MASKS = 1 << 22, 4
 # Sizes of a batch that are recorded; the buckets of padded sizes and numbers of boxes make some twenty.
 _MOST_RECORDINGS = 32
 
@@ -58,7 +60,8 @@ class StepGraphs:
     def run(self, step: Step, images: ImageBatch, targets: TargetBatch) -> Losses:
         """What `step` gives for a batch; its gradients are added to those of the parameters."""
         rows = _round_up_to_power_of_two(targets.valid.shape[1])
-        size = (tuple(images.pixels.shape), rows)
+        num_bits = _mask_room(targets)
+        size = (tuple(images.pixels.shape), rows, num_bits)
         graph = self._graphs.get(size)
         if graph is not None:
             graph.load(images, targets)
@@ -67,7 +70,7 @@ class StepGraphs:
             # The first of a size makes what is kept for it: anchors, chosen algorithms, compiled code.
             self._seen.add(size)
             return step(images, targets)
-        graph = _Graph(images, targets, rows)
+        graph = _Graph(images, targets, rows, num_bits)
         graph.load(images, targets)
         losses = self._backend.warm_up(lambda: step(graph.images, graph.targets))
         try:
@@ -85,19 +88,26 @@ class StepGraphs:
 
 
 class _Graph:
-    """A recording, and the batch that it reads: with `rows` rows of boxes an image."""
+    """A recording, and the batch that it reads: with `rows` rows of boxes an image and room for num_bits of masks."""
 
     replay: Callable[[], Losses]
 
-    def __init__(self, images: ImageBatch, targets: TargetBatch, rows: int) -> None:
+    def __init__(self, images: ImageBatch, targets: TargetBatch, rows: int, num_bits: int) -> None:
         self.images = ImageBatch(*(torch.empty_like(each) for each in images))
         boxes, labels, valid, keys = targets[:4]
         number = len(keys)
+        masks = None
+        if targets.masks is not None:
+            bits, offsets, rectangles = targets.masks
+            masks = MaskBatch(
+                bits.new_zeros(num_bits), offsets.new_zeros(number, rows), rectangles.new_zeros(number, rows, 4)
+            )
         self.targets = TargetBatch(
             boxes.new_zeros(number, rows, 4),
             labels.new_zeros(number, rows),
             valid.new_zeros(number, rows),
             torch.empty_like(keys),
+            masks,
         )
 
     def load(self, images: ImageBatch, targets: TargetBatch) -> None:
@@ -106,7 +116,11 @@ class _Graph:
         rows = targets.valid.shape[1]
         # Rows that this batch does not have hold no box; what else is in them nobody looks at.
         self.targets.valid[:, rows:].zero_()
-        for mine, given in zip(self.targets[:3], targets[:3], strict=True):
+        pairs = list(zip(self.targets[:3], targets[:3], strict=True))
+        if self.targets.masks is not None and targets.masks is not None:
+            self.targets.masks.bits[: len(targets.masks.bits)].copy_(targets.masks.bits)
+            pairs += zip(self.targets.masks[1:], targets.masks[1:], strict=True)
+        for mine, given in pairs:
             mine[:, :rows].copy_(given)
         self.targets.sample_keys.copy_(targets.sample_keys)
 
@@ -176,6 +190,16 @@ def cuda_step_graphs(model: nn.Module, warn: Callable[[str], None]) -> StepGraph
             "them away, or use --norm gn or pretrained weights"
         )
     return StepGraphs(CudaGraphBackend(), warn)
+
+
+def _mask_room(targets: TargetBatch) -> int:
+    """The smallest of few sizes that a batch's masks fit into; 0 without masks."""
+    if targets.masks is None:
+        return 0
+    room = _FEWEST_MASK_BITS
+    while room < len(targets.masks.bits):
+        room *= _GROWTH_OF_MASKS
+    return room
 
 
 def _round_up_to_power_of_two(rows: int) -> int:

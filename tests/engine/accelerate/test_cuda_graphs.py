@@ -14,7 +14,7 @@ from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, StepGraphs
 from detection.engine.distributed.comm import Processes
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.trainer import Trainer
-from detection.models import ImageBatch, TargetBatch, build_model
+from detection.models import ImageBatch, MaskBatch, TargetBatch, build_model
 from detection.models.ops.backend import DEVICE, implementation
 from tests.engine.accelerate.operator_recorder import OperatorRecorder
 
@@ -64,9 +64,20 @@ def passes(model: nn.Module, graphs: StepGraphs | None, batches: list[tuple[Imag
     return found
 
 
-def tiny() -> nn.Module:
+def with_masks(seed: int, num_boxes: int) -> tuple[ImageBatch, TargetBatch]:
+    """A random bitmap inside of each box, and more of them where there are more boxes."""
+    images, targets = batch(seed, num_boxes)
+    side, number = 8, 2 * num_boxes
+    bits = torch.randint(0, 2, (number * side**2,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    offsets = (side**2 * torch.arange(number)).view(2, num_boxes)
+    rectangles = torch.cat((targets.boxes_xyxy[..., :2].long() + 1, torch.full((2, num_boxes, 2), side)), dim=2)
+    return images, targets._replace(masks=MaskBatch(bits, offsets, rectangles))
+
+
+def tiny(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = build_model("tiny", 3, norm="gn", frozen_stages=-1).train()
+    model = build_model("tiny", 3, norm="gn", frozen_stages=-1, **settings).train()
+    model.fixed_shapes = True
     nn.init.normal_(model.rpn.deltas.weight, std=0.1)
     return model
 
@@ -83,6 +94,15 @@ def test_replayed_passes_give_each_batch_its_own_losses_and_gradients(code_of_gp
     same_state(with_graphs, without)
     assert len({float(losses["loss_cls"]) for losses, _ in with_graphs}) == 10
     assert problems == []
+
+
+def test_replayed_passes_learn_each_batchs_own_masks(code_of_gpus, same_state):
+    batches = [with_masks(seed, 1 + 5 * (seed % 3)) for seed in range(6)]
+    backend, settings = OperatorRecorder(), {"has_masks": True, "mask_channels": 4}
+    graphs = StepGraphs(backend, pytest.fail)
+    same_state(passes(tiny(**settings), graphs, batches), found := passes(tiny(**settings), None, batches))
+    assert (graphs.num_captures, backend.replays) == (1, 4)
+    assert len({float(losses["loss_mask"]) for losses, _ in found}) == 6
 
 
 def test_more_boxes_than_before_are_a_size_of_their_own(code_of_gpus, same_state):
