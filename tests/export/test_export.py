@@ -66,7 +66,9 @@ def test_the_graph_is_the_detector(recipe, shape):
         (outputs["mask_probabilities"],) = masks
     found = [{key: each[row, :count] for key, each in outputs.items()} for row, count in enumerate(counts.tolist())]
     result = difference(detector, detector.predict(images, batch_size=2), found)
-    assert result.num_matched > 2 and result.within(5e-4, 1e-2), str(result)
+    # A mask of a box of a few pixels follows the rounding of its corners.
+    limit = 5e-4 if result.largest_mask == 0 else 2e-3
+    assert result.num_matched > 2 and result.within(limit, 1e-2), str(result)
     assert (result.largest_mask > 0) == detector.model.config.has_masks
     assert boxes.shape == (2, 20, 4) and scores.dtype == torch.float32 and labels.dtype == torch.int64
     for row, count in enumerate(counts.tolist()):

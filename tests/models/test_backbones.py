@@ -23,6 +23,8 @@ TORCHVISION = {
     "resnet50": lambda: resnet.resnet50(),
     "resnet101": lambda: resnet.resnet101(),
     "resnext101_32x4d": lambda: resnet.ResNet(resnet.Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4),
+    "resnext101_32x8d": resnet.resnext101_32x8d,
+    "resnext101_64x4d": resnet.resnext101_64x4d,
 }
 
 

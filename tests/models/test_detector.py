@@ -214,8 +214,8 @@ def test_weights_without_names_and_settings_are_refused_with_the_way_to_get_them
         ({"preprocessing": {"min_size": 64}}, "max_size"),
         ({"preprocessing": [64, 96]}, "'preprocessing' is not what a detector needs"),
         ({"class_names": [torch.ones(1)]}, "'class_names' is not what a detector needs"),
-        # 400 GB, for which no memory is asked.
-        ({"model_config": {"num_classes": 3, "backbone": "resnet18", "roi_hidden_channels": 10**7}}, "hold together"),
+        # 14 GB, for which no memory is asked.
+        ({"model_config": {"num_classes": 3, "backbone": "resnet18", "roi_hidden_channels": 16384}}, "hold together"),
     ],
 )
 def test_an_incomplete_file_is_refused(model, changes, message, tmp_path):
