@@ -131,11 +131,11 @@ class FasterRCNN(nn.Module):
         for part in (self.backbone, self.fpn, self.rpn, *self.roi_heads, *self.mask_heads):
             part.compile(**torch_compile_kwargs)
 
-    def _losses(
-        self, images: ImageBatch, targets: TargetBatch, features: tuple[Tensor, ...] | None = None
-    ) -> dict[str, Tensor]:
+    def _losses(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
+        return self._losses_of(self.extract_features(images), images, targets)
+
+    def _losses_of(self, features: tuple[Tensor, ...], images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
         config = self.config
-        features = self.extract_features(images) if features is None else features
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)
             learned = anchor_targets(config, anchors, images.sizes, targets)
@@ -210,7 +210,7 @@ class FasterRCNN(nn.Module):
     ) -> tuple[list[Detections], Tensor, dict[str, Tensor]]:
         """What `detect` gives, and the losses as `forward` gives them in training, of the same feature maps."""
         features = self.extract_features(images)
-        return *self.detect(images, features), self._losses(images, targets, features)
+        return *self.detect(images, features), self._losses_of(features, images, targets)
 
     @torch.no_grad()
     def detect(self, images: ImageBatch, features: tuple[Tensor, ...] | None = None) -> tuple[list[Detections], Tensor]:
