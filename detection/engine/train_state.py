@@ -28,7 +28,7 @@ from detection.engine.metrics.best import metric_of
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.optimizer import load_optimizer_state, optimizer_state
-from detection.models import AnyDetector, ModelError, OwnCodeError, model_from_config
+from detection.models import AnyDetector, OwnCodeError, model_from_config
 from detection.reporting import counted
 from schedules import Schedule
 
@@ -293,7 +293,7 @@ def stored_model(
     try:
         weights = state["ema" if averaged else "model"]
         return model_from_config(state["model_config"], weights=weights, own_code=own_code)
-    except (ModelError, OwnCodeError):  # says what is missing
+    except OwnCodeError:  # says what is missing
         raise
     except Exception as error:  # whatever settings of another kind make a model raise
         raise ValueError(f"its weights are not of its own model ({error})") from error

@@ -21,7 +21,7 @@ from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.selfcheck import check_kernels
 from detection.models.own.backbone import OwnBackbone
-from detection.models.own.code import is_own
+from detection.models.own.code import OwnCodeError, is_own
 from detection.models.own.detector import OwnDetector, OwnDetectorConfig
 from detection.models.postprocess import Detections, select_detections
 from detection.models.roi_head import BoxHead, RoISample, is_proposal, refine_boxes, roi_losses, sample_rois
@@ -349,13 +349,13 @@ def model_from_config(
     """A model from `dataclasses.asdict(model.config)`, which may have been through JSON.
 
     weights: its state dict; None: a fresh model. own_code: names of a user's own code that he has given; what is only
-    named in the settings is not run. Raises ModelError for settings of no model, and RuntimeError for
+    named in the settings is not run: OwnCodeError. Raises ModelError for settings of no model, and RuntimeError for
     weights of another: before memory is taken for the model, of which settings from a file may say any size.
     """
     code = settings.get("factory") or settings.get("backbone")
     if isinstance(code, str) and is_own(code) and code not in own_code:
         option = "--model" if "factory" in settings else "--backbone"
-        raise ModelError(f"the model is made by {code}, which no file alone may start: give {option} {code} as well")
+        raise OwnCodeError(f"the model is made by {code}, which no file alone may start: give {option} {code} as well")
     if "factory" in settings:
         own = OwnDetector(OwnDetectorConfig(**settings))
         if weights is not None:

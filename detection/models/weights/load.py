@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from detection.models.backbones import FrozenBatchNorm, ResNet
-from detection.models.config import ModelError
 from detection.models.detector import Detector, DetectorError
 from detection.models.faster_rcnn import AnyDetector, FasterRCNN, model_from_config
 from detection.models.own.backbone import pretrained_state
@@ -162,7 +161,7 @@ def load_detector(
         sizes = tuple(int(payload["preprocessing"][side]) for side in ("min_size", "max_size"))
         model = model_from_config(payload["model_config"], weights=stored.state, own_code=own_code)
         detector = Detector(model.eval(), names, category_ids, *sizes)
-    except (ModelError, OwnCodeError) as error:
+    except OwnCodeError as error:
         raise WeightsError(f"{path}: {error}") from error
     except Exception as error:  # whatever settings of another kind make a model raise
         raise WeightsError(f"{path} does not hold together: {error}") from error
