@@ -365,7 +365,7 @@ _RESNET: Keys = {
     ),
     "norm_eval": (flag, True),
     "init_cfg": (
-        optional(typed({"Pretrained": {"checkpoint": text, "prefix": only(None)}})),
+        optional(typed({"Pretrained": {"checkpoint": text, "prefix": only(None, "backbone.")}})),
         None,
     ),
     "in_channels": only(3),

@@ -198,7 +198,7 @@ def _require_file(values: dict[str, Any], mine: Mapping[str, Found], given: Mapp
     if load_from is not None:
         found = load_from
         values["weights"] = found.value
-    if "://" in found.value and "resume" not in given:
+    if "://" in found.value and not found.value.startswith(("http://", "https://")) and "resume" not in given:
         assert found.place is not None
         message = f"{found.value} is not fetched here; download it, and give --weights FILE"
         raise ConfigError(str(found.place.error(message)))

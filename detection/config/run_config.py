@@ -159,8 +159,8 @@ class ModelConfig:
     weights: str = setting(
         "imagenet",
         CHECKPOINT,
-        "none, imagenet, a torchvision weights name, a file of ours, torchvision's, MMDetection's, or the output "
-        "directory of a run: its best weights",
+        "none, imagenet, a torchvision weights name, a file of ours, torchvision's, MMDetection's, its address, or "
+        "the output directory of a run: its best weights",
         metavar="SPEC",
     )
     norm: str = setting(

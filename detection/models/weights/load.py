@@ -88,10 +88,10 @@ def load_weights(
 
     spec: a file of ours, torchvision's, MMDetection's or Detectron2's, or the name of published weights:
     "imagenet" (IMAGENET1K_V1 of the model's backbone, or timm's), "IMAGENET1K_V2", "COCO_V1",
-    "ResNet50_Weights.IMAGENET1K_V2", ... A head for another number of classes keeps the model's own
-    initialization, as do tensors of another shape. category_ids: those of the model's classes; torchvision's
-    head for COCO has a row for each of 90 ids, and gives COCO's 80 categories theirs (None: 80 classes are
-    taken for COCO's). map_location: where the file's tensors are put on their way into the model. Raises
+    "ResNet50_Weights.IMAGENET1K_V2", ..., or a file's address. A head for another number of classes keeps the
+    model's own initialization, as do tensors of another shape. category_ids: those of the model's classes;
+    torchvision's head for COCO has a row for each of 90 ids, and gives COCO's 80 categories theirs (None: 80 classes
+    are taken for COCO's). map_location: where the file's tensors are put on their way into the model. Raises
     WeightsError where nothing fits or the file cannot be read, WeightsUnavailable where published weights are
     neither cached nor reachable.
     """
@@ -99,7 +99,7 @@ def load_weights(
     masks = model.config.has_masks
     published = None if _is_of_timm(str(spec), name) else find_published(str(spec), name, masks=masks)
     if isinstance(model, OwnDetector):
-        stored = read_own(Path(spec))
+        stored = read_own(Path(spec) if published is None else fetch(published))
         source = f"{spec} ({model.config.factory})"
     elif _is_of_timm(str(spec), name):
         state = {f"backbone.body.{key}": tensor for key, tensor in pretrained_state(name).items()}
@@ -108,7 +108,7 @@ def load_weights(
     else:
         pixels = PixelInput(model.config.pixel_order, tuple(model.config.pixel_std))
         path = weight_file(Path(spec)) if published is None else fetch(published)
-        stored = read_weights(path, pixels, is_published=published is not None)
+        stored = read_weights(path, pixels, is_published=published is not None and published.is_torchvisions)
         source = f"{path if published is None else published.name} ({_LAYOUT_WORDS[stored.layout]})"
     notes = list(stored.notes)
 

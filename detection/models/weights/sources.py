@@ -1,10 +1,12 @@
-"""Weights by name: which of torchvision's published files a name means, and getting it into torch's cache."""
+"""Weights by name or address: which of torchvision's published files a name means, and getting a file into torch's
+cache."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import http.client
+import re
 import socket
 import urllib.error
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ class WeightsUnavailable(WeightsError):
 @dataclass(frozen=True)
 class PublishedWeights:
     """One of torchvision's files: its full name, address, and the batch norm epsilon if it needs a particular
-    one.
+    one. Or any file by its address, which is its name too.
     """
 
     name: str
@@ -48,17 +50,31 @@ class PublishedWeights:
     norm_eps: float | None
 
     @property
+    def is_torchvisions(self) -> bool:
+        return self.name != self.url
+
+    @property
     def cached_file(self) -> Path:
-        return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(self.url).path).name
+        """Another address of the same file name is another file, unless the name carries the content's hash."""
+        name = Path(urlparse(self.url).path).name
+        if not _hash_prefix(self.url):
+            name = f"{hashlib.sha256(self.url.encode()).hexdigest()[:8]}-{name}"
+        return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
 def find_published(spec: str, backbone: str, *, masks: bool = False) -> PublishedWeights | None:
-    """What `spec` ("imagenet", "IMAGENET1K_V2", "COCO_V1", "ResNet50_Weights.IMAGENET1K_V2", ...) means for a
-    model with this backbone (one of `backbones.ARCHITECTURES`), with masks or without, or None where it can only be a
-    file.
+    """What `spec` ("imagenet", "IMAGENET1K_V2", "COCO_V1", "ResNet50_Weights.IMAGENET1K_V2", ..., or the address of a
+    file) means for a model with this backbone (one of `backbones.ARCHITECTURES`), with masks or without, or None where
+    it can only be a file.
 
     Raises WeightsError for a name that does not exist or does not fit the backbone.
     """
+    if spec.partition("://")[0] in ("http", "https", "file"):
+        if Path(urlparse(spec).path).suffix not in _FILE_SUFFIXES:
+            raise WeightsError(
+                f"{spec} is not the address of a weight file: it ends in none of {', '.join(_FILE_SUFFIXES)}"
+            )
+        return PublishedWeights(spec, spec, None)
     path = Path(spec)
     if path.is_file() or path.suffix in _FILE_SUFFIXES or len(path.parts) > 1:
         return None
@@ -89,8 +105,9 @@ def is_zero_eps_file(path: Path) -> bool:
 
 
 def _hash_prefix(url: str) -> str:
-    """First digits of the file's SHA-256, as torchvision's addresses carry them."""
-    return Path(urlparse(url).path).stem.rpartition("-")[2]
+    """First digits of the file's SHA-256, as torchvision's and OpenMMLab's addresses carry them; "" without."""
+    digits = Path(urlparse(url).path).stem.rpartition("-")[2]
+    return digits if re.fullmatch("[0-9a-f]{8,64}", digits) else ""
 
 
 def fetch(published: PublishedWeights) -> Path:
@@ -100,6 +117,8 @@ def fetch(published: PublishedWeights) -> Path:
     """
     file = published.cached_file
     if file.is_file():
+        if not published.is_torchvisions:
+            _check_cached(published, file)
         return file
     # torch.hub opens its connection without a time limit, and a firewall that drops packets would hold the run for
     # minutes; the socket module's default is the only handle on it.
@@ -107,7 +126,10 @@ def fetch(published: PublishedWeights) -> Path:
     socket.setdefaulttimeout(NETWORK_TIMEOUT_SECONDS)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(published.url, str(file), _hash_prefix(published.url), progress=False)
+        prefix = _hash_prefix(published.url) or None
+        torch.hub.download_url_to_file(published.url, str(file), prefix, progress=False)
+        if not published.is_torchvisions:
+            _hash_file(file).write_text(_digest(file))
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise WeightsUnavailable(
@@ -119,3 +141,21 @@ def fetch(published: PublishedWeights) -> Path:
     finally:
         socket.setdefaulttimeout(before)
     return file
+
+
+def _check_cached(published: PublishedWeights, file: Path) -> None:
+    """Raises WeightsUnavailable where a file in the cache is not what was fetched from its address."""
+    expected = _hash_prefix(published.url)
+    if not expected and _hash_file(file).is_file():
+        expected = _hash_file(file).read_text().strip()
+    if not _digest(file).startswith(expected):
+        message = f"{file} is not what {published.url} gave: its SHA-256 is another. Delete it, to fetch it again"
+        raise WeightsUnavailable(message)
+
+
+def _hash_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -6,6 +6,7 @@ import io
 import pickle
 import socket
 import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -386,6 +387,38 @@ def test_a_download_has_a_time_limit_and_a_checked_hash(cache, monkeypatch):
         prefetch_weights("imagenet", "resnet18")
     assert limits == [30.0] and socket.getdefaulttimeout() is None
     assert not list(cache.iterdir())
+
+
+def test_a_file_comes_from_its_address_once_and_a_changed_one_is_refused(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.urlopen", urllib.request.urlopen)
+    backbone = resnet18()
+    torch.save(backbone.state_dict(), tmp_path / "mine.pth")
+    address = (tmp_path / "mine.pth").as_uri()
+    model = small()
+    report = load_weights(model, address)
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, backbone.layer4[1].conv2.weight)
+    assert report.source.startswith(address)
+    (tmp_path / "mine.pth").unlink()
+    load_weights(model, address)
+    (cached,) = cache.glob("*.pth")
+    cached.write_bytes(cached.read_bytes()[:-1] + b"x")
+    with pytest.raises(WeightsUnavailable, match="SHA-256 is another. Delete it"):
+        load_weights(model, address)
+
+
+def test_the_hash_in_an_addresss_name_is_that_of_the_file(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.hub.urlopen", urllib.request.urlopen)
+    torch.save(resnet18().state_dict(), tmp_path / "plain.pth")
+    digest = hashlib.sha256((tmp_path / "plain.pth").read_bytes()).hexdigest()
+    good, bad = tmp_path / f"r18-{digest[:8]}.pth", tmp_path / "r18-00000000.pth"
+    for path in (good, bad):
+        path.write_bytes((tmp_path / "plain.pth").read_bytes())
+    assert prefetch_weights(good.as_uri(), "resnet18") == cache / good.name
+    with pytest.raises(WeightsUnavailable, match="hash"):
+        prefetch_weights(bad.as_uri(), "resnet18")
+    assert not (cache / bad.name).exists()
+    with pytest.raises(WeightsError, match="is not the address of a weight file"):
+        prefetch_weights("https://host/page.html", "resnet18")
 
 
 def test_files_and_none_need_no_prefetching(cache, tmp_path):
