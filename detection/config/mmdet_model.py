@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from detection.config.mmdet_keys import (
@@ -14,6 +14,7 @@ from detection.config.mmdet_keys import (
     idle,
     keyed,
     only,
+    same,
     several,
     text,
     to,
@@ -26,7 +27,12 @@ from schedules.errors import Place
 _fraction, _iou = number(at_least=0, at_most=1), number(at_least=0, at_most=1)
 _size, _std = number(at_least=0, at_most=100_000), number(above=0, at_most=1000)
 _count = whole(1, 1_000_000)
-_NO_C4 = "C4 and DC5 heads are not supported; " + NEAREST + "the configuration with FPN"
+_FEATURES: dict[str, dict[str, Any]] = {
+    "fpn": {"num_stages": 4, "out_indices": (0, 1, 2, 3), "strides": (1, 2, 2, 2), "dilations": (1, 1, 1, 1)},
+    "c4": {"num_stages": 3, "out_indices": (2,), "strides": (1, 2, 2), "dilations": (1, 1, 1)},
+    "dc5": {"num_stages": 4, "out_indices": (3,), "strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2)},
+}
+"""Which of a backbone's stages give maps, and at which strides: what the models here call it."""
 _LINEAR = only({"type": "Linear"})
 
 
@@ -188,11 +194,12 @@ def _proposals(mode: str) -> Check:
     return lambda value, place: read_dict(value, place, keys)
 
 
-def _anchors(value: Any, place: Place) -> Any:
+def _anchors(value: Any, place: Place, levels: int = 5) -> Any:
+    """One size at each of the levels, or any sizes at a single one."""
     keys: Keys = {
-        "scales": several(number(above=0, at_most=100_000), 1),
+        "scales": several(number(above=0, at_most=100_000), 1 if levels > 1 else None),
         "ratios": to("model.anchor_ratios", several(number(above=0, at_most=1000))),
-        "strides": several(whole(1, 1024), 5),
+        "strides": several(whole(1, 1024), levels),
         "center_offset": only(0.0),
         "scale_major": only(True),
         "use_box_type": only(False),
@@ -200,7 +207,7 @@ def _anchors(value: Any, place: Place) -> Any:
     }
     found = read_typed(value, place, {"AnchorGenerator": keys}, hint=" (the other anchors are not supported)")
     strides = found["strides"]
-    sizes = tuple(stride * found["scales"][0] for stride in strides)
+    sizes = tuple(stride * scale for stride in strides for scale in found["scales"])
     found["sizes"] = [
         Found("model.anchor_strides", strides, place.at("strides")),
         Found("model.anchor_sizes", sizes, place.at("scales")),
@@ -225,35 +232,31 @@ _RPN_HEAD = {
 }
 _STDS = several(number(above=0, at_most=1000), 4)
 _STDS_DEFAULT = (0.1, 0.1, 0.2, 0.2)
-_BOX_HEADS: Check = typed(
-    {
-        "Shared2FCBBoxHead": {
-            "in_channels": to("model.fpn_channels", whole(1, 4096), 256),
-            "fc_out_channels": to("model.roi_hidden_channels", whole(1, 16_384), 1024),
-            "roi_feat_size": to("model.roi_output_size", whole(1, 64), 7),
-            "num_classes": to("num_classes", whole(1, 100_000), 80),
-            # Without stds in a coder that is there, they are 1; without a coder they are 0.1 and 0.2.
-            "bbox_coder": (
-                _coder(to("model.roi_delta_stds", _STDS, (1.0, 1.0, 1.0, 1.0))),
-                Found("model.roi_delta_stds", _STDS_DEFAULT),
-            ),
-            "reg_class_agnostic": to("model.regressor_is_class_agnostic", flag, False),
-            "loss_cls": (_class_loss(False), None),
-            "loss_bbox": (_head_box_loss, Found("model.roi_loss_beta", 1.0)),
-            "reg_decoded_bbox": (flag, False),
-            "with_avg_pool": only(False),
-            **{key: only(True) for key in ("with_cls", "with_reg")},
-            **{key: only(None) for key in ("conv_cfg", "norm_cfg", "init_cfg")},
-            **dict.fromkeys(("reg_predictor_cfg", "cls_predictor_cfg"), _LINEAR),
-            "predict_box_type": only("hbox"),
-        }
-    },
-    hint="the other box heads are not supported",
-)
+_BOX_HEAD_KEYS: Keys = {
+    "in_channels": to("model.fpn_channels", whole(1, 4096), 256),
+    "fc_out_channels": to("model.roi_hidden_channels", whole(1, 16_384), 1024),
+    "roi_feat_size": to("model.roi_output_size", whole(1, 64), 7),
+    "num_classes": to("num_classes", whole(1, 100_000), 80),
+    # Without stds in a coder that is there, they are 1; without a coder they are 0.1 and 0.2.
+    "bbox_coder": (
+        _coder(to("model.roi_delta_stds", _STDS, (1.0, 1.0, 1.0, 1.0))),
+        Found("model.roi_delta_stds", _STDS_DEFAULT),
+    ),
+    "reg_class_agnostic": to("model.regressor_is_class_agnostic", flag, False),
+    "loss_cls": (_class_loss(False), None),
+    "loss_bbox": (_head_box_loss, Found("model.roi_loss_beta", 1.0)),
+    "reg_decoded_bbox": (flag, False),
+    "with_avg_pool": only(False),
+    **{key: only(True) for key in ("with_cls", "with_reg")},
+    **{key: only(None) for key in ("conv_cfg", "norm_cfg", "init_cfg")},
+    **dict.fromkeys(("reg_predictor_cfg", "cls_predictor_cfg"), _LINEAR),
+    "predict_box_type": only("hbox"),
+}
+_BOX_HEADS: dict[str, Keys] = {"Shared2FCBBoxHead": _BOX_HEAD_KEYS}
 
 
-def _box_head(value: Any, place: Place) -> Any:
-    found = _BOX_HEADS(value, place)
+def _box_head(value: Any, place: Place, kinds: Mapping[str, Keys] = _BOX_HEADS) -> Any:
+    found = read_typed(value, place, kinds, hint=" (the other box heads are not supported)")
     kind = (value.get("loss_bbox") or {}).get("type")
     if found["reg_decoded_bbox"] != (kind in _OVERLAP_LOSSES):
         message = f"{kind} compares {'boxes' if kind in _OVERLAP_LOSSES else 'deltas'}; give reg_decoded_bbox="
@@ -261,7 +264,7 @@ def _box_head(value: Any, place: Place) -> Any:
     return found
 
 
-def _extractor(output_size: Any) -> Check:
+def _extractor(output_size: Any, channels: Any = _CHANNELS, strides: Sequence[int] = (4, 8, 16, 32)) -> Check:
     keys: Keys = {
         "output_size": output_size,
         "sampling_ratio": to("model.roi_sampling_ratio", whole(0, 64), 0),
@@ -271,8 +274,8 @@ def _extractor(output_size: Any) -> Check:
     }
     of_extractor: Keys = {
         "roi_layer": typed({"RoIAlign": keys}, hint="the other poolings are not supported"),
-        "out_channels": _CHANNELS,
-        "featmap_strides": only([4, 8, 16, 32], required=True, hint=_NO_C4),
+        "out_channels": channels,
+        "featmap_strides": only(strides, required=True),
         "finest_scale": to("model.roi_finest_scale", number(above=0, at_most=100_000), 56.0),
         "init_cfg": only(None),
     }
@@ -300,7 +303,7 @@ _MASK_HEAD: Check = typed(
     hint="the other mask heads are not supported",
 )
 _ROI_PARTS: Keys = {
-    "shared_head": absent("C4 heads are"),
+    "shared_head": absent("a stage shared by heads is", "a backbone with num_stages=3, as in C4,"),
     "mask_roi_extractor": (lambda value, place: optional(_each_stage(_MASK_EXTRACTOR))(value, place), None),
     "mask_head": (lambda value, place: optional(_each_stage(_MASK_HEAD))(value, place), None),
     "mask_iou_head": absent("scores of masks are"),
@@ -343,6 +346,34 @@ _ROI_HEADS: dict[str, Keys] = {
         "bbox_head": _stages(_box_head),
     },
 }
+
+
+def _single_map(features: str) -> tuple[dict[str, Keys], dict[str, Keys]]:
+    """The tables of rpn_head and roi_head for a backbone with one map of stride 16."""
+    is_c4 = features == "c4"
+    channels = only(1024 if is_c4 else 2048, required=True)
+    rpn_head = {
+        **_RPN_HEAD["RPNHead"],
+        "in_channels": channels,
+        "feat_channels": channels,
+        "anchor_generator": lambda value, place: _anchors(value, place, levels=1),
+    }
+    box_head: Keys = {**_BOX_HEAD_KEYS, "in_channels": only(2048, required=True)}
+    if is_c4:
+        box_head |= {"with_avg_pool": only(True, required=True), "roi_feat_size": only(7)}
+        del box_head["fc_out_channels"]
+    kinds = {"BBoxHead" if is_c4 else "Shared2FCBBoxHead": box_head}
+    extractor = _extractor(to("model.roi_output_size", whole(1, 64)), channels, (16,))
+    shared_head = typed({"ResLayer": _FOURTH_STAGE}, hint="the other shared heads are not supported")
+    roi_head: Keys = {
+        **_ROI_PARTS,
+        **{key: absent("masks without a pyramid are") for key in ("mask_roi_extractor", "mask_head")},
+        "bbox_roi_extractor": extractor,
+        "bbox_head": lambda value, place: _box_head(value, place, kinds),
+    }
+    return {"RPNHead": rpn_head}, {"StandardRoIHead": roi_head | ({"shared_head": shared_head} if is_c4 else {})}
+
+
 _NORM: dict[str, Keys] = {
     kind: {
         "requires_grad": (flag, True),
@@ -354,10 +385,7 @@ _NORM: dict[str, Keys] = {
 _RESNET: Keys = {
     "style": (choice("pytorch", "caffe"), "pytorch"),
     "depth": choice(18, 34, 50, 101, hint=f" here ({NEAREST}50 or 101)"),
-    "num_stages": only(4, hint=_NO_C4),
-    "out_indices": only([0, 1, 2, 3], hint=_NO_C4),
-    "strides": only([1, 2, 2, 2], hint=_NO_C4),
-    "dilations": only([1, 1, 1, 1], hint=_NO_C4),
+    **{key: (lambda value, place: None, None) for key in _FEATURES["fpn"]},  # see _features
     "frozen_stages": to("frozen_stages", whole(-1, 4), -1),
     "norm_cfg": (
         typed(_NORM, hint="group norm and others of a configuration are not supported"),
@@ -376,6 +404,17 @@ _RESNET: Keys = {
     **{key: only(None) for key in ("conv_cfg", "dcn", "plugins", "pretrained")},
     **idle("backbone"),
 }
+_FOURTH_STAGE: Keys = {
+    "stage": only(3),
+    "stride": only(2),
+    "dilation": only(1),
+    **{key: _RESNET[key] for key in ("depth", "style", "norm_cfg")},
+    "norm_eval": only(True),
+    "init_cfg": (lambda value, place: None, None),  # the backbone's file has it too
+    **{key: only(None) for key in ("dcn", "pretrained")},
+    "with_cp": idle("backbone")["with_cp"],
+}
+"""The stage of the backbone that C4 has as a head."""
 _RESNEXTS = "ResNeXt is there as 101 layers, 32x4d, 64x4d and 32x8d"
 _BACKBONES: dict[str, Keys] = {
     "ResNet": _RESNET,
@@ -425,18 +464,34 @@ _PREPROCESSOR: dict[str, Keys] = {
 }
 
 
+def _features(value: Mapping[str, Any], place: Place) -> str:
+    """Which maps a backbone gives: a key of _FEATURES."""
+    usual = _FEATURES["fpn"]
+    for name, keys in _FEATURES.items():
+        if all(same(value.get(key, usual[key]), keys[key]) for key in keys):
+            return name
+    key = next(key for key in usual if not same(value.get(key, usual[key]), usual[key]))
+    others = "; ".join(", ".join(f"{k}={v}" for k, v in keys.items()) for keys in _FEATURES.values())
+    raise place.at(key).unfit(f"must go with the others; here there are {others}", value[key])
+
+
 def model_of(value: Any, place: Place) -> list[Found | Idle]:
     hint = " (one-stage detectors and others are not supported)"
     choice(*_DETECTORS, hint=hint)(dictionary(value, place).get("type"), place.at("type"))
     staged = dictionary(value.get("roi_head"), place.at("roi_head")).get("type") == "CascadeRoIHead"
     rcnn = _stages(keyed(_ROI_TARGETS)) if staged else keyed(_ROI_TARGETS)
+    backbone = dictionary(value.get("backbone"), place.at("backbone"))
+    features = _features(backbone, place.at("backbone"))
+    neck, (rpn_head, roi_heads) = typed(_NECK, hint="the other necks are not supported"), (_RPN_HEAD, _ROI_HEADS)
+    if features != "fpn":
+        neck, (rpn_head, roi_heads) = absent("a neck with this backbone is"), _single_map(features)
     keys: Keys = {
         "type": choice(*_DETECTORS),
         "backbone": typed(_BACKBONES, hint="the other backbones are not supported"),
         "data_preprocessor": typed(_PREPROCESSOR),
-        "rpn_head": typed(_RPN_HEAD, hint="FCOS and others as RPN are not supported"),
-        "neck": typed(_NECK, hint="the other necks are not supported"),
-        "roi_head": typed(_ROI_HEADS, hint="the other heads are not supported"),
+        "rpn_head": typed(rpn_head, hint="FCOS and others as RPN are not supported"),
+        "neck": neck,
+        "roi_head": typed(roi_heads, hint="the other heads are not supported"),
         "train_cfg": keyed({"rpn": keyed(_RPN_TARGETS), "rpn_proposal": _proposals("train"), "rcnn": rcnn}),
         "test_cfg": keyed(
             {
@@ -454,12 +509,27 @@ def model_of(value: Any, place: Place) -> list[Found | Idle]:
         "init_cfg": only(None),
     }
     found = read_dict(value, place, keys)
-    _require_widths(found, place)
-    _require_stages(found, place)
+    if features == "fpn":
+        _require_widths(found, place)
+        _require_stages(found, place)
+    elif features == "c4":
+        _require_same_stage(found, place)
     recipe = {(False, False): "faster_rcnn", (False, True): "mask_rcnn", (True, False): "cascade_rcnn"}
     has_masks = _has_masks(found["roi_head"], place.at("roi_head"))
     name = recipe.get((staged, has_masks), "cascade_mask_rcnn")
-    return [*found_in(found), *_backbone(found["backbone"], place.at("backbone"), name)]
+    return [
+        Found("model.features", features, place.at("backbone").at("num_stages")),
+        *found_in(found),
+        *_backbone(found["backbone"], place.at("backbone"), name),
+    ]
+
+
+def _require_same_stage(model: Mapping[str, Any], place: Place) -> None:
+    """The head's stage is one of the backbone's."""
+    for key in ("depth", "style"):
+        if model["roi_head"]["shared_head"][key] != model["backbone"][key]:
+            message = f"must be the backbone's, {model['backbone'][key]!r}"
+            raise place.at("roi_head").at("shared_head").at(key).unfit(message, model["roi_head"]["shared_head"][key])
 
 
 def _has_masks(roi_head: Mapping[str, Any], place: Place) -> bool:

@@ -71,6 +71,8 @@ class DetectorGraph(nn.Module):
         super().__init__()
         self.model = graph_model(detector)
         config = self.model.config
+        if config.features != "fpn":
+            raise ExportError(f"a graph is made of models with a pyramid only, not of features {config.features!r}")
         if config.soft_nms is not None:
             raise ExportError("soft_nms is no part of a graph: export the detector without it")
         self.config = config

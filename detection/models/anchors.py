@@ -68,7 +68,9 @@ class AnchorGenerator:
                 stride_y, stride_x = padded_size[0] // height, padded_size[1] // width
             else:
                 stride_y = stride_x = config.anchor_strides[level]
-            base = base_anchors(config.anchor_sizes[level], config.anchor_ratios, rounded=config.round_anchors)
+            ratios, rounded = config.anchor_ratios, config.round_anchors
+            of_sizes = [base_anchors(size, ratios, rounded=rounded) for size in config.anchor_sizes_of(level)]
+            base = torch.stack(of_sizes, dim=1).view(-1, 4)  # by ratio, then size
             boxes.append(anchors_of_map(base, (height, width), (stride_y, stride_x)))
             strides.append((stride_y, stride_x))
         return AnchorGrid(

@@ -96,11 +96,20 @@ def conv_norm(
     weight = conv.weight * scale[:, None, None, None]
     padding = cast("tuple[int, ...]", conv.padding)  # never one of the words that nn.Conv2d takes
     return convolution(
-        x, weight, shift, stride=conv.stride, padding=padding, groups=conv.groups, relu=relu, residual=residual
+        x,
+        weight,
+        shift,
+        stride=conv.stride,
+        padding=padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        relu=relu,
+        residual=residual,
     )
 
 
-def _make_norm(kind: str, train_affine: bool, eps: float, channels: int) -> nn.Module:
+def make_norm(kind: str, train_affine: bool, eps: float, channels: int) -> nn.Module:
+    """A norm of one of NORMS; train_affine: of a frozen one."""
     if kind == "gn":
         return nn.GroupNorm(GROUPS_OF_GROUP_NORM, channels, eps=eps)
     if kind == "bn":
@@ -115,8 +124,9 @@ def _start_as_identity(last_norm: nn.Module) -> None:
         nn.init.zeros_(last_norm.get_parameter("weight"))
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
@@ -166,6 +176,7 @@ class Bottleneck(nn.Module):
         architecture: Architecture,
         norm: Norm,
         stride_in_1x1: bool = False,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         width = planes * architecture.width_per_group // 64 * architecture.groups
@@ -173,7 +184,7 @@ class Bottleneck(nn.Module):
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = _conv(inputs, width, 1, stride_1x1)
         self.bn1 = norm(width)
-        self.conv2 = _conv(width, width, 3, stride_3x3, architecture.groups)
+        self.conv2 = _conv(width, width, 3, stride_3x3, architecture.groups, dilation)
         self.bn2 = norm(width)
         self.conv3 = _conv(width, outputs, 1)
         self.bn3 = norm(outputs)
@@ -193,6 +204,37 @@ def start_norms_at_one(backbone: nn.Module) -> None:
             nn.init.ones_((block.bn2 if isinstance(block, BasicBlock) else block.bn3).get_parameter("weight"))
 
 
+def make_stage(
+    architecture: Architecture,
+    stage: int,
+    norm: Norm,
+    *,
+    stride_in_1x1: bool = False,
+    stride: int = 2,
+    dilation: int = 1,
+) -> nn.Sequential:
+    """Stage 1 to 4 of a ResNet. stride: of its first block. dilation: of its 3x3 convolutions."""
+    expansion = Bottleneck.expansion if architecture.bottleneck else 1
+    planes = architecture.channels * 2 ** (stage - 1)
+    channels = architecture.channels if stage == 1 else planes // 2 * expansion
+    blocks: list[nn.Module] = []
+    for index in range(architecture.blocks[stage - 1]):
+        of_block = stride if index == 0 else 1
+        if architecture.bottleneck:
+            blocks.append(Bottleneck(channels, planes, of_block, architecture, norm, stride_in_1x1, dilation))
+        else:
+            blocks.append(BasicBlock(channels, planes, of_block, norm))
+        channels = planes * expansion
+    return nn.Sequential(*blocks)
+
+
+def stage_channels(name: str, stage: int) -> int:
+    """The channels of the map that a stage (1 to 4) of a ResNet gives."""
+    architecture = ARCHITECTURES[name]
+    expansion = Bottleneck.expansion if architecture.bottleneck else 1
+    return architecture.channels * 2 ** (stage - 1) * expansion
+
+
 class ResNet(nn.Module):
     """Stem and four stages with fresh weights (He normal, fan out; norms at one and zero).
 
@@ -200,8 +242,9 @@ class ResNet(nn.Module):
     which an engine may turn into synchronized batch norm) or "gn" (32 groups). train_norm_affine: whether a
     frozen norm's weight and bias are trained; bn and gn always train theirs. frozen_stages: -1 nothing, 0
     the stem, n the stem and stages 1..n; these parts have requires_grad False and run without a graph. norm_eps:
-    torchvision's COCO_V1 weights want 0. stride_in_1x1: the bottlenecks of Detectron2's and Caffe's models. What these
-    may be, FasterRCNNConfig checks. `out_channels` are the channels of C2..C5.
+    torchvision's COCO_V1 weights want 0. stride_in_1x1: the bottlenecks of Detectron2's and Caffe's models.
+    num_stages: 4, or 3. dilate_last: the fourth stage keeps the third's stride. What these may be, FasterRCNNConfig
+    checks. `out_channels` are the channels of C2..C5.
     """
 
     compiled_by_stage = False
@@ -216,8 +259,11 @@ class ResNet(nn.Module):
         frozen_stages: int,
         norm_eps: float = 1e-5,
         stride_in_1x1: bool = False,
+        num_stages: int = 4,
+        dilate_last: bool = False,
     ) -> None:
         super().__init__()
+        self._numbers = range(1, num_stages + 1)
         self.name = name
         self.frozen_stages = frozen_stages
         self.stride_in_1x1 = stride_in_1x1
@@ -228,40 +274,34 @@ class ResNet(nn.Module):
             frozen = part <= frozen_stages
             # Batch norm in a frozen part must not gather statistics: there it is frozen batch norm.
             kind = "frozen_bn" if frozen and norm == "bn" else norm
-            return functools.partial(_make_norm, kind, train_norm_affine and not frozen, norm_eps)
+            return functools.partial(make_norm, kind, train_norm_affine and not frozen, norm_eps)
 
-        channels = architecture.channels
-        self.conv1 = _conv(3, channels, 7, stride=2)
-        self.bn1 = norm_of(0)(channels)
-        out_channels = []
-        for stage, num_blocks in enumerate(architecture.blocks, 1):
-            planes = architecture.channels * 2 ** (stage - 1)
-            blocks: list[nn.Module] = []
-            for index in range(num_blocks):
-                stride = 2 if stage > 1 and index == 0 else 1
-                block: nn.Module
-                if architecture.bottleneck:
-                    block = Bottleneck(channels, planes, stride, architecture, norm_of(stage), stride_in_1x1)
-                else:
-                    block = BasicBlock(channels, planes, stride, norm_of(stage))
-                blocks.append(block)
-                channels = planes * Bottleneck.expansion if architecture.bottleneck else planes
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-            out_channels.append(channels)
-        c2, c3, c4, c5 = out_channels
-        self.out_channels: tuple[int, int, int, int] = (c2, c3, c4, c5)
+        self.conv1 = _conv(3, architecture.channels, 7, stride=2)
+        self.bn1 = norm_of(0)(architecture.channels)
+        for stage in self._numbers:
+            stride, dilation = (1, 1) if stage == 1 else (1, 2) if stage == 4 and dilate_last else (2, 1)
+            module = make_stage(
+                architecture,
+                stage,
+                norm_of(stage),
+                stride_in_1x1=stride_in_1x1,
+                stride=stride,
+                dilation=dilation,
+            )
+            self.add_module(f"layer{stage}", module)
+        self.out_channels = tuple(stage_channels(name, stage) for stage in self._numbers)
         frozen = [self.conv1, self.bn1, *self.stages][: frozen_stages + 2] if frozen_stages >= 0 else []
         for module in frozen:
             module.requires_grad_(False)
 
     @property
     def stages(self) -> list[nn.Module]:
-        return [self.get_submodule(f"layer{stage}") for stage in (1, 2, 3, 4)]
+        return [self.get_submodule(f"layer{stage}") for stage in self._numbers]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalized images, float [B, 3, H, W], to C2..C5: float [B, out_channels[i], H_i, W_i].
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Normalized images, float [B, 3, H, W], to C2..C5 (or C4): float [B, out_channels[i], H_i, W_i].
 
-        H_i and W_i are H and W over 4, 8, 16 and 32, rounded up.
+        H_i and W_i are H and W over 4, 8, 16 and 32 (or 16 again, where the last stage is dilated), rounded up.
         """
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and self.frozen_stages < 0):
@@ -274,5 +314,4 @@ class ResNet(nn.Module):
             features.append(x)
             if self.compiled_by_stage:
                 torch._dynamo.graph_break()
-        c2, c3, c4, c5 = features
-        return c2, c3, c4, c5
+        return tuple(features)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from detection.errors import DetectionError
-from detection.models.backbones import ARCHITECTURES, GROUPS_OF_GROUP_NORM, NORMS
+from detection.models.backbones import ARCHITECTURES, GROUPS_OF_GROUP_NORM, NORMS, stage_channels
 from detection.models.ops.box_losses import BOX_LOSSES
 from detection.models.own.backbone import is_own_backbone
 
@@ -60,6 +60,9 @@ class FasterRCNNConfig:
     frozen_stages: int = number(1, -1, 4)
     """-1 trains all, 0 freezes the stem, n the stem and the first n stages."""
     stride_in_1x1: bool = False
+    features: str = choice("fpn", ("fpn", "c4", "dc5"))
+    """fpn: the pyramid P2..P6. c4: the third stage's map, and the fourth stage on what is pooled from it (Ren et al.
+    2015). dc5: the fourth stage's map, dilated in place of its stride."""
     fpn_channels: int = number(256, 1, 4096)
     fpn_norm: str | None = choice(None, ("gn",))
     init: str = choice("mmdet", ("mmdet", "torchvision"))
@@ -67,9 +70,9 @@ class FasterRCNNConfig:
     zero_last_norms: bool = True
     """Whether the last norm of each residual block begins with a weight of zero (not where it is frozen)."""
 
-    # Anchors: one size a level, P2..P6, and every ratio (height over width) at equal area
-    anchor_strides: tuple[int, ...] = number((4, 8, 16, 32, 64), 1, 1024, length=5)
-    anchor_sizes: tuple[float, ...] = number((32.0, 64.0, 128.0, 256.0, 512.0), 1, 100_000, length=5)
+    # Anchors: one size a level, P2..P6, or all sizes at the one map; every ratio (height over width) at equal area
+    anchor_strides: tuple[int, ...] = number((4, 8, 16, 32, 64), 1, 1024)
+    anchor_sizes: tuple[float, ...] = number((32.0, 64.0, 128.0, 256.0, 512.0), 1, 100_000)
     anchor_ratios: tuple[float, ...] = number((0.5, 1.0, 2.0), 0.001, 1000)
     round_anchors: bool = False
     anchor_stride_from_grid: bool = False
@@ -192,15 +195,47 @@ class FasterRCNNConfig:
                 f"fpn_channels is {self.fpn_channels}, which group norm cannot divide into {GROUPS_OF_GROUP_NORM} "
                 f"groups: give a multiple of {GROUPS_OF_GROUP_NORM}, or fpn_norm None"
             )
-        weights = self.fpn_channels * self.roi_output_size**2 * self.roi_hidden_channels
+        weights = self.map_channels * self.roi_output_size**2 * self.roi_hidden_channels
         if weights > _MOST_WEIGHTS_OF_A_LAYER:
             raise ModelError(
-                f"fpn_channels {self.fpn_channels} x roi_output_size {self.roi_output_size} squared x "
+                f"{self.map_channels} channels x roi_output_size {self.roi_output_size} squared x "
                 f"roi_hidden_channels {self.roi_hidden_channels} are {weights:,} weights in one layer: give smaller "
                 f"ones, for at most {_MOST_WEIGHTS_OF_A_LAYER:,}"
             )
+        self._check_features()
         if self.cascade_ious is not None:
             self._check_cascade(self.cascade_ious)
+
+    def _check_features(self) -> None:
+        levels = 5 if self.features == "fpn" else 1
+        for name in ("anchor_strides", "anchor_sizes")[: 2 if levels == 5 else 1]:
+            if len(given := getattr(self, name)) != levels:
+                raise ModelError(f"{name} is {given!r}, expected a list of {levels} with features {self.features!r}")
+        architecture = ARCHITECTURES.get(self.backbone)
+        is_plain = self.cascade_ious is None and not self.has_masks
+        if levels == 1 and (not is_plain or architecture is None or not architecture.bottleneck):
+            raise ModelError(
+                f"features {self.features!r} are those of Faster R-CNN with a ResNet of 50 layers or more: use "
+                "features 'fpn'"
+            )
+
+    @property
+    def map_channels(self) -> int:
+        """Of the maps that the RPN and the RoIs see."""
+        return self.fpn_channels if self.features == "fpn" else stage_channels(self.backbone, self.last_stage)
+
+    @property
+    def last_stage(self) -> int:
+        """Of the backbone."""
+        return 3 if self.features == "c4" else 4
+
+    def anchor_sizes_of(self, level: int) -> tuple[float, ...]:
+        """Of each cell of a level."""
+        return self.anchor_sizes if self.features != "fpn" else self.anchor_sizes[level : level + 1]
+
+    @property
+    def anchors_per_cell(self) -> int:
+        return len(self.anchor_ratios) * len(self.anchor_sizes_of(0))
 
     def _check_cascade(self, ious: tuple[float, ...]) -> None:
         lengths = (len(ious), len(self.cascade_loss_weights), len(self.cascade_delta_stds) / 4)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from detection.models.anchors import AnchorGenerator, AnchorGrid
 from detection.models.backbones import ARCHITECTURES, ResNet, start_norms_at_one
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
-from detection.models.fpn import FPN
+from detection.models.fpn import FPN, LastMap
 from detection.models.mask_head import MASK_ROI_SIZE, MASK_SIZE, MaskHead, mask_loss, mask_rois, mask_targets
 from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
@@ -48,8 +48,10 @@ class FasterRCNN(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = _backbone(config)
-        self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.fpn_norm)
-        self.rpn = RPNHead(config.fpn_channels, len(config.anchor_ratios))
+        self.fpn: nn.Module = LastMap()
+        if config.features == "fpn":
+            self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.fpn_norm)
+        self.rpn = RPNHead(config.map_channels, config.anchors_per_cell)
         heads = [BoxHead(stage) for stage in config.stages]
         self.roi_head = heads[0] if config.cascade_ious is None else nn.ModuleList(heads)
         self.mask_head: nn.Module | None = None
@@ -302,9 +304,12 @@ class FasterRCNN(nn.Module):
         mask: as the mask head takes them.
         """
         config = self.config
-        levels = roi_levels(
-            boxes_xyxy, finest_scale=config.roi_finest_scale, eps_inside_log=config.roi_level_eps_inside_log
-        )
+        if config.features == "fpn":
+            levels = roi_levels(
+                boxes_xyxy, finest_scale=config.roi_finest_scale, eps_inside_log=config.roi_level_eps_inside_log
+            )
+        else:
+            levels = torch.zeros_like(boxes_xyxy[..., 0], dtype=torch.int64)
         return (self._mask_align if mask else self._roi_align)(features, boxes_xyxy, levels, table)
 
 
@@ -322,6 +327,8 @@ def _backbone(config: FasterRCNNConfig) -> ResNet | OwnBackbone:
         frozen_stages=config.frozen_stages,
         norm_eps=config.norm_eps,
         stride_in_1x1=config.stride_in_1x1,
+        num_stages=config.last_stage,
+        dilate_last=config.features == "dc5",
     )
 
 

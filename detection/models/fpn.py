@@ -75,3 +75,11 @@ class FPN(nn.Module):
             outputs = [norm(x) for norm, x in zip(self.output_norm, outputs, strict=True)]
         outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))
         return tuple(outputs)
+
+
+class LastMap(nn.Module):
+    """The backbone's last map alone, in place of a pyramid."""
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """C2..C4 or C2..C5 to one map, as a tuple."""
+        return (features[-1],)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detection.models.backbones import ARCHITECTURES, make_norm, make_stage, stage_channels
 from detection.models.config import FasterRCNNConfig
 from detection.models.ops.box_losses import overlap_loss
 from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes
@@ -22,36 +24,50 @@ _CLASSIFIER_STD, _REGRESSOR_STD = 0.01, 0.001  # Girshick 2015, section 3.1
 
 
 class BoxHead(nn.Module):
-    """Two hidden layers, class logits and box deltas: of each class, or one for all."""
+    """Two hidden layers, or the backbone's fourth stage; class logits and box deltas: of each class, or one for all."""
 
     def __init__(self, config: FasterRCNNConfig) -> None:
         super().__init__()
-        inputs = config.fpn_channels * config.roi_output_size**2
+        inputs = config.map_channels * config.roi_output_size**2
         hidden = config.roi_hidden_channels
+        self.stage = last_stage_of(config) if config.features == "c4" else None
         self.num_classes = config.num_classes
         num_regressed = (
             1 if config.regressor_is_class_agnostic else config.num_classes + config.regressor_has_background
         )
-        self.fc1 = nn.Linear(inputs, hidden)
-        self.fc2 = nn.Linear(hidden, hidden)
+        layers: list[nn.Linear] = []
+        if self.stage is None:
+            self.fc1, self.fc2 = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden)
+            layers += [self.fc1, self.fc2]
+        else:
+            hidden = stage_channels(config.backbone, 4)
         self.classifier = nn.Linear(hidden, config.num_classes + 1)
         self.regressor = nn.Linear(hidden, 4 * num_regressed)
-        for layer in (self.fc1, self.fc2):
+        for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(self.classifier.weight, std=_CLASSIFIER_STD)
         nn.init.normal_(self.regressor.weight, std=_REGRESSOR_STD)
-        for layer in (self.fc1, self.fc2, self.classifier, self.regressor):
+        for layer in (*layers, self.classifier, self.regressor):
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """RoI features [R, C, S, S] to logits [R, K + 1], background last, and deltas [R, classes, 4]."""
-        hidden = F.relu_(self.fc1(pooled.flatten(1)))
-        hidden = F.relu_(self.fc2(hidden))
+        if self.stage is not None:
+            hidden = self.stage(pooled).mean(dim=(2, 3))
+        else:
+            hidden = F.relu_(self.fc1(pooled.flatten(1)))
+            hidden = F.relu_(self.fc2(hidden))
         # bf16 would round a logit of 9 to the next sixteenth, and so the loss by a percent.
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(self.classifier.weight.dtype)
             # shape[0] and not len(): an exported graph keeps the number open.
             return self.classifier(hidden), self.regressor(hidden).view(hidden.shape[0], -1, 4)
+
+
+def last_stage_of(config: FasterRCNNConfig) -> nn.Sequential:
+    """The fourth stage of the backbone, which is a head's."""
+    norm = functools.partial(make_norm, config.norm, config.train_norm_affine, config.norm_eps)
+    return make_stage(ARCHITECTURES[config.backbone], 4, norm, stride_in_1x1=config.stride_in_1x1)
 
 
 class RoISample(NamedTuple):

@@ -100,13 +100,13 @@ def test_a_key_takes_effect(option, holds):
 
 REFUSED = [
     ("model.backbone.style=tf", "must be 'pytorch' or 'caffe'"),
-    ("model.backbone.num_stages=3", "C4 and DC5 heads are not supported"),
-    ("model.backbone.strides=(1,2,2,1)", "C4 and DC5 heads are not supported"),
+    ("model.backbone.num_stages=3", "must go with the others; here there are num_stages=4, out_indices=(0, 1, 2, 3)"),
+    ("model.backbone.strides=(1,2,2,1)", "must go with the others"),
     ("model.backbone.depth=152", "must be 18 or 34 or 50 or 101"),
     ("model.backbone.depth=../..", "must be 18 or 34 or 50 or 101"),
     ("model.backbone.type=RegNet", "the other backbones are not supported"),
     ("model.backbone.norm_cfg.type=GN", "group norm"),
-    ("model.roi_head.shared_head.type=ResLayer", "C4 heads are not supported"),
+    ("model.roi_head.shared_head.type=ResLayer", "a stage shared by heads is not supported here"),
     ("model.roi_head.mask_head.type=FCNMaskHead", "masks need both mask_roi_extractor and mask_head"),
     ("model.roi_head.mask_head.type=HTCMaskHead", "the other mask heads are not supported"),
     ("model.type=RetinaNet", "one-stage detectors and others are not supported"),

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -71,3 +73,17 @@ def test_a_grid_made_in_inference_mode_serves_training():
     with torch.inference_mode():
         grid = generator((32, 32), sizes_of_maps(32, 32), CPU)
     assert not grid.boxes_xyxy.is_inference()
+
+
+def test_a_single_map_has_every_size_at_each_cell_by_ratio_and_then_size():
+    config = model_config(
+        "faster_rcnn_r50_fpn", features="dc5", anchor_strides=(16,), anchor_sizes=(32, 64), anchor_ratios=(0.5, 2)
+    )
+    grid = AnchorGenerator(config)((32, 48), [(2, 3)], torch.device("cpu"))
+    assert grid.per_level == (2 * 3 * 4,) and config.anchors_per_cell == 4
+    expected = []
+    for ratio in (0.5, 2):
+        for size in (32, 64):
+            width, height = size / math.sqrt(ratio), size * math.sqrt(ratio)
+            expected.append([16 - width / 2, -height / 2, 16 + width / 2, height / 2])
+    torch.testing.assert_close(grid.boxes_xyxy[4:8], torch.tensor(expected))

@@ -186,6 +186,18 @@ def test_channels_last_input_gives_channels_last_features():
     assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in features)
 
 
+def test_the_last_stage_can_be_dilated_in_place_of_its_stride_or_left_out():
+    shape = {"norm": "frozen_bn", "train_norm_affine": True, "frozen_stages": 1}
+    usual, dilated = ResNet("resnet50", **shape), ResNet("resnet50", dilate_last=True, **shape)
+    x = torch.randn(1, 3, 64, 96)
+    maps, wider = usual(x), dilated(x)
+    assert [block.conv2.dilation for block in dilated.stages[3]] == [(2, 2)] * 3
+    assert wider[3].shape[2:] == maps[2].shape[2:] and wider[3].shape[1] == maps[3].shape[1]
+    short = ResNet("resnet50", num_stages=3, **shape)
+    assert short.out_channels == (256, 512, 1024) and len(short(x)) == 3
+    assert not any(name.startswith("layer4") for name in short.state_dict())
+
+
 def test_the_stride_can_sit_in_the_first_1x1():
     usual = ResNet("resnet50", norm="frozen_bn", train_norm_affine=True, frozen_stages=1)
     caffe = ResNet("resnet50", norm="frozen_bn", train_norm_affine=True, frozen_stages=1, stride_in_1x1=True)

@@ -142,6 +142,15 @@ def test_hard_examples_are_those_with_the_largest_classification_loss():
     assert torch.equal(chosen.sort().values, background.sort().values[-len(chosen) :])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"features": "c4", "roi_output_size": 14}, {"features": "dc5"}], ids=str)
+def test_a_single_map_trains_all_parameters_and_detects(settings):
+    anchors = {"anchor_strides": (16,), "anchor_sizes": (32, 64, 128), "roi_samples_per_image": 16}
+    model = make_model("faster_rcnn_r50_fpn", **settings, **anchors, score_threshold=0.0)
+    step(model, photos((64, 96), (60, 64)), [target([BOX]), target([])])
+    assert all(len(found["scores"]) for found in model.eval()(photos((64, 96), (60, 64))))
+
+
 def test_a_network_for_bgr_is_given_the_channels_in_that_order():
     rgb = make_model(pixel_mean=(10, 20, 30), pixel_std=(1, 2, 3)).double()
     bgr = make_model(pixel_mean=(30, 20, 10), pixel_std=(3, 2, 1), pixel_order="bgr").double()

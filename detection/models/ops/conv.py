@@ -18,22 +18,24 @@ def convolution(
     *,
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """F.conv2d(x, weight, bias, stride, padding), plus `residual` where one is given, then ReLU if it is asked for."""
+    """F.conv2d(x, weight, bias, stride, padding, dilation), plus `residual` where one is given, then ReLU if that is
+    asked for."""
     # A compiler fuses what follows a convolution itself.
     name = "torch" if torch.compiler.is_compiling() else implementation_of("convolution", x.device)
     if name == "triton" and x.dtype != torch.float64 and (bias is not None or relu or residual is not None):
-        out = F.conv2d(x, weight, None, tuple(stride), tuple(padding), 1, groups)
+        out = F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
         if out.is_contiguous(memory_format=torch.channels_last):
             from detection.models.ops.triton.epilogue import finish_convolution
 
             return finish_convolution(out, bias, residual, relu=relu)
         out = out if bias is None else out.add_(bias[:, None, None])
     else:
-        out = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), 1, groups)
+        out = F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
     if residual is not None:
         return end_of_block(out, residual, relu=relu)
     return F.relu_(out) if relu else out

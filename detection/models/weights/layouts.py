@@ -60,6 +60,7 @@ _PREFIXES = (
     ("rpn.conv.", "rpn_head.rpn_conv.", "rpn.head.conv.0.0.", "proposal_generator.rpn_head.conv."),
     ("rpn.objectness.", "rpn_head.rpn_cls.", "rpn.head.cls_logits.", "proposal_generator.rpn_head.objectness_logits."),
     ("rpn.deltas.", "rpn_head.rpn_reg.", "rpn.head.bbox_pred.", "proposal_generator.rpn_head.anchor_deltas."),
+    ("roi_head.stage.", "roi_head.shared_head.layer4.", "", "roi_heads.res5."),
     ("roi_head.fc1.", "roi_head.bbox_head.shared_fcs.0.", "roi_heads.box_head.fc6.", "roi_heads.box_head.fc1."),
     ("roi_head.fc2.", "roi_head.bbox_head.shared_fcs.1.", "roi_heads.box_head.fc7.", "roi_heads.box_head.fc2."),
     (

@@ -113,6 +113,14 @@ def load_weights(
     notes = list(stored.notes)
 
     own = clean_names(model.state_dict())
+    if isinstance(model, FasterRCNN) and model.config.features == "c4":
+        # A backbone's file has as its fourth stage what is the head's here.
+        renamed = {name: name.replace("backbone.layer4.", "roi_head.stage.") for name in stored.state}
+        stored = dataclasses.replace(
+            stored,
+            state={renamed[name]: tensor for name, tensor in stored.state.items()},
+            origin={renamed.get(name, name): theirs for name, theirs in stored.origin.items()},
+        )
     state = {name: tensor.to(map_location) for name, tensor in stored.state.items()}
     refused = _foreign_norms(state, own)
     if refused:

@@ -356,6 +356,15 @@ def test_published_backbones_come_from_torchs_cache(spec, cache):
     assert prefetch_weights(spec, "resnet18") == cache / "resnet18-f37072fd.pth"
 
 
+@pytest.mark.slow
+def test_a_backbones_fourth_stage_is_the_heads_in_c4(load):
+    backbone = torchvision.models.resnet50()
+    model = small("faster_rcnn_r50_fpn", features="c4", anchor_strides=(16,), roi_output_size=14)
+    report = load(model, backbone.state_dict())
+    assert torch.equal(model.roi_head.stage[2].conv3.weight, backbone.layer4[2].conv3.weight)
+    assert set(report.unexpected) == {"fc.weight", "fc.bias"}
+
+
 def test_what_is_neither_cached_nor_reachable_is_told_with_address_folder_and_way_out(cache):
     for load in (
         lambda: load_weights(small(), "imagenet"),
