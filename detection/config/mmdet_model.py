@@ -358,14 +358,14 @@ def _single_map(features: str) -> tuple[dict[str, Keys], dict[str, Keys]]:
         "feat_channels": channels,
         "anchor_generator": lambda value, place: _anchors(value, place, levels=1),
     }
-    box_head: Keys = {**_BOX_HEAD_KEYS, "in_channels": only(2048, required=True)}
+    box_head = {**_BOX_HEAD_KEYS, "in_channels": only(2048, required=True)}
     if is_c4:
         box_head |= {"with_avg_pool": only(True, required=True), "roi_feat_size": only(7)}
         del box_head["fc_out_channels"]
     kinds = {"BBoxHead" if is_c4 else "Shared2FCBBoxHead": box_head}
     extractor = _extractor(to("model.roi_output_size", whole(1, 64)), channels, (16,))
     shared_head = typed({"ResLayer": _FOURTH_STAGE}, hint="the other shared heads are not supported")
-    roi_head: Keys = {
+    roi_head = {
         **_ROI_PARTS,
         **{key: absent("masks without a pyramid are") for key in ("mask_roi_extractor", "mask_head")},
         "bbox_roi_extractor": extractor,
@@ -482,9 +482,12 @@ def model_of(value: Any, place: Place) -> list[Found | Idle]:
     rcnn = _stages(keyed(_ROI_TARGETS)) if staged else keyed(_ROI_TARGETS)
     backbone = dictionary(value.get("backbone"), place.at("backbone"))
     features = _features(backbone, place.at("backbone"))
-    neck, (rpn_head, roi_heads) = typed(_NECK, hint="the other necks are not supported"), (_RPN_HEAD, _ROI_HEADS)
+    neck: Any = typed(_NECK, hint="the other necks are not supported")
+    rpn_head: Mapping[str, Keys] = _RPN_HEAD
+    roi_heads: Mapping[str, Keys] = _ROI_HEADS
     if features != "fpn":
-        neck, (rpn_head, roi_heads) = absent("a neck with this backbone is"), _single_map(features)
+        neck = absent("a neck with this backbone is")
+        rpn_head, roi_heads = _single_map(features)
     keys: Keys = {
         "type": choice(*_DETECTORS),
         "backbone": typed(_BACKBONES, hint="the other backbones are not supported"),

@@ -280,7 +280,7 @@ class ResNet(nn.Module):
         self.bn1 = norm_of(0)(architecture.channels)
         for stage in self._numbers:
             stride, dilation = (1, 1) if stage == 1 else (1, 2) if stage == 4 and dilate_last else (2, 1)
-            module = make_stage(
+            layer = make_stage(
                 architecture,
                 stage,
                 norm_of(stage),
@@ -288,7 +288,7 @@ class ResNet(nn.Module):
                 stride=stride,
                 dilation=dilation,
             )
-            self.add_module(f"layer{stage}", module)
+            self.add_module(f"layer{stage}", layer)
         self.out_channels = tuple(stage_channels(name, stage) for stage in self._numbers)
         frozen = [self.conv1, self.bn1, *self.stages][: frozen_stages + 2] if frozen_stages >= 0 else []
         for module in frozen:
