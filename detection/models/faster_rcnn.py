@@ -76,12 +76,12 @@ class FasterRCNN(nn.Module):
 
     def _initialize_as_torchvision(self) -> None:
         # torchvision 0.23: FeaturePyramidNetwork, and the defaults of nn.Linear in TwoMLPHead and FastRCNNPredictor.
-        for conv in (*self.fpn.lateral, *self.fpn.output):
+        for conv in (*self.fpn.lateral, *self.fpn.output) if isinstance(self.fpn, FPN) else ():
             nn.init.kaiming_uniform_(conv.get_parameter("weight"), a=1)
         for head in self.roi_heads:
             for layer in head.children():
-                assert isinstance(layer, nn.Linear)
-                layer.reset_parameters()
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
 
     def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """Training: {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"}, float32 scalars. A cascade has the last
