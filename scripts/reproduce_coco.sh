@@ -28,7 +28,8 @@ recipes+=(1x_adamw 1x_adamw_1gpu)
 options[1x_adamw]="--schedule schedules/schedule_1x_adamw.py --weights IMAGENET1K_V2"
 recipes+=(1x_rsb 1x_rsb_1gpu)
 rsb=https://download.openmmlab.com/mmclassification/v0/resnet/resnet50_8xb256-rsb-a1-600e_in1k_20211228-20e21305.pth
-options[1x_rsb]="--schedule schedules/schedule_1x_rsb.py --weights $rsb"
+decay=optim_wrapper.optimizer.weight_decay=0.05
+options[1x_rsb]="--schedule schedules/schedule_1x_adamw.py --lr 0.0002 --set $decay --weights $rsb"
 
 command_of() {
     local start="torchrun --nproc_per_node=8 train.py" more=""

@@ -42,7 +42,7 @@ def test_every_recipe_is_a_valid_command_with_the_batch_it_claims(monkeypatch):
         config = parse_arguments(words[start + 1 :])
         schedule = load_schedule(config.train.schedule)
         global_batch = processes * config.train.batch_size * (config.train.accumulate or 1)
-        assert schedule.name in name or schedule.name in ("schedule_1x_adamw", "schedule_1x_rsb"), name
+        assert schedule.name in name or schedule.name == "schedule_1x_adamw", name
         # Where the batch is not the schedule's, the learning rate follows it.
         assert (global_batch == schedule.base_batch_size) != config.train.auto_scale_lr, name
         directories.add(config.output_dir)
