@@ -72,6 +72,8 @@ SHORT_TRAINING = "--device cpu --workers 0 --min-size 64 --max-size 96 --limit-t
 
 
 def _train(words: list[str]) -> str:
+    if "--resume runs/" in " ".join(words):
+        return "--global-batch-size 2 --max-epochs 2"  # of a run by one process
     added = [SHORT_TRAINING]
     if "--model" not in words:
         added.append(SMALL_MODEL)
