@@ -87,6 +87,13 @@ class RunLengths:
         return np.asarray(mask.toBbox(self.entries()), dtype=np.float64).reshape(-1, 4)
 
 
+def of_box(box_xywh: Sequence[float], height: int, width: int) -> bytes:
+    """The compressed run lengths of a box in an image."""
+    from pycocotools import mask
+
+    return mask.frPyObjects(np.array([box_xywh], dtype=np.float64), height, width)[0]["counts"]
+
+
 def compressed(segmentation: Any, height: int, width: int) -> bytes | None:
     """The compressed run lengths of a mask of an image, given as COCO gives it: {"size": [height, width], "counts":
     run lengths or their compressed text}. None where that is not what is given, or the runs do not fill the image.

@@ -7,7 +7,7 @@ floats would depend on the order a machine adds in), and sines are rounded befor
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -34,6 +34,9 @@ class SceneObject:
     area: int
     rle_counts: tuple[int, ...] | None
     """Run lengths of the mask, column by column, beginning with zeros; None but for a crowd region."""
+    polygons: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    """Rings x, y, x, y, ... along the edges of the mask's pixels, which are filled to that very mask; empty for a crowd
+    region"""
 
 
 @dataclass(frozen=True)
@@ -324,8 +327,8 @@ def _annotate(canvas: _Canvas) -> list[SceneObject]:
         left, top = int(columns[0]), int(rows[0])
         w, h = int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
         if min(w, h) >= MIN_SIDE:
-            counts = _run_lengths(mask) if crowd else None
-            objects.append(SceneObject(label, (left, top, w, h), area, counts))
+            counts, rings = (_run_lengths(mask), ()) if crowd else (None, outline(mask))
+            objects.append(SceneObject(label, (left, top, w, h), area, counts, rings))
     return objects
 
 
@@ -335,3 +338,46 @@ def _run_lengths(mask: np.ndarray) -> tuple[int, ...]:
     ends = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     runs = np.diff(np.concatenate([[0], ends, [len(pixels)]])).tolist()
     return (0, *runs) if pixels[0] else tuple(runs)
+
+
+def outline(mask: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Rings x, y, x, y, ... along the edges of a bool [H, W] mask's pixels, one for each connected piece.
+
+    COCO's polygons have no holes: where the mask has some, one ring walks along all edges, from one to the next and
+    back on the same way, which fills nothing.
+    """
+    padded = np.pad(mask, 1).astype(np.int8)
+    ends: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    # The edges of the pixels, each as long as the border is straight, with the mask on its right.
+    for steps, turned in ((np.diff(padded, axis=0)[:, 1:-1], False), (np.diff(padded, axis=1)[1:-1].T, True)):
+        for line, values in enumerate(steps):
+            changes = np.flatnonzero(np.diff(values, prepend=0, append=0))
+            for first, last in zip(changes[:-1].tolist(), changes[1:].tolist(), strict=True):
+                if values[first]:
+                    forward = (values[first] > 0) != turned
+                    start, end = (first, last) if forward else (last, first)
+                    corners = ((line, start), (line, end)) if turned else ((start, line), (end, line))
+                    ends.setdefault(corners[0], []).append(corners[1])
+    loops = []
+    while ends:
+        start = min(ends)
+        loop = [start]
+        while loop[-1] in ends:
+            onward = ends[loop[-1]]
+            # Where two pixels touch at a corner, straight edges end and each side turns: never straight on.
+            chosen = (
+                onward[0]
+                if len(loop) < 2 or (onward[0][0] == loop[-1][0]) != (loop[-2][0] == loop[-1][0])
+                else onward[-1]
+            )
+            onward.remove(chosen)
+            if not onward:
+                del ends[loop[-1]]
+            if chosen == start:
+                break
+            loop.append(chosen)
+        loops.append(loop)
+    areas = [sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(loop, [*loop[1:], loop[0]], strict=True)) for loop in loops]
+    if min(areas, default=0) < 0:
+        loops = [[corner for loop in loops for corner in (*loop, loop[0])] + [loop[0] for loop in loops[-2::-1]]]
+    return tuple(tuple(side for corner in loop for side in corner) for loop in loops)

@@ -21,7 +21,7 @@ from data.coco.layout import standard_layout
 from data.errors import DataError
 from data.tools.shape_scenes import CLASS_NAMES, Dice, draw_scene
 
-GENERATOR_VERSION = 1  # goes up whenever equal settings would give another image or box
+GENERATOR_VERSION = 2  # goes up whenever equal settings would give another image, box or mask
 SETTINGS_FILE = "shapes.json"
 PORTRAIT_SHARE = 0.15
 MIN_SIDE, MAX_SIDE = 64, 4096
@@ -139,6 +139,8 @@ def _draw_image(
         }
         if item.rle_counts is not None:
             record["segmentation"] = {"size": [height, width], "counts": list(item.rle_counts)}
+        else:
+            record["segmentation"] = [list(ring) for ring in item.polygons]
         annotations.append(record)
     return image, annotations
 

@@ -77,6 +77,11 @@ def preflight(
         )
     if config.train.cuda_graphs:
         require_cuda_graphs(processes.device)
+        if has_masks(config, None):
+            raise ConfigError(
+                "--cuda-graphs does not go with a model with masks, whose bitmaps have another size in each batch: "
+                "leave it away"
+            )
     if config.mode != "test":
         resolve_backend(config.output.eval_backend)
     if config.mode == "train" and config.output.tracker is not None:
@@ -96,7 +101,7 @@ def preflight(
             imported(backbone)
     if config.augmentation.augmentation is not None:
         imported(config.augmentation.augmentation)
-    found, data_lines = prepare_files(config.data, mode=config.mode)
+    found, data_lines = prepare_files(config.data, mode=config.mode, masks=has_masks(config, None))
     lines = [*config.config_notes, *data_lines]
     if schedule.amp == "fp16" and processes.device.type == "cpu":
         # Not refused: the figures are right, and float16 can be tried where there is no GPU.
@@ -127,6 +132,17 @@ def preflight(
         raise CheckpointError(f"{output.checkpoints}: there is no checkpoint to evaluate; give --weights FILE")
     _prefetch(config)
     return None, found, lines
+
+
+def has_masks(config: RunConfig, checkpoint: LoadedCheckpoint | None) -> bool:
+    """Whether the run's model gives masks: that of the checkpoint, of a weights file with its own model, or of the
+    command line."""
+    if checkpoint is not None:
+        return bool(checkpoint.state["model_config"].get("has_masks"))
+    if config.mode != "train" and Path(config.model.weights).is_file():
+        with contextlib.suppress(WeightsError):  # weights of another project, without a model
+            return bool(getattr(load_detector(config.model.weights).model.config, "has_masks", False))
+    return not is_own(config.model.model) and model_config(config.model.model, **_chosen_settings(config)).has_masks
 
 
 def _prefetch(config: RunConfig) -> None:
@@ -193,8 +209,10 @@ def build(
     look_for_images = processes.rank == processes.node_main and not processes.is_main
     if config.mode == "train":
         assert files.train is not None
+        of_train = annotations[files.train.annotations]
+        masks = of_train.segmentations is not None
         train_set = CocoDataset(
-            files.train.images, annotations[files.train.annotations], training=True, look_for_images=look_for_images
+            files.train.images, of_train, training=True, masks=masks, look_for_images=look_for_images
         )
         class_names = train_set.class_names
         model, weights_line = _model_to_train(config, processes, checkpoint, train_set.annotations)
@@ -209,6 +227,8 @@ def build(
             split.images,
             annotations[split.annotations].with_classes(class_names),
             training=False,
+            # To be judged masks need no bitmaps.
+            masks=config.output.val_loss and annotations[split.annotations].segmentations is not None,
             look_for_images=look_for_images,
         )
         if split is not None

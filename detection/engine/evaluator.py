@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from data import CocoDataset, DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
+from data.coco.run_lengths import RunLengths
 from detection.engine.accelerate.compile import compile_for_evaluation
 from detection.engine.accelerate.device_memory import naming_out_of_memory
 from detection.engine.build import Components
@@ -25,10 +27,12 @@ from detection.engine.metrics.images import validation_images
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
 from detection.engine.run_dir import RunDirError, write_json
-from detection.evaluation import CocoEvaluator, Detections, write_results
-from detection.models import AnyDetector, FasterRCNN, ImageBatch, TargetBatch
+from detection.evaluation import CocoEvaluator, Detections, write_mask_results, write_results
+from detection.models import AnyDetector, FasterRCNN, ImageBatch, MaskBatch, TargetBatch, paste_masks
 from detection.reporting import counted, validation_table
 
+MASKS_AT_ONCE = 20
+"""Whole masks of an image in memory at a time."""
 _OVER = 2
 """Told to the other processes in place of a wish to stop: more images than allowed cannot be read."""
 
@@ -54,6 +58,8 @@ class Evaluator:
         self.coco = coco
         self.split = "test" if config.mode == "test" else "val"
         self.results_file = context.output.detections(self.split)
+        self._has_masks = dataset.annotations.segmentations is not None
+        """Then each process has masks of its detections to gather, also one that has run no image"""
         self.loader = EvalLoader(
             dataset,
             min_size=config.data.min_size,
@@ -135,6 +141,8 @@ class Evaluator:
         assert detections is not None
         try:
             write_results(detections, self.results_file)
+            if detections.masks is not None:
+                write_mask_results(detections, mask_results(self.results_file))
         except OSError as error:
             problem = f"{self.results_file} could not be written: {error}"
             if self.split == "test":
@@ -224,7 +232,9 @@ class Evaluator:
             images = ImageBatch(batch.pixels, batch.sizes)
             if self._wants_losses and isinstance(model, FasterRCNN):
                 # An image's own key: it draws the same samples in every validation.
-                targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.image_ids.to(batch.labels))
+                masks = None if batch.masks is None else MaskBatch(*batch.masks)
+                keys = batch.image_ids.to(batch.labels)
+                targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, keys, masks)
                 found, is_finite, losses = model.detect_with_losses(images, targets)
                 values = zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)
                 self._losses.append((batch.iteration, len(batch), dict(values)))
@@ -243,18 +253,52 @@ class Evaluator:
             [entry["scores"].float().cpu().numpy() for entry in found],
             [entry["labels"].cpu().numpy() for entry in found],
             category_ids=self.dataset.annotations.category_ids,
+            masks=[_masks(*each) for each in zip(found, scales, batch.native_sizes, strict=True)]
+            if self._has_masks
+            else None,
         )
         return detections, int(is_finite.logical_not().sum())
 
     def _collect(self, mine: Detections, image_ids: np.ndarray) -> tuple[Detections | None, np.ndarray]:
         ids, values, images = map(self.processes.gather_arrays, (*mine.as_arrays(), image_ids))
+        masks = self._gathered_masks(mine.masks) if self._has_masks else None
         if ids is None or values is None or images is None:
             return None, image_ids[:0]
         detections = Detections.from_arrays(np.concatenate(ids), np.concatenate(values))
+        if masks is not None:
+            detections = replace(detections, masks=masks)
         run = np.sort(np.concatenate(images))
         assert np.array_equal(run, np.sort(self.loader.image_ids)), "the evaluated images are not those of the set"
         # The order of the file does not depend on the number of processes.
         return detections.take(np.argsort(detections.image_ids, kind="stable")), run
+
+    def _gathered_masks(self, mine: RunLengths | None) -> RunLengths | None:
+        """Those of all processes by rank, as arrays all the way; None on other processes than the main one."""
+        mine = mine or RunLengths.of([], [])
+        parts = [self.processes.gather_arrays(each) for each in (mine.text, np.diff(mine.offsets), mine.sizes)]
+        text, lengths, sizes = (None if part is None else np.concatenate(part) for part in parts)
+        if text is None or lengths is None or sizes is None:
+            return None
+        return RunLengths(text, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]), sizes)
+
+
+def mask_results(results_file: Path) -> Path:
+    """The results file of masks beside that of boxes: COCO's evaluation server takes one kind a file."""
+    return results_file.with_name(f"{results_file.stem}_segm.json")
+
+
+def _masks(found: dict[str, torch.Tensor], scale: np.ndarray, size: tuple[int, int]) -> RunLengths:
+    """The masks of an image's detections at its stored size (height, width), as MMDetection makes them: boxes go back
+    to it first, and each mask is interpolated there."""
+    boxes = found["boxes_xyxy"].float() / torch.from_numpy(np.tile(scale, 2)).to(found["boxes_xyxy"].device)
+    parts = []
+    for start in range(0, len(boxes), MASKS_AT_ONCE):
+        rows = slice(start, start + MASKS_AT_ONCE)
+        bitmaps = paste_masks(found["mask_probabilities"][rows], boxes[rows], size)
+        # COCO counts along columns.
+        columns = bitmaps.transpose(1, 2).contiguous().cpu().numpy().view(np.uint8)
+        parts.append(RunLengths.encode(columns.transpose(0, 2, 1)))
+    return RunLengths.concatenate(parts)
 
 
 def coco_evaluator(context: RunContext, dataset: CocoDataset) -> CocoEvaluator | None:
@@ -303,6 +347,8 @@ def evaluate_set(context: RunContext, dataset: CocoDataset, model: nn.Module, pr
         except TooManyBadImages as error:  # every process has it
             raise RunError(str(error)) from error
     console.say(f"detections: {evaluator.results_file} (COCO results format)")
+    if dataset.annotations.segmentations is not None:
+        console.say(f"masks: {mask_results(evaluator.results_file)} (COCO results format)")
     if metrics is None:
         console.say("the annotation file has no boxes: no metrics, the detections are ready for an upload")
         return 0

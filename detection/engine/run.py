@@ -21,7 +21,7 @@ from detection.config.arg_types import AUTO_BATCH_SIZE
 from detection.config.cli import words_of
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.device_memory import device_memory
-from detection.engine.build import build, preflight
+from detection.engine.build import build, has_masks, preflight
 from detection.engine.checkpoint import LoadedCheckpoint
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import USER_ERRORS, RunError, run_on_all_ranks, run_on_main_rank
@@ -123,7 +123,8 @@ def _run(
     changes: list[str] = []
     if checkpoint is not None and config.mode == "train":
         config, changes = run_on_all_ranks(processes, partial(resumed_settings, checkpoint, config))
-    files, annotations = read_annotations(config.data, processes, mode=config.mode, found=found)
+    masks = run_on_all_ranks(processes, partial(has_masks, config, checkpoint))
+    files, annotations = read_annotations(config.data, processes, mode=config.mode, found=found, masks=masks)
     components = run_on_all_ranks(processes, partial(build, config, processes, checkpoint, files, annotations))
     console = Console(None if config.dry_run else output.log, is_main=processes.is_main, rank=processes.rank)
     context = RunContext(config, processes, output, stop, console, trackers)

@@ -3,7 +3,14 @@
 from detection.evaluation.backends import BACKENDS, resolve_backend
 from detection.evaluation.coco_metrics import METRIC_NAMES, CocoEvaluator, evaluate_results
 from detection.evaluation.ground_truth import GroundTruth
-from detection.evaluation.results import Detections, EvaluationError, ResultsError, read_results, write_results
+from detection.evaluation.results import (
+    Detections,
+    EvaluationError,
+    ResultsError,
+    read_results,
+    write_mask_results,
+    write_results,
+)
 
 __all__ = [
     "BACKENDS",
@@ -16,5 +23,6 @@ __all__ = [
     "evaluate_results",
     "read_results",
     "resolve_backend",
+    "write_mask_results",
     "write_results",
 ]

@@ -1,4 +1,4 @@
-"""The programs that compute COCO's box metrics: pycocotools, which is the judge, and hotcoco, which is fast.
+"""The programs that compute COCO's metrics of boxes and masks: pycocotools, the judge, and hotcoco, which is fast.
 
 Both work on the same flat arrays and return the same three arrays; everything reported is derived from these
 in one place, so a choice of backend can change the time it takes and nothing else.
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.coco.run_lengths import RunLengths
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections, EvaluationError
 
@@ -59,12 +60,13 @@ def resolve_backend(name: str) -> str:
     return name
 
 
-def accumulate(backend: str, truth: GroundTruth, detections: Detections) -> Accumulated:
+def accumulate(backend: str, truth: GroundTruth, detections: Detections, *, masks: bool = False) -> Accumulated:
     """Matches and accumulates with a resolved backend.
 
     Args:
         truth: exactly the evaluated images and their boxes.
         detections: every one on an image and of a category of `truth`, finite.
+        masks: the IoU of masks decides, which both have, and not that of boxes.
 
     Raises:
         EvaluationError: "both" was asked for and the two differ by more than 1e-9.
@@ -73,11 +75,13 @@ def accumulate(backend: str, truth: GroundTruth, detections: Detections) -> Accu
         shape = (10, 101, len(truth.category_ids), 4, 3)
         return Accumulated(np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0), np.full(12, -1.0))
     if backend == "pycocotools":
-        return accumulate_with_pycocotools(truth, detections)
+        return accumulate_with_pycocotools(truth, detections, masks=masks)
     if backend == "hotcoco":
-        return accumulate_with_hotcoco(truth, detections)
+        return accumulate_with_hotcoco(truth, detections, masks=masks)
     assert backend == "both", backend
-    judge, other = accumulate_with_pycocotools(truth, detections), accumulate_with_hotcoco(truth, detections)
+    judge, other = (
+        program(truth, detections, masks=masks) for program in (accumulate_with_pycocotools, accumulate_with_hotcoco)
+    )
     for field in ("stats", "precision", "recall"):
         expected, found = getattr(judge, field), getattr(other, field)
         difference = np.abs(expected - found)
@@ -91,30 +95,37 @@ def accumulate(backend: str, truth: GroundTruth, detections: Detections) -> Accu
     return judge
 
 
-def accumulate_with_pycocotools(truth: GroundTruth, detections: Detections) -> Accumulated:
+def accumulate_with_pycocotools(truth: GroundTruth, detections: Detections, *, masks: bool = False) -> Accumulated:
     """COCOeval itself, with what it prints thrown away. At least one image."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     dataset = {
-        "images": [{"id": place} for place in range(len(truth.image_ids))],
+        # Of run lengths it reads an image's size, and does nothing with it.
+        "images": [{"id": place, "height": 0, "width": 0} for place in range(len(truth.image_ids))],
         "categories": [{"id": label} for label in range(len(truth.category_ids))],
     }
 
-    def side(key: str, *columns: npt.NDArray[Any]) -> COCO:
-        keys = ("id", "image_id", "category_id", "bbox", "area", key)
-        rows = zip(itertools.count(1), *(column.tolist() for column in columns), strict=False)
+    def side(key: str, run_lengths: RunLengths | None, *columns: npt.NDArray[Any]) -> COCO:
+        keys = ["id", "image_id", "category_id", "bbox", "area", key]
+        values: list[Any] = [column.tolist() for column in columns]
+        if masks:
+            assert run_lengths is not None
+            keys.append("segmentation")
+            values.append(run_lengths.entries())
+        rows = zip(itertools.count(1), *values, strict=False)
         coco = COCO()
         coco.dataset = {**dataset, "annotations": [dict(zip(keys, row, strict=True)) for row in rows]}
         coco.createIndex()
         return coco
 
     boxes_xywh = detections.boxes_xywh.astype(np.float64)
-    areas, scores = boxes_xywh[:, 2] * boxes_xywh[:, 3], detections.scores.astype(np.float64)
+    areas, scores = _areas(boxes_xywh, detections, masks), detections.scores.astype(np.float64)
     with contextlib.redirect_stdout(io.StringIO()):
-        annotated = side("iscrowd", truth.box_images, truth.box_labels, truth.boxes_xywh, truth.areas, truth.crowd)
-        found = side("score", *truth.places_of(detections), boxes_xywh, areas, scores)
-        evaluation = COCOeval(annotated, found, iouType="bbox")
+        columns = truth.box_images, truth.box_labels, truth.boxes_xywh, truth.areas, truth.crowd
+        annotated = side("iscrowd", truth.masks, *columns)
+        found = side("score", detections.masks, *truth.places_of(detections), boxes_xywh, areas, scores)
+        evaluation = COCOeval(annotated, found, iouType="segm" if masks else "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -122,7 +133,7 @@ def accumulate_with_pycocotools(truth: GroundTruth, detections: Detections) -> A
     return Accumulated(evaluation.eval["precision"], evaluation.eval["recall"], stats)
 
 
-def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections) -> Accumulated:
+def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections, *, masks: bool = False) -> Accumulated:
     """hotcoco's COCOeval, fed arrays. At least one image."""
     import hotcoco
 
@@ -137,10 +148,20 @@ def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections) -> Accum
         ids=np.arange(1, truth.num_boxes + 1),
         area=truth.areas,
         iscrowd=truth.crowd,
+        segmentation=truth.masks.entries() if masks and truth.masks is not None else None,
     )
     images, labels = truth.places_of(detections)
     rows = np.column_stack([images + 1, detections.boxes_xywh, detections.scores, labels + 1]).astype(np.float64)
-    evaluation = hotcoco.COCOeval(annotated, annotated.load_res(rows), "bbox")
+    if masks:
+        assert detections.masks is not None
+        # Entries without a box, so that areas are those of the masks.
+        keys = ("image_id", "category_id", "score", "segmentation")
+        columns = (images + 1, labels + 1, detections.scores.astype(np.float64))
+        values = zip(*(column.tolist() for column in columns), detections.masks.entries(), strict=True)
+        found = annotated.load_res([dict(zip(keys, row, strict=True)) for row in values])
+    else:
+        found = annotated.load_res(rows)
+    evaluation = hotcoco.COCOeval(annotated, found, "segm" if masks else "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summary_lines()  # computes stats as summarize() does, and prints nothing
@@ -148,3 +169,11 @@ def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections) -> Accum
     return Accumulated(
         *(np.asarray(values, dtype=np.float64) for values in (arrays["precision"], arrays["recall"], evaluation.stats))
     )
+
+
+def _areas(boxes_xywh: npt.NDArray[np.float64], detections: Detections, masks: bool) -> npt.NDArray[np.float64]:
+    """float64 [n]: what the size class of each detection goes by."""
+    if masks:
+        assert detections.masks is not None
+        return detections.masks.areas()
+    return boxes_xywh[:, 2] * boxes_xywh[:, 3]

@@ -1,4 +1,4 @@
-"""COCO's box metrics over exactly the images that were evaluated."""
+"""COCO's metrics of boxes and masks over exactly the images that were evaluated."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ METRIC_NAMES = (
     *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
     *("AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l"),
 )
+SEGM = "segm_"
+"""What the names of the figures of masks begin with"""
 # COCOeval's size classes by area in square pixels; both ends belong to the class.
 SIZE_CLASSES = (
     ("s", "small (up to 32 x 32 pixels)", 0.0, 32.0**2),
@@ -99,6 +101,9 @@ class CocoEvaluator:
             0.50:0.95, or -1}; "notes": list of sentences that explain each -1 and whatever else a reader of
             the figures should know}.
 
+            With masks, of detections and annotations, the same figures of masks besides: "segm_mAP", ...,
+            "segm_per_class".
+
         Raises:
             EvaluationError: the file has no boxes; an image is given twice or unknown; a detection lies on
                 an image that is not given.
@@ -131,6 +136,11 @@ class CocoEvaluator:
         self.accumulated = accumulate(self.backend, truth, detections)
         metrics: dict[str, Any] = dict(zip(METRIC_NAMES, self.accumulated.stats.tolist(), strict=True))
         metrics["per_class"] = dict(zip(truth.class_names, per_class_ap(self.accumulated), strict=True))
+        if detections.masks is not None and truth.masks is not None:
+            of_masks = accumulate(self.backend, truth, detections, masks=True)
+            names = [SEGM + name for name in METRIC_NAMES]
+            metrics |= zip(names, of_masks.stats.tolist(), strict=True)
+            metrics[f"{SEGM}per_class"] = dict(zip(truth.class_names, per_class_ap(of_masks), strict=True))
         metrics["notes"] = notes + _explanations(truth, detections)
         return metrics
 
@@ -160,7 +170,9 @@ def evaluate_results(
     See CocoEvaluator for result and errors; ResultsError names the entry of the results file that cannot be
     read.
     """
-    return CocoEvaluator(annotation_file, backend=backend).evaluate(read_results(results_file))
+    detections = read_results(results_file)
+    annotations = read_coco(os.fspath(annotation_file), masks=detections.masks is not None)
+    return CocoEvaluator(annotations, backend=backend).evaluate(detections)
 
 
 def per_class_ap(accumulated: Accumulated) -> list[float]:

@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data.coco.annotations import CocoAnnotations
+from data.coco.run_lengths import RunLengths, of_box
 from detection.evaluation.results import Detections
 
 _NOTES = {
+    "no-outline": "annotations have no usable mask: the box stands in for it",
     "no-area": "annotations have no 'area': width x height is used for the size classes",
     "no-iscrowd": "annotations have no 'iscrowd': taken as 0, ordinary objects",
 }
@@ -30,6 +32,8 @@ class GroundTruth:
         category_ids: int64 [K], ascending. class_names: their names.
         box_images, box_labels: int64 [M], places in image_ids and category_ids.
         boxes_xywh: float64 [M, 4] in pixels. areas: float64 [M] in pixels, which the size classes go by.
+        masks: of each box, at the size of its image, where the annotations were read with outlines; without one the box
+            stands in.
         crowd: bool [M]: detections on such a box count neither way.
         notes: what had to be filled in or passed over.
     """
@@ -45,6 +49,7 @@ class GroundTruth:
     areas: npt.NDArray[np.float64]
     crowd: npt.NDArray[np.bool_]
     notes: tuple[str, ...]
+    masks: RunLengths | None = None
 
     @staticmethod
     def of(annotations: CocoAnnotations) -> GroundTruth:
@@ -66,6 +71,7 @@ class GroundTruth:
             areas=annotations.areas,
             crowd=annotations.crowd,
             notes=tuple(notes),
+            masks=_masks(annotations),
         )
 
     @property
@@ -87,6 +93,7 @@ class GroundTruth:
             boxes_xywh=self.boxes_xywh[rows],
             areas=self.areas[rows],
             crowd=self.crowd[rows],
+            masks=self.masks and self.masks.take(rows),
         )
 
     def places_of(self, detections: Detections) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -96,3 +103,18 @@ class GroundTruth:
         """
         images = np.searchsorted(self.image_ids, detections.image_ids)
         return images, np.searchsorted(self.category_ids, detections.category_ids)
+
+
+def _masks(annotations: CocoAnnotations) -> RunLengths | None:
+    outlines = annotations.segmentations
+    if outlines is None:
+        return None
+    images = annotations.image_indices
+    sizes = np.stack([annotations.heights[images], annotations.widths[images]], axis=1)
+    texts = [
+        outlines.compressed(row, *size) if present else of_box(box, *size)
+        for row, (present, box, size) in enumerate(
+            zip(outlines.present.tolist(), annotations.boxes_xywh.tolist(), sizes.tolist(), strict=True)
+        )
+    ]
+    return RunLengths.of(texts, sizes)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.coco.run_lengths import RunLengths, compressed
 from detection.errors import DetectionError
 
 RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
@@ -39,6 +41,7 @@ class Detections:
         category_ids: int64 [n], ids of the annotation file's categories (not labels 0..K-1).
         boxes_xywh: float32 or float64 [n, 4]: left, top, width, height in pixels of the stored image.
         scores: float32 or float64 [n], higher is more certain.
+        masks: of each detection, at the size of its stored image; None for a detector of boxes.
 
     Models give float32. Files read with `read_results` give float64, so that scores which another program
     wrote with more digits than float32 holds do not become ties.
@@ -48,6 +51,7 @@ class Detections:
     category_ids: npt.NDArray[np.int64]
     boxes_xywh: npt.NDArray[np.floating[Any]]
     scores: npt.NDArray[np.floating[Any]]
+    masks: RunLengths | None = None
 
     def __post_init__(self) -> None:
         n = len(self.image_ids)
@@ -56,6 +60,7 @@ class Detections:
         assert self.image_ids.dtype == self.category_ids.dtype == np.int64, "ids are int64"
         assert self.boxes_xywh.dtype in (np.float32, np.float64), self.boxes_xywh.dtype
         assert self.scores.dtype in (np.float32, np.float64), self.scores.dtype
+        assert self.masks is None or len(self.masks) == n, "a mask for each detection"
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -74,6 +79,7 @@ class Detections:
         labels: Sequence[npt.ArrayLike],
         *,
         category_ids: Sequence[int],
+        masks: Sequence[RunLengths] | None = None,
     ) -> Detections:
         """Flattens one entry per image, as a detector returns them, scaled back to the image's own pixels.
 
@@ -83,6 +89,7 @@ class Detections:
             scores: B times float [n_b].
             labels: B times int [n_b] in 0..K-1.
             category_ids: length K, the category id of each label.
+            masks: B times n_b masks of the image's size.
         """
         assert len(image_ids) == len(boxes_xyxy) == len(scores) == len(labels), "one entry per image in each list"
         if not len(image_ids):
@@ -95,13 +102,22 @@ class Detections:
             category_ids=np.asarray(category_ids, dtype=np.int64)[flat_labels],
             boxes_xywh=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
             scores=np.concatenate([np.asarray(s, dtype=np.float32) for s in scores]),
+            masks=None if masks is None else RunLengths.concatenate(masks),
         )
 
     @staticmethod
     def concatenate(parts: Iterable[Detections]) -> Detections:
-        """All rows of `parts`, one part after the other; no part at all gives `empty()`."""
-        columns = zip(*(vars(part).values() for part in list(parts) or [Detections.empty()]), strict=True)
-        return Detections(*map(np.concatenate, columns))
+        """All rows of `parts`, which all have masks or all have none, in turn; no part at all gives `empty()`."""
+        parts = list(parts) or [Detections.empty()]
+        masks = [part.masks for part in parts if part.masks is not None]
+        return Detections(
+            *map(np.concatenate, zip(*(part.columns() for part in parts), strict=True)),
+            masks=RunLengths.concatenate(masks) if masks else None,
+        )
+
+    def columns(self) -> tuple[npt.NDArray[Any], ...]:
+        """Image ids, category ids, boxes and scores."""
+        return self.image_ids, self.category_ids, self.boxes_xywh, self.scores
 
     def as_arrays(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating[Any]]]:
         """The detections as two plain arrays that travel between processes without pickling.
@@ -121,7 +137,7 @@ class Detections:
 
     def take(self, rows: npt.NDArray[Any]) -> Detections:
         """The rows that an index or bool array [n] names."""
-        return Detections(*(column[rows] for column in vars(self).values()))
+        return Detections(*(column[rows] for column in self.columns()), masks=self.masks and self.masks.take(rows))
 
     def check_finite(self) -> None:
         """Raises ResultsError if a box or a score is NaN or infinite: no ranking is defined then."""
@@ -136,7 +152,7 @@ class Detections:
 
 
 def write_results(detections: Detections, path: str | os.PathLike[str]) -> None:
-    """Writes a COCO results file: a JSON list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
+    """Writes a COCO results file of boxes: a JSON list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}.
 
     float32 numbers get 9 significant digits (float64: 17), which is what it takes to get the same number
     back. So the ranking with all its ties survives, and the file's metrics are those of the detections in
@@ -148,21 +164,39 @@ def write_results(detections: Detections, path: str | os.PathLike[str]) -> None:
         ResultsError: a box or score is not finite (JSON has no such numbers).
     """
     detections.check_finite()
-    target = Path(path)
     digits = [17 if a.dtype == np.float64 else 9 for a in (detections.boxes_xywh, detections.scores)]
     box, score = (f"%.{d}g" for d in digits)
     row = f'{{"image_id":%d,"category_id":%d,"bbox":[{box},{box},{box},{box}],"score":{score}}}'
     columns = (detections.image_ids, detections.category_ids, *detections.boxes_xywh.T, detections.scores)
     rows = zip(*(column.tolist() for column in columns), strict=True)
+    _write_rows(path, len(detections), (row % values for values in rows))
+
+
+def write_mask_results(detections: Detections, path: str | os.PathLike[str]) -> None:
+    """Writes a COCO results file of masks: a JSON list of {"image_id", "category_id", "segmentation": {"size": [height,
+    width], "counts": compressed run lengths}, "score"}; otherwise as `write_results`."""
+    detections.check_finite()
+    assert detections.masks is not None
+    digits = 17 if detections.scores.dtype == np.float64 else 9
+    columns = (detections.image_ids, detections.category_ids, *detections.masks.sizes.T, detections.scores)
+    row = '{"image_id":%d,"category_id":%d,"segmentation":{"size":[%d,%d],"counts":"%s"},"score":%.{digits}g}'
+    row = row.replace("{digits}", str(digits))
+    # The one character of run lengths that JSON writes otherwise.
+    texts = (detections.masks.counts(i).decode("ascii").replace("\\", "\\\\") for i in range(len(detections)))
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    _write_rows(path, len(detections), (row % (*v[:4], text, v[4]) for v, text in zip(rows, texts, strict=True)))
+
+
+def _write_rows(path: str | os.PathLike[str], count: int, rows: Iterator[str]) -> None:
+    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # One name, so that what a killed process has left is written over.
     temporary = target.with_name(f".{target.name}.new")
     try:
         with temporary.open("w", encoding="ascii") as file:
             file.write("[")
-            for start in range(0, len(detections), ROWS_PER_WRITE):
-                count = min(ROWS_PER_WRITE, len(detections) - start)
-                lines = [row % next(rows) for _ in range(count)]
+            for start in range(0, count, ROWS_PER_WRITE):
+                lines = list(itertools.islice(rows, ROWS_PER_WRITE))
                 file.write((",\n" if start else "\n") + ",\n".join(lines))
             file.write("\n]\n")
         temporary.replace(target)
@@ -171,7 +205,9 @@ def write_results(detections: Detections, path: str | os.PathLike[str]) -> None:
 
 
 def read_results(path: str | os.PathLike[str]) -> Detections:
-    """Reads a COCO results file of any program; keys beyond the four of box results are passed over.
+    """Reads a COCO results file of any program, of boxes or of masks; other keys are passed over.
+
+    Entries without "bbox" have a "segmentation" of run lengths. Their boxes are those round the masks.
 
     Returns:
         Detections in float64, rows in the file's order.
@@ -196,6 +232,10 @@ def read_results(path: str | os.PathLike[str]) -> Detections:
         )
     if not rows:
         return Detections.empty()
+    masks = None
+    if isinstance(rows[0], dict) and "bbox" not in rows[0] and "segmentation" in rows[0]:
+        masks = _masks_of(source, rows)
+        rows = [row | {"bbox": box} for row, box in zip(rows, masks.boxes_xywh().tolist(), strict=True)]
     try:
         arrays = [np.array([row[key] for row in rows]) for key in RESULT_KEYS]
         image_ids, category_ids, boxes, scores = (array.astype(np.float64) for array in arrays)
@@ -214,7 +254,25 @@ def read_results(path: str | os.PathLike[str]) -> Detections:
         # The arrays are fast and the rows say more: the same rules.
         index, fault = next((i, fault) for i, row in enumerate(rows) if (fault := _fault_of_row(row)))
         raise ResultsError(f"{source}: entry {index} (counted from 0): {fault}")
-    return Detections(arrays[0].astype(np.int64), arrays[1].astype(np.int64), boxes, scores)
+    return Detections(arrays[0].astype(np.int64), arrays[1].astype(np.int64), boxes, scores, masks)
+
+
+def _masks_of(source: Path, rows: list[Any]) -> RunLengths:
+    counts, sizes = [], []
+    for index, row in enumerate(rows):
+        given = row.get("segmentation") if isinstance(row, dict) else None
+        size = given.get("size") if isinstance(given, dict) else None
+        text = None
+        if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
+            text = compressed(given, *size)
+        if text is None:
+            raise ResultsError(
+                f"{source}: entry {index} (counted from 0): segmentation is {given!r:.80}, expected run lengths that "
+                'fill the image: {"size": [height, width], "counts": ...}'
+            )
+        counts.append(text)
+        sizes.append(size)
+    return RunLengths.of(counts, sizes)
 
 
 def _fault_of_row(row: Any) -> str | None:
@@ -222,8 +280,7 @@ def _fault_of_row(row: Any) -> str | None:
         return f"expected an object with {', '.join(RESULT_KEYS)}, found {row!r:.80}"
     missing = [key for key in RESULT_KEYS if key not in row]
     if missing:
-        hint = " (results of masks or keypoints cannot be used here)" if missing == ["bbox"] else ""
-        return f"no {', '.join(missing)}{hint}; every entry needs {', '.join(RESULT_KEYS)}"
+        return f"no {', '.join(missing)}; every entry needs {', '.join(RESULT_KEYS)}"
     for key in ("image_id", "category_id"):
         if not _is_number(row[key]) or row[key] != math.floor(row[key]) or abs(row[key]) >= 2**63:
             return f"{key} is {row[key]!r:.80}, expected a whole number of the annotation file's ids"

@@ -11,6 +11,12 @@ FIGURES = {
     "mAP_m": "medium",
     "mAP_l": "large, area over 96 x 96",
     "AR_100": "recall, 100 detections an image",
+    "segm_mAP": "masks, IoU 0.50:0.95",
+    "segm_mAP_50": "masks, IoU 0.50",
+    "segm_mAP_75": "masks, IoU 0.75",
+    "segm_mAP_s": "masks, small",
+    "segm_mAP_m": "masks, medium",
+    "segm_mAP_l": "masks, large",
 }
 UNDEFINED = -1.0  # COCO's value where the ground truth has nothing of that kind
 MAX_CLASSES_LISTED = 20
@@ -55,7 +61,8 @@ def summary_table(records: Sequence[Mapping[str, Any]], best_epoch: int | None) 
     """
     if not records:
         return "no validation has been run"
-    names = [name for name in FIGURES if any(name in record for record in records)]
+    shown = [name for name in FIGURES if not name.startswith("segm_mAP_")]
+    names = [name for name in shown if any(name in record for record in records)]
     rows = [["epoch", *names, ""]]
     for record in records:
         mark = "<- best" if best_epoch is not None and record.get("epoch") == best_epoch else ""

@@ -28,6 +28,7 @@ _PAGES = {
     "Overview": {
         "learning rate": ["^train/lr$"],
         "mAP": ["^val/mAP$"],
+        "mAP of masks": ["^val/segm_mAP$"],
         "loss": ["^(train|val)/loss$"],
         "images per second": ["^train/images_per_second$"],
     },
@@ -36,11 +37,14 @@ _PAGES = {
         "RPN: boxes": ["^(train|val)/loss_rpn_bbox$"],
         "box head: classes": ["^(train|val)/loss_cls(_s[0-9])?$"],
         "box head: boxes": ["^(train|val)/loss_bbox(_s[0-9])?$"],
+        "mask head": ["^(train|val)/loss_mask(_s[0-9])?$"],
         "gradient norm": ["^train/grad_norm$"],
     },
     "Validation": {
         "mAP at IoU 0.50 and 0.75": ["^val/mAP_50$", "^val/mAP_75$"],
         "mAP by object size": ["^val/mAP_[sml]$"],
+        "mAP of masks at IoU 0.50 and 0.75": ["^val/segm_mAP_50$", "^val/segm_mAP_75$"],
+        "mAP of masks by object size": ["^val/segm_mAP_[sml]$"],
         "average recall": ["^val/AR_100$"],
         "AP by class": ["^val/AP/"],
     },

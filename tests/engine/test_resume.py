@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +22,7 @@ from detection.engine.evaluator import Evaluator
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.resume import image_order_of, resumed_settings
 from detection.engine.trainer import Trainer
+from detection.evaluation import read_results
 from detection.models.config import model_config
 from detection.reporting import TensorBoardLog
 from schedules import load_schedule, with_overrides
@@ -66,6 +68,37 @@ def test_a_cascade_records_the_losses_of_each_stage_and_resumes_to_the_same_bits
         assert list(losses) == ["loss_rpn_cls", "loss_rpn_bbox", *stages]
         assert record["loss"] == pytest.approx(sum(losses.values()), rel=1e-5)
     assert "train/loss_bbox_s2" in EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()["scalars"]
+
+
+def test_a_model_with_masks_learns_and_is_judged_by_them_and_resumes_to_the_same_bits(
+    start, start_and_kill, tmp_path, same_run, records_of
+):
+    words = ["--model", "tiny_mask", "--checkpoint-iterations", "1", "--set", "param_scheduler.0.end=2"]
+    assert start(tmp_path / "whole", *words, "--workers", "1") == 0
+    start_and_kill(4, tmp_path / "run", *words)
+    assert run(parse_arguments(["--resume", str(tmp_path / "run")])) == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    assert all(record["loss_mask"] > 0 for record in records_of(tmp_path / "run", "train"))
+    for record in records_of(tmp_path / "run", "val"):
+        assert {"segm_mAP", "segm_AR_100", "segm_per_class"} <= set(record)
+    assert steps(tmp_path / "run", "val/segm_mAP") == [2, 5]
+    boxes, masks = (read_results(tmp_path / "run" / f"detections_val{kind}.json") for kind in ("", "_segm"))
+    assert np.array_equal(boxes.scores, masks.scores) and np.array_equal(boxes.image_ids, masks.image_ids)
+    assert len(masks) > 0 and set(map(tuple, masks.masks.sizes.tolist())) <= {(96, 128), (128, 96)}
+
+
+def test_a_training_with_masks_needs_outlines(start, shapes_set, tmp_path):
+    for split in ("train", "val"):
+        content = json.loads((shapes_set / "annotations" / f"instances_{split}2017.json").read_text())
+        for record in content["annotations"]:
+            record["segmentation"] = []
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    words = ["--train-images", shapes_set / "train2017", "--train-annotations", tmp_path / "train.json"]
+    words += ["--val-images", shapes_set / "val2017", "--val-annotations", tmp_path / "val.json"]
+    with pytest.raises(
+        RunError, match=r"train\.json: no annotation has a mask.*\n.*val\.json: no annotation has a mask"
+    ):
+        start(tmp_path / "run", "--model", "tiny_mask", *words)
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,12 @@ class Killed(BaseException):
 
 
 def make_known() -> None:
-    """Models "tiny", "tiny_other" and "tiny_cascade" exist from now on."""
+    """Models "tiny", "tiny_other", "tiny_cascade" and "tiny_mask" exist from now on."""
     ARCHITECTURES[BACKBONE] = Architecture((1, 1, 1, 1), bottleneck=False, channels=32)
     MODELS["tiny"] = TINY
     MODELS["tiny_other"] = {**TINY, "fpn_channels": 64}
     MODELS["tiny_cascade"] = {**CASCADE_RECIPE, **TINY}
+    MODELS["tiny_mask"] = {**TINY, "has_masks": True, "mask_channels": 16}
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def dataset_files(config: DataConfig, found: FoundSet | None, *, mode: str) -> D
     return DatasetFiles(None, splits["val"] if mode == "val" else None, splits.get("test") if mode == "test" else None)
 
 
-def prepare_files(config: DataConfig, *, mode: str) -> tuple[FoundSet | None, list[str]]:
-    """Find and check the files of every split; main process only.
+def prepare_files(config: DataConfig, *, mode: str, masks: bool = False) -> tuple[FoundSet | None, list[str]]:
+    """Find and check the files of every split, with outlines for a model with masks; main process only.
 
     The checks read annotations and list folders, and open no image: a few seconds for COCO.
 
@@ -108,7 +108,11 @@ def prepare_files(config: DataConfig, *, mode: str) -> tuple[FoundSet | None, li
     for name, split in bar:
         if split is not None:
             bar.set_description(f"reading {split.annotations.name}")
-            read[name] = annotations = _chosen(config, read_coco(split.annotations, cache_dir=cache_folder()))
+            read[name] = annotations = _chosen(
+                config, read_coco(split.annotations, masks=masks, cache_dir=cache_folder())
+            )
+            if masks and name != "test" and annotations.has_boxes and not _has_outlines(annotations):
+                findings.append(Finding.of("no-masks", source=annotations.source))
             findings += check_split(annotations, split.images, training=name == "train", needs_boxes=name != "test")
     if files.train is not None and files.val is not None:
         pair = read["train"], read["val"], files.train.images, files.val.images
@@ -136,7 +140,7 @@ def _describe(found: FoundSet, read: Mapping[str, CocoAnnotations]) -> list[str]
 
 
 def read_annotations(
-    config: DataConfig, processes: Processes, *, mode: str, found: FoundSet | None = None
+    config: DataConfig, processes: Processes, *, mode: str, found: FoundSet | None = None, masks: bool = False
 ) -> tuple[DatasetFiles, dict[Path, CocoAnnotations]]:
     """The files of every split, and their annotations by path; after `prepare_files`, collective.
 
@@ -156,7 +160,7 @@ def read_annotations(
             here = found or find_data(config, mode=mode)
             words = {}
             for path in dataset_files(config, here, mode=mode).annotations:
-                read[path], words[str(path)] = shared.enter_context(share_coco(path, cache_folder()))
+                read[path], words[str(path)] = shared.enter_context(share_coco(path, cache_folder(), masks=masks))
             return here, words
 
         def take() -> None:
@@ -166,11 +170,15 @@ def read_annotations(
                 if path not in read:
                     # Another command line may name another file; that they agree is checked later.
                     annotations = shared_coco(path, words[str(path)]) if str(path) in words else None
-                    read[path] = annotations or read_coco(path, cache_dir=cache_folder())
+                    read[path] = annotations or read_coco(path, masks=masks, cache_dir=cache_folder())
 
         here, words = run_on_each_node(processes, share)
         run_on_all_ranks(processes, take)
         return files, {path: _chosen(config, annotations) for path, annotations in read.items()}
+
+
+def _has_outlines(annotations: CocoAnnotations) -> bool:
+    return annotations.segmentations is not None and bool(annotations.segmentations.present.any())
 
 
 def _chosen(config: DataConfig, annotations: CocoAnnotations) -> CocoAnnotations:

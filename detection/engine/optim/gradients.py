@@ -14,7 +14,7 @@ from detection.engine.distributed.signals import Stopped
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.optim.nonfinite import NonFiniteGuard
-from detection.models import ImageBatch, TargetBatch
+from detection.models import ImageBatch, MaskBatch, TargetBatch
 
 Losses = dict[str, Tensor]
 
@@ -74,7 +74,8 @@ class GradientComputer:
                 raise
             fed.data_seconds += batches.data_seconds
             images = ImageBatch(batch.pixels, batch.sizes)
-            targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys)
+            masks = None if batch.masks is None else MaskBatch(*batch.masks)
+            targets = TargetBatch(batch.boxes_xyxy, batch.labels, batch.valid, batch.sample_keys, masks)
             if micro_step == self.accumulate - 1:
                 self._buckets.send_in_backward()
             losses = self._run(images, targets)

@@ -8,7 +8,8 @@ The file is a dictionary of tensors (on the CPU) and plain types, loaded with we
     batches                                               one a process and micro-step, see below
 
 A batch has "rank", "micro_step", "image_ids", "file_names", and the tensors that the model was given: "pixels" (uint8
-[B, 3, H, W], resized, flipped and padded), "sizes", "boxes_xyxy", "labels", "valid", "sample_keys".
+[B, 3, H, W], resized, flipped and padded), "sizes", "boxes_xyxy", "labels", "valid", "sample_keys", and for a model
+with masks "mask_offsets", "mask_rectangles" and "mask_bits".
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ MOST_FILES = 4
 """In one output directory: each has the size of the weights, and a run may be started again and again."""
 OF_BATCH = ("pixels", "sizes", "boxes_xyxy", "labels", "valid", "sample_keys")
 """Tensors of a batch, an entry an image: those of ImageBatch, then those of TargetBatch."""
+
+MASKS_OF_BATCH = ("mask_offsets", "mask_rectangles")
+"""Those of a model with masks that have an entry an image. "mask_bits" is of all images together."""
 
 _REQUIRED = ["iteration", "message", "amp", "loss_scale", "device", "model", "model_config", "config", "run", "batches"]
 
@@ -94,6 +98,7 @@ def _batches(loader: TrainLoader, iteration: int, rank: int, precision: Precisio
             "image_ids": batch.image_ids.tolist(),
             "file_names": [loader.dataset.annotations.file_name(index) for index in batch.plan.indices.tolist()],
             **{name: getattr(batch, name).cpu() for name in OF_BATCH},
+            **{name: value.cpu() for name, value in batch.tensors().items() if name.startswith("mask_")},
         }
 
 

@@ -13,8 +13,8 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from detection.engine.optim.amp import Precision, gradient_norm
-from detection.engine.replay.captured_step import OF_BATCH, CapturedStepError
-from detection.models import ImageBatch, TargetBatch, model_from_config
+from detection.engine.replay.captured_step import MASKS_OF_BATCH, OF_BATCH, CapturedStepError
+from detection.models import ImageBatch, MaskBatch, TargetBatch, model_from_config
 
 MODEL = "the model itself"
 """What is computed in no module of its own: normalization of pixels, RoIAlign, losses."""
@@ -152,7 +152,10 @@ def replay(content: Mapping[str, Any], batch: Mapping[str, Any], device: torch.d
         model.to(memory_format=torch.channels_last)
     precision = Precision(amp, device, content["loss_scale"] if amp == "fp16" else 1.0)
     images = ImageBatch(*(batch[name].to(device) for name in OF_BATCH[:2]))
-    targets = TargetBatch(*(batch[name].to(device) for name in OF_BATCH[2:]))
+    masks = None
+    if "mask_bits" in batch:
+        masks = MaskBatch(*(batch[name].to(device) for name in ("mask_bits", *MASKS_OF_BATCH)))
+    targets = TargetBatch(*(batch[name].to(device) for name in OF_BATCH[2:]), masks)
     num_micro_steps = 1 + max(each["micro_step"] for each in content["batches"])
     watch = FirstNonFinite(model)
     for name, tensor in (("pixels", images.pixels), ("boxes_xyxy", targets.boxes_xyxy)):
@@ -184,7 +187,8 @@ def images_alone(
     named = list(zip(batch["image_ids"], batch["file_names"], strict=True))
     if len(named) == 1:
         return named
-    alone = [{**batch, **{name: batch[name][i : i + 1] for name in OF_BATCH}} for i in range(len(named))]
+    of_image = [name for name in (*OF_BATCH, *MASKS_OF_BATCH) if name in batch]
+    alone = [{**batch, **{name: batch[name][i : i + 1] for name in of_image}} for i in range(len(named))]
     return [name for name, one in zip(named, alone, strict=True) if replay(content, one, device, amp) is not None]
 
 

@@ -161,10 +161,11 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
     as_one = ["--norm", "gn", "--limit-val-batches", "9"]
     one_image = ["--val-images", words[words.index("--data-path") + 1] + "/val2017"]
     one_image += ["--val-annotations", str(folder / "one_image.json")]
+    masks = ["--model", "tiny_mask"]
     found: dict[str, Any] = {}
     found["as one process"] = train("as_one", *as_one)
-    found["one image"] = train("one_image", "--limit-train-batches", "1", "--sync-bn", *one_image)
-    found["whole"] = train("whole", "--ema", "0.5")
+    found["one image"] = train("one_image", "--limit-train-batches", "1", "--sync-bn", *one_image, *masks)
+    found["whole"] = train("whole", "--ema", "0.5", *masks)
 
     # Gradients that stay in their buckets, beside those that move there.
     words_of_graphs = ["--cuda-graphs", "--norm", "gn", "--limit-val-batches", "1"]
@@ -187,14 +188,14 @@ def trainings(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any
         return plain_plan(self)
 
     Trainer.train_step = signalled_step  # type: ignore[method-assign]
-    found["stopped in training"] = train("stopped", "--ema", "0.5")
+    found["stopped in training"] = train("stopped", "--ema", "0.5", *masks)
     Trainer.train_step = plain_step  # type: ignore[method-assign]
     EvalLoader.batches = signalled_batches  # type: ignore[method-assign]
-    found["stopped in validation"] = train("stopped", "--ema", "0.5", "--resume")
+    found["stopped in validation"] = train("stopped", "--ema", "0.5", "--resume", *masks)
     EvalLoader.batches = plain_plan  # type: ignore[method-assign]
     if rank == 1:  # whatever lies at that path for it: the state is the one that process 0 has read
         build.newest_checkpoint = None  # type: ignore[assignment]
-    found["resumed"] = train("stopped", "--ema", "0.5", "--resume")
+    found["resumed"] = train("stopped", "--ema", "0.5", "--resume", *masks)
     return found
 
 

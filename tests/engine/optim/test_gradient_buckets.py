@@ -18,7 +18,9 @@ from tests.engine.distributed.test_two_ranks import free_ports
 def folder(request, tmp_path_factory, program: Callable[..., Any], arguments: Callable[..., list[str]]) -> Path:
     """Has what exchange_ranks.py found on each process."""
     folder = tmp_path_factory.mktemp("exchange")
-    words = arguments(folder, "--max-epochs", "1", "--limit-train-batches", "3", "--batch-size", "1")
+    words = arguments(
+        folder, "--max-epochs", "1", "--limit-train-batches", "3", "--batch-size", "1", "--model", "tiny_mask"
+    )
     place = words.index("--output-dir")
     del words[place : place + 2]
     with program(
