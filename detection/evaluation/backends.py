@@ -139,6 +139,7 @@ def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections, *, masks
 
     # hotcoco takes detections as one float array: places in the ascending order stand for ids, which may be
     # too large for a float to hold. The order, which decides ties between images, stays.
+    outlines: Any = truth.masks.entries() if masks and truth.masks is not None else None
     annotated = hotcoco.COCO.from_arrays(
         [{"id": number} for number in range(1, len(truth.image_ids) + 1)],
         [{"id": number, "name": name} for number, name in enumerate(truth.class_names, start=1)],
@@ -148,7 +149,7 @@ def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections, *, masks
         ids=np.arange(1, truth.num_boxes + 1),
         area=truth.areas,
         iscrowd=truth.crowd,
-        segmentation=truth.masks.entries() if masks and truth.masks is not None else None,
+        segmentation=outlines,
     )
     images, labels = truth.places_of(detections)
     rows = np.column_stack([images + 1, detections.boxes_xywh, detections.scores, labels + 1]).astype(np.float64)

@@ -110,10 +110,8 @@ class Detections:
         """All rows of `parts`, which all have masks or all have none, in turn; no part at all gives `empty()`."""
         parts = list(parts) or [Detections.empty()]
         masks = [part.masks for part in parts if part.masks is not None]
-        return Detections(
-            *map(np.concatenate, zip(*(part.columns() for part in parts), strict=True)),
-            masks=RunLengths.concatenate(masks) if masks else None,
-        )
+        images, categories, boxes, scores = map(np.concatenate, zip(*(part.columns() for part in parts), strict=True))
+        return Detections(images, categories, boxes, scores, RunLengths.concatenate(masks) if masks else None)
 
     def columns(self) -> tuple[npt.NDArray[Any], ...]:
         """Image ids, category ids, boxes and scores."""
@@ -133,11 +131,13 @@ class Detections:
     def from_arrays(ids: npt.NDArray[np.int64], values: npt.NDArray[np.floating[Any]]) -> Detections:
         """Inverse of `as_arrays`."""
         columns: tuple[npt.NDArray[Any], ...] = (ids[:, 0], ids[:, 1], values[:, :4], values[:, 4])
-        return Detections(*map(np.ascontiguousarray, columns))
+        images, categories, boxes, scores = map(np.ascontiguousarray, columns)
+        return Detections(images, categories, boxes, scores)
 
     def take(self, rows: npt.NDArray[Any]) -> Detections:
         """The rows that an index or bool array [n] names."""
-        return Detections(*(column[rows] for column in self.columns()), masks=self.masks and self.masks.take(rows))
+        images, categories, boxes, scores = (column[rows] for column in self.columns())
+        return Detections(images, categories, boxes, scores, self.masks and self.masks.take(rows))
 
     def check_finite(self) -> None:
         """Raises ResultsError if a box or a score is NaN or infinite: no ranking is defined then."""
@@ -258,7 +258,8 @@ def read_results(path: str | os.PathLike[str]) -> Detections:
 
 
 def _masks_of(source: Path, rows: list[Any]) -> RunLengths:
-    counts, sizes = [], []
+    counts: list[bytes] = []
+    sizes: list[Any] = []
     for index, row in enumerate(rows):
         given = row.get("segmentation") if isinstance(row, dict) else None
         size = given.get("size") if isinstance(given, dict) else None

@@ -155,7 +155,8 @@ def replay(content: Mapping[str, Any], batch: Mapping[str, Any], device: torch.d
     masks = None
     if "mask_bits" in batch:
         masks = MaskBatch(*(batch[name].to(device) for name in ("mask_bits", *MASKS_OF_BATCH)))
-    targets = TargetBatch(*(batch[name].to(device) for name in OF_BATCH[2:]), masks)
+    boxes, labels, valid, keys = (batch[name].to(device) for name in OF_BATCH[2:])
+    targets = TargetBatch(boxes, labels, valid, keys, masks)
     num_micro_steps = 1 + max(each["micro_step"] for each in content["batches"])
     watch = FirstNonFinite(model)
     for name, tensor in (("pixels", images.pixels), ("boxes_xyxy", targets.boxes_xyxy)):
