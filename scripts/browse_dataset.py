@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--html", type=Path, metavar="FILE", help="a gallery in one file instead; replaces nothing but a gallery")
     add("--thumbnail-size", type=positive_int, default=480, help="gallery: longest side, pixels [480]")
     add("--count", type=positive_int, help=f"number of images at most [{PNG_COUNT}; gallery {GALLERY_COUNT}]")
+    add("--masks", action="store_true", help="with the masks that a model with masks learns; no gallery has them")
     add("--mosaic", action="store_true", help="one file, mosaic.png, with all of them")
     add("--min-size", type=int, default=800, help="shorter side after the resize [800]")
     add("--max-size", type=int, default=1333, help="limit of the longer side [1333]")
@@ -74,9 +75,9 @@ def show(arguments: argparse.Namespace) -> int:
     images, annotations = locate(arguments)
     if arguments.html is not None:
         return write_html(images, annotations, arguments)
-    count = browse(
-        CocoDataset(images, chosen(read_coco(annotations), arguments), training=arguments.split == "train"), arguments
-    )
+    read = chosen(read_coco(annotations, masks=arguments.masks), arguments)
+    dataset = CocoDataset(images, read, training=arguments.split == "train", masks=arguments.masks)
+    count = browse(dataset, arguments)
     print(f"{count} images in {arguments.output_dir / 'mosaic.png' if arguments.mosaic else arguments.output_dir}")
     return 0
 
@@ -160,6 +161,7 @@ def drawn(batch: DeviceBatch, place: int, class_names: tuple[str, ...]) -> np.nd
         batch.boxes_xyxy[place][valid].numpy(),
         batch.labels[place][valid].numpy(),
         class_names,
+        masks=batch.whole_masks(place),
     )
 
 

@@ -103,7 +103,7 @@ def splits_of(arguments: argparse.Namespace) -> list[Split]:
 
 def _check(split: Split, arguments: argparse.Namespace) -> None:
     try:
-        read = read_coco(split.file)
+        read = read_coco(split.file, masks=True)
     except AnnotationError:
         split.findings = find_fatal(split.file)
         return

@@ -23,6 +23,10 @@ for schedule in 1x 20e; do
     recipes+=("cascade_$schedule" "cascade_${schedule}_1gpu" "cascade_${schedule}_1gpu_scaled")
     options[cascade_$schedule]="--schedule $schedule --model cascade_rcnn_r50_fpn"
 done
+for schedule in 1x 2x; do
+    recipes+=("mask_$schedule" "mask_${schedule}_1gpu")
+    options[mask_$schedule]="--schedule $schedule --model mask_rcnn_r50_fpn"
+done
 # Newer ImageNet weights and AdamW. AdamW's rate does not scale with the batch: no scaled form.
 recipes+=(1x_adamw 1x_adamw_1gpu)
 options[1x_adamw]="--schedule schedules/schedule_1x_adamw.py --weights IMAGENET1K_V2"

@@ -90,6 +90,19 @@ class Batch:
         bits, offsets, rectangles = self.mask_bits, self.mask_offsets, self.mask_rectangles
         return None if bits is None or offsets is None or rectangles is None else (bits, offsets, rectangles)
 
+    def whole_masks(self, place: int) -> list[np.ndarray]:
+        """The masks of the boxes of an image, to be shown: bool [H, W] each, at the padded size; none without masks."""
+        if self.masks is None:
+            return []
+        bits, offsets, rectangles = self.masks
+        rows = self.valid[place].nonzero()[:, 0].tolist()
+        whole = [np.zeros(self.padded_size, dtype=bool) for _ in rows]
+        for mask, row in zip(whole, rows, strict=True):
+            start, (x, y, width, height) = int(offsets[place, row]), rectangles[place, row].tolist()
+            crop = bits[start : start + width * height].view(height, width)
+            mask[y : y + height, x : x + width] = crop.cpu().numpy() > 0
+        return whole
+
     @property
     def iteration(self) -> int:
         return self.plan.iteration

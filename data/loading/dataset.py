@@ -121,6 +121,21 @@ class CocoDataset:
         rows = range(self._first_box[index], self._first_box[index + 1])
         return [self._segmentations.bitmap(row, height, width) for row in rows]
 
+    def whole_masks(self, index: int) -> list[np.ndarray]:
+        """The masks of the boxes of image `index` at its stored size, to be shown: bool [height, width] each; none
+        where the annotations were read without masks."""
+        outlines = self.annotations.segmentations
+        if outlines is None:
+            return []
+        height, width = int(self.heights[index]), int(self.widths[index])
+        found = []
+        for row in range(*self.annotations.offsets[index : index + 2].tolist()):
+            if not (self.annotations.crowd[row] or self.annotations.ignore[row]):
+                left, top, bits = outlines.bitmap(row, height, width)
+                found.append(np.zeros((height, width), dtype=bool))
+                found[-1][top : top + bits.shape[0], left : left + bits.shape[1]] = bits
+        return found
+
     def _require_files(self) -> None:
         source = self.annotations.source
         if not self.images_dir.is_dir():

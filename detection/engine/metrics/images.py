@@ -47,6 +47,7 @@ def _fed_images(batch: RawBatch, class_names: tuple[str, ...]) -> list[np.ndarra
                 batch.boxes_xyxy[index].numpy()[valid],
                 batch.labels[index].numpy()[valid],
                 class_names,
+                masks=[mask[:height, :width] for mask in batch.whole_masks(index)],
                 longest_side=LONGEST_SIDE,
                 letter_fraction=LETTER_FRACTION,
             )
@@ -74,17 +75,19 @@ def validation_images(dataset: CocoDataset, detections: Detections) -> list[np.n
 def _compare(dataset: CocoDataset, index: int, detections: Detections) -> np.ndarray:
     image = dataset.image(index)
     true_boxes, true_labels = dataset.boxes(index)
+    true_masks = [] if detections.masks is None else dataset.whole_masks(index)
     rows = np.flatnonzero((detections.image_ids == dataset.image_ids[index]) & (detections.scores >= SHOWN_FROM_SCORE))
     rows = rows[np.argsort(-detections.scores[rows], kind="stable")][:MOST_BOXES_SHOWN]
     boxes = detections.boxes_xywh[rows].copy()
     boxes[:, 2:] += boxes[:, :2]
     label_of = {category: label for label, category in enumerate(dataset.annotations.category_ids)}
     labels = np.array([label_of[category] for category in detections.category_ids[rows].tolist()], np.int64)
+    masks = [] if detections.masks is None else [detections.masks.decode(row) > 0 for row in rows.tolist()]
     draw = partial(
         draw_boxes, class_names=dataset.class_names, longest_side=LONGEST_SIDE, letter_fraction=LETTER_FRACTION
     )
     return side_by_side(
-        draw(image, true_boxes, true_labels),
-        draw(image, boxes, labels, scores=detections.scores[rows]),
+        draw(image, true_boxes, true_labels, masks=true_masks),
+        draw(image, boxes, labels, scores=detections.scores[rows], masks=masks),
         letter_fraction=LETTER_FRACTION,
     )

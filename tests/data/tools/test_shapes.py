@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from data.coco.annotations import read_coco
 from data.coco.layout import coco_layout
-from data.tools.shape_scenes import CLASS_NAMES, MIN_SIDE, Dice, draw_scene
+from data.tools.shape_scenes import CLASS_NAMES, MIN_SIDE, Dice, draw_scene, outline
 from data.tools.shapes import ShapesError, make_shapes
 
 
@@ -82,6 +82,27 @@ def test_pixels_are_those_of_every_machine():
 
 def test_random_numbers_are_a_fixed_function_of_the_key():
     assert [Dice(1, 2).below(1000), Dice(1, 2).below(1000), Dice(2, 1).below(1000)] == [448, 448, 894]
+
+
+def test_polygons_are_filled_to_the_very_masks_with_holes_and_touching_corners(scenes):
+    rng = np.random.default_rng(0)
+    for case in range(400):
+        mask = rng.random(tuple(rng.integers(1, 12, 2))) < rng.choice([0.2, 0.5, 0.8])
+        if case % 2:
+            mask = np.kron(mask, np.ones((3, 2))) > 0
+        rings = [list(map(float, ring)) for ring in outline(mask)]
+        assert bool(rings) == mask.any()
+        if rings:
+            assert np.array_equal(coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(rings, *mask.shape))), mask)
+    for scene in scenes[:40]:
+        for item in scene.objects:
+            assert (len(item.polygons) > 0) == (item.rle_counts is None)
+            if item.polygons:
+                entry = coco_mask.merge(
+                    coco_mask.frPyObjects([list(r) for r in item.polygons], *scene.pixels.shape[:2])
+                )
+                assert coco_mask.area(entry) == item.area
+                assert coco_mask.toBbox(entry).tolist() == list(item.box_xywh)
 
 
 def test_a_set_that_is_there_is_left_alone(shapes):
