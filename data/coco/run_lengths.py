@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,9 @@ import numpy as np
 
 _FIRST_CHARACTER = 48
 """COCO writes numbers in 6-bit digits, as characters from this one on: five bits, and whether another one follows."""
+
+_AT_ONCE = 60
+"""pycocotools puts the number of masks, or four times that, into a byte, which numpy 2 refuses beyond 255."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +81,19 @@ class RunLengths:
         """float64 [n]: the pixels of each mask."""
         from pycocotools import mask
 
-        return np.asarray(mask.area(self.entries()), dtype=np.float64).reshape(-1)
+        return self._each(mask.area).reshape(-1)
 
     def boxes_xywh(self) -> np.ndarray:
         """float64 [n, 4]: the box round each mask, pixels."""
         from pycocotools import mask
 
-        return np.asarray(mask.toBbox(self.entries()), dtype=np.float64).reshape(-1, 4)
+        return self._each(mask.toBbox).reshape(-1, 4)
+
+    def _each(self, function: Callable[[list[dict[str, Any]]], Any]) -> np.ndarray:
+        """What pycocotools' function gives of the masks, float64."""
+        entries = self.entries()
+        parts = [entries[start : start + _AT_ONCE] for start in range(0, len(entries), _AT_ONCE)]
+        return np.concatenate([np.zeros(0), *(np.asarray(function(part), np.float64).reshape(-1) for part in parts)])
 
 
 def of_box(box_xywh: Sequence[float], height: int, width: int) -> bytes:

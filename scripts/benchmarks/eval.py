@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import os
 import tempfile
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask
 
 import checkout  # noqa: F401
 from benchmarks.figures import (
@@ -29,7 +31,9 @@ from benchmarks.figures import (
     measured,
 )
 from benchmarks.scenes import MAX_BOXES, NUM_CLASSES, draw_boxes, draw_sizes, write_annotations
-from detection.evaluation import METRIC_NAMES, CocoEvaluator, Detections, write_results
+from data.coco.annotations import read_coco
+from data.coco.run_lengths import RunLengths
+from detection.evaluation import METRIC_NAMES, CocoEvaluator, Detections, write_mask_results, write_results
 
 JUDGE = "pycocotools"
 PACKAGES = {JUDGE: "pycocotools", "hotcoco": "hotcoco", "faster-coco-eval": "faster_coco_eval"}
@@ -37,6 +41,7 @@ _ANNOTATIONS, _DETECTIONS = "annotations.json", "detections.npz"
 _FOUND_SHARE = 0.7  # of the boxes; the other detections lie anywhere
 _JITTER = 0.1  # of a box's side
 _CROWD_SHARE = 0.01
+_CORNERS = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=5000, help="images [5000, as val2017]")
     parser.add_argument("--detections", type=int, default=100, help="detections an image [100]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--masks", action="store_true", help="masks besides boxes: an ellipse in each box")
     parser.add_argument("--backends", nargs="+", choices=list(PACKAGES), help="[those installed]")
 
 
@@ -53,12 +59,17 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     backends = arguments.backends or installed
     if absent := [name for name in backends if name not in installed]:
         raise BenchmarkError(f"not installed: {', '.join(absent)}")
+    if arguments.masks:
+        backends = [name for name in backends if name != "faster-coco-eval"]
     os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     samples: Samples = {}
     stats: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         say("making detections")
         num_detections = write_case(Path(folder), arguments.images, arguments.detections, arguments.seed)
+        if arguments.masks:
+            say("making masks")
+            write_masks(Path(folder))
         for _ in range(arguments.repeats):
             for name in backends:
                 say(name)
@@ -102,6 +113,30 @@ def write_case(folder: Path, num_images: int, per_image: int, seed: int) -> int:
     return len(ids)
 
 
+def write_masks(folder: Path) -> None:
+    """Polygons for the annotations and masks for the detections: an ellipse in each box."""
+    file = folder / _ANNOTATIONS
+    content = json.loads(file.read_bytes())
+    for record in content["annotations"]:
+        record["segmentation"] = [_ellipse(record["bbox"])]
+    file.write_text(json.dumps(content))
+    size_of = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    with np.load(folder / _DETECTIONS) as stored:
+        columns = [stored[name] for name in stored.files]
+    sizes = [size_of[image] for image in columns[0].tolist()]
+    rings = map(_ellipse, columns[2].tolist())
+    counts = [mask.frPyObjects([ring], *size)[0]["counts"] for ring, size in zip(rings, sizes, strict=True)]
+    masks = RunLengths.of(counts, sizes)
+    np.savez(folder / _DETECTIONS, *columns, masks.text, masks.offsets, masks.sizes)
+
+
+def _ellipse(box_xywh: Sequence[float]) -> list[float]:
+    x, y, w, h = box_xywh
+    angles = np.linspace(0, 2 * np.pi, _CORNERS, endpoint=False)
+    points = np.stack([x + w / 2 * (1 + np.cos(angles)), y + h / 2 * (1 + np.sin(angles))], axis=1)
+    return points.round(2).reshape(-1).tolist()
+
+
 def evaluate_once(backend: str, folder: Path) -> tuple[dict[str, float], list[float]]:
     """Seconds and memory of one evaluation, and the twelve figures.
 
@@ -109,22 +144,26 @@ def evaluate_once(backend: str, folder: Path) -> tuple[dict[str, float], list[fl
     besides: annotations read at its start, and the results file written at each validation.
     """
     with np.load(folder / _DETECTIONS) as stored:
-        detections = Detections(*(stored[name] for name in stored.files))
+        images, labels, boxes, scores, *of_masks = (stored[name] for name in stored.files)
+        detections = Detections(images, labels, boxes, scores, RunLengths(*of_masks) if of_masks else None)
     besides: dict[str, float] = {}
     if backend == "faster-coco-eval":
         call = _faster_coco_eval(folder / _ANNOTATIONS, detections)
     else:
         start = time.process_time()
-        evaluator = CocoEvaluator(folder / _ANNOTATIONS, backend=backend)
+        has_masks = detections.masks is not None
+        evaluator = CocoEvaluator(read_coco(folder / _ANNOTATIONS, masks=has_masks), backend=backend)
         besides["annotations_cpu_seconds"] = time.process_time() - start
         start = time.process_time()
         write_results(detections, folder / f"{backend}.json")
+        if has_masks:
+            write_mask_results(detections, folder / f"{backend}_segm.json")
         besides["results_file_cpu_seconds"] = time.process_time() - start
         importlib.import_module(PACKAGES[backend])
 
         def call() -> Sequence[float]:
             metrics = evaluator.evaluate(detections)
-            return [metrics[name] for name in METRIC_NAMES]
+            return [metrics[f"segm_{name}" if has_masks else name] for name in METRIC_NAMES]
 
     stats, quantities = measured(call)
     return quantities | besides, [float(value) for value in stats]

@@ -112,17 +112,18 @@ def test_figures_of_masks_equal_pycocotools_by_itself_on_random_cases(tmp_path):
 
 def test_results_of_masks_are_read_back_as_they_were_written(tmp_path):
     rng = np.random.default_rng(0)
-    bits = (rng.random((40, HEIGHT, WIDTH)) < 0.5).astype(np.uint8)
+    bits = (rng.random((300, HEIGHT, WIDTH)) < 0.5).astype(np.uint8)
     bits[0], bits[0, 44:, 0] = 0, 1
     masks = RunLengths.encode(bits)
     assert b"\\" in masks.text.tobytes()  # which JSON writes as two
-    ids = np.arange(40)
-    scores = rng.random(40).astype(np.float32)
-    detections = Detections(ids, ids % 3, np.zeros((40, 4), np.float32), scores, masks)
+    ids = np.arange(300)
+    scores = rng.random(300).astype(np.float32)
+    detections = Detections(ids, ids % 3, np.zeros((300, 4), np.float32), scores, masks)
     write_mask_results(detections, tmp_path / "r.json")
     read = read_results(tmp_path / "r.json")
     assert read.masks.entries() == masks.entries()
-    assert np.array_equal(read.boxes_xywh, masks.boxes_xywh())
+    assert np.array_equal(read.boxes_xywh, [mask.toBbox(entry) for entry in masks.entries()])
+    assert np.array_equal(masks.areas(), bits.sum(axis=(1, 2)))
     assert np.array_equal(read.scores.astype(np.float32), scores) and np.array_equal(read.image_ids, ids)
 
 
