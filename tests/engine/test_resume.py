@@ -73,14 +73,14 @@ def test_a_cascade_records_the_losses_of_each_stage_and_resumes_to_the_same_bits
 def test_a_model_with_masks_learns_and_is_judged_by_them_and_resumes_to_the_same_bits(
     start, start_and_kill, tmp_path, same_run, records_of
 ):
-    words = ["--model", "tiny_mask", "--checkpoint-iterations", "1", "--set", "param_scheduler.0.end=2"]
+    words = ["--model", "tiny_mask", "--checkpoint-iterations", "1", "--set", "param_scheduler.0.end=2", "--val-loss"]
     assert start(tmp_path / "whole", *words, "--workers", "1") == 0
     start_and_kill(4, tmp_path / "run", *words)
     assert run(parse_arguments(["--resume", str(tmp_path / "run")])) == 0
     same_run(tmp_path / "run", tmp_path / "whole")
     assert all(record["loss_mask"] > 0 for record in records_of(tmp_path / "run", "train"))
     for record in records_of(tmp_path / "run", "val"):
-        assert {"segm_mAP", "segm_AR_100", "segm_per_class"} <= set(record)
+        assert {"segm_mAP", "segm_AR_100", "segm_per_class", "loss_mask"} <= set(record)
     assert steps(tmp_path / "run", "val/segm_mAP") == [2, 5]
     boxes, masks = (read_results(tmp_path / "run" / f"detections_val{kind}.json") for kind in ("", "_segm"))
     assert np.array_equal(boxes.scores, masks.scores) and np.array_equal(boxes.image_ids, masks.image_ids)
