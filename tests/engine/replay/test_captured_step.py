@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from data.loading.batch import OF_MASKS
 from detection.engine import RunError
 from detection.engine.replay import captured_step
 from detection.engine.replay.captured_step import CapturedStepError, read_captured_step
@@ -33,7 +34,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         plain_step(self, batches)
 
     def losses(self, images, targets):
-        found["given"].append([*images, *targets])
+        found["given"].append([*images, *targets[:4], *(targets.masks or ())])
         return plain_losses(self, images, targets)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
@@ -44,7 +45,17 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("loss", ["--accumulate", "2", "--set", "optim_wrapper.optimizer=dict(type='AdamW', lr=1e-3)"]),
+        (
+            "loss",
+            [
+                "--accumulate",
+                "2",
+                "--model",
+                "tiny_mask",
+                "--set",
+                "optim_wrapper.optimizer=dict(type='AdamW', lr=1e-3)",
+            ],
+        ),
         ("gradient", ["--ema", "0.5", "--set", "optim_wrapper.optimizer.dampening=0.1"]),
         ("activations", ["--color-jitter", "0.4", "0.4", "0.4", "0.1", "--amp", "bf16"]),
         ("loss", ["--schedule", "half.py", "--amp", "fp16"]),
@@ -68,7 +79,8 @@ def test_the_file_has_the_step_as_it_was_however_long_ago(
     same_state(dict(content["model"]), seen["state"][3])
     assert content["loss_scale"] == (256 if "fp16" in words else 1)
     given = seen["given"][num_micro_steps : 2 * num_micro_steps]
-    kept = [[batch[name] for name in captured_step.OF_BATCH] for batch in content["batches"]]
+    names = [*captured_step.OF_BATCH, *(OF_MASKS if "tiny_mask" in words else ())]
+    kept = [[batch[name] for name in names] for batch in content["batches"]]
     same_state(kept, given)
 
 
