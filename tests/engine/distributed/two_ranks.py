@@ -214,9 +214,9 @@ def faults(folder: Path, ports: list[str], words: list[str]) -> dict[str, Any]:
     plain_losses, plain_step = FasterRCNN._losses, Trainer.train_step
     calls: list[None] = []
 
-    def losses(self: FasterRCNN, images: ImageBatch, targets: TargetBatch) -> dict[str, Any]:
+    def losses(self: FasterRCNN, images: ImageBatch, targets: TargetBatch, *features: Any) -> dict[str, Any]:
         calls.append(None)
-        values = plain_losses(self, images, targets)
+        values = plain_losses(self, images, targets, *features)
         if (rank, len(calls)) == (1, 2):
             # Of finite gradients: nothing but the guard itself can tell the other process.
             values["loss_cls"] = values["loss_cls"] * 0 + math.inf
