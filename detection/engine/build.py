@@ -77,11 +77,6 @@ def preflight(
         )
     if config.train.cuda_graphs:
         require_cuda_graphs(processes.device)
-        if has_masks(config, None):
-            raise ConfigError(
-                "--cuda-graphs does not go with a model with masks, whose bitmaps have another size in each batch: "
-                "leave it away"
-            )
     if config.mode != "test":
         resolve_backend(config.output.eval_backend)
     if config.mode == "train" and config.output.tracker is not None:
