@@ -152,8 +152,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_where_and_which_and_advice(
 ):
     plain, calls = FasterRCNN._losses, []
 
-    def losses(self, images, targets):
-        found = plain(self, images, targets)
+    def losses(self, images, targets, *features):
+        found = plain(self, images, targets, *features)
         calls.append(None)
         if len(calls) == 5:
             found["loss_cls"] = found["loss_cls"] * math.nan
@@ -196,8 +196,8 @@ def test_a_gradient_that_is_not_finite_is_found_as_well(start, tmp_path, monkeyp
 
     plain = FasterRCNN._losses
 
-    def losses(self, images, targets):
-        found = plain(self, images, targets)
+    def losses(self, images, targets, *features):
+        found = plain(self, images, targets, *features)
         return {**found, "loss_bbox": Poison.apply(found["loss_bbox"])}
 
     monkeypatch.setattr(FasterRCNN, "_losses", losses)

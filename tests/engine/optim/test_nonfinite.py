@@ -29,12 +29,12 @@ def spoil(monkeypatch: pytest.MonkeyPatch, **at: str) -> list[int]:
     """Make the losses of forward pass n ("at_4=...") bad: "loss", "gradient" or "activations"."""
     plain, calls = FasterRCNN._losses, []
 
-    def losses(self, images, targets):
+    def losses(self, images, targets, *features):
         what = at.get(f"at_{len(calls)}")
         calls.append(len(calls))
         if what == "activations":
             images = type(images)(images.pixels.float() * math.nan, images.sizes)
-        found = plain(self, images, targets)
+        found = plain(self, images, targets, *features)
         if what == "loss":
             # Its gradient is zero, and finite.
             found["loss_cls"] = found["loss_cls"] * 0 + math.inf

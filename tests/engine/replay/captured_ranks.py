@@ -32,16 +32,16 @@ def spoil_losses(patch: pytest.MonkeyPatch, first: int, what: str, last: int | N
     """Make the losses of forward passes `first` to `last` bad: "loss", "gradient" or "activations"."""
     plain, calls = FasterRCNN._losses, []
 
-    def losses(self: FasterRCNN, images: Any, targets: Any) -> dict[str, torch.Tensor]:
+    def losses(self: FasterRCNN, images: Any, targets: Any, *features: Any) -> dict[str, torch.Tensor]:
         calls.append(None)
         is_bad = first <= len(calls) - 1 <= (first if last is None else last)
         if is_bad and what == "activations":
             # As the backbone sees it; the batch stays what it is.
             hook = self.backbone.register_forward_pre_hook(lambda module, given: (given[0] * math.nan,))
-            found = plain(self, images, targets)
+            found = plain(self, images, targets, *features)
             hook.remove()
             return found
-        found = plain(self, images, targets)
+        found = plain(self, images, targets, *features)
         if is_bad and what == "loss":
             # Its gradient is zero, and finite.
             found["loss_cls"] = found["loss_cls"] * 0 + math.inf
@@ -73,9 +73,9 @@ def main() -> None:
             spoil_losses(patch, 1, "loss")
         plain_losses = FasterRCNN._losses
 
-        def losses(self: FasterRCNN, images: Any, targets: Any) -> dict[str, torch.Tensor]:
+        def losses(self: FasterRCNN, images: Any, targets: Any, *features: Any) -> dict[str, torch.Tensor]:
             found["given"].append([*images, *targets])
-            return plain_losses(self, images, targets)
+            return plain_losses(self, images, targets, *features)
 
         patch.setattr(FasterRCNN, "_losses", losses)
         patch.setattr(Trainer, "train_step", train_step)

@@ -33,9 +33,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         found["state"].append({name: value.clone() for name, value in self.state.model.state_dict().items()})
         plain_step(self, batches)
 
-    def losses(self, images, targets):
+    def losses(self, images, targets, *features):
         found["given"].append([*images, *targets[:4], *(targets.masks or ())])
-        return plain_losses(self, images, targets)
+        return plain_losses(self, images, targets, *features)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(FasterRCNN, "_losses", losses)
