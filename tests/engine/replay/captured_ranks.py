@@ -74,7 +74,7 @@ def main() -> None:
         plain_losses = FasterRCNN._losses
 
         def losses(self: FasterRCNN, images: Any, targets: Any, *features: Any) -> dict[str, torch.Tensor]:
-            found["given"].append([*images, *targets])
+            found["given"].append([*images, *targets[:4]])
             return plain_losses(self, images, targets, *features)
 
         patch.setattr(FasterRCNN, "_losses", losses)
