@@ -27,6 +27,7 @@ from detection.engine.optim.amp import Precision
 from detection.errors import DetectionError
 from detection.inference.outputs import (
     PredictionOutputs,
+    mask_results_path,
     refuse_existing,
     write_coco_results,
     write_images_list,
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     of_set.add_argument("--split", choices=["train", "val", "test"], default="val", help="images of this split [val]")
     add = parser.add_argument_group(f"what to write (default: --output-dir {DEFAULT_FOLDER})").add_argument
     add("--output-dir", metavar="DIR", type=Path, help="images with boxes, JPEG or PNG as they came")
-    add("--json", metavar="FILE", type=Path, help="boxes in COCO's results format")
+    add("--json", metavar="FILE", type=Path, help="boxes in COCO's results format; masks in FILE_segm.json")
     add("--save-crops", metavar="DIR", type=Path, help="each box as DIR/CLASS/IMAGE_NUMBER.png")
     text = (
         "for --json: COCO file with the image ids (by file name) and category ids (by name); without it images count "
@@ -130,13 +131,17 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
             images_list = arguments.json.with_name(f"{arguments.json.stem}_images.json")
             protected.check(images_list)
             outputs.append(images_list)
+        mask_results = mask_results_path(arguments.json)
+        protected.check(mask_results)
         if not arguments.overwrite:
-            for path in filter(None, (arguments.json, images_list)):
+            for path in filter(None, (arguments.json, images_list, mask_results)):
                 refuse_existing(path)
 
     detector = load_detector(
         arguments.weights, _device(arguments.device), own_code=(arguments.model, arguments.backbone)
     )
+    if arguments.json is not None and detector.model.config.has_masks:
+        outputs.append(mask_results)
     labels = None if arguments.classes is None else find_labels(arguments.classes.split(","), detector.class_names)
     if arguments.save_masks is not None and not detector.model.config.has_masks:
         raise PredictionError("--save-masks: this detector has no masks; train a mask_rcnn or cascade_mask_rcnn model")
@@ -149,7 +154,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
         if unmatched := category_ids.count(None):
             console.warn(f"{unmatched} classes of the detector are not in {arguments.annotations} and are left out")
 
-    boxes: list[ImageDetections] = []
+    kept: list[ImageDetections] = []
     sizes: dict[int, tuple[int, int]] = {}
     num_turned = 0
     precision = Precision(arguments.amp, detector.model.pixel_mean.device)
@@ -181,13 +186,14 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
         ):
             found = everything.select(min_score, labels, arguments.max_boxes)
             writer.add(found)
-            boxes.append(found.without_pixels())
+            if arguments.json is not None:
+                kept.append(found.without_pixels())
             sizes[found.index] = (found.pixels.shape[0], found.pixels.shape[1])
             num_turned += found.is_turned
             bar.update(1)
 
     if arguments.json is not None:
-        write_coco_results(arguments.json, boxes, image_ids, category_ids)
+        write_coco_results(arguments.json, kept, image_ids, category_ids)
     if images_list is not None:
         write_images_list(images_list, detector, files, sizes, turned_upright=turn_upright)
     kinds = ", ".join(f"{name} {count}" for name, count in writer.counts.most_common(8))

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data.images.files import ProtectedFiles, distinct_names
-from detection.evaluation import Detections, write_results
+from detection.evaluation import Detections, write_mask_results, write_results
 from detection.inference.predict import ImageDetections, PredictionError
 from detection.models import Detector
 from detection.models.detector import ImageInput, load_pixels
@@ -146,20 +146,29 @@ def refuse_existing(path: Path) -> None:
 def write_coco_results(
     path: Path, found: Sequence[ImageDetections], image_ids: Sequence[int], category_ids: Sequence[int | None]
 ) -> None:
-    """A COCO results file in the order of the files.
+    """A COCO results file in the order of the files; of masks another one beside it, see mask_results_path.
 
     image_ids: one a file. category_ids: one a label; detections of labels with None are left out.
     """
     known = [label for label, number in enumerate(category_ids) if number is not None]
     kept = [entry.select(0.0, known, None) for entry in sorted(found, key=lambda entry: entry.index)]
+    masks = [entry.run_lengths for entry in kept if entry.run_lengths is not None]
     detections = Detections.from_lists(
         [image_ids[entry.index] for entry in kept],
         [entry.boxes_xyxy for entry in kept],
         [entry.scores for entry in kept],
         [entry.labels for entry in kept],
         category_ids=[-1 if number is None else number for number in category_ids],
+        masks=masks if len(masks) == len(kept) else None,
     )
     write_results(detections, path)
+    if detections.masks is not None:
+        write_mask_results(detections, mask_results_path(path))
+
+
+def mask_results_path(path: Path) -> Path:
+    """Where the masks of a results file stand: FILE_segm.json beside FILE.json."""
+    return path.with_name(f"{path.stem}_segm.json")
 
 
 def write_images_list(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data import CocoAnnotations, ImageError, read_image
+from data.coco.run_lengths import RunLengths
 from detection.errors import DetectionError
 from detection.inference.exif import AS_STORED, orientation_of, upright
 from detection.inference.tta import View, predict_views
@@ -34,7 +35,8 @@ class ImageDetections:
 
     index: place of the file in the list. pixels: uint8 RGB [H, W, 3], as stored or turned upright. boxes_xyxy: float32
     [N, 4] in these pixels. scores: float32 [N]. labels: int64 [N]. is_turned: whether they are not as stored.
-    mask_probabilities: float32 [N, 28, 28], within the boxes; None without masks.
+    mask_probabilities: float32 [N, 28, 28], within the boxes; None without masks. run_lengths: N masks of the image's
+    size, in what `without_pixels` keeps of a detector's with masks.
     """
 
     index: int
@@ -44,6 +46,7 @@ class ImageDetections:
     labels: np.ndarray
     is_turned: bool = False
     mask_probabilities: np.ndarray | None = None
+    run_lengths: RunLengths | None = None
 
     def select(self, min_score: float, labels: Iterable[int] | None, max_boxes: int | None) -> ImageDetections:
         """Those with at least min_score, of these classes (None: all), and of them the max_boxes best."""
@@ -51,27 +54,33 @@ class ImageDetections:
         if labels is not None:
             wanted &= np.isin(self.labels, list(labels))
         rows = np.flatnonzero(wanted)[:max_boxes]
-        masks = None if self.mask_probabilities is None else self.mask_probabilities[rows]
         return dataclasses.replace(
             self,
             boxes_xyxy=self.boxes_xyxy[rows],
             scores=self.scores[rows],
             labels=self.labels[rows],
-            mask_probabilities=masks,
+            mask_probabilities=None if self.mask_probabilities is None else self.mask_probabilities[rows],
+            run_lengths=None if self.run_lengths is None else self.run_lengths.take(rows),
         )
 
     def without_pixels(self) -> ImageDetections:
-        """The same boxes for keeping; pixels: uint8 [0, 0, 3]."""
-        return dataclasses.replace(self, pixels=np.zeros((0, 0, 3), np.uint8))
+        """The same boxes and masks for keeping; pixels: uint8 [0, 0, 3]."""
+        run_lengths = None
+        if self.mask_probabilities is not None:
+            run_lengths = RunLengths.concatenate(RunLengths.encode(mask[None].view(np.uint8)) for mask in self.masks())
+        pixels = np.zeros((0, 0, 3), np.uint8)
+        return dataclasses.replace(self, pixels=pixels, mask_probabilities=None, run_lengths=run_lengths)
 
-    def masks(self, size: tuple[int, int] | None = None) -> np.ndarray:
-        """bool [N, height, width]: masks of the whole image, or of it resized to `size`; [0, ...] without masks."""
+    def masks(self, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
+        """bool [height, width]: the mask of each detection in the whole image, or in it resized to `size`; one at a
+        time, because a hundred of a large photo take a gigabyte."""
         height, width = self.pixels.shape[:2] if size is None else size
-        if self.mask_probabilities is None:
-            return np.zeros((0, height, width), bool)
         factors = np.array([width / self.pixels.shape[1], height / self.pixels.shape[0]] * 2, np.float32)
         boxes = torch.from_numpy(self.boxes_xyxy * factors)
-        return paste_masks(torch.from_numpy(self.mask_probabilities), boxes, (height, width)).numpy()
+        probabilities = torch.from_numpy(self.mask_probabilities) if self.mask_probabilities is not None else boxes[:0]
+        for number in range(len(probabilities)):
+            one = slice(number, number + 1)
+            yield paste_masks(probabilities[one], boxes[one], (height, width))[0].numpy()
 
     def crops(self) -> Iterator[tuple[int, np.ndarray]]:
         """Label and pixels (uint8 RGB, a view) of each box, whole pixels outwards; none of a box without area."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from data import read_coco
 from detection.models import load_detector, paste_masks
@@ -138,13 +139,20 @@ def test_crops_are_the_pixels_of_the_boxes_in_folders_of_their_classes(predict, 
 
 
 def test_each_mask_is_an_image_of_the_photos_size(predict, weights, photos, tmp_path):
-    assert predict("--save-masks", tmp_path / "masks", "--min-score", 0.1, photos / "b.png") == 0
+    options = ["--save-masks", tmp_path / "masks", "--json", tmp_path / "r.json", "--min-score", 0.1]
+    assert predict(*options, photos / "b.png") == 0
     found = load_detector(weights).predict(photos / "b.png")
     expected = paste_masks(found["mask_probabilities"], found["boxes_xyxy"], (80, 60))[found["scores"] >= 0.1]
     files = sorted((tmp_path / "masks").rglob("*.png"), key=lambda path: path.name)
     assert len(files) == len(expected) > 0 and expected.any()
     for file, mask in zip(files, expected.numpy(), strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(file)), mask * np.uint8(255))
+    boxes, rows = (json.loads((tmp_path / name).read_text()) for name in ("r.json", "r_segm.json"))
+    for box, row, mask in zip(boxes, rows, expected.numpy(), strict=True):
+        assert [row[key] for key in ("image_id", "category_id", "score")] == [
+            box[key] for key in ("image_id", "category_id", "score")
+        ]
+        np.testing.assert_array_equal(coco_mask.decode(row["segmentation"]), mask)
 
 
 def test_a_broken_image_is_named_and_the_others_are_done(predict, photos, tmp_path, capsys):
