@@ -26,7 +26,8 @@ TIMINGS = ("images_per_second", "data_seconds", "idle_share", "seconds")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that train are slow, wherever they stand in this folder."""
     for item in items:
-        if item.path.is_relative_to(FOLDER) and {"start", "program", "arguments"} & set(getattr(item, "fixturenames", ())):
+        names = getattr(item, "fixturenames", ())
+        if item.path.is_relative_to(FOLDER) and {"start", "program", "arguments"} & set(names):
             item.add_marker(pytest.mark.slow)
 
 
