@@ -51,7 +51,6 @@ class NoWay(LookupError):
 SUBSTITUTIONS = (
     (r"--nproc_per_node=(8|4|gpu)(?= )", "--nproc_per_node=2", "two CPU processes in place of the GPUs"),
     (r"--nproc 8\b", "--nproc 2", "the same"),
-    (r"(=2 train.py --resume runs/NAME)$", r"\1 --batch-size 1", "the run there is of one process with two images"),
     (r"--device cuda\b", "--device cpu", "no GPU"),
     (r" (--(cuda-)?graphs|ours-[\w-]+-graphs)\b", "", "CUDA graphs are for GPUs; tests/engine has their stand-in"),
     (r" --work-dir /tmp/\w+", "", "no folder outside the scratch tree"),

@@ -84,8 +84,8 @@ def test_metrics_do_not_depend_on_the_backend(tmp_path):
 
 @needs_hotcoco
 def test_both_raises_and_names_the_figure_when_the_backends_differ(tmp_path, monkeypatch):
-    def slightly_wrong(truth, detections):
-        right = accumulate_with_pycocotools(truth, detections)
+    def slightly_wrong(truth, detections, **kind):
+        right = accumulate_with_pycocotools(truth, detections, **kind)
         stats = right.stats.copy()
         stats[1] += 1e-6
         return Accumulated(right.precision, right.recall, stats)
