@@ -6,6 +6,7 @@ has no way to be run, and that is an error until a way is given.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Callable
@@ -88,9 +89,14 @@ def _train(words: list[str]) -> str:
 def _benchmark_train(words: list[str]) -> str:
     # What is counted beside the times, with operators traced, takes longer than all the rest.
     added = "--model faster_rcnn_r18_fpn --height 64 --width 96 --batch-size 1 --repeats 1 --threads 1 --no-probes"
+    # Most processors emulate bfloat16, and take ten times as long.
+    added += " --amp off"
     if {"--ablation", "--compile"} <= set(words) and "--variants" not in words:
         # Every one of them is taken out by the command without --compile.
-        added += " --variants ours-bf16-cl ours-bf16-cl-without-fused-optimizer"
+        added += " --variants ours-fp32-cl ours-fp32-cl-without-fused-optimizer"
+    elif "--variants" in words:
+        named = itertools.takewhile(lambda word: not word.startswith("-"), words[words.index("--variants") + 1 :])
+        added += " --variants " + " ".join(dict.fromkeys(name.replace("bf16", "fp32") for name in named))
     return added
 
 

@@ -53,7 +53,7 @@ def test_memory_stays_flat_over_epochs(tmp_path: Path) -> None:
     finally:
         loader.close()
     # What is kept grows in every epoch, the last ones too. Single steps, and steps at the start, are none of it: the
-    # allocator takes a new block, or pages that were shared since a fork become private when either side writes to them.
+    # allocator takes a new block, or pages that were shared since a fork become private when a side writes to them.
     for name, values in zip(("main process", "worker"), zip(*used, strict=True), strict=True):
         growth = [after - before for before, after in itertools.pairwise(values)]
         assert statistics.median(growth[-3:]) < ALLOWED_GROWTH, f"{name}: {values}"
