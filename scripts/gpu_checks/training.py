@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def interrupted(data: Path, device: str, short: bool, work: Path) -> dict[str, Any]:
     """Killed in the first epoch, stopped with SIGINT in the second; {"faults": [...], figures}."""
-    training = RealTraining("bf16", 1, (), data, device, EPOCHS, 4, short)
+    training = RealTraining("bf16", 1, (), data, device, EPOCHS, 4, short=short)
     alone, disturbed, log = work / "alone", work / "disturbed", work / "disturbed.txt"
     Life(training, alone, work / "alone.txt", resume=False).start().finish()
     num_iterations = position(alone).iterations
@@ -129,7 +129,7 @@ def interrupted(data: Path, device: str, short: bool, work: Path) -> dict[str, A
 
 def repeated(data: Path, device: str, short: bool, work: Path) -> dict[str, Any]:
     """A few iterations with --deterministic, twice; {"faults": [...], figures}."""
-    training = RealTraining("bf16", 1, ("--deterministic",), data, device, 1, 4, short)
+    training = RealTraining("bf16", 1, ("--deterministic",), data, device, 1, 4, short=short)
     outputs = [work / "first", work / "second"]
     for output in outputs:
         more = ("--limit-train-batches", "3")

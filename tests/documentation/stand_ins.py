@@ -58,6 +58,7 @@ SUBSTITUTIONS = (
     (r"\bnode0:29500\b", "127.0.0.1:{port}", "both machines are this one"),
     (r"(?<=[ =])/(shared|datasets)/", r"\1/", "no folder outside the scratch tree"),
     (r"\bFUZZ_EXAMPLES=\d+", "FUZZ_EXAMPLES=5", "seconds in place of hours"),
+    (r"\bOPTION_PAIRS=1/1\b", "OPTION_PAIRS=1/22", "one combination in place of ten minutes"),
     (r"--val-images DIR --val-annotations FILE", "--val-images DIR_VAL --val-annotations FILE_VAL", "two splits"),
     (r"\bIMAGE\.\.\.", "photo.jpg", "an image"),
     (r"two_node_test.sh$", "two_node_test.sh --localhost", "network namespaces need root and ip"),
