@@ -15,11 +15,9 @@ from detection.engine.metrics.best import LOSS, metric_of
 from detection.evaluation.html_page import Curve, fraction, html_page, line_chart, table
 from detection.evaluation.html_report import METRIC_MEANINGS
 from detection.reporting import Run, counted, duration
-from detection.reporting.run_comparison import flattened, series
+from detection.reporting.run_comparison import NUM_LAST_LOSSES, flattened, series
 
 HEADLINE = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "AR_100")
-_LAST_LOSSES = 100
-"""Iterations whose mean is the last loss."""
 
 
 def run_page(run: Run, *, analysis: str = "", missing: Sequence[str] = ()) -> str:
@@ -48,14 +46,14 @@ def run_page(run: Run, *, analysis: str = "", missing: Sequence[str] = ()) -> st
 
 def _headline(run: Run) -> str:
     (best, metric), losses = _best(run), series(run.train, "loss")[1]
-    heads, cells = ["iterations", "last loss"], [f"{_iterations(run):,}", "–"]
+    heads, cells = ["iterations", "mean loss"], [f"{_iterations(run):,}", "–"]
     if len(losses):
-        cells[1] = f"{losses[-_LAST_LOSSES:].mean():.4f}"
+        cells[1] = f"{losses[-NUM_LAST_LOSSES:].mean():.4f}"
     if best is not None:
         heads += ["best epoch", *(name for name in HEADLINE if name in best)]
         cells += [str(best["epoch"] + 1), *(fraction(best[name]) for name in HEADLINE if name in best)]
     meanings = METRIC_MEANINGS | {
-        "last loss": f"mean over the last {min(_LAST_LOSSES, len(losses))} iterations",
+        "mean loss": f"mean over the last {min(NUM_LAST_LOSSES, len(losses))} iterations",
         "best epoch": f"the validation with the best {metric}, of which best.pt has the weights",
     }
     return table(heads, [cells], meanings=meanings)
