@@ -3,9 +3,9 @@ only.
 """
 
 from schedules.errors import ScheduleError
-from schedules.overrides import with_overrides
 from schedules.paramwise import ParameterFacts, ParamwiseSettings, parameter_multipliers, unmatched_custom_keys
-from schedules.reader import config_schedule, load_schedule, schedule_from_dict
+from schedules.reading.overrides import with_overrides
+from schedules.reading.reader import config_schedule, load_schedule, schedule_from_dict
 from schedules.schedule import Schedule
 from schedules.schedulers import LinearLR, MultiStepLR
 

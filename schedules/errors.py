@@ -25,7 +25,7 @@ class Place:
     """A key of a schedule, so that a message can name file, line and key.
 
     source: the file, or "override". path: the keys and list places that lead there. lines: file and line of each
-    path, filled by schedules.expressions; None for a source without lines.
+    path, filled by schedules.reading.expressions; None for a source without lines.
     """
 
     source: str

@@ -17,8 +17,8 @@ from detection.config.recorded_run import RECORD, with_record
 from detection.config.run_config import RunConfig
 from detection.config.settings import ConfigError, add_options, filled, settings_of
 from schedules.errors import Place, ScheduleError
-from schedules.expressions import read_value
-from schedules.reader import SCHEDULE_KEYS
+from schedules.reading.expressions import read_value
+from schedules.reading.reader import SCHEDULE_KEYS
 
 GROUPS = {
     "config": "whole run from a file",

@@ -1,6 +1,6 @@
 """A whole configuration of MMDetection 3.x -> the settings of a run here.
 
-Every key that is known stands in a table: here, in detection.config.mmdet_model and in detection.config.mmdet_data. Any
+Every key that is known stands in a table: here, in detection.config.mmdet.model and in detection.config.mmdet.data. Any
 other key is an error.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from detection.config.arg_types import NO_LIMIT
-from detection.config.mmdet_data import evaluator, loader
-from detection.config.mmdet_keys import (
+from detection.config.mmdet.data import evaluator, loader
+from detection.config.mmdet.keys import (
     NEAREST,
     OWN,
     Found,
@@ -31,13 +31,13 @@ from detection.config.mmdet_keys import (
     typed,
     united,
 )
-from detection.config.mmdet_model import model_of
+from detection.config.mmdet.model import model_of
 from detection.config.settings import ConfigError
 from schedules import ScheduleError, config_schedule
 from schedules.checks import Keys, dictionary, flag, optional, read_dict, read_typed, whole
-from schedules.config_file import SOURCE, read_config
 from schedules.errors import Place, shown
-from schedules.reader import SCHEDULE_KEYS
+from schedules.reading.config_file import SOURCE, read_config
+from schedules.reading.reader import SCHEDULE_KEYS
 
 
 def _kept(value: Any, place: Place) -> int:

@@ -13,7 +13,7 @@ from detection.config.arg_types import Number
 from detection.config.mmdet_run import REPLACES
 from detection.config.run_config import RunConfig
 from detection.config.settings import EACH_START, ConfigError, settings_of
-from schedules.overrides import SHORT_KEYS
+from schedules.reading.overrides import SHORT_KEYS
 
 RECORD = "config.json"
 _OF_THE_SCHEDULE = ("config_file", "cfg_options")

@@ -16,15 +16,15 @@ from data.layouts.found_set import FoundSet
 from detection.config import ConfigError
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.cuda_graphs import require_cuda_graphs
-from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.cpu_threads import crowding
 from detection.engine.distributed.sync_batch_norm import synchronize_batch_norm
 from detection.engine.inputs.datasets import DatasetFiles, prepare_files
 from detection.engine.optim.amp import multiplies_bfloat16
 from detection.engine.optim.optimizer import is_fused
-from detection.engine.run_dir import RunDir
-from detection.engine.train_state import stored_model
+from detection.engine.state.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, newest_checkpoint
+from detection.engine.state.run_dir import RunDir
+from detection.engine.state.train_state import stored_model
 from detection.evaluation import resolve_backend
 from detection.models import (
     AnyDetector,

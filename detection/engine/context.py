@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from detection.config.run_config import RunConfig
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.signals import StopRequest
-from detection.engine.run_dir import RunDir
+from detection.engine.state.run_dir import RunDir
 from detection.reporting import Console, Tracker
 
 

@@ -26,7 +26,7 @@ from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
 from detection.engine.metrics.images import validation_images
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
-from detection.engine.run_dir import RunDirError, write_json
+from detection.engine.state.run_dir import RunDirError, write_json
 from detection.evaluation import CocoEvaluator, Detections, write_mask_results, write_results
 from detection.models import AnyDetector, FasterRCNN, ImageBatch, MaskBatch, TargetBatch, paste_masks
 from detection.reporting import counted, validation_table

@@ -22,7 +22,6 @@ from detection.config.cli import words_of
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.device_memory import device_memory
 from detection.engine.build import build, has_masks, preflight
-from detection.engine.checkpoint import LoadedCheckpoint
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import USER_ERRORS, RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
@@ -30,8 +29,9 @@ from detection.engine.distributed.heartbeat import LostProcess, is_network_error
 from detection.engine.distributed.signals import STOPPED_EXIT_CODE, StopRequest
 from detection.engine.evaluator import evaluate_model
 from detection.engine.inputs.datasets import read_annotations
-from detection.engine.resume import resumed_settings, with_batch_size_of
-from detection.engine.run_dir import RunDir
+from detection.engine.state.checkpoint import LoadedCheckpoint
+from detection.engine.state.resume import resumed_settings, with_batch_size_of
+from detection.engine.state.run_dir import RunDir
 from detection.engine.train import find_batch_size, run_training
 from detection.reporting import Console, Tracker
 

@@ -26,8 +26,8 @@ from detection.engine.inputs.augmentation import describe_augmentation
 from detection.engine.inputs.bad_images import BadImages
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import multiplies_bfloat16
-from detection.engine.run_dir import RunDir
-from detection.engine.train_state import Progress
+from detection.engine.state.run_dir import RunDir
+from detection.engine.state.train_state import Progress
 from detection.models import describe_kernels
 from detection.reporting import counted, sparkline
 from schedules import Schedule

@@ -13,8 +13,6 @@ from detection.engine.accelerate.compile import compile_for_training, uncompiled
 from detection.engine.accelerate.cuda_graphs import StepGraphs, cuda_step_graphs
 from detection.engine.accelerate.device_memory import REMEDIES, device_memory
 from detection.engine.build import Components, run_schedule
-from detection.engine.checkpoint import BEST, CheckpointError, LoadedCheckpoint, load_checkpoint
-from detection.engine.checkpoint_store import Checkpointer, CheckpointStore, continue_from
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import RunError, run_on_all_ranks, run_on_main_rank
 from detection.engine.distributed.comm import Processes
@@ -35,10 +33,12 @@ from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.nonfinite import NonFiniteGuard
 from detection.engine.optim.optimizer import build_optimizer, parameter_facts, set_learning_rate
 from detection.engine.optim.update import ParameterUpdate
-from detection.engine.resume import check_resumable, image_order_of, resumed_progress
-from detection.engine.run_dir import RunDirError, write_json
 from detection.engine.run_summary import closing_summary, config_record, configuration_text, describe_run
-from detection.engine.train_state import Ending, Facts, Progress, TrainState, assert_same_on_all_ranks, run_facts
+from detection.engine.state.checkpoint import BEST, CheckpointError, LoadedCheckpoint, load_checkpoint
+from detection.engine.state.checkpoint_store import Checkpointer, CheckpointStore, continue_from
+from detection.engine.state.resume import check_resumable, image_order_of, resumed_progress
+from detection.engine.state.run_dir import RunDirError, write_json
+from detection.engine.state.train_state import Ending, Facts, Progress, TrainState, assert_same_on_all_ranks, run_facts
 from detection.engine.trainer import Trainer
 from detection.engine.trial import MARGIN, MemoryTrial, largest_that_fits
 from detection.models import AnyDetector, FasterRCNN, OwnDetector, is_own, model_config

@@ -10,8 +10,6 @@ from torch import nn
 
 from data import DevicePrefetcher, TrainLoader
 from detection.engine.accelerate.device_memory import naming_out_of_memory
-from detection.engine.checkpoint import BEST, LAST, epoch_file
-from detection.engine.checkpoint_store import Checkpointer
 from detection.engine.context import RunContext
 from detection.engine.distributed.agreement import run_on_main_rank
 from detection.engine.distributed.signals import Stopped
@@ -22,7 +20,9 @@ from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.time_budget import TimeBudget
 from detection.engine.optim.update import ParameterUpdate
 from detection.engine.replay.captured_step import capture_step
-from detection.engine.train_state import TrainState
+from detection.engine.state.checkpoint import BEST, LAST, epoch_file
+from detection.engine.state.checkpoint_store import Checkpointer
+from detection.engine.state.train_state import TrainState
 
 
 class Trainer:

@@ -9,13 +9,13 @@ import torch
 
 from data import DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine.accelerate.device_memory import GIB, REMEDIES, DeviceMemory, is_out_of_memory
-from detection.engine.checkpoint_store import copy_to_cpu
 from detection.engine.distributed.agreement import RunError
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.sync_batch_norm import local_batch_norm
 from detection.engine.optim.gradients import GradientComputer
 from detection.engine.optim.update import ParameterUpdate
-from detection.engine.train_state import TrainState
+from detection.engine.state.checkpoint_store import copy_to_cpu
+from detection.engine.state.train_state import TrainState
 
 MARGIN = 0.1
 """Part of the memory that --batch-size auto leaves: for the library that exchanges gradients, which a trial does

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from detection.errors import DetectionError
-from detection.models.backbones import ARCHITECTURES, GROUPS_OF_GROUP_NORM, NORMS, stage_channels
+from detection.models.backbones.resnet import ARCHITECTURES, GROUPS_OF_GROUP_NORM, NORMS, stage_channels
 from detection.models.ops.box_losses import BOX_LOSSES
 from detection.models.own.backbone import is_own_backbone
 

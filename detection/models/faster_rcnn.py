@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from detection.models.anchors import AnchorGenerator, AnchorGrid
-from detection.models.backbones import ARCHITECTURES, ResNet, start_norms_at_one
+from detection.models.backbones.fpn import FPN, LastMap
+from detection.models.backbones.resnet import ARCHITECTURES, ResNet, start_norms_at_one
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
-from detection.models.fpn import FPN, LastMap
 from detection.models.mask_head import MASK_ROI_SIZE, MASK_SIZE, MaskHead, mask_loss, mask_rois, mask_targets
 from detection.models.ops.feature_table import cell_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels

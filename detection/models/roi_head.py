@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.backbones import ARCHITECTURES, make_norm, make_stage, stage_channels
+from detection.models.backbones.resnet import ARCHITECTURES, make_norm, make_stage, stage_channels
 from detection.models.config import FasterRCNNConfig
 from detection.models.ops.box_losses import overlap_loss
 from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes

@@ -2,7 +2,7 @@
 
 import train
 from detection.models import MODELS
-from detection.models.backbones import ARCHITECTURES, Architecture
+from detection.models.backbones.resnet import ARCHITECTURES, Architecture
 from detection.models.config import CASCADE_RECIPE
 from detection.process_exit import leave
 

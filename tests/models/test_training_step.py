@@ -12,7 +12,7 @@ import torchvision
 from detection.engine.optim.amp import multiplies_bfloat16
 from detection.models import ImageBatch, MaskBatch, TargetBatch, build_model
 from detection.models import rpn as rpn_module
-from detection.models.backbones import NORMS
+from detection.models.backbones.resnet import NORMS
 from detection.models.ops.backend import DEVICE, implementation
 from detection.models.ops.box_losses import BOX_LOSSES
 from detection.models.ops.feature_table import cell_table, windows_3x3

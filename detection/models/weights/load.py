@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detection.models.backbones import FrozenBatchNorm, ResNet
+from detection.models.backbones.resnet import FrozenBatchNorm, ResNet
 from detection.models.detector import Detector, DetectorError
 from detection.models.faster_rcnn import AnyDetector, FasterRCNN, model_from_config
 from detection.models.own.backbone import pretrained_state

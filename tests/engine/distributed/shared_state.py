@@ -9,7 +9,7 @@ import torch
 
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
 from detection.engine.optim.time_budget import TimeBudget
-from detection.engine.train_state import TrainState
+from detection.engine.state.train_state import TrainState
 from detection.process_exit import leave
 from schedules import load_schedule
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from detection.engine.optim.time_budget import TimeBudget
-from detection.engine.train_state import Progress, TrainState
+from detection.engine.state.train_state import Progress, TrainState
 from schedules import load_schedule
 
 PER_EPOCH = 100

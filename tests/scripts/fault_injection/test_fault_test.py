@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from detection.engine.checkpoint import FORMAT, VERSION, CheckpointError, load_checkpoint
-from tests.engine.checkpoint_states import state_at
+from detection.engine.state.checkpoint import FORMAT, VERSION, CheckpointError, load_checkpoint
+from tests.engine.state.checkpoint_states import state_at
 
 
 def state(iteration: int, weight: float, output_dir: str) -> dict:

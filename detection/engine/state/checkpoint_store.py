@@ -13,7 +13,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from detection.engine.checkpoint import (
+from detection.engine.distributed.comm import Processes
+from detection.engine.metrics.logger import MetricLogger
+from detection.engine.state.checkpoint import (
     BEST,
     FORMAT,
     LAST,
@@ -28,10 +30,8 @@ from detection.engine.checkpoint import (
     is_runs_own,
     place_of,
 )
-from detection.engine.distributed.comm import Processes
-from detection.engine.metrics.logger import MetricLogger
-from detection.engine.run_dir import unused_path
-from detection.engine.train_state import Progress, TrainState
+from detection.engine.state.run_dir import unused_path
+from detection.engine.state.train_state import Progress, TrainState
 from detection.reporting import sync_folder
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from schedules.errors import Place, ScheduleError, UnknownKey
-from schedules.expressions import read_value
-from schedules.reader import OPTIMIZERS, SCHEDULE_KEYS, schedule_from_dict
+from schedules.reading.expressions import read_value
+from schedules.reading.reader import OPTIMIZERS, SCHEDULE_KEYS, schedule_from_dict
 from schedules.schedule import Schedule, idle_schedulers
 
 SHORT_KEYS = {

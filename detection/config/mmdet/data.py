@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detection.config.mmdet_keys import (
+from detection.config.mmdet.keys import (
     NEAREST,
     Found,
     Idle,

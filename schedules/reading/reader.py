@@ -27,10 +27,10 @@ from schedules.checks import (
     rising_pairs,
     whole,
 )
-from schedules.config_file import read_config, read_text
 from schedules.errors import Place, ScheduleError
-from schedules.expressions import parse, read_assignments
 from schedules.paramwise import ParamwiseSettings
+from schedules.reading.config_file import read_config, read_text
+from schedules.reading.expressions import parse, read_assignments
 from schedules.schedule import AMP_NAMES, ClipGrad, OptimizerSettings, Schedule, idle_schedulers
 from schedules.schedulers import KINDS, Scheduler
 
@@ -71,7 +71,7 @@ def load_schedule(name_or_path: str | os.PathLike[str]) -> Schedule:
     not known, and for a file that cannot be read.
     """
     given = os.fspath(name_or_path)
-    path = Path(__file__).with_name(f"schedule_{given}.py") if given in NAMES else Path(given)
+    path = Path(__file__).parents[1] / f"schedule_{given}.py" if given in NAMES else Path(given)
     place = Place(str(path), lines={})
     tree = parse(read_text(path, place, f"give {', '.join(NAMES)}, or a schedule file"), place)
     if any(map(_is_beyond_schedule, tree.body)):

@@ -3,8 +3,8 @@
 import pytest
 
 from schedules import ScheduleError
-from schedules.config_file import set_options
 from schedules.errors import Place
+from schedules.reading.config_file import set_options
 
 
 def changed(values, *options):

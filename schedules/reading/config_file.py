@@ -1,6 +1,6 @@
 """A configuration file of MMDetection 3.x and its base files -> the values that MMEngine's Config.fromfile gives.
 
-The files are parsed and evaluated (schedules.expressions), and never executed.
+The files are parsed and evaluated (schedules.reading.expressions), and never executed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from schedules.errors import Place, ScheduleError
-from schedules.expressions import (
+from schedules.reading.expressions import (
     MAX_DEPTH,
     SCALARS,
     BaseDict,

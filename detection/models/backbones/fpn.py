@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.backbones import GROUPS_OF_GROUP_NORM
+from detection.models.backbones.resnet import GROUPS_OF_GROUP_NORM
 from detection.models.ops.conv import convolution
 
 

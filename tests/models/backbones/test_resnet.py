@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet
 
-from detection.models.backbones import (
+from detection.models.backbones.resnet import (
     ARCHITECTURES,
     NORMS,
     Bottleneck,

@@ -1,4 +1,4 @@
-"""schedules.reader, config_file and expressions: what is read, what is refused, and that nothing is executed."""
+"""The reading of schedules and configurations: what is read, what is refused, and that nothing is executed."""
 
 import re
 import sys

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detection.engine.train_state import Progress, find_fault
+from detection.engine.state.train_state import Progress, find_fault
 from detection.errors import DetectionError
 from detection.models import read_archive
 

@@ -17,10 +17,10 @@ from data import WorkerError
 from detection.config import ConfigError, RunConfig, parse_arguments
 from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
 from detection.engine import RunError, build, run
-from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.evaluator import Evaluator
 from detection.engine.metrics.logger import MetricLogger
-from detection.engine.resume import image_order_of, resumed_settings
+from detection.engine.state.checkpoint import CheckpointError, LoadedCheckpoint
+from detection.engine.state.resume import image_order_of, resumed_settings
 from detection.engine.trainer import Trainer
 from detection.evaluation import read_results
 from detection.models.config import model_config

@@ -9,8 +9,8 @@ from typing import Any
 from data import ORDERS
 from detection.config.run_config import FREEZE_CHOICES, RunConfig
 from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
-from detection.engine.checkpoint import CheckpointError, LoadedCheckpoint
-from detection.engine.train_state import Ending, Facts, Progress
+from detection.engine.state.checkpoint import CheckpointError, LoadedCheckpoint
+from detection.engine.state.train_state import Ending, Facts, Progress
 from detection.reporting import counted
 
 _PARTS: dict[Any, str] = {number: part for part, number in FREEZE_CHOICES.items()}

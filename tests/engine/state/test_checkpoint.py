@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from detection.engine import RunError, checkpoint, checkpoint_store
-from detection.engine.checkpoint import (
+from detection.engine import RunError
+from detection.engine.state import checkpoint, checkpoint_store
+from detection.engine.state.checkpoint import (
     BEST,
     LAST,
     PREVIOUS,
@@ -20,9 +21,9 @@ from detection.engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from detection.engine.checkpoint_store import CheckpointStore, continue_from
-from detection.engine.train_state import Progress
-from tests.engine.checkpoint_states import state_at
+from detection.engine.state.checkpoint_store import CheckpointStore, continue_from
+from detection.engine.state.train_state import Progress
+from tests.engine.state.checkpoint_states import state_at
 
 
 def save(folder: Path, iteration: int, names: list[str], *, keep: int = 3, due: bool = False) -> None:

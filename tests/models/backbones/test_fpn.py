@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from detection.models.fpn import FPN
+from detection.models.backbones.fpn import FPN
 
 CHANNELS = (8, 16, 32, 64)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 
 from detection.config.run_config import RunConfig
-from detection.engine.checkpoint import (
+from detection.engine.state.checkpoint import (
     FORMAT,
     LAST,
     PREVIOUS,
@@ -19,12 +19,12 @@ from detection.engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from detection.engine.checkpoint_store import CheckpointStore, continue_from
-from detection.engine.resume import check_resumable, resumed_progress, resumed_settings
-from detection.engine.train_state import stored_model
+from detection.engine.state.checkpoint_store import CheckpointStore, continue_from
+from detection.engine.state.resume import check_resumable, resumed_progress, resumed_settings
+from detection.engine.state.train_state import stored_model
 from detection.errors import DetectionError
 from detection.models import build_model
-from tests.engine.checkpoint_states import state_at as plain_state
+from tests.engine.state.checkpoint_states import state_at as plain_state
 from tests.fuzzing import DAMAGE, SEEDS, Damage, damaged, examples, with_odd_entries
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("bounded_memory")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from detection.config.mmdet_keys import (
+from detection.config.mmdet.keys import (
     NEAREST,
     Found,
     Idle,

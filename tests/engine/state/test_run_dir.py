@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import detection.engine.run_dir
+import detection.engine.state.run_dir
 from detection.engine import RunError
 from detection.engine.distributed.comm import start_processes
-from detection.engine.run_dir import RunDir, RunDirError
+from detection.engine.state.run_dir import RunDir, RunDirError
 
 
 def used(folder: Path) -> RunDir:
@@ -258,7 +258,7 @@ def test_a_lock_of_another_machine_is_waited_for_since_that_may_be_dead(locked_e
 
 def test_a_lock_of_another_machine_is_not_waited_for_without_end(locked_elsewhere, monkeypatch):
     folder, _ = locked_elsewhere
-    monkeypatch.setattr(detection.engine.run_dir, "LEASE_SECONDS", 0.1)
+    monkeypatch.setattr(detection.engine.state.run_dir, "LEASE_SECONDS", 0.1)
     with pytest.raises(RunDirError, match=r"another run is writing here \(process \d+ on elsewhere; lock: .*/\.lock\)"):
         RunDir(folder).lock()
 

@@ -1,0 +1,1 @@
+"""What the keys of MMDetection's configuration files mean here."""

@@ -1,0 +1,1 @@
+"""Schedule and configuration files, read without executing them."""
