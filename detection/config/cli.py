@@ -36,7 +36,7 @@ COMMON = frozenset(
     for name in (
         *("config", "schedule", "max-epochs", "lr", "set", "auto-scale-lr"),
         *("data-path", "train-images", "train-annotations", "val-images", "val-annotations", "min-size"),
-        *("model", "weights", "freeze", "batch-size", "amp", "ema", "device"),
+        *("model", "weights", "freeze", "batch-size", "amp", "fast", "ema", "device"),
         *("output-dir", "resume", "val-only", "dry-run"),
     )
 )
@@ -218,7 +218,7 @@ def _check_own_model(config: RunConfig, given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{own}: {flag} is nothing that it is known to have. Let the function do it")
     if model.weights == "imagenet":
         raise ConfigError(f"{own}: let the function load such weights, or give --weights FILE")
-    for name in ("compile", "cuda_graphs"):
+    for name in ("compile", "cuda_graphs", "fast"):
         if getattr(train, name):
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{own}, which takes lists of images, of any sizes: leave {flag} away")
@@ -238,6 +238,8 @@ def _check_options(config: RunConfig, given: Mapping[str, Any]) -> None:
             "--global-batch-size decides the number of micro-steps: leave --accumulate away (--batch-size is the most "
             "images that a process takes at once)"
         )
+    if config.train.fast and config.train.cuda_graphs is False:
+        raise ConfigError("--fast turns on CUDA graphs: leave --no-cuda-graphs away, or give --compile in its place")
     if model.sync_bn and model.norm not in ("auto", "bn"):
         raise ConfigError(f"--sync-bn needs trained batch norm, and --norm {model.norm} has none: use --norm bn")
     for split in ("train", "val", "test"):

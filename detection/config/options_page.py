@@ -8,7 +8,7 @@ from typing import Any
 
 from detection.config.cli import GROUPS
 from detection.config.run_config import RunConfig
-from detection.config.settings import OnResume, Option, settings_of
+from detection.config.settings import OnResume, Option, is_switch, settings_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 OPENING = """# Options of train.py
@@ -38,7 +38,7 @@ def options_page() -> str:
 
 def _row(key: str, field: Field[Any], option: Option) -> str:
     written = option.flag_for(field)
-    if field.default is True:
+    if is_switch(field) and field.default is not False:
         written += ", --no-" + written.removeprefix("--")
     value = option.words.get("metavar") or "|".join(option.words.get("choices", ()))
     value = value if isinstance(value, str) else " ".join(value)

@@ -12,7 +12,7 @@ from typing import Any
 from detection.config.arg_types import Number
 from detection.config.mmdet_run import REPLACES
 from detection.config.run_config import RunConfig
-from detection.config.settings import EACH_START, ConfigError, settings_of
+from detection.config.settings import EACH_START, ConfigError, is_switch, settings_of
 from schedules.reading.overrides import SHORT_KEYS
 
 RECORD = "config.json"
@@ -24,6 +24,8 @@ _REPLACES = (
     (("train_min_sizes", "train_scales"), ("lsj", "lsj_range", "lsj_min_visibility")),
     (("schedule",), ("overrides", "config_file", "cfg_options")),
     (("accumulate",), ("global_batch_size",)),
+    (("fast",), ("cuda_graphs",)),
+    (("cuda_graphs",), ("fast",)),
     (("photometric_distortion",), ("color_jitter",)),
     (("color_jitter",), ("photometric_distortion",)),
 )
@@ -87,9 +89,9 @@ def _at(record: Any, key: list[str]) -> Any:
 
 def _value(field: Field[Any], value: Any) -> Any:
     """A field's value from what JSON made of it."""
-    if isinstance(field.default, bool) or isinstance(value, bool):
-        if type(value) is not type(field.default):
-            raise ValueError("write true or false" if isinstance(field.default, bool) else "true and false are none")
+    if is_switch(field) or isinstance(value, bool):
+        if not (is_switch(field) and isinstance(value, bool)):
+            raise ValueError("write true or false" if is_switch(field) else "true and false are none")
         return value
     if field.name == "settings":
         return tuple((str(key), item) for key, item in value)

@@ -28,6 +28,7 @@ from detection.config.settings import (
     COMPATIBLE,
     EACH_START,
     EQUAL,
+    KEPT_OFF,
     SCHEDULE,
     ConfigError,
     Option,
@@ -291,8 +292,16 @@ class TrainConfig:
         metavar="DECAY",
     )
     compile: bool = setting(False, COMMAND_LINE, "torch.compile the dense parts, for a few padded sizes")
-    cuda_graphs: bool = setting(
-        False, COMMAND_LINE, "record and replay the passes on a GPU, for a few padded sizes: for few images a GPU"
+    cuda_graphs: bool | None = setting(
+        None,
+        KEPT_OFF,
+        "record the passes on a GPU and replay them, for a few padded sizes; off: batches keep their own sizes",
+        shown="on with one GPU, where the model allows it",
+    )
+    fast: bool = setting(
+        False,
+        COMMAND_LINE,
+        "on a GPU all that is faster and equal to rounding: --cuda-graphs and --compile, where the model allows them",
     )
     channels_last: bool = setting(True, COMMAND_LINE, "memory layout of the images")
     seed: int = setting(0, COMMAND_LINE, "of all that is drawn at random", type=whole(0, 2**63 - 1))

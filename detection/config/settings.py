@@ -32,6 +32,10 @@ class OnResume(Enum):
         "command line, if it fits",
         "what the command line says; refused where classes, global batch or iterations an epoch become others",
     )
+    KEPT_OFF = (
+        "command line, else off stays off",
+        "what the command line says; without it a run that began with it off stays so, and others have the default",
+    )
     CHECKPOINT = "checkpoint", "what the run began with; the command line has no effect"
     EQUAL = "must be equal", "another value is refused"
     EACH_START = "each start", "what the command line says: it belongs to a start, not to the run"
@@ -40,7 +44,7 @@ class OnResume(Enum):
         self.short, self.meaning = short, meaning
 
 
-COMMAND_LINE, SCHEDULE, COMPATIBLE, CHECKPOINT, EQUAL, EACH_START = OnResume
+COMMAND_LINE, SCHEDULE, COMPATIBLE, KEPT_OFF, CHECKPOINT, EQUAL, EACH_START = OnResume
 
 
 class Option:
@@ -102,6 +106,11 @@ def settings_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, str, Field[A
             yield field.metadata["group"] or key.split(".")[0], key, field
 
 
+def is_switch(field: Field[Any]) -> bool:
+    """Whether it is on or off; None, for one that is neither given on nor off, is a default of its own."""
+    return isinstance(field.default, bool) or field.metadata["on_resume"] is OnResume.KEPT_OFF
+
+
 def add_options(group: argparse._ActionsContainer, field: Field[Any], shown: Container[str] | None = None) -> None:
     """Add a setting's options to a parser. What is not given is left out of the parsed namespace.
 
@@ -112,8 +121,8 @@ def add_options(group: argparse._ActionsContainer, field: Field[Any], shown: Con
         group = group.add_mutually_exclusive_group()
     for option in options:
         words = option.words
-        if isinstance(field.default, bool):
-            words = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+        if is_switch(field):
+            words = {"action": "store_true" if field.default is False else argparse.BooleanOptionalAction}
         default = option.default(field)
         flag, text = option.flag_for(field), f"{option.meaning()} [{default}]" if default else option.meaning()
         text = text if shown is None or flag in shown else argparse.SUPPRESS

@@ -19,6 +19,7 @@ from torch import nn
 from data import CocoDataset, TrainLoader
 from data.coco.layout import SplitFiles
 from detection.config.run_config import RunConfig
+from detection.engine.accelerate.choice import Acceleration
 from detection.engine.build import Components
 from detection.engine.context import RunContext
 from detection.engine.distributed.comm import Processes
@@ -44,6 +45,7 @@ def describe_run(
     components: Components,
     loader: TrainLoader,
     progress: Progress,
+    acceleration: Acceleration,
     *,
     changes: list[str],
     notes: list[str],
@@ -69,6 +71,7 @@ def describe_run(
         ("augment", "\n".join(describe_augmentation(config, loader))),
         ("device", _describe_device(processes) + _faster(schedule, processes)),
         ("kernels", describe_kernels(processes.device)),
+        ("speed", acceleration.describe() if processes.device.type == "cuda" else ""),
         ("output", str(context.output.path)),
     ]
     if ends := _describe_ends(config):
@@ -235,7 +238,8 @@ def _describe_device(processes: Processes) -> str:
 def _faster(schedule: Schedule, processes: Processes) -> str:
     if schedule.amp is not None or not multiplies_bfloat16(processes.device):
         return ""
-    return "\nfloat32; --amp bf16 halves the time of a step where it was measured (docs/performance.md)"
+    gain = "trains 1.9 times as fast on an H100" if processes.device.type == "cuda" else "halves the time of a step"
+    return f"\nfloat32; --amp bf16 {gain}, where it was measured (docs/performance.md)"
 
 
 def _learning_rate_curve(schedule: Schedule, iterations_per_epoch: int, *, unicode: bool) -> list[str]:

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 from data import NEWEST_ORDER, CocoDataset, TrainLoader
+from detection.engine.accelerate.algorithm_search import AlgorithmSearch
+from detection.engine.accelerate.choice import Acceleration, acceleration_of, has_few_shapes, searches_algorithms
 from detection.engine.accelerate.compile import compile_for_training, uncompiled
 from detection.engine.accelerate.cuda_graphs import StepGraphs, cuda_step_graphs
 from detection.engine.accelerate.device_memory import REMEDIES, device_memory
@@ -56,15 +58,20 @@ def run_training(
     config, processes, console = context.config, context.processes, context.console
     image_order = NEWEST_ORDER if checkpoint is None else image_order_of(checkpoint)
     loader = _train_loader(context, components, workers=context.num_workers, image_order=image_order)
+    acceleration = acceleration_of(config.train, processes.device, processes.world_size, components.model)
     graphs = None
-    if config.train.cuda_graphs:
+    if acceleration.graphs:
         graphs = run_on_all_ranks(processes, partial(cuda_step_graphs, components.model, console.warn))
-    state = _build_state(context, components, loader, checkpoint, changes)
-    if config.train.compile:
+    state = _build_state(context, components, loader, checkpoint, changes, acceleration)
+    if acceleration.compile:
         # Each compiled part leaves its gradients at its end: smaller parts, so that they travel while others compute.
         assert isinstance(state.model, FasterRCNN)
         compile_for_training(state.model, by_stage=processes.world_size > 1 and graphs is None)
-    if (trial := _memory_trial(context)) is not None:
+    if (trial := _memory_trial(context, graphs=acceleration.graphs)) is not None:
+        if acceleration.graphs and not acceleration.graphs_asked_for and not trial.fits_with_margin(state, loader):
+            console.say(f"no CUDA graphs: with them less than {MARGIN:.0%} of the memory would be left")
+            graphs, trial = None, _memory_trial(context, graphs=False)
+        assert trial is not None
         console.say(trial.require_fit(state, loader))
     progress = state.progress
     if (reason := state.reason_to_end(config.train.patience)) is not None and not progress.validation_due:
@@ -143,7 +150,8 @@ def _test(context: RunContext, state: TrainState, dataset: CocoDataset, files: S
     weights = run_on_main_rank(context.processes, take_best)
     context.processes.broadcast_weights(model)
     context.console.say(f"\ntest: {len(dataset)} images of {files.annotations}, {weights}")
-    evaluate = uncompiled(evaluate_set) if context.config.train.compile else evaluate_set
+    settings = context.config.train
+    evaluate = uncompiled(evaluate_set) if settings.compile or settings.fast else evaluate_set
     tested = replace(context, config=replace(context.config, mode="test"))
     return evaluate(tested, dataset, model, state.precision)
 
@@ -156,7 +164,9 @@ def find_batch_size(context: RunContext, components: Components) -> RunContext:
         RunError: on every process, where not even one image fits.
     """
     config, processes, model = context.config, context.processes, components.model
-    trial = _memory_trial(context)
+    acceleration = acceleration_of(config.train, processes.device, processes.world_size, model)
+    # More images are worth more than graphs that nobody asked for.
+    trial = _memory_trial(context, graphs=acceleration.graphs_asked_for)
     assert trial is not None and components.train_set is not None
     asked = config.train.global_batch_size
     accumulate = components.schedule.accumulative_counts
@@ -211,6 +221,7 @@ def _build_state(
     loader: TrainLoader,
     checkpoint: LoadedCheckpoint | None,
     changes: list[str],
+    acceleration: Acceleration,
 ) -> TrainState:
     """The training's state, as new or as the checkpoint has it; the start screen says which run this will be."""
     config, processes, console = context.config, context.processes, context.console
@@ -234,7 +245,7 @@ def _build_state(
     if checkpoint is not None:
         changes = changes + run_on_all_ranks(processes, partial(check_resumable, checkpoint, facts, num_iterations))
         progress = resumed_progress(checkpoint, facts, num_iterations)
-    console.say(describe_run(context, components, loader, progress, changes=changes, notes=notes))
+    console.say(describe_run(context, components, loader, progress, acceleration, changes=changes, notes=notes))
     state = _new_state(context, model, schedule, facts, progress)
     # Of every group: a multiplier may take its rate beyond what is possible.
     first = partial(set_learning_rate, state.optimizer, schedule, progress.iteration, loader.iterations_per_epoch)
@@ -274,7 +285,7 @@ def _build_trainer(
 ) -> Trainer:
     config, processes = context.config, context.processes
     validate = evaluator.validate if evaluator is not None else None
-    if config.train.compile and validate is not None:
+    if validate is not None and (config.train.compile or config.train.fast):
         validate = uncompiled(validate)
     processes.broadcast_weights(state.model)
     gradients, update = _build_step(context, state, processes, graphs)
@@ -310,7 +321,13 @@ def _build_step(
     may_overflow, skips = precision.amp == "fp16", config.train.skip_nonfinite
     guard = NonFiniteGuard(model, skips=skips, gradient_may_overflow=may_overflow)
     gradients = GradientComputer(
-        model, buckets, precision, guard, accumulate=schedule.accumulative_counts, graphs=graphs
+        model,
+        buckets,
+        precision,
+        guard,
+        accumulate=schedule.accumulative_counts,
+        graphs=graphs,
+        search=AlgorithmSearch() if searches_algorithms(config.train, processes.device) else None,
     )
     update = ParameterUpdate(
         model,
@@ -324,20 +341,19 @@ def _build_step(
     return gradients, update
 
 
-def _memory_trial(context: RunContext) -> MemoryTrial | None:
-    """What tries whether the training fits; None where the device has no limit of its own."""
+def _memory_trial(context: RunContext, *, graphs: bool) -> MemoryTrial | None:
+    """What tries whether the training fits, in graphs or not; None where the device has no limit of its own."""
     memory = device_memory(context.processes.device)
     if memory is None:
         return None
-    uses_graphs = context.config.train.cuda_graphs
 
     def build_step(state: TrainState, processes: Processes) -> tuple[GradientComputer, ParameterUpdate]:
         # Graphs of its own, which go with their memory: the training's gradients will lie elsewhere.
-        graphs = cuda_step_graphs(state.model, lambda line: None) if uses_graphs else None
-        return _build_step(context, state, processes, graphs)
+        own = cuda_step_graphs(state.model, lambda line: None) if graphs else None
+        return _build_step(context, state, processes, own)
 
     # A size is captured when it comes for the third time.
-    return MemoryTrial(context.processes, memory, build_step, passes=3 if uses_graphs else 1)
+    return MemoryTrial(context.processes, memory, build_step, passes=3 if graphs else 1)
 
 
 def _train_loader(
@@ -361,7 +377,7 @@ def _train_loader(
         image_order=image_order,
         limit_batches=config.data.limit_train_batches,
         epoch_iterations=components.schedule.epoch_iterations,
-        few_shapes=config.train.compile or config.train.cuda_graphs,
+        few_shapes=has_few_shapes(config.train, processes.device),
         pin=processes.device.type == "cuda" and workers > 0,
         max_bad_images=config.data.max_bad_images,
     )

@@ -110,7 +110,7 @@ def _train_command(arguments: argparse.Namespace, variant: Variant, device: torc
     }
     words = [str(checkout.ROOT / "train.py"), *(str(word) for pair in settings.items() for word in pair)]
     words += [] if variant.channels_last else ["--no-channels-last"]
-    return words + ["--compile"] * variant.compiled + ["--cuda-graphs"] * variant.graphs
+    return words + ["--compile"] * variant.compiled + ["--cuda-graphs" if variant.graphs else "--no-cuda-graphs"]
 
 
 def _images_per_second(output: Path) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ import checkout  # noqa: F401
 from benchmarks.figures import BenchmarkError
 from benchmarks.scenes import open_images
 from data import CocoDataset, DevicePrefetcher, RawBatch, TrainLoader
+from detection.engine.accelerate.algorithm_search import AlgorithmSearch
 from detection.engine.accelerate.compile import compile_for_training, prepare_compiler
 from detection.engine.accelerate.cuda_graphs import cuda_step_graphs, require_cuda_graphs
 from detection.engine.distributed.comm import Processes
@@ -38,7 +40,7 @@ from schedules import load_schedule
 Inputs = tuple[list[Tensor], list[dict[str, Tensor]]]
 """Images and targets as torchvision takes them."""
 DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FUSED_OPTIMIZER = "fused-optimizer"
+FUSED_OPTIMIZER, ALGORITHM_SEARCH = "fused-optimizer", "algorithm-search"
 _LEARNING_RATE_ITERATION = 0  # the first of the warmup: small enough for random weights to stay finite
 _TORCHVISION_BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 _RESIDUAL_SCALE = 0.3  # of each block's last norm, so that random weights give activations of ordinary size
@@ -57,6 +59,7 @@ class Switch(NamedTuple):
 
 SWITCHES = {
     FUSED_OPTIMIZER: Switch("fused SGD"),
+    ALGORITHM_SEARCH: Switch("cuDNN's search for the fastest algorithms", "cuda"),
     "sparse-roi-align": Switch("RoIAlign as a sparse matrix product", "cpu", {"roi_align": "operator"}),
     "triton-nms": Switch("NMS as a Triton kernel, instead of rounds of products", "cuda", {"nms": "rounds"}),
     "joint-nms": Switch("NMS of all images and levels at once, instead of an operator call each", "cuda",
@@ -139,8 +142,8 @@ def load_work(arguments: argparse.Namespace, folder: Path, device: torch.device)
         max_size=sizes[1],
         batch_size=arguments.batch_size,
         seed=arguments.seed,
-        # The same batches for all variants; more sizes than the buckets would be compiled in vain.
-        few_shapes=arguments.compile or arguments.graphs,
+        # The same batches for all variants, as train.py makes them: more sizes would be compiled in vain.
+        few_shapes=arguments.compile or device.type == "cuda",
     )
     batches = tuple(new_loader().batches(0, arguments.batches))
     if device.type == "cuda":
@@ -172,7 +175,10 @@ class OurStep:
             require_cuda_graphs(work.device)
         graphs = cuda_step_graphs(self.model, self._refuse) if variant.graphs else None
         buckets = GradientBuckets(trained_parameters(optimizer), processes, stay=graphs is not None)
-        self.gradients = GradientComputer(self.model, buckets, self.precision, guard, accumulate=1, graphs=graphs)
+        search = AlgorithmSearch() if work.device.type == "cuda" and variant.without != ALGORITHM_SEARCH else None
+        self.gradients = GradientComputer(
+            self.model, buckets, self.precision, guard, accumulate=1, graphs=graphs, search=search
+        )
         length = work.loader.iterations_per_epoch
         self.update = ParameterUpdate(
             self.model, optimizer, schedule, self.precision, guard, iterations_per_epoch=length
@@ -180,6 +186,7 @@ class OurStep:
         images = work.loader.global_batch_size
         self.metrics = StepMetrics(processes, images_per_iteration=images, gradient_may_overflow=False)
         self._record: dict[str, Any] = {}
+        self._feeds: dict[int, tuple[Sequence[RawBatch], DevicePrefetcher]] = {}
 
     def _refuse(self, problem: str) -> None:
         raise BenchmarkError(f"{self.variant.name}: {problem}")
@@ -187,7 +194,11 @@ class OurStep:
     def train(self, batches: Sequence[RawBatch]) -> None:
         """One optimizer step a batch, from what workers hand over to updated weights."""
         self.model.train()
-        prefetcher = DevicePrefetcher(iter(batches), self.device)
+        if id(batches) not in self._feeds:
+            # It goes on from block to block: the first batch of one is assembled during the last step of the one
+            # before, as in a training.
+            self._feeds[id(batches)] = batches, DevicePrefetcher(itertools.cycle(batches), self.device)
+        prefetcher = self._feeds[id(batches)][1]
         with implementation(**(SWITCHES[self.variant.without].implementations if self.variant.without else {})):
             for _ in batches:
                 fed = self.gradients.compute(prefetcher)

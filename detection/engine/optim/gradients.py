@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data import DevicePrefetcher, UnreadableImage
+from detection.engine.accelerate.algorithm_search import AlgorithmSearch
 from detection.engine.accelerate.cuda_graphs import StepGraphs
 from detection.engine.distributed.signals import Stopped
 from detection.engine.optim.amp import Precision
@@ -43,19 +44,23 @@ class GradientComputer:
         *,
         accumulate: int,
         graphs: StepGraphs | None = None,
+        search: AlgorithmSearch | None = None,
     ) -> None:
         """
         Args:
             buckets: averages the gradients of the model's trained parameters; with `graphs` they stay there.
             accumulate: micro-steps of an iteration, one batch each.
             graphs: captures and replays the forward and backward passes.
+            search: finds the fastest algorithms of their convolutions.
         """
         self.model = model
         self.accumulate = accumulate
         self._buckets = buckets
         self._precision = precision
         self._guard = guard
-        self._run = self._forward_backward if graphs is None else partial(graphs.run, self._forward_backward)
+        self._run = self._forward_backward if search is None else partial(search.run, self._forward_backward)
+        if graphs is not None:
+            self._run = partial(graphs.run, self._run)
 
     def compute(self, batches: DevicePrefetcher) -> FedBatches:
         """Take an iteration's batches and leave their gradients in the parameters.

@@ -8,7 +8,7 @@ from typing import Any
 
 from data import ORDERS
 from detection.config.run_config import FREEZE_CHOICES, RunConfig
-from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
+from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, KEPT_OFF, SCHEDULE, settings_of
 from detection.engine.state.checkpoint import CheckpointError, LoadedCheckpoint
 from detection.engine.state.train_state import Ending, Facts, Progress
 from detection.reporting import counted
@@ -32,11 +32,13 @@ def resumed_settings(checkpoint: LoadedCheckpoint, config: RunConfig) -> tuple[R
     before, now, defaults = checkpoint.state["config"], config.to_dict(), RunConfig().to_dict()
     lines: list[str] = []
     kept: dict[str, Any] = {}
+    train: dict[str, Any] = {}
     for _, key, field in settings_of(RunConfig):
         options = field.metadata["options"]
         decides, name = field.metadata["on_resume"], options[0].flag_for(field) if options else key
         default, given = _at(defaults, key), _at(now, key)
-        was = _at(before, key, default)
+        # It was off before it was a setting that decides itself, and in runs older than the setting.
+        was = _at(before, key, False if decides is KEPT_OFF else default)
         if decides is CHECKPOINT:
             if None not in (was, default) and type(was) is not type(default):
                 raise CheckpointError(f"{checkpoint.path}: not a readable checkpoint ({key} is {was!r})")
@@ -47,9 +49,13 @@ def resumed_settings(checkpoint: LoadedCheckpoint, config: RunConfig) -> tuple[R
                 f"{checkpoint.path} is of {name} {was}, the command line says {given}: give {name} {was} to resume, or "
                 "--weights instead of --resume to start a new run from its weights"
             )
+        elif decides is KEPT_OFF and was is False and given is None:
+            if not config.train.fast:  # which turns it on
+                train[field.name] = False
         elif decides not in (EACH_START, SCHEDULE) and was != given:
             lines.append(_line(name, was, given))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **kept)), lines
+    model, train_settings = dataclasses.replace(config.model, **kept), dataclasses.replace(config.train, **train)
+    return dataclasses.replace(config, model=model, train=train_settings), lines
 
 
 def _without_effect(name: str, field: str, was: Any, given: Any, model: Mapping[str, Any]) -> Iterator[str]:

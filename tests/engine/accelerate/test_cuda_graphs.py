@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from detection.config import ConfigError
 from detection.engine import build, train
 from detection.engine.accelerate import cuda_graphs
+from detection.engine.accelerate.choice import Acceleration
 from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, StepGraphs, cuda_step_graphs, require_cuda_graphs
 from detection.engine.distributed.comm import Processes
 from detection.engine.optim.gradient_buckets import GradientBuckets
@@ -17,6 +18,7 @@ from detection.engine.trainer import Trainer
 from detection.models import ImageBatch, MaskBatch, TargetBatch, build_model
 from detection.models.ops.backend import DEVICE, implementation
 from tests.engine.accelerate.operator_recorder import OperatorRecorder
+from tests.engine.accelerate.pretended_memory import PretendedMemory, bytes_of, pretended
 
 CPU = torch.device("cpu")
 
@@ -247,6 +249,19 @@ def test_graphs_that_cannot_be_recorded_are_told_and_the_training_goes_on(on_cpu
     assert start(tmp_path / "run", "--cuda-graphs", "--norm", "gn") == 0
     said = capsys.readouterr()
     assert "cannot be recorded as a CUDA graph, they run without: operation not permitted" in said.out + said.err
+
+
+@pytest.mark.parametrize(("num_images", "has_graphs"), [(2, False), (4, True)])
+def test_graphs_that_nobody_asked_for_leave_a_tenth_of_the_memory_or_are_left_away(
+    on_cpu, monkeypatch, start, tmp_path, capsys, num_images, has_graphs
+):
+    monkeypatch.setattr(train, "acceleration_of", lambda *_: Acceleration(graphs=True))
+    words = ["--norm", "gn", "--max-epochs", "1", "--limit-train-batches", "4"]
+    with pretended(PretendedMemory(bytes_of((num_images, 3, 64, 96)))):
+        assert start(tmp_path / "run", *words) == 0
+    # Those of the training, and of the trial of its largest batch.
+    assert [graphs.num_captures for graphs in on_cpu] == ([1, 1, 1] if has_graphs else [0, 1])
+    assert ("no CUDA graphs: with them less than 10% of the memory" in capsys.readouterr().out) is not has_graphs
 
 
 @pytest.mark.parametrize(

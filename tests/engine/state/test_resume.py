@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data import WorkerError
 from detection.config import ConfigError, RunConfig, parse_arguments
+from detection.config.run_config import TrainConfig
 from detection.config.settings import CHECKPOINT, EACH_START, EQUAL, SCHEDULE, settings_of
 from detection.engine import RunError, build, run
 from detection.engine.evaluator import Evaluator
@@ -354,6 +355,7 @@ def with_setting(key: str) -> RunConfig:
         "lsj_range": (0.5, 1.0),
         "color_jitter": (0.1, 0.1, 0.1, 0.1),
         "frozen_stages": 3,
+        "cuda_graphs": True,
     }
     by_kind = {bool: not field.default, int: 7, float: 0.25, str: "another", tuple: (7,), type(None): 7}
     value = by_name.get(field.name, by_kind[type(field.default)])
@@ -395,6 +397,25 @@ def test_of_every_setting_that_differs_it_is_said_which_of_the_two_holds(key):
 def test_what_the_checkpoint_decides_holds_where_the_command_line_forgets_it(key):
     config, _ = resumed_settings(checkpoint_of(with_setting(key)), RunConfig())
     assert config == with_setting(key)
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "expected"),
+    [
+        (False, {}, False),
+        ("not recorded", {}, False),
+        (None, {}, None),
+        (True, {}, None),
+        (False, {"cuda_graphs": True}, True),
+        (False, {"fast": True}, None),
+    ],
+)
+def test_a_run_that_began_without_graphs_gets_none_by_the_default_of_today(before, given, expected):
+    checkpoint = checkpoint_of(RunConfig(train=TrainConfig(cuda_graphs=before)))
+    if before == "not recorded":
+        del checkpoint.state["config"]["train"]["cuda_graphs"]
+    config, _ = resumed_settings(checkpoint, RunConfig(train=TrainConfig(**given)))
+    assert config.train.cuda_graphs is expected
 
 
 def test_a_checkpoint_from_before_there_was_a_setting_counts_as_one_with_its_default():
