@@ -340,6 +340,9 @@ class OutputConfig:
         "also sends figures, images and configuration there, from a thread; its own variables say where and as whom",
         choices=("wandb", "mlflow", "trackio"),
     )
+    notes: str | None = setting(
+        None, COMMAND_LINE, "text that the run's config.json and best_weights.safetensors carry", metavar="TEXT"
+    )
     val_loss: bool = setting(
         True, COMMAND_LINE, "the losses on the validation set, as val/loss beside train/loss in TensorBoard"
     )

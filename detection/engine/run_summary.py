@@ -30,6 +30,7 @@ from detection.engine.optim.amp import multiplies_bfloat16
 from detection.engine.state.run_dir import RunDir
 from detection.engine.state.train_state import Progress
 from detection.models import describe_kernels
+from detection.models.weights.files import BEST_WEIGHTS
 from detection.reporting import counted, sparkline
 from schedules import Schedule
 
@@ -169,14 +170,14 @@ def closing_summary(
                 f"why so       python3 scripts/analyze_results.py --annotations {quote(str(validated.annotations))} "
                 f"--results {quote(str(results))} --images {images}"
             )
-    best, last = output.checkpoints / "best.pt", output.checkpoints / "last.pt"
-    weights = quote(str(best if best.is_file() else last))
+    best, weights = output.checkpoints / "best.pt", output.path / BEST_WEIGHTS
     lines += [
+        f"take away    {weights} ({'its' if best.is_file() else 'the last'} weights alone, with class names)",
         f"figures      {output.metrics}, {output.log}",
         f"curves       tensorboard --logdir {quote(str(output.path))}",
         f"report       python3 scripts/report.py {quote(str(output.path))}",
         *analysis,
-        f"try it       python3 scripts/predict.py --weights {weights}{own_code} {images}",
+        f"try it       python3 scripts/predict.py --weights {quote(str(weights))}{own_code} {images}",
     ]
     return "\n".join(lines)
 

@@ -36,6 +36,7 @@ from detection.engine.optim.nonfinite import NonFiniteGuard
 from detection.engine.optim.optimizer import build_optimizer, parameter_facts, set_learning_rate
 from detection.engine.optim.update import ParameterUpdate
 from detection.engine.run_summary import closing_summary, config_record, configuration_text, describe_run
+from detection.engine.state.best_weights import complete_best_weights
 from detection.engine.state.checkpoint import BEST, CheckpointError, LoadedCheckpoint, load_checkpoint
 from detection.engine.state.checkpoint_store import Checkpointer, CheckpointStore, continue_from
 from detection.engine.state.resume import check_resumable, image_order_of, resumed_progress
@@ -44,6 +45,7 @@ from detection.engine.state.train_state import Ending, Facts, Progress, TrainSta
 from detection.engine.trainer import Trainer
 from detection.engine.trial import MARGIN, MemoryTrial, largest_that_fits
 from detection.models import AnyDetector, FasterRCNN, OwnDetector, is_own, model_config
+from detection.models.weights.files import BEST_WEIGHTS
 from detection.reporting import MetricsLog, TensorBoardLog, TrackedRun, TrackerFeed, tracker_named
 from schedules import Schedule, unmatched_custom_keys
 
@@ -93,7 +95,9 @@ def run_training(
             mosaics = [training_mosaic(first, loader.dataset.class_names)]
         logger.images(0, mosaics, "train/batch")
     evaluator = _validation(context, components, state.precision, logger, bad_images)
-    store = CheckpointStore(context.output.checkpoints, config.output.keep_checkpoints)
+    store = CheckpointStore(
+        context.output.checkpoints, config.output.keep_checkpoints, context.output.path / BEST_WEIGHTS
+    )
     # NCCL is not safe to fork under, and begins in _build_trainer.
     loader.start()
     if evaluator is not None:
@@ -118,7 +122,7 @@ def run_training(
         if evaluator is not None:
             evaluator.close()
     # At the end nothing more can be tried: a run whose last checkpoint is missing has failed.
-    run_on_main_rank(processes, partial(_require_saved, problem))
+    run_on_main_rank(processes, partial(_require_saved, context, problem))
     if status == 0:
         # Of a part of the set, every image that was not run would count as one where nothing was found.
         is_whole = logger.num_validated == len(components.evaluation_set or ())
@@ -459,7 +463,12 @@ def _describe(context: RunContext, schedule: Schedule, configuration: str, board
     )
 
 
-def _require_saved(problem: str | None) -> None:
+def _require_saved(context: RunContext, problem: str | None) -> None:
+    if problem is None:
+        try:
+            complete_best_weights(context.output.path / BEST_WEIGHTS, context.output.checkpoints)
+        except OSError as error:
+            problem = f"{context.output.path / BEST_WEIGHTS} could not be written: {error}"
     if problem is not None:
         raise CheckpointError(
             f"{problem}\nThe newest state of the run is NOT saved; make room and continue with --resume."

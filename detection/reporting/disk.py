@@ -1,8 +1,12 @@
 """Files that survive: written whole or not at all, and on the disk before anything relies on them."""
 
+from __future__ import annotations
+
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
 def check_writable(folder: Path) -> None:
@@ -12,12 +16,15 @@ def check_writable(folder: Path) -> None:
         pass
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Make a file or replace it: at any time, also after a power loss, it is the old one or the new one."""
+def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Make a file or replace it: at any time, also after a power loss, it is the old one or the new one.
+
+    content: what it holds, or what writes it.
+    """
     temporary = path.with_name(f".{path.name}.new")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

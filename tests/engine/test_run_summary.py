@@ -17,7 +17,7 @@ def test_the_end_of_a_run_names_its_files_and_commands_that_exist(start, shapes_
     assert [line.split()[0] for line in table[1:3]] == ["1", "2"]  # epochs count from 1
     closing = printed.split("\n\ncheckpoints ")[-1].splitlines()
     said = {line[:13].strip(): line[13:] for line in closing[1:]}
-    assert list(said) == ["detections", "figures", "curves", "report", "why so", "try it"]
+    assert list(said) == ["detections", "take away", "figures", "curves", "report", "why so", "try it"]
     assert Path(said["detections"].removesuffix(" (of the last validation)")).is_file()
     assert all(Path(file).is_file() for file in said["figures"].split(", "))
     assert said["curves"] == f"tensorboard --logdir '{output}'"
@@ -30,7 +30,7 @@ def test_the_end_of_a_run_names_its_files_and_commands_that_exist(start, shapes_
         named = [Path(word) for word in command.arguments if not word.startswith("--")]
         assert named and all(path.exists() for path in named), command
     assert str(shapes_set / "val2017") in analysis.arguments
-    assert str(output / "checkpoints" / "best.pt") in prediction.arguments
+    assert str(output / "best_weights.safetensors") in prediction.arguments
 
 
 def test_a_validation_of_a_part_of_the_set_is_not_offered_for_analysis(start, tmp_path, capsys):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detection.engine.distributed.comm import Processes
 from detection.engine.metrics.logger import MetricLogger
+from detection.engine.state.best_weights import write_best_weights
 from detection.engine.state.checkpoint import (
     BEST,
     FORMAT,
@@ -43,8 +44,10 @@ class CheckpointStore:
     name only when it is complete and on the disk. Writing happens in a thread of its own, one file at a time.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, best_weights: Path | None = None) -> None:
+        """best_weights: a file that gets the weights of best.pt alone."""
         self.directory = directory
+        self.best_weights = best_weights
         self.keep = keep
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -117,6 +120,8 @@ class CheckpointStore:
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(self.directory)
+        if BEST in names and self.best_weights is not None:
+            write_best_weights(self.best_weights, state)
         for old in _epoch_files(self.directory)[: -self.keep]:
             old.unlink(missing_ok=True)
 

@@ -6,12 +6,14 @@ A pickle can name any function and have it called, so neither pickle's nor torch
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 from detection.models.config import ModelError
 from detection.models.weights.pickles import read_pickle
+from detection.models.weights.safetensors_files import is_safetensors, read_safetensors
 from detection.models.weights.torch_files import LEGACY_START, read_archive, read_legacy
 
 
@@ -19,6 +21,10 @@ class WeightsError(ModelError):
     """A weight file or name that cannot be used; the message says why and what to do."""
 
 
+BEST_WEIGHTS = "best_weights.safetensors"
+"""What a run leaves in its output directory: its best weights alone, with all that a detector needs."""
+DETECTOR = "detector"
+"""The entry of a safetensors file's metadata that holds, as JSON, what of a stripped weights file is no tensor."""
 _ZIP = b"PK"
 _PICKLE = b"\x80"
 
@@ -27,7 +33,7 @@ def weight_file(path: Path) -> Path:
     """The file that a path means: the best weights of a run where it is that run's output directory."""
     if not path.is_dir():
         return path
-    files = [path / "checkpoints" / name for name in ("best.pt", "last.pt")]
+    files = [path / name for name in ("checkpoints/best.pt", BEST_WEIGHTS, "checkpoints/last.pt")]
     if (found := next((file for file in files if file.is_file()), None)) is None:
         raise WeightsError(f"{path} is a folder without checkpoints/best.pt: give a weights file, or a run's folder")
     return found
@@ -50,6 +56,9 @@ def read_weight_file(path: Path) -> Any:
         if start.startswith(_PICKLE):
             content = path.read_bytes()
             return read_pickle(io.BytesIO(content), len(content))
+        if is_safetensors(start):
+            tensors, metadata = read_safetensors(path)
+            return {**json.loads(metadata[DETECTOR]), "model": tensors} if DETECTOR in metadata else tensors
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} was not read, and nothing in it was executed: {error}. If you trust it, load it "
@@ -57,4 +66,4 @@ def read_weight_file(path: Path) -> Any:
         ) from error
     except Exception as error:  # what bytes that are not what they should be make zipfile and the readers raise
         raise WeightsError(f"{path} is damaged or cut short ({error}); fetch or copy it again") from error
-    raise WeightsError(f"{path} is neither a torch file (.pt, .pth) nor a pickle of numpy arrays (.pkl)")
+    raise WeightsError(f"{path} is no torch file (.pt, .pth), safetensors file or pickle of numpy arrays (.pkl)")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("ours", "mmdet", "torchvision")
-"""What `to_layout` can write. `to_ours` reads "detectron2" and "backbone" (a bare ResNet) as well."""
+"""What `to_layout` can write. `to_ours` reads "detectron2", and bare ResNets: "backbone" and "transformers"."""
 
 _HEAD = re.compile(r"(roi_head\.(?:\d\.)?)classifier\.weight")
 
@@ -147,7 +147,7 @@ def clean_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def recognize(names: Iterable[str]) -> str | None:
     """The layout of a state dict with these (cleaned) names, or None.
 
-    One of "ours", "mmdet", "torchvision", "detectron2", "backbone".
+    One of "ours", "mmdet", "torchvision", "detectron2", "transformers", "backbone".
     """
     names = list(names)
     starts = {
@@ -163,6 +163,7 @@ def recognize(names: Iterable[str]) -> str | None:
         "torchvision": ("backbone.body.", "rpn.head.", "roi_heads."),
         # A backbone alone under its own prefix has the same names in MMDetection and here.
         "mmdet": ("neck.", "rpn_head.", "roi_head.bbox_head.", "backbone.conv1.", "backbone.layer1."),
+        "transformers": ("resnet.embedder.", "resnet.encoder.", "embedder.embedder.", "encoder.stages."),
         "backbone": ("conv1.weight", "layer1."),
     }
     return next((layout for layout, prefixes in starts.items() if any(n.startswith(prefixes) for n in names)), None)
@@ -179,7 +180,7 @@ def to_ours(state: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor]
     ours: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for name, tensor in state.items():
-        our_name = _renamed(name, _READ[layout])
+        our_name = _of_transformers(name) if layout == "transformers" else _renamed(name, _READ[layout])
         if our_name is None:
             ours[name] = tensor
             continue
@@ -278,6 +279,26 @@ def take_categories(state: dict[str, Tensor], head: str, category_ids: Sequence[
             blocks = state[name].unflatten(0, (-1, count))
             kept = rows[rows < len(blocks)].to(blocks.device)  # regressors may have no background, masks have none
             state[name] = blocks[kept].flatten(0, 1)
+
+
+_TRANSFORMERS_BLOCK = re.compile(
+    r"encoder\.stages\.(\d)\.layers\.(\d+)\.(?:shortcut|layer\.(\d))\.(convolution|normalization)\.(\w+)"
+)
+
+
+def _of_transformers(name: str) -> str | None:
+    """Our name of a tensor of transformers' ResNet; None for its classifier."""
+    name = name.removeprefix("resnet.")
+    if (stem := re.fullmatch(r"embedder\.embedder\.(convolution|normalization)\.(\w+)", name)) is not None:
+        return f"backbone.{'conv1' if stem[1] == 'convolution' else 'bn1'}.{stem[2]}"
+    if (block := _TRANSFORMERS_BLOCK.fullmatch(name)) is None:
+        return None
+    is_norm = block[4] == "normalization"
+    if block[3] is None:
+        part = f"downsample.{int(is_norm)}"
+    else:
+        part = f"{'bn' if is_norm else 'conv'}{int(block[3]) + 1}"
+    return f"backbone.layer{int(block[1]) + 1}.{block[2]}.{part}.{block[5]}"
 
 
 def _detectron2_block(name: str) -> str:

@@ -38,6 +38,7 @@ _LAYOUT_WORDS = {
     "mmdet": "MMDetection's layout",
     "torchvision": "torchvision's detector layout",
     "detectron2": "Detectron2's layout",
+    "transformers": "transformers' ResNet",
     "backbone": "a backbone alone",
 }
 
@@ -86,8 +87,8 @@ def load_weights(
 ) -> WeightReport:
     """Fills `model` with the weights `spec` and reports what fitted.
 
-    spec: a file of ours, torchvision's, MMDetection's or Detectron2's, or the name of published weights:
-    "imagenet" (IMAGENET1K_V1 of the model's backbone, or timm's), "IMAGENET1K_V2", "COCO_V1",
+    spec: a file of ours, torchvision's, MMDetection's, Detectron2's or of transformers' ResNet, or the name of
+    published weights: "imagenet" (IMAGENET1K_V1 of the model's backbone, or timm's), "IMAGENET1K_V2", "COCO_V1",
     "ResNet50_Weights.IMAGENET1K_V2", ..., or a file's address. A head for another number of classes keeps the
     model's own initialization, as do tensors of another shape. category_ids: those of the model's classes;
     torchvision's head for COCO has a row for each of 90 ids, and gives COCO's 80 categories theirs (None: 80 classes

@@ -19,7 +19,7 @@ import torchvision
 from detection.models.weights.files import WeightsError
 
 NETWORK_TIMEOUT_SECONDS = 30.0
-_FILE_SUFFIXES = (".pth", ".pt", ".pkl", ".ckpt", ".bin")
+_FILE_SUFFIXES = (".pth", ".pt", ".pkl", ".ckpt", ".bin", ".safetensors")
 
 # Which of torchvision's weight enumerations fit a backbone.
 _PUBLISHED = {

@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detection.models.weights.files import WeightsError, read_weight_file
+from detection.models.weights.files import DETECTOR, WeightsError, read_weight_file
 from detection.models.weights.layouts import (
     CAFFE_INPUT,
     IMAGENET_INPUT,
@@ -26,6 +26,7 @@ from detection.models.weights.layouts import (
     stem_for,
     to_ours,
 )
+from detection.models.weights.safetensors_files import write_safetensors
 from detection.models.weights.sources import is_zero_eps_file
 
 CHECKPOINT_FORMAT = "detection-checkpoint"
@@ -84,7 +85,8 @@ def read_weights(
     if layout is None:
         raise WeightsError(
             f"the names in {path} are of no known layout ({', '.join(list(state)[:4])}, ...). Readable are our "
-            "checkpoints, Faster R-CNNs of torchvision, MMDetection and Detectron2, and torchvision's ResNets"
+            "checkpoints, Faster R-CNNs of torchvision, MMDetection and Detectron2, and ResNets of torchvision's or "
+            "transformers' names"
         )
     try:
         ours, origin = to_ours(state, layout)
@@ -155,7 +157,7 @@ def _strides_and_input(
     """
     if layout == "backbone":
         return None, None
-    if layout == "torchvision":
+    if layout in ("torchvision", "transformers"):
         return False, IMAGENET_INPUT
     if layout == "detectron2":
         from_caffe = payload.get("__author__") != "torchvision"
@@ -205,6 +207,13 @@ def stripped_file(
         "category_ids": list(category_ids),
         "preprocessing": dict(preprocessing),
     }
+
+
+def write_detector(stream: BinaryIO, content: Mapping[str, Any]) -> None:
+    """Write what `stripped_file` gives, with any plain entries besides, as a safetensors file."""
+    described = {name: value for name, value in content.items() if name != "model"}
+    # "format" tells the format's own readers of whom the tensors are.
+    write_safetensors(stream, content["model"], {"format": "pt", DETECTOR: json.dumps(described)})
 
 
 def _find_state(path: Path, payload: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
