@@ -6,10 +6,10 @@ import contextlib
 import json
 from collections.abc import Mapping
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import detection
 from detection.engine.state.checkpoint import BEST, LAST, load_checkpoint, place_of
 from detection.models.weights.files import DETECTOR
 from detection.models.weights.safetensors_files import read_metadata
@@ -35,7 +35,7 @@ def write_best_weights(target: Path, state: Mapping[str, Any]) -> None:
         "metric": {ending["best_metric"]: ending["best_value"]} if ending.get("best_value") is not None else {},
         "averaged": state["ema"] is not None,
         "data_digest": state["run"]["data_digest"],
-        "program": f"detection {detection.__version__}",
+        "program": f"detection-harness {_version()}",
         "notes": output.get("notes") or "",
     }
     write_whole(target, partial(write_detector, content=content))
@@ -51,6 +51,13 @@ def complete_best_weights(target: Path, checkpoints: Path) -> None:
     source = next((file for file in files if file.is_file()), None)
     if source is not None and _iteration_of(target) != place_of(source)[0]:
         write_best_weights(target, load_checkpoint(source).state)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("detection-harness")
+    except metadata.PackageNotFoundError:  # used without being installed
+        return "unknown"
 
 
 def _iteration_of(target: Path) -> int | None:
