@@ -49,6 +49,7 @@ class Schedule:
     epoch_iterations: of a schedule that counts iterations, how many are an epoch here; None: a pass over the data.
     val_begin, val_interval, dynamic_intervals: see validates_after. amp: None, "fp16" or "bf16"; loss_scale:
     "dynamic", a fixed number, or arguments of a GradScaler. accumulative_counts: micro-batches per iteration.
+    ema_decay: of averaged weights; None: there are none.
     base_batch_size: the global batch that optimizer.lr belongs to. notes: lines that the start of a run
     prints, such as keys of the file that were ignored.
     """
@@ -67,6 +68,7 @@ class Schedule:
     amp: str | None = None
     loss_scale: str | float | dict[str, Any] = "dynamic"
     paramwise: ParamwiseSettings = field(default_factory=ParamwiseSettings)
+    ema_decay: float | None = None
     auto_scale_lr_enabled: bool = False
     base_batch_size: int = 16
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -129,6 +131,8 @@ class Schedule:
         train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": self.max_epochs, **validation}
         if (part := self.epoch_iterations) is not None:
             train_cfg = {"type": "IterBasedTrainLoop", "max_iters": self.max_epochs * part, "val_interval": part}
+        # Not a key of MMDetection's: its schedules read back as they were written.
+        averaging = {} if self.ema_decay is None else {"ema": {"decay": self.ema_decay}}
         return _plain(
             {
                 "train_cfg": train_cfg,
@@ -137,6 +141,7 @@ class Schedule:
                 "param_scheduler": [{"type": s.kind, **asdict(s)} for s in self.param_schedulers],
                 "optim_wrapper": optim_wrapper,
                 "auto_scale_lr": {"enable": self.auto_scale_lr_enabled, "base_batch_size": self.base_batch_size},
+                **averaging,
             }
         )
 
@@ -159,6 +164,8 @@ class Schedule:
             lines.append(f"{self.accumulative_counts} micro-batches per iteration")
         if self.amp:
             lines.append(f"mixed precision {self.amp}")
+        if self.ema_decay is not None:
+            lines.append(f"averaged weights, decay {self.ema_decay:g}")
         if self.paramwise != ParamwiseSettings(bypass_duplicate=self.paramwise.bypass_duplicate):
             lines.append("learning rate or weight decay differs by parameter (paramwise_cfg)")
         often = "every epoch" if self.val_interval == 1 else f"every {self.val_interval} epochs"

@@ -222,7 +222,7 @@ def next_commands(written: dict[str, SplitFiles], output_dir: Path) -> str:
     return f"""Next: check it, look at it, train.
     python3 {_program("scripts/check_dataset.py")} {sets}
     python3 {_program("scripts/browse_dataset.py")} --html {gallery} {browse}
-    python3 {_program("train.py")} --schedule 1x --auto-scale-lr --output-dir {run} {sets}"""
+    python3 {_program("train.py")} --schedule finetune --output-dir {run} {sets}"""
 
 
 def _program(name: str) -> str:

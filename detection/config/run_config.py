@@ -208,7 +208,7 @@ class TrainConfig:
     schedule: str = setting(
         "1x",
         SCHEDULE,
-        "1x, 2x, 20e, or a file of MMDetection: a schedule or a configuration",
+        "1x, 2x, 20e, finetune, or a file of MMDetection: a schedule or a configuration",
         group="schedule",
         metavar="NAME|FILE",
     )
@@ -286,6 +286,7 @@ class TrainConfig:
         None,
         COMMAND_LINE,
         "average the weights; validation uses the average",
+        shown="the schedule's, none; without a value 0.9998",
         type=inner_fraction,
         nargs="?",
         const=0.9998,

@@ -32,7 +32,7 @@ from detection.engine.state.train_state import Progress
 from detection.models import describe_kernels
 from detection.models.weights.files import BEST_WEIGHTS
 from detection.reporting import counted, sparkline
-from schedules import Schedule
+from schedules import Schedule, load_schedule
 
 _PACKAGES = ("torch", "torchvision", "pycocotools", "tensorboard", "numpy", "pillow")
 _CURVE_POINTS = 600
@@ -252,10 +252,21 @@ def _learning_rate_curve(schedule: Schedule, iterations_per_epoch: int, *, unico
     title = f"learning rate, up to {max(rates):g}"
     if max(rates) < _REACHED * schedule.optimizer.lr:
         title += f": it never comes to the schedule's {schedule.optimizer.lr:g} in {counted(total, 'iteration')}"
-        first = schedule.param_schedulers[0]
-        if first.kind == "LinearLR" and not first.by_epoch:
-            title += f"; a shorter warmup: --set param_scheduler.0.end={max(total // 20, 2)}"
-    return [title, *image, axis]
+    return [title, *image, axis, *_long_warmup(schedule, iterations_per_epoch)]
+
+
+def _long_warmup(schedule: Schedule, iterations_per_epoch: int) -> list[str]:
+    """Where a warmup counted in iterations takes more than a tenth of the run: a line with the figures and remedies."""
+    total = schedule.max_epochs * iterations_per_epoch
+    ends = [each.end or total for each in schedule.param_schedulers if each.kind == "LinearLR" and not each.by_epoch]
+    if max(ends, default=0) <= total / 10:
+        return []
+    small = load_schedule("finetune")
+    return [
+        f"warning: the warmup takes {min(max(ends), total):,} of the {counted(total, 'iteration')}. --schedule "
+        f"{small.name} is for small sets: {small.max_epochs * iterations_per_epoch:,} iterations here, the warmup "
+        f"{iterations_per_epoch:,}; or --set param_scheduler.0.end={max(total // 20, 2)}"
+    ]
 
 
 def _version(package: str) -> str:

@@ -207,12 +207,12 @@ def find_batch_size(context: RunContext, components: Components) -> RunContext:
 def _new_state(
     context: RunContext, model: AnyDetector, schedule: Schedule, facts: Facts, progress: Progress
 ) -> TrainState:
-    config = context.config
+    decay = schedule.ema_decay if context.config.train.ema is None else context.config.train.ema
     return TrainState(
         model,
         build_optimizer(model, schedule),
         Precision(schedule.amp or "off", context.processes.device, schedule.loss_scale),
-        AveragedModel(model, config.train.ema) if config.train.ema is not None else None,
+        AveragedModel(model, decay) if decay is not None else None,
         schedule,
         facts,
         progress,

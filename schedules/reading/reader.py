@@ -34,10 +34,10 @@ from schedules.reading.expressions import parse, read_assignments
 from schedules.schedule import AMP_NAMES, ClipGrad, OptimizerSettings, Schedule, idle_schedulers
 from schedules.schedulers import KINDS, Scheduler
 
-NAMES = ("1x", "2x", "20e")
+NAMES = ("1x", "2x", "20e", "finetune")
 MOST_EPOCHS = 100_000
 
-SCHEDULE_KEYS = ("train_cfg", "val_cfg", "test_cfg", "param_scheduler", "optim_wrapper", "auto_scale_lr")
+SCHEDULE_KEYS = ("train_cfg", "val_cfg", "test_cfg", "param_scheduler", "optim_wrapper", "auto_scale_lr", "ema")
 
 # Keys of whole MMDetection 3.x configurations that say nothing about the schedule, and what says it here.
 IGNORED_KEYS = {
@@ -161,6 +161,7 @@ def schedule_from_dict(
         dynamic_intervals=loop["dynamic_intervals"] or (),
         **_optim_wrapper(values["optim_wrapper"], place.at("optim_wrapper")),
         param_schedulers=_schedulers(values.get("param_scheduler"), place.at("param_scheduler"), loop),
+        ema_decay=read_dict(values.get("ema") or {}, place.at("ema"), {"decay": (_EMA_DECAY, None)})["decay"],
         auto_scale_lr_enabled=scale["enable"],
         base_batch_size=scale["base_batch_size"] or 16,
     )
@@ -183,6 +184,9 @@ _TRAIN_LOOPS: dict[str, Keys] = {
         "dynamic_intervals": (choice(None, hint=" here"), None),
     },
 }
+
+
+_EMA_DECAY = number(above=0, at_most=0.999999)
 
 
 def _train_loop(value: Any, place: Place) -> dict[str, Any]:

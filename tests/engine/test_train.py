@@ -16,6 +16,7 @@ from data import TrainLoader
 from detection.engine import RunError
 from detection.engine.distributed.comm import Processes
 from detection.engine.evaluator import Evaluator
+from detection.engine.state.checkpoint import load_checkpoint
 from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN
 from detection.reporting.event_files import EventWriter
@@ -302,11 +303,29 @@ def test_a_network_that_detects_nothing_is_validated(start, tmp_path, records_of
 def test_a_warmup_that_the_run_does_not_outlast_is_told_with_a_shorter_one(start, tmp_path, capsys):
     assert start(tmp_path / "run", "--dry-run") == 0
     said = capsys.readouterr().out
-    assert (
-        "it never comes to the schedule's 0.02 in 6 iterations; a shorter warmup: --set param_scheduler.0.end=2" in said
+    assert "it never comes to the schedule's 0.02 in 6 iterations" in said
+    assert "the warmup takes 6 of the 6 iterations" in said and "--set param_scheduler.0.end=2" in said
+    assert "--schedule finetune is for small sets: 150 iterations here, the warmup 3;" in said
+    assert start(tmp_path / "run", "--dry-run", "--schedule", "finetune") == 0
+    said = capsys.readouterr().out
+    assert "never comes to" not in said and "the warmup takes" not in said and "averaged weights, decay 0.998" in said
+
+
+def test_a_schedules_averaged_weights_are_validated_and_saved(start, tmp_path):
+    words = ("--schedule", "finetune", "--max-epochs", "2")
+    assert start(tmp_path / "with", *words) == 0
+    assert start(tmp_path / "without", *words, "--set", "ema=None") == 0
+    assert start(tmp_path / "other", *words, "--ema", "0.5") == 0
+    states = [
+        load_checkpoint(tmp_path / name / "checkpoints" / "last.pt").state for name in ("with", "without", "other")
+    ]
+    assert states[1]["ema"] is None
+    weights = [state["ema"] and state["ema"]["rpn.conv.weight"] for state in states]
+    assert not torch.equal(weights[0], states[0]["model"]["rpn.conv.weight"])
+    assert not torch.equal(weights[0], weights[2])
+    assert all(
+        torch.equal(states[0]["model"][name], state["model"][name]) for state in states for name in state["model"]
     )
-    assert start(tmp_path / "run", "--dry-run", "--set", "param_scheduler.0.end=2") == 0
-    assert "never comes to" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])

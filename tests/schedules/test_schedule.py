@@ -56,6 +56,27 @@ def test_an_epoch_schedulers_end_follows_max_epochs_and_idle_milestones_are_name
     assert longer == load_schedule("20e")
 
 
+@pytest.mark.parametrize("iterations_per_epoch", [7, 50, 5000])
+def test_finetune_warms_up_for_a_fiftieth_of_the_run_and_ends_near_0_whatever_the_number_of_images(
+    iterations_per_epoch,
+):
+    schedule, _ = overridden({}, "finetune")
+    total = schedule.max_epochs * iterations_per_epoch
+    rates = [schedule.learning_rate(i, iterations_per_epoch) for i in range(0, total, max(total // 5000, 1))]
+    assert rates[0] == pytest.approx(0.02 * 0.001) and 0.0199 < max(rates) <= 0.02
+    assert rates.index(max(rates)) <= len(rates) / 50 + 1
+    assert 0.0002 <= schedule.learning_rate(total - 1, iterations_per_epoch) < 0.00022
+    assert schedule_from_dict(schedule.to_dict()) == schedule and schedule.ema_decay == 0.998
+
+
+def test_finetune_follows_max_epochs_and_its_averaged_weights_can_be_left_out():
+    schedule, lines = overridden({"max_epochs": "10", "ema": "None"}, "finetune")
+    assert 0.0002 <= schedule.learning_rate(10 * 7 - 1, 7) < 0.0003
+    assert schedule.ema_decay is None and not any("warning" in line for line in lines)
+    with pytest.raises(ScheduleError, match=r"ema.decay: must be a finite number > 0"):
+        overridden({"ema.decay": "0"}, "finetune")
+
+
 def test_an_end_given_by_hand_does_not_follow_max_epochs():
     schedule, lines = overridden({"max_epochs": "24", "param_scheduler.1.end": "12"})
     assert schedule.param_schedulers[1].end == 12
