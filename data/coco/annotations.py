@@ -16,6 +16,7 @@ import numpy as np
 
 from data.coco.cache import Packed, load_or_build, read_packed
 from data.coco.columns import MAX_IMAGE_PIXELS, AnnotationError, Records, parse_coco, unreadable
+from data.coco.federated import Federated
 from data.coco.findings import MAX_PLACES, Finding, examples
 from data.coco.segmentations import Segmentations, pack
 
@@ -23,7 +24,7 @@ MIN_TRAINED_SIDE = 32  # pixels; the min_size of MMDetection's COCO configuratio
 _FAULTY: Any = object()
 _WITH_MASKS = ".masks"
 """Marks the cache file of annotations with outlines. Runs without masks have another, without them."""
-_OUTLINES = "segmentations."
+_OUTLINES, _FEDERATED = "segmentations.", "federated."
 _OF_IMAGES = ("image_ids", "widths", "heights")
 _OF_ANNOTATIONS = ("boxes_xywh", "areas", "labels", "crowd", "ignore", "annotation_ids")
 
@@ -69,6 +70,8 @@ class CocoAnnotations:
     """Name of each class, by label."""
     segmentations: Segmentations | None = None
     """Outlines of the M annotations, where they were asked for"""
+    federated: Federated | None = None
+    """Of LVIS's files: which classes each image was searched for"""
     findings: tuple[Finding, ...] = ()
     """What was read or left out but is worth a remark."""
 
@@ -323,6 +326,7 @@ def _read_columns(path: Path, masks: bool) -> tuple[CocoAnnotations | None, list
     widths, heights = (checked(Records.sides, images, side) for side in ("width", "height"))
     checked(_require_decodable, images, widths, heights)
     encoded_names = checked(Records.file_names, images, "file_name")
+    federated = checked(Federated.read, images, categories)
 
     annotations = checked(Records, path, "annotations", content.get("annotations", []))
     annotation_ids = checked(Records.unique_integers, annotations, "id")
@@ -371,6 +375,7 @@ def _read_columns(path: Path, masks: bool) -> tuple[CocoAnnotations | None, list
         category_ids=named[0],
         class_names=named[1],
         segmentations=segmentations and segmentations.take(order),
+        federated=federated,
         findings=tuple(findings),
     )
     return read, errors
@@ -414,7 +419,10 @@ def _read_categories(records: Records) -> tuple[tuple[int, ...], tuple[str, ...]
 def _pack(annotations: CocoAnnotations) -> Packed:
     # The texts name the file, which may have another path where the same content is read next.
     arrays = _arrays(annotations)
-    facts = {name: value for name, value in vars(annotations).items() if name not in arrays and name != "segmentations"}
+    apart = {*arrays, "segmentations", "federated"}
+    facts = {name: value for name, value in vars(annotations).items() if name not in apart}
+    if annotations.federated is not None:
+        arrays |= {_FEDERATED + name: value for name, value in annotations.federated.arrays().items()}
     return Packed(arrays, facts | {"findings": [(f.code, f.places, f.count) for f in annotations.findings]})
 
 
@@ -424,12 +432,15 @@ def _unpack(source: str, packed: Packed) -> CocoAnnotations:
         Finding.of(code, places, count=count, source=source) for code, places, count in facts["findings"]
     )
     arrays = dict(packed.arrays)
-    outlines = {
-        name: arrays.pop(_OUTLINES + name)
-        for name in [name.removeprefix(_OUTLINES) for name in arrays if name.startswith(_OUTLINES)]
-    }
+    outlines, federated = (
+        {name.removeprefix(prefix): arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
+        for prefix in (_OUTLINES, _FEDERATED)
+    )
     return CocoAnnotations(
-        source=source, segmentations=Segmentations(**outlines) if outlines else None, **(facts | arrays)
+        source=source,
+        segmentations=Segmentations(**outlines) if outlines else None,
+        federated=Federated(**federated) if federated else None,
+        **(facts | arrays),
     )
 
 

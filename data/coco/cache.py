@@ -23,7 +23,7 @@ import numpy as np
 
 from data.errors import DataError
 
-MAGIC = b"packed annotations 4\n"  # another number whenever what is stored changes its meaning
+MAGIC = b"packed annotations 5\n"  # another number whenever what is stored changes its meaning
 ALIGNMENT = 64
 PATIENCE_SECONDS = 600.0
 """How long a program waits for another one that packs the same file, before it does so itself."""

@@ -136,8 +136,14 @@ class Records:
         return values
 
     def file_names(self, key: str) -> list[bytes]:
-        """Names of files inside a folder, in UTF-8: neither absolute nor with a way up."""
-        names = self.texts(key)
+        """Names of files inside a folder, in UTF-8: neither absolute nor with a way up.
+
+        LVIS has no names. There it is the last two parts of an image's address, as "train2017/000000391895.jpg".
+        """
+        if self._records and all(key not in record and "coco_url" in record for record in self._records):
+            names = ["/".join(address.split("/")[-2:]) for address in self.texts("coco_url")]
+        else:
+            names = self.texts(key)
         for index, name in enumerate(names):
             # The cheap tests spare 118,000 ordinary names the parsing.
             if ".." in name or "\\" in name or name[0] == "/" or ":" in name:

@@ -1,7 +1,13 @@
 """Detections and annotations in, COCO metrics out."""
 
 from detection.evaluation.backends import BACKENDS, resolve_backend
-from detection.evaluation.coco_metrics import METRIC_NAMES, CocoEvaluator, evaluate_results
+from detection.evaluation.coco_metrics import (
+    LVIS_METRIC_NAMES,
+    METRIC_NAMES,
+    CocoEvaluator,
+    evaluate_results,
+    metric_names,
+)
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import (
     Detections,
@@ -14,6 +20,7 @@ from detection.evaluation.results import (
 
 __all__ = [
     "BACKENDS",
+    "LVIS_METRIC_NAMES",
     "METRIC_NAMES",
     "CocoEvaluator",
     "Detections",
@@ -21,6 +28,7 @@ __all__ = [
     "GroundTruth",
     "ResultsError",
     "evaluate_results",
+    "metric_names",
     "read_results",
     "resolve_backend",
     "write_mask_results",

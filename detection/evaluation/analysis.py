@@ -251,10 +251,10 @@ def _class_rows(
         rows.append(
             {
                 **{"name": name, "category_id": category, **counts, "AP": ap[k]},
-                "AP_50": float(precision[IOU_50, :, k, 0, 2].mean()),
-                "AP_75": float(precision[IOU_75, :, k, 0, 2].mean()),
-                **{f"AP_{size}": float(precision[:, :, k, 1 + i, 2].mean()) for i, size in enumerate(SIZES)},
-                "AR_100": float(recall[:, k, 0, 2].mean()),
+                "AP_50": float(precision[IOU_50, :, k, 0, -1].mean()),
+                "AP_75": float(precision[IOU_75, :, k, 0, -1].mean()),
+                **{f"AP_{size}": float(precision[:, :, k, 1 + i, -1].mean()) for i, size in enumerate(SIZES)},
+                "AR_100": float(recall[:, k, 0, -1].mean()),
                 **{"best_f1": point["f1"], "best_f1_threshold": point["threshold"]},
                 **{"precision": point["precision"], "recall": point["recall"]},
                 "errors": errors | {"missed": int(num_missed[k])},
@@ -264,7 +264,7 @@ def _class_rows(
 
 
 def _curves(truth: GroundTruth, accumulated: Accumulated) -> dict[str, Any]:
-    precision = accumulated.precision[:, :, :, 0, 2]
+    precision = accumulated.precision[:, :, :, 0, -1]
     curves = np.stack([precision[IOU_50], precision[IOU_75], precision.mean(axis=0)])  # [3, 101, K]
     defined = np.flatnonzero(curves[0, 0] > -1)
 

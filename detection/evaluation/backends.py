@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,28 +18,30 @@ import numpy as np
 import numpy.typing as npt
 
 from data.coco.run_lengths import RunLengths
+from detection.evaluation.federated import MAX_DETECTIONS, judged
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections, EvaluationError
 
 BACKENDS = ("auto", "pycocotools", "hotcoco", "both")
 TOLERANCE = 1e-9  # what "both" lets the backends differ by; they are equal to the last bit where all is well
+ROWS_AT_ONCE = {"pycocotools": 1, "hotcoco": 1_000_000}
+"""Boxes and detections that a program has at once, but for one class that has more. Classes are judged apart, so that
+memory grows with the largest one. pycocotools looks at every image for every class: alone, at those that have it."""
 
 
 @dataclass(frozen=True)
 class Accumulated:
     """COCOeval's accumulated results: T = 10 IoU thresholds 0.50:0.05:0.95, R = 101 recall points, K
     categories (ascending ids), A = 4 size classes (all, small, medium, large), L = 3 limits on detections
-    per image and class (1, 10, 100). -1 stands where no box counts.
+    per image and class (1, 10, 100), or L = 1 by LVIS's rules (300 an image). -1 stands where no box counts.
 
     Attributes:
         precision: float64 [T, R, K, A, L].
         recall: float64 [T, K, A, L].
-        stats: float64 [12], COCOeval's summary in its order.
     """
 
     precision: npt.NDArray[np.float64]
     recall: npt.NDArray[np.float64]
-    stats: npt.NDArray[np.float64]
 
 
 def resolve_backend(name: str) -> str:
@@ -71,18 +74,13 @@ def accumulate(backend: str, truth: GroundTruth, detections: Detections, *, mask
     Raises:
         EvaluationError: "both" was asked for and the two differ by more than 1e-9.
     """
-    if not len(truth.image_ids):  # an empty list of images means all of them to COCOeval
-        shape = (10, 101, len(truth.category_ids), 4, 3)
-        return Accumulated(np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0), np.full(12, -1.0))
-    if backend == "pycocotools":
-        return accumulate_with_pycocotools(truth, detections, masks=masks)
-    if backend == "hotcoco":
-        return accumulate_with_hotcoco(truth, detections, masks=masks)
-    assert backend == "both", backend
-    judge, other = (
-        program(truth, detections, masks=masks) for program in (accumulate_with_pycocotools, accumulate_with_hotcoco)
-    )
-    for field in ("stats", "precision", "recall"):
+    lenient = None
+    if truth.federated is not None:
+        truth, detections, lenient = judged(truth, detections, _areas(detections, masks))
+    if backend != "both":
+        return _by_classes(backend, truth, detections, lenient, masks)
+    judge, other = (_by_classes(name, truth, detections, lenient, masks) for name in ("pycocotools", "hotcoco"))
+    for field in ("precision", "recall"):
         expected, found = getattr(judge, field), getattr(other, field)
         difference = np.abs(expected - found)
         if difference.max(initial=0.0) > TOLERANCE:
@@ -95,10 +93,63 @@ def accumulate(backend: str, truth: GroundTruth, detections: Detections, *, mask
     return judge
 
 
-def accumulate_with_pycocotools(truth: GroundTruth, detections: Detections, *, masks: bool = False) -> Accumulated:
-    """COCOeval itself, with what it prints thrown away. At least one image."""
+def _by_classes(
+    backend: str, truth: GroundTruth, detections: Detections, lenient: npt.NDArray[np.bool_] | None, masks: bool
+) -> Accumulated:
+    """What the program finds for a few classes at a time, put together."""
+    program: Callable[..., Accumulated] = {
+        "pycocotools": accumulate_with_pycocotools,
+        "hotcoco": accumulate_with_hotcoco,
+    }[backend]
+    num_classes = len(truth.category_ids)
+    precision = np.full((10, 101, num_classes, 4, 3 if lenient is None else 1), -1.0)
+    recall = np.full((10, *precision.shape[2:]), -1.0)
+    for classes, boxes, rows in _class_groups(truth, detections, ROWS_AT_ONCE[backend]):
+        found = detections.take(rows)
+        images = np.union1d(truth.box_images[boxes], np.searchsorted(truth.image_ids, found.image_ids))
+        some = truth.of_classes(classes, boxes, images)
+        part = program(some, found, None if lenient is None else lenient[rows], masks=masks)
+        precision[:, :, classes], recall[:, classes] = part.precision, part.recall
+    return Accumulated(precision, recall)
+
+
+def _class_groups(
+    truth: GroundTruth, detections: Detections, most: int
+) -> Iterator[tuple[slice, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Neighboring classes that have boxes, with their boxes and detections: rows in the order that they have there."""
+    of_boxes, of_detections = truth.box_labels, truth.places_of(detections)[1]
+    boxes, rows = (np.argsort(labels, kind="stable") for labels in (of_boxes, of_detections))
+    classes = np.arange(len(truth.category_ids) + 1)
+    box_ends, row_ends = (
+        np.searchsorted(labels[order], classes) for labels, order in ((of_boxes, boxes), (of_detections, rows))
+    )
+    start = 0
+    while start < len(classes) - 1:
+        last = np.searchsorted(box_ends + row_ends, box_ends[start] + row_ends[start] + most, side="right") - 1
+        stop = max(int(last), start + 1)
+        if box_ends[stop] > box_ends[start]:  # else no figure of them is defined
+            group = boxes[box_ends[start] : box_ends[stop]], rows[row_ends[start] : row_ends[stop]]
+            yield slice(start, stop), *group
+        start = stop
+
+
+def accumulate_with_pycocotools(
+    truth: GroundTruth, detections: Detections, lenient: npt.NDArray[np.bool_] | None = None, *, masks: bool = False
+) -> Accumulated:
+    """COCOeval itself, with what it prints thrown away. At least one image.
+
+    lenient: bool [n]: LVIS's rules are asked for, and these detections are no error where no box answers to them.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+
+    class Lenient(COCOeval):  # type: ignore[misc]
+        def evaluateImg(self, *place: Any) -> dict[str, Any] | None:  # noqa: N802 - its name there
+            found = super().evaluateImg(*place)
+            if found is not None and lenient is not None:
+                spared = lenient[np.array(found["dtIds"], dtype=np.int64) - 1]
+                found["dtIgnore"] = np.logical_or(found["dtIgnore"], (found["dtMatches"] == 0) & spared)
+            return found
 
     dataset = {
         # Of run lengths it reads an image's size, and does nothing with it.
@@ -119,30 +170,43 @@ def accumulate_with_pycocotools(truth: GroundTruth, detections: Detections, *, m
         coco.createIndex()
         return coco
 
-    boxes_xywh = detections.boxes_xywh.astype(np.float64)
-    areas, scores = _areas(boxes_xywh, detections, masks), detections.scores.astype(np.float64)
+    boxes_xywh, scores = detections.boxes_xywh.astype(np.float64), detections.scores.astype(np.float64)
     with contextlib.redirect_stdout(io.StringIO()):
         columns = truth.box_images, truth.box_labels, truth.boxes_xywh, truth.areas, truth.crowd
         annotated = side("iscrowd", truth.masks, *columns)
+        areas = _areas(detections, masks)
         found = side("score", detections.masks, *truth.places_of(detections), boxes_xywh, areas, scores)
-        evaluation = COCOeval(annotated, found, iouType="segm" if masks else "bbox")
+        evaluation = Lenient(annotated, found, iouType="segm" if masks else "bbox")
+        if lenient is not None:
+            evaluation.params.maxDets = [MAX_DETECTIONS]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    stats = np.asarray(evaluation.stats, dtype=np.float64)
-    return Accumulated(evaluation.eval["precision"], evaluation.eval["recall"], stats)
+    return Accumulated(evaluation.eval["precision"], evaluation.eval["recall"])
 
 
-def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections, *, masks: bool = False) -> Accumulated:
-    """hotcoco's COCOeval, fed arrays. At least one image."""
+def accumulate_with_hotcoco(
+    truth: GroundTruth, detections: Detections, lenient: npt.NDArray[np.bool_] | None = None, *, masks: bool = False
+) -> Accumulated:
+    """hotcoco's COCOeval, fed arrays. At least one image. lenient: see accumulate_with_pycocotools."""
     import hotcoco
 
     # hotcoco takes detections as one float array: places in the ascending order stand for ids, which may be
     # too large for a float to hold. The order, which decides ties between images, stays.
+    image_places, labels = truth.places_of(detections)
+    images: list[dict[str, Any]] = [{"id": number} for number in range(1, len(truth.image_ids) + 1)]
+    categories: list[dict[str, Any]] = [{"id": n, "name": name} for n, name in enumerate(truth.class_names, start=1)]
+    if lenient is not None:
+        # What remains is judged: the image was searched for every class that is found there.
+        for key, which in (("neg_category_ids", slice(None)), ("not_exhaustive_category_ids", lenient)):
+            for image in images:
+                image[key] = []
+            for place, label in np.unique(np.stack([image_places[which], labels[which]]), axis=1).T.tolist():
+                images[place][key].append(label + 1)
+        categories = [each | {"frequency": "f"} for each in categories]
     outlines: Any = truth.masks.entries() if masks and truth.masks is not None else None
     annotated = hotcoco.COCO.from_arrays(
-        [{"id": number} for number in range(1, len(truth.image_ids) + 1)],
-        [{"id": number, "name": name} for number, name in enumerate(truth.class_names, start=1)],
+        images,
+        categories,
         truth.box_images + 1,
         truth.box_labels + 1,
         truth.boxes_xywh,
@@ -151,30 +215,30 @@ def accumulate_with_hotcoco(truth: GroundTruth, detections: Detections, *, masks
         iscrowd=truth.crowd,
         segmentation=outlines,
     )
-    images, labels = truth.places_of(detections)
-    rows = np.column_stack([images + 1, detections.boxes_xywh, detections.scores, labels + 1]).astype(np.float64)
+    scores = detections.scores.astype(np.float64)
     if masks:
         assert detections.masks is not None
         # Entries without a box, so that areas are those of the masks.
         keys = ("image_id", "category_id", "score", "segmentation")
-        columns = (images + 1, labels + 1, detections.scores.astype(np.float64))
+        columns = (image_places + 1, labels + 1, scores)
         values = zip(*(column.tolist() for column in columns), detections.masks.entries(), strict=True)
         found = annotated.load_res([dict(zip(keys, row, strict=True)) for row in values])
     else:
+        rows = np.empty((len(detections), 7))
+        rows[:, 0], rows[:, 1:5], rows[:, 5], rows[:, 6] = image_places + 1, detections.boxes_xywh, scores, labels + 1
         found = annotated.load_res(rows)
-    evaluation = hotcoco.COCOeval(annotated, found, "segm" if masks else "bbox")
+    evaluation = hotcoco.COCOeval(annotated, found, "segm" if masks else "bbox", lvis_style=lenient is not None)
     evaluation.evaluate()
     evaluation.accumulate()
-    evaluation.summary_lines()  # computes stats as summarize() does, and prints nothing
     arrays: dict[str, Any] = evaluation.eval or {}
-    return Accumulated(
-        *(np.asarray(values, dtype=np.float64) for values in (arrays["precision"], arrays["recall"], evaluation.stats))
-    )
+    precision, recall = (np.asarray(arrays[name], dtype=np.float64) for name in ("precision", "recall"))
+    return Accumulated(precision, recall)
 
 
-def _areas(boxes_xywh: npt.NDArray[np.float64], detections: Detections, masks: bool) -> npt.NDArray[np.float64]:
+def _areas(detections: Detections, masks: bool) -> npt.NDArray[np.float64]:
     """float64 [n]: what the size class of each detection goes by."""
     if masks:
         assert detections.masks is not None
         return detections.masks.areas()
-    return boxes_xywh[:, 2] * boxes_xywh[:, 3]
+    sides = detections.boxes_xywh[:, 2:].astype(np.float64)
+    return sides[:, 0] * sides[:, 1]

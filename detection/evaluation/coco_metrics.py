@@ -12,6 +12,7 @@ import numpy.typing as npt
 from data.coco.annotations import CocoAnnotations, read_coco
 from data.coco.findings import examples
 from detection.evaluation.backends import Accumulated, accumulate, resolve_backend
+from detection.evaluation.federated import FREQUENCIES, MAX_DETECTIONS, frequencies, surest_of_images
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections, EvaluationError, read_results
 
@@ -22,6 +23,8 @@ METRIC_NAMES = (
     *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
     *("AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l"),
 )
+# LVIS's thirteen, in its order: AP of rare, common and frequent classes besides.
+LVIS_METRIC_NAMES = (*METRIC_NAMES[:6], "mAP_r", "mAP_c", "mAP_f", f"AR_{MAX_DETECTIONS}", *METRIC_NAMES[9:])
 SEGM = "segm_"
 """What the names of the figures of masks begin with"""
 # COCOeval's size classes by area in square pixels; both ends belong to the class.
@@ -78,7 +81,7 @@ class CocoEvaluator:
         """
         if self.accumulated is None:
             return {}
-        precision = self.accumulated.precision[:, ::-1, :, 0, 2]
+        precision = self.accumulated.precision[:, ::-1, :, 0, -1]
         recall = np.linspace(1, 0, precision.shape[1])
         counted = np.flatnonzero(precision[0, 0] > -1)
         if not len(counted):
@@ -100,6 +103,9 @@ class CocoEvaluator:
             "AR_l": floats in 0..1, or -1 where no box counts; "per_class": {class name: AP over IoU
             0.50:0.95, or -1}; "notes": list of sentences that explain each -1 and whatever else a reader of
             the figures should know}.
+
+            Of an LVIS file LVIS's figures, by its rules: "mAP_r", "mAP_c" and "mAP_f" of rare, common and frequent
+            classes, and "AR_300" in place of the recalls of fewer detections.
 
             With masks, of detections and annotations, the same figures of masks besides: "segm_mAP", ...,
             "segm_per_class".
@@ -126,6 +132,8 @@ class CocoEvaluator:
                 " results and annotations belong to different image sets"
             )
         notes = list(truth.notes)
+        if truth.federated is not None:
+            detections = surest_of_images(detections)
         known = np.isin(detections.category_ids, truth.category_ids)
         if not known.all():
             notes.append(
@@ -134,12 +142,11 @@ class CocoEvaluator:
             )
             detections = detections.take(known)
         self.accumulated = accumulate(self.backend, truth, detections)
-        metrics: dict[str, Any] = dict(zip(METRIC_NAMES, self.accumulated.stats.tolist(), strict=True))
+        metrics: dict[str, Any] = dict(figures_of(self.accumulated, truth))
         metrics["per_class"] = dict(zip(truth.class_names, per_class_ap(self.accumulated), strict=True))
         if detections.masks is not None and truth.masks is not None:
             of_masks = accumulate(self.backend, truth, detections, masks=True)
-            names = [SEGM + name for name in METRIC_NAMES]
-            metrics |= zip(names, of_masks.stats.tolist(), strict=True)
+            metrics |= {SEGM + name: value for name, value in figures_of(of_masks, truth).items()}
             metrics[f"{SEGM}per_class"] = dict(zip(truth.class_names, per_class_ap(of_masks), strict=True))
         metrics["notes"] = notes + _explanations(truth, detections)
         return metrics
@@ -175,9 +182,41 @@ def evaluate_results(
     return CocoEvaluator(annotations, backend=backend).evaluate(detections)
 
 
+def metric_names(annotations: CocoAnnotations) -> tuple[str, ...]:
+    """The figures of a validation against these annotations: COCO's, or LVIS's."""
+    return METRIC_NAMES if annotations.federated is None else LVIS_METRIC_NAMES
+
+
+def figures_of(accumulated: Accumulated, truth: GroundTruth) -> dict[str, float]:
+    """COCOeval's summary, or LVISEval's of a federated set, by name; -1 where no box counts."""
+    precision, recall = accumulated.precision, accumulated.recall
+
+    def mean(values: npt.NDArray[np.float64]) -> float:
+        defined = values[values > -1]
+        return float(np.mean(defined)) if len(defined) else -1.0
+
+    sizes = {f"_{suffix}": place for place, (suffix, *_) in enumerate(SIZE_CLASSES, start=1)}
+    found = {
+        "mAP": mean(precision[:, :, :, 0, -1]),
+        "mAP_50": mean(precision[IOU_50, :, :, 0, -1]),
+        "mAP_75": mean(precision[IOU_75, :, :, 0, -1]),
+        **{f"mAP{suffix}": mean(precision[:, :, :, place, -1]) for suffix, place in sizes.items()},
+    }
+    if truth.federated is not None:
+        of_class = frequencies(truth)
+        found |= {
+            f"mAP_{letter}": mean(precision[:, :, of_class == place, 0, -1]) for place, letter in enumerate(FREQUENCIES)
+        }
+        limits: dict[str, int] = {f"AR_{MAX_DETECTIONS}": -1}
+    else:
+        limits = {"AR_1": 0, "AR_10": 1, "AR_100": 2}
+    found |= {name: mean(recall[:, :, 0, place]) for name, place in limits.items()}
+    return found | {f"AR{suffix}": mean(recall[:, :, place, -1]) for suffix, place in sizes.items()}
+
+
 def per_class_ap(accumulated: Accumulated) -> list[float]:
-    """AP of each category: mean precision over IoUs and recall points, all sizes, 100 detections; or -1."""
-    precision = accumulated.precision[:, :, :, 0, 2]
+    """AP of each category: mean precision over IoUs and recall points, all sizes, the most detections; or -1."""
+    precision = accumulated.precision[:, :, :, 0, -1]
     counted = precision[0, 0] > -1  # a category has boxes that count, or none at any threshold
     return np.where(counted, precision.mean(axis=(0, 1)), -1.0).tolist()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data.coco.annotations import CocoAnnotations
+from data.coco.federated import Federated
 from data.coco.run_lengths import RunLengths, of_box
 from detection.evaluation.results import Detections
 
@@ -17,6 +19,8 @@ _NOTES = {
     "no-iscrowd": "annotations have no 'iscrowd': taken as 0, ordinary objects",
 }
 """What evaluation says of a finding of the reader, by its code."""
+_NO_SIZE = 1e12
+"""Square pixels beyond every size class: LVIS's evaluation ignores such a box as it does one with "ignore" set."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class GroundTruth:
         masks: of each box, at the size of its image, where the annotations were read with outlines; without one the box
             stands in.
         crowd: bool [M]: detections on such a box count neither way.
+        federated: of an LVIS file, which is judged by LVIS's rules: classes that images were searched for, by ids.
         notes: what had to be filled in or passed over.
     """
 
@@ -50,6 +55,7 @@ class GroundTruth:
     crowd: npt.NDArray[np.bool_]
     notes: tuple[str, ...]
     masks: RunLengths | None = None
+    federated: Federated | None = None
 
     @staticmethod
     def of(annotations: CocoAnnotations) -> GroundTruth:
@@ -57,7 +63,11 @@ class GroundTruth:
         image_order, label_order = np.argsort(annotations.image_ids), np.argsort(annotations.category_ids)
         counts = {finding.code: finding.count for finding in annotations.findings}
         notes = [f"{counts[code]} {text}" for code, text in _NOTES.items() if code in counts]
-        if num_ignored := int((annotations.ignore & ~annotations.crowd).sum()):
+        areas, federated = annotations.areas, annotations.federated
+        if federated is not None:
+            notes = [note for note in notes if not note.endswith(_NOTES["no-iscrowd"])]  # LVIS has no crowds
+            areas = np.where(annotations.ignore & (areas > 0), _NO_SIZE, areas)
+        elif num_ignored := int((annotations.ignore & ~annotations.crowd).sum()):
             notes.append(f"{num_ignored} annotations have 'ignore' set: COCO's evaluation goes by 'iscrowd' alone")
         return GroundTruth(
             source=annotations.source,
@@ -68,10 +78,11 @@ class GroundTruth:
             box_images=np.argsort(image_order)[annotations.image_indices],
             box_labels=np.argsort(label_order)[annotations.labels],
             boxes_xywh=annotations.boxes_xywh,
-            areas=annotations.areas,
+            areas=areas,
             crowd=annotations.crowd,
             notes=tuple(notes),
             masks=_masks(annotations),
+            federated=federated,
         )
 
     @property
@@ -83,17 +94,38 @@ class GroundTruth:
         if len(image_ids) == len(self.image_ids):
             return self
         kept = np.searchsorted(self.image_ids, image_ids)
-        rows = np.isin(self.box_images, kept)
+        truth = self.with_boxes(np.isin(self.box_images, kept))
         return replace(
-            self,
+            truth,
             image_ids=image_ids,
             file_names=tuple(self.file_names[place] for place in kept.tolist()),
-            box_images=np.searchsorted(kept, self.box_images[rows]),
+            box_images=np.searchsorted(kept, truth.box_images),
+        )
+
+    def with_boxes(self, rows: npt.NDArray[Any]) -> GroundTruth:
+        """The same images with the boxes that an index or bool array [n] names."""
+        return replace(
+            self,
+            box_images=self.box_images[rows],
             box_labels=self.box_labels[rows],
             boxes_xywh=self.boxes_xywh[rows],
             areas=self.areas[rows],
             crowd=self.crowd[rows],
             masks=self.masks and self.masks.take(rows),
+        )
+
+    def of_classes(self, classes: slice, rows: npt.NDArray[np.int64], images: npt.NDArray[Any]) -> GroundTruth:
+        """Neighboring classes alone, with the boxes `rows` (all that these classes have), on the images of the places
+        `images` (int64, ascending)."""
+        truth = self.with_boxes(rows)
+        return replace(
+            truth,
+            image_ids=self.image_ids[images],
+            file_names=(),
+            category_ids=self.category_ids[classes],
+            class_names=self.class_names[classes],
+            box_images=np.searchsorted(images, truth.box_images),
+            box_labels=truth.box_labels - classes.start,
         )
 
     def places_of(self, detections: Detections) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
