@@ -15,7 +15,7 @@ from pathlib import Path
 
 from checkout import program_parser
 from data import read_image
-from detection.evaluation import BACKENDS, METRIC_NAMES
+from detection.evaluation import BACKENDS, LVIS_METRIC_NAMES, METRIC_NAMES
 from detection.evaluation.analysis import analyze_results
 from detection.evaluation.html_report import html_report
 from detection.reporting import MetricsError, read_metrics
@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
         files += save_plots(analysis, folder)
 
-    metrics = analysis["metrics"]
-    print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRIC_NAMES if metrics[name] >= 0))
+    metrics, names = analysis["metrics"], dict.fromkeys((*METRIC_NAMES, *LVIS_METRIC_NAMES))
+    print("  ".join(f"{name} {metrics[name]:.3f}" for name in names if metrics.get(name, -1) >= 0))
     print("AP_50 gain if mended: ", end="")
     print(", ".join(f"{kind} +{gain:.3f}" for kind, gain in analysis["errors"]["AP_50_gain"].items()))
     for line in (*(f"note: {note}" for note in metrics["notes"]), *(f"wrote {file}" for file in files)):

@@ -10,6 +10,7 @@ import numpy as np
 
 from data.coco.annotations import CocoAnnotations
 from data.coco.findings import MAX_PLACES, Finding, examples
+from data.images.shards import PackedEntry, ShardsError, open_shards
 
 COPIES_LOOKED_FOR = 20_000  # images
 OVERHANG = 2.0  # pixels a box may stick out of its image unmentioned; COCO's own boxes do by rounding
@@ -94,11 +95,18 @@ def _overhang(annotations: CocoAnnotations) -> np.ndarray:
     return np.maximum.reduce([-x, -y, x + w - widths, y + h - heights])
 
 
-def image_entries(annotations: CocoAnnotations, images_dir: Path) -> Iterator[tuple[str, os.DirEntry[str] | None]]:
+def image_entries(
+    annotations: CocoAnnotations, images_dir: Path
+) -> Iterator[tuple[str, os.DirEntry[str] | PackedEntry | None]]:
     """The file name of each image, and its entry in the listing of its folder; None where it is not there.
 
-    Each folder is listed once, which takes far less time than asking for every file.
+    Each folder is listed once, which takes far less time than asking for every file. A folder of shards has its index.
     """
+    if (shards := open_shards(images_dir)) is not None:
+        names = [os.path.normpath(annotations.file_name(index)) for index in range(len(annotations))]
+        for name, row in zip(names, shards.find(names).tolist(), strict=True):
+            yield name, shards.entry(row, name) if row >= 0 else None
+        return
     listings: dict[str, dict[str, os.DirEntry[str]]] = {}
     for index in range(len(annotations)):
         name = os.path.normpath(annotations.file_name(index))  # a/./b.jpg and a//b.jpg are a/b.jpg
@@ -112,6 +120,13 @@ def check_files(annotations: CocoAnnotations, images_dir: Path) -> list[Finding]
     """Faults that the listing of the image folder shows: missing and empty files, links out, names used twice."""
     if not images_dir.is_dir():
         return [Finding.of("no-image-folder", images=images_dir, source=annotations.source)]
+    try:
+        shards = open_shards(images_dir)
+    except ShardsError as error:
+        return [Finding.of("unusable-shards", message=error)]
+    faults = [] if shards is None else shards.faults()
+    if faults:
+        return [Finding.of("lost-shard", faults, images=images_dir)]
     root = images_dir.resolve()
 
     @functools.cache
@@ -130,8 +145,8 @@ def check_files(annotations: CocoAnnotations, images_dir: Path) -> list[Finding]
                 empty.append(index)
             if leaves(os.path.dirname(entry.path)) or (entry.is_symlink() and leaves(entry.path)):  # noqa: PTH120
                 linked.append(index)
-    faults = {"missing-image": missing, "empty-image": empty, "link-out": linked, "repeated-file": sorted(repeated)}
-    return [annotations.images_finding(code, which, images=images_dir) for code, which in faults.items() if which]
+    places = {"missing-image": missing, "empty-image": empty, "link-out": linked, "repeated-file": sorted(repeated)}
+    return [annotations.images_finding(code, which, images=images_dir) for code, which in places.items() if which]
 
 
 def check_pair(
@@ -162,9 +177,10 @@ def check_copies(
 ) -> list[Finding]:
     """Files of the validation split that are copies of training images, byte for byte, whatever their names.
 
-    Sets of more than COPIES_LOOKED_FOR images are not looked through here, as it opens the files of equal size.
+    Sets of more than COPIES_LOOKED_FOR images, and shards, are not looked through here, as it opens the files of equal
+    size.
     """
-    if len(train) + len(val) > COPIES_LOOKED_FOR:
+    if len(train) + len(val) > COPIES_LOOKED_FOR or any(open_shards(Path(p)) for p in (train_images, val_images)):
         return []
     by_size: dict[int, list[tuple[int, str]]] = {}
     for index, (_, entry) in enumerate(image_entries(train, Path(train_images))):

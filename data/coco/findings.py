@@ -55,6 +55,8 @@ RULES = {
     "small-image": "info: {source}: images with a side below 32 pixels are not trained on",
     "image-without-annotation": "info: {source}: images without an annotation are not trained on",
     "no-image-folder": "error: {images}: no such folder; it should hold the images of {source}. Check the path",
+    "lost-shard": "error: {images}: shards are missing or damaged. Copy them again from where the set was packed",
+    "unusable-shards": "error: {message}",
     "missing-image": "error: {images}: image files are missing. Add them, or take the images out of {source}",
     "empty-image": "error: {images}: image files are empty (0 bytes). Fetch them again, or take them out of {source}",
     "link-out": "warning: {images}: image files are links that leave the folder. Is that meant? Named in {source}",

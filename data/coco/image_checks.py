@@ -1,6 +1,7 @@
 """Faults that show only when every image is decoded."""
 
 import hashlib
+import io
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from PIL import Image
 
 from data.coco.annotations import CocoAnnotations
 from data.coco.findings import Finding
-from data.images.decode import ImageError, read_image
+from data.images.decode import ImageError, image_content, read_image
 
 EXIF_ORIENTATION = 0x0112
 CHUNK = 256  # images handed to the threads at a time, so that memory stays small and progress shows
@@ -39,7 +40,7 @@ def inspect_image(path: Path) -> DecodedImage:
     try:
         pixels = read_image(path)
     except ImageError as error:
-        return DecodedImage(problem=str(error), has_content=path.is_file() and path.stat().st_size > 0)
+        return DecodedImage(problem=str(error), has_content=_has_content(path))
     height, width = pixels.shape[:2]
     digest = hashlib.sha256(f"{width}x{height}".encode())
     digest.update(pixels.data)
@@ -120,9 +121,16 @@ def _twins(annotations: CocoAnnotations, facts: list[DecodedImage]) -> Iterator[
             yield f"{annotations.place(other)} is {annotations.place(first)}"
 
 
+def _has_content(path: Path) -> bool:
+    try:
+        return bool(image_content(path))
+    except ImageError:
+        return False
+
+
 def _is_rotated(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(image_content(path))) as image:
             return image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
     except Exception:  # broken EXIF data beside sound pixels raise nearly anything, and ask for nothing
         return False

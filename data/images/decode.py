@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.errors import DataError
+from data.images.shards import packed_content
 
 try:
     import simplejpeg
@@ -36,10 +37,27 @@ def read_image(path: str | Path, out: np.ndarray | None = None) -> np.ndarray:
     Raises ImageError for files that are missing, broken, truncated, far too large or of another kind
     (32-bit gray, floating point).
     """
+    return decode_image(image_content(path), path, out)
+
+
+def image_content(path: str | Path) -> bytes:
+    """The bytes of an image file, also of one that lies in a folder of shards under this name.
+
+    Raises ImageError where it cannot be read.
+    """
     try:
-        content = Path(path).read_bytes()
+        try:
+            return Path(path).read_bytes()
+        except FileNotFoundError:
+            if (content := packed_content(Path(path))) is None:
+                raise
+            return content
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def decode_image(content: bytes, path: str | Path, out: np.ndarray | None = None) -> np.ndarray:
+    """What read_image does with the content of a file, which `path` names in messages."""
     if simplejpeg is not None and content[:2] == b"\xff\xd8":
         pixels = _decode_plain_jpeg(content, out)
         if pixels is not None:

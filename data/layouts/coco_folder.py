@@ -13,6 +13,7 @@ from data.coco.annotations import read_coco
 from data.coco.layout import SplitFiles
 from data.convert.conversion import ConversionError, LabeledImage, counted, nearest
 from data.convert.splits import SPLIT_OF_FOLDER, whole_splits
+from data.images.shards import open_shards
 from data.layouts.recognition import ROBOFLOW_FILE, LayoutError, coco_files
 
 NUM_TRIED = 50  # images of a file that are looked for in a folder, to tell whether it is the right one
@@ -159,7 +160,7 @@ def _with_images(root: Path, file: Path, split: str, content: dict[str, Any]) ->
     folders = _image_folders(root, file, split)
     for mended in (names, [re.split(r"[/\\]", name)[-1] for name in names]):
         tried = mended[:: max(1, len(mended) // NUM_TRIED)]
-        num_there = {folder: sum((folder / name).is_file() for name in tried) for folder in folders}
+        num_there = {folder: _num_there(folder, tried) for folder in folders}
         best = max(folders, key=lambda folder: num_there[folder])
         if num_there[best]:
             changed = mended != names
@@ -172,6 +173,12 @@ def _with_images(root: Path, file: Path, split: str, content: dict[str, Any]) ->
         f"{file}: none of its images is there; the first is {names[0]!r}. Searched were {searched}. Put the images "
         "beside the file or in a folder images, or give --train-images DIR --train-annotations FILE"
     )
+
+
+def _num_there(folder: Path, names: Sequence[str]) -> int:
+    if (shards := open_shards(folder)) is not None:
+        return int((shards.find(names) >= 0).sum())
+    return sum((folder / name).is_file() for name in names)
 
 
 def _image_folders(root: Path, file: Path, split: str) -> list[Path]:

@@ -8,7 +8,8 @@ from data.coco.annotations import CocoAnnotations
 from data.coco.checks import image_entries
 from data.coco.segmentations import Bitmap, Segmentations
 from data.errors import DataError
-from data.images.decode import ImageError, read_image
+from data.images.decode import ImageError, decode_image, read_image
+from data.images.shards import open_shards
 
 
 class DatasetError(DataError):
@@ -48,6 +49,7 @@ class CocoDataset:
         """int64 [N] each, pixels as stored"""
         self.class_names = self.annotations.class_names
         """By label"""
+        self._shards = open_shards(self.images_dir)
         if look_for_images:
             self._require_files()
         if len(self) == 0:
@@ -85,7 +87,7 @@ class CocoDataset:
 
         Raises ImageError, also when the file does not have the size that the annotations say.
         """
-        pixels = read_image(self.path(index), out)
+        pixels = self._pixels(index, out)
         height, width = pixels.shape[:2]
         expected = (int(self.widths[index]), int(self.heights[index]))
         if (width, height) != expected:
@@ -103,6 +105,16 @@ class CocoDataset:
                 f"wrong. {remedy}"
             )
         return pixels
+
+    def _pixels(self, index: int, out: np.ndarray | None) -> np.ndarray:
+        path = self.path(index)
+        if self._shards is None:
+            return read_image(path, out)
+        try:
+            content = self._shards.content(self.annotations.file_name(index))
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return decode_image(content, path, out)
 
     def boxes(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes of image `index`, float32 [n, 4] xyxy in stored pixels (unclipped), and labels int64 [n]."""

@@ -26,6 +26,7 @@ from detection.engine.state.checkpoint import CheckpointError, LoadedCheckpoint,
 from detection.engine.state.run_dir import RunDir
 from detection.engine.state.train_state import stored_model
 from detection.evaluation import resolve_backend
+from detection.evaluation.federated import MAX_DETECTIONS
 from detection.models import (
     AnyDetector,
     OwnDetector,
@@ -243,7 +244,7 @@ def _model_to_train(
         return _stored_model(config, checkpoint), f"{checkpoint.path} (iteration {checkpoint.state['iteration']})"
     class_names = annotations.class_names
     torch.manual_seed(config.train.seed)
-    model = build_detector(config.model.model, len(class_names), **_model_settings(config))
+    model = build_detector(config.model.model, len(class_names), **_settings_for(config, annotations))
     if isinstance(model, OwnDetector) and config.model.weights == "none":
         return model, f"as {config.model.model} gives them"
     if config.model.weights == "none":
@@ -313,7 +314,7 @@ def _model_to_evaluate(
     chosen = files.test if config.mode == "test" else files.val
     assert chosen is not None
     names, category_ids = annotations[chosen.annotations].class_names, annotations[chosen.annotations].category_ids
-    model = build_detector(config.model.model, len(names), **_model_settings(config))
+    model = build_detector(config.model.model, len(names), **_settings_for(config, annotations[chosen.annotations]))
     report = load_weights(model, spec, category_ids=category_ids) if spec != "none" else None
     if report is None or report.missing or report.reshaped:
         raise ConfigError(
@@ -365,6 +366,14 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
     if norm == "gn":
         settings["fpn_norm"] = "gn"
     return settings | _chosen_settings(config)
+
+
+def _settings_for(config: RunConfig, annotations: CocoAnnotations) -> dict[str, Any]:
+    """_model_settings, with as many detections an image as LVIS's evaluation takes where the file is one of LVIS."""
+    settings = _model_settings(config)
+    if annotations.federated is not None and not is_own(config.model.model):
+        settings.setdefault("detections_per_image", MAX_DETECTIONS)
+    return settings
 
 
 def _chosen_settings(config: RunConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from detection.engine.metrics.images import validation_images
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import Precision
 from detection.engine.state.run_dir import RunDirError, write_json
-from detection.evaluation import CocoEvaluator, Detections, write_mask_results, write_results
+from detection.evaluation import CocoEvaluator, Detections, describe_judging, write_mask_results, write_results
 from detection.models import AnyDetector, FasterRCNN, ImageBatch, MaskBatch, TargetBatch, paste_masks
 from detection.reporting import counted, validation_table
 
@@ -264,10 +264,11 @@ class Evaluator:
         masks = self._gathered_masks(mine.masks) if self._has_masks else None
         if ids is None or values is None or images is None:
             return None, image_ids[:0]
-        detections = Detections.from_arrays(np.concatenate(ids), np.concatenate(values))
+        detections = Detections.from_arrays(ids, values)
+        del ids, values
         if masks is not None:
             detections = replace(detections, masks=masks)
-        run = np.sort(np.concatenate(images))
+        run = np.sort(images)
         assert np.array_equal(run, np.sort(self.loader.image_ids)), "the evaluated images are not those of the set"
         # The order of the file does not depend on the number of processes.
         return detections.take(np.argsort(detections.image_ids, kind="stable")), run
@@ -275,8 +276,8 @@ class Evaluator:
     def _gathered_masks(self, mine: RunLengths | None) -> RunLengths | None:
         """Those of all processes by rank, as arrays all the way; None on other processes than the main one."""
         mine = mine or RunLengths.of([], [])
-        parts = [self.processes.gather_arrays(each) for each in (mine.text, np.diff(mine.offsets), mine.sizes)]
-        text, lengths, sizes = (None if part is None else np.concatenate(part) for part in parts)
+        arrays = mine.text, np.diff(mine.offsets), mine.sizes
+        text, lengths, sizes = map(self.processes.gather_arrays, arrays)
         if text is None or lengths is None or sizes is None:
             return None
         return RunLengths(text, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]), sizes)
@@ -317,6 +318,9 @@ def evaluate_model(context: RunContext, components: Components) -> int:
     assert dataset is not None and components.evaluation_files is not None
     console.say(f"{config.mode}: {len(dataset)} images of {components.evaluation_files.annotations}")
     console.say(f"weights: {components.weights_line}")
+    most = components.model.config.detections_per_image
+    for line in describe_judging(dataset.annotations, config.output.eval_backend, most):
+        console.say(f"judging: {line}")
     if config.dry_run:
         console.say("dry run: everything above was checked; nothing was written.")
         return 0

@@ -29,6 +29,7 @@ from detection.engine.metrics.logger import MetricLogger
 from detection.engine.optim.amp import multiplies_bfloat16
 from detection.engine.state.run_dir import RunDir
 from detection.engine.state.train_state import Progress
+from detection.evaluation import describe_judging
 from detection.models import describe_kernels
 from detection.models.weights.files import BEST_WEIGHTS
 from detection.reporting import counted, sparkline
@@ -75,6 +76,9 @@ def describe_run(
         ("speed", acceleration.describe() if processes.device.type == "cuda" else ""),
         ("output", str(context.output.path)),
     ]
+    if val_set is not None:
+        most = components.model.config.detections_per_image
+        rows.append(("judging", "\n".join(describe_judging(val_set.annotations, config.output.eval_backend, most))))
     if ends := _describe_ends(config):
         rows.append(("ends", "\n".join(ends)))
     if notes:

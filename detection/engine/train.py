@@ -44,6 +44,7 @@ from detection.engine.state.run_dir import RunDirError, write_json
 from detection.engine.state.train_state import Ending, Facts, Progress, TrainState, assert_same_on_all_ranks, run_facts
 from detection.engine.trainer import Trainer
 from detection.engine.trial import MARGIN, MemoryTrial, largest_that_fits
+from detection.evaluation import metric_names
 from detection.models import AnyDetector, FasterRCNN, OwnDetector, is_own, model_config
 from detection.models.weights.files import BEST_WEIGHTS
 from detection.reporting import MetricsLog, TensorBoardLog, TrackedRun, TrackerFeed, tracker_named
@@ -233,7 +234,8 @@ def _build_state(
     if config.train.patience is not None and components.evaluation_set is None:
         raise RunError("--patience counts validations, and there is no validation set: give one, or --max-hours")
     has_loss = config.output.val_loss and isinstance(model, FasterRCNN)
-    check_best_metric(config.train.best_metric, loader.dataset.class_names, has_loss=has_loss)
+    figures = metric_names((components.evaluation_set or loader.dataset).annotations)
+    check_best_metric(config.train.best_metric, loader.dataset.class_names, figures, has_loss=has_loss)
     # What is wrong with the learning rate shows when it is first asked for.
     run_on_all_ranks(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
     facts = run_facts(config, processes, schedule, model, loader, components.evaluation_set)

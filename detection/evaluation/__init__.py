@@ -9,6 +9,7 @@ from detection.evaluation.coco_metrics import (
     metric_names,
 )
 from detection.evaluation.ground_truth import GroundTruth
+from detection.evaluation.judging_plan import describe_judging
 from detection.evaluation.results import (
     Detections,
     EvaluationError,
@@ -27,6 +28,7 @@ __all__ = [
     "EvaluationError",
     "GroundTruth",
     "ResultsError",
+    "describe_judging",
     "evaluate_results",
     "metric_names",
     "read_results",

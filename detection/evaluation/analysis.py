@@ -11,6 +11,7 @@ import numpy.typing as npt
 from detection.evaluation.backends import Accumulated
 from detection.evaluation.coco_metrics import IOU_50, IOU_75, CocoEvaluator, per_class_ap
 from detection.evaluation.error_types import ERRORS, Outcome, Outcomes, sort_outcomes
+from detection.evaluation.federated import judged, surest_of_images
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections, read_results
 
@@ -75,8 +76,17 @@ def analyze_results(
             f"{num_empty:,} of {num_images:,} images have no detections; where they were not run "
             "(--limit-val-batches), their boxes count as missed all the same"
         )
+    if truth.federated is not None:
+        detections = surest_of_images(detections)
     detections = detections.take(np.isin(detections.category_ids, truth.category_ids))
+    lenient = None
+    if truth.federated is not None:
+        metrics["notes"].append("LVIS's rules: AR_100 of a class is its recall with 300 detections an image")
+        sides = detections.boxes_xywh[:, 2:]
+        truth, detections, lenient = judged(truth, detections, sides[:, 0] * sides[:, 1])
     outcomes = sort_outcomes(truth, detections)
+    if lenient is not None:
+        outcomes.kinds[lenient & (outcomes.kinds != Outcome.CORRECT)] = Outcome.IGNORED
     num_boxes = _count(truth, ~truth.crowd)
     correct, scores, bounds = _ranked(detections, outcomes.kinds, outcomes.labels, len(num_boxes))
     classes = [slice(*bounds[k : k + 2]) for k in range(len(num_boxes))]

@@ -42,7 +42,8 @@ METRIC_MEANINGS = {
     "mAP_50": "average precision at IoU 0.50, mean over the classes",
     "mAP_75": "average precision at IoU 0.75, mean over the classes",
     **{f"mAP_{size}": f"mAP of {name} boxes" for size, name in SIZE_NAMES.items()},
-    **{f"AR_{number}": f"average recall with {number} detections an image at most" for number in (1, 10, 100)},
+    **{f"AR_{number}": f"average recall with {number} detections an image at most" for number in (1, 10, 100, 300)},
+    **{f"mAP_{name[0]}": f"mAP of LVIS's {name} classes" for name in ("rare", "common", "frequent")},
     **{f"AR_{size}": f"average recall of {name} boxes" for size, name in SIZE_NAMES.items()},
 }
 # Heading -> key of a class's row, and meaning.

@@ -10,13 +10,20 @@ FIGURES = {
     "mAP_s": "small, area under 32 x 32",
     "mAP_m": "medium",
     "mAP_l": "large, area over 96 x 96",
+    "mAP_r": "rare classes",
+    "mAP_c": "common classes",
+    "mAP_f": "frequent classes",
     "AR_100": "recall, 100 detections an image",
+    "AR_300": "recall, 300 detections an image",
     "segm_mAP": "masks, IoU 0.50:0.95",
     "segm_mAP_50": "masks, IoU 0.50",
     "segm_mAP_75": "masks, IoU 0.75",
     "segm_mAP_s": "masks, small",
     "segm_mAP_m": "masks, medium",
     "segm_mAP_l": "masks, large",
+    "segm_mAP_r": "masks, rare classes",
+    "segm_mAP_c": "masks, common classes",
+    "segm_mAP_f": "masks, frequent classes",
 }
 UNDEFINED = -1.0  # COCO's value where the ground truth has nothing of that kind
 MAX_CLASSES_LISTED = 20

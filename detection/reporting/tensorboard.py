@@ -45,7 +45,8 @@ _PAGES = {
         "mAP by object size": ["^val/mAP_[sml]$"],
         "mAP of masks at IoU 0.50 and 0.75": ["^val/segm_mAP_50$", "^val/segm_mAP_75$"],
         "mAP of masks by object size": ["^val/segm_mAP_[sml]$"],
-        "average recall": ["^val/AR_100$"],
+        "mAP by frequency of classes": ["^val/mAP_[rcf]$"],
+        "average recall": ["^val/AR_[13]00$"],
         "AP by class": ["^val/AP/"],
     },
     "Speed": {

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +32,12 @@ from benchmarks.figures import (
     pairwise_ratio,
     rotated,
 )
-from benchmarks.scenes import add_image_arguments, open_images
-from data import CocoDataset, TrainLoader, assemble
+from benchmarks.scenes import add_image_arguments, open_images, write_annotations
+from data import CocoDataset, TrainLoader, assemble, read_coco
+from data.coco.checks import check_files
 from data.images import decode
+from data.images.files import walk
+from data.images.shards import Shards, pack_images
 from data.loading.batch import BatchPlan
 
 PILLOW, TORCHVISION = "Pillow, decode alone", "torchvision reference"
@@ -50,11 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=2, help="[2]")
     parser.add_argument("--min-size", type=int, default=800, help="[800]")
     parser.add_argument("--max-size", type=int, default=1333, help="[1333]")
+    parser.add_argument(
+        "--small-files", type=int, metavar="N", help="instead: N small files in a folder, beside the same in shards"
+    )
+    parser.add_argument("--small-kilobytes", type=float, default=10.0, help="size of each [10]")
 
 
 def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     """The figures for the JSON file, and the tables."""
     torch.set_num_threads(1)
+    if arguments.small_files:
+        return _files_and_shards(arguments, say)
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         say("making images")
         dataset = open_images(arguments, Path(name))
@@ -82,6 +92,59 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
         "chains": rows,
     }
     return figures, _describe(figures, arguments)
+
+
+def _files_and_shards(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
+    """What is done with a folder before a training, and the reading of all its images in a training's order."""
+    number, size = arguments.small_files, round(arguments.small_kilobytes * 1000)
+    names = [f"{place // 1000:04d}/{place:08d}.jpg" for place in range(number)]
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
+        files, packed = Path(name) / "files", Path(name) / "shards"
+        say("writing files")
+        content = np.random.default_rng(arguments.seed).bytes(size)
+        for place, each in enumerate(names):
+            if place % 1000 == 0:
+                (files / each).parent.mkdir(parents=True)
+            (files / each).write_bytes(content)
+        say("packing")
+        pack_images(files, names, packed, shard_bytes=256 << 20)
+        order = np.random.default_rng(arguments.seed).permutation(number).tolist()
+        annotations = Path(name) / "annotations.json"
+        write_annotations(annotations, [(640, 480)] * number, 0, file_name=lambda place: names[place - 1])
+        read = read_coco(annotations)
+        shards = Shards(packed)
+
+        def without_cache(folder: Path, call: Callable[[], object]) -> None:
+            for file in walk(folder, None):
+                with file.open("rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            start = time.perf_counter()
+            call()
+            cold.append(number / (time.perf_counter() - start))
+
+        def read_files() -> None:
+            for place in order:
+                (files / names[place]).read_bytes()
+
+        def read_shards() -> None:
+            for place in order:
+                shards.content(names[place])
+
+        os.sync()
+        cold: list[float] = []
+        without_cache(files, read_files)
+        without_cache(packed, read_shards)
+        ways: dict[str, Callable[[], object]] = {
+            "files, checked": lambda: check_files(read, files),
+            "shards, checked": lambda: check_files(read, packed),
+            "files, read": read_files,
+            "shards, read": read_shards,
+        }
+        rows = figure_rows(interleave(ways, arguments.repeats, say=say), ["files, read"], "seconds", units=number)
+    figures = {"device": "cpu", "images": number, "bytes": size, "rows": rows, "uncached_images_per_second": cold}
+    head = f"{number:,} images of {size:,} bytes: microseconds an image, in the system's cache"
+    tail = f"not in the cache: {cold[0]:,.0f} images/s from files, {cold[1]:,.0f} from shards"
+    return figures, f"{head}\n\n{figure_table(rows, 'seconds', 'us', 1e6)}\n\n{tail}"
 
 
 def peers_of(dataset: CocoDataset, plans: Sequence[BatchPlan], arguments: argparse.Namespace) -> dict[str, Chain]:

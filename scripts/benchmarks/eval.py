@@ -32,8 +32,17 @@ from benchmarks.figures import (
 )
 from benchmarks.scenes import MAX_BOXES, NUM_CLASSES, draw_boxes, draw_sizes, write_annotations
 from data.coco.annotations import read_coco
+from data.coco.federated import FREQUENCIES
 from data.coco.run_lengths import RunLengths
-from detection.evaluation import METRIC_NAMES, CocoEvaluator, Detections, write_mask_results, write_results
+from detection.evaluation import (
+    LVIS_METRIC_NAMES,
+    METRIC_NAMES,
+    CocoEvaluator,
+    Detections,
+    metric_names,
+    write_mask_results,
+    write_results,
+)
 
 JUDGE = "pycocotools"
 PACKAGES = {JUDGE: "pycocotools", "hotcoco": "hotcoco", "faster-coco-eval": "faster_coco_eval"}
@@ -42,14 +51,19 @@ _FOUND_SHARE = 0.7  # of the boxes; the other detections lie anywhere
 _JITTER = 0.1  # of a box's side
 _CROWD_SHARE = 0.01
 _CORNERS = 24
+LVIS_CLASSES = 1203
+_NUM_NEGATIVE, _PARTLY_SHARE = 12, 0.1
+"""Of LVIS, about: classes that an image was searched for in vain, and the part of its classes annotated in part"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, repeats=1)
     parser.add_argument("--images", type=int, default=5000, help="images [5000, as val2017]")
-    parser.add_argument("--detections", type=int, default=100, help="detections an image [100]")
+    parser.add_argument("--detections", type=int, help="detections an image [100; LVIS's: 300]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--masks", action="store_true", help="masks besides boxes: an ellipse in each box")
+    parser.add_argument("--lvis", action="store_true", help="LVIS's rules: 1,203 classes, 300 detections an image")
+    parser.add_argument("--classes", type=int, help="classes [80, or LVIS's 1,203]")
     parser.add_argument("--backends", nargs="+", choices=list(PACKAGES), help="[those installed]")
 
 
@@ -59,14 +73,19 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     backends = arguments.backends or installed
     if absent := [name for name in backends if name not in installed]:
         raise BenchmarkError(f"not installed: {', '.join(absent)}")
-    if arguments.masks:
+    if arguments.masks or arguments.lvis:
         backends = [name for name in backends if name != "faster-coco-eval"]
+    per_image = arguments.detections or (300 if arguments.lvis else 100)
+    num_classes = arguments.classes or (LVIS_CLASSES if arguments.lvis else NUM_CLASSES)
+    names = LVIS_METRIC_NAMES if arguments.lvis else METRIC_NAMES
     os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     samples: Samples = {}
     stats: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         say("making detections")
-        num_detections = write_case(Path(folder), arguments.images, arguments.detections, arguments.seed)
+        num_detections = write_case(Path(folder), arguments.images, per_image, arguments.seed, num_classes)
+        if arguments.lvis:
+            write_federated(Path(folder), arguments.seed)
         if arguments.masks:
             say("making masks")
             write_masks(Path(folder))
@@ -77,7 +96,7 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
                 add_sample(samples, name, quantities)
     rows = figure_rows(samples, [JUDGE], "cpu_seconds")
     for row in rows:
-        row["stats"] = dict(zip(METRIC_NAMES, stats[row["name"]], strict=True))
+        row["stats"] = dict(zip(names, stats[row["name"]], strict=True))
         if JUDGE in stats:
             differences = np.abs(np.subtract(stats[row["name"]], stats[JUDGE]))
             row["equal_figures"] = int((differences == 0).sum())
@@ -86,10 +105,10 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     return figures, _table(figures)
 
 
-def write_case(folder: Path, num_images: int, per_image: int, seed: int) -> int:
+def write_case(folder: Path, num_images: int, per_image: int, seed: int, num_classes: int = NUM_CLASSES) -> int:
     """Annotations and detections of a middling detector; the number of detections."""
     sizes = draw_sizes(num_images, seed)
-    content = write_annotations(folder / _ANNOTATIONS, sizes, seed, crowd_share=_CROWD_SHARE)
+    content = write_annotations(folder / _ANNOTATIONS, sizes, seed, crowd_share=_CROWD_SHARE, num_classes=num_classes)
     of_image: dict[int, list[dict[str, Any]]] = {}
     for record in content["annotations"]:
         of_image.setdefault(record["image_id"], []).append(record)
@@ -106,11 +125,29 @@ def write_case(folder: Path, num_images: int, per_image: int, seed: int) -> int:
         num_far = per_image - len(found)
         far = np.resize(np.concatenate([draw_boxes(rng, *size) for _ in range(MAX_BOXES)]), (num_far, 4))
         scores = np.concatenate([rng.beta(5, 2, len(found)), rng.beta(1, 6, num_far)])
-        labels = np.concatenate([classes[found], rng.integers(1, NUM_CLASSES + 1, num_far)])
+        labels = np.concatenate([classes[found], rng.integers(1, num_classes + 1, num_far)])
         columns.append((np.full(per_image, number), labels, np.concatenate([near, far]), scores))
     ids, labels, boxes, scores = (np.concatenate(column) for column in zip(*columns, strict=True))
     np.savez(folder / _DETECTIONS, ids, labels, boxes.astype(np.float32), scores.astype(np.float32))
     return len(ids)
+
+
+def write_federated(folder: Path, seed: int) -> None:
+    """What makes the annotations LVIS's: as many classes that an image was searched for, and frequencies."""
+    file = folder / _ANNOTATIONS
+    content = json.loads(file.read_bytes())
+    rng = np.random.default_rng([seed, 4])
+    ids = [category["id"] for category in content["categories"]]
+    of_image: dict[int, set[int]] = {image["id"]: set() for image in content["images"]}
+    for record in content["annotations"]:
+        of_image[record["image_id"]].add(record["category_id"])
+    for image in content["images"]:
+        has = of_image[image["id"]]
+        image["neg_category_ids"] = sorted(set(rng.choice(ids, _NUM_NEGATIVE).tolist()) - has)
+        image["not_exhaustive_category_ids"] = [number for number in sorted(has) if rng.random() < _PARTLY_SHARE]
+    for category in content["categories"]:
+        category["frequency"] = str(rng.choice(list(FREQUENCIES)))
+    file.write_text(json.dumps(content))
 
 
 def write_masks(folder: Path) -> None:
@@ -152,7 +189,8 @@ def evaluate_once(backend: str, folder: Path) -> tuple[dict[str, float], list[fl
     else:
         start = time.process_time()
         has_masks = detections.masks is not None
-        evaluator = CocoEvaluator(read_coco(folder / _ANNOTATIONS, masks=has_masks), backend=backend)
+        annotations = read_coco(folder / _ANNOTATIONS, masks=has_masks)
+        evaluator = CocoEvaluator(annotations, backend=backend)
         besides["annotations_cpu_seconds"] = time.process_time() - start
         start = time.process_time()
         write_results(detections, folder / f"{backend}.json")
@@ -163,7 +201,8 @@ def evaluate_once(backend: str, folder: Path) -> tuple[dict[str, float], list[fl
 
         def call() -> Sequence[float]:
             metrics = evaluator.evaluate(detections)
-            return [metrics[f"segm_{name}" if has_masks else name] for name in METRIC_NAMES]
+            names = metric_names(annotations)
+            return [metrics[f"segm_{name}" if has_masks else name] for name in names]
 
     stats, quantities = measured(call)
     return quantities | besides, [float(value) for value in stats]
@@ -200,7 +239,7 @@ def _table(figures: dict[str, Any]) -> str:
         wall_s=lambda row: f"{row['seconds']['median']:.2f}",
         peak_MB=lambda row: f"{row['peak_mb']['median']:.0f}",
         grown_MB=lambda row: f"{row['grown_mb']['median']:.0f}",
-        equal_figures=lambda row: f"{row['equal_figures']} of {len(METRIC_NAMES)}" if "equal_figures" in row else "-",
+        equal_figures=lambda row: f"{row['equal_figures']} of {len(row['stats'])}" if "equal_figures" in row else "-",
         mAP=lambda row: f"{row['stats']['mAP']:.4f}",
     )
     texts = [head, "", table]

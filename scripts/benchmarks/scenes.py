@@ -94,6 +94,7 @@ def write_annotations(
     *,
     crowd_share: float = 0.0,
     file_name: Callable[[int], str] = "{}.jpg".format,
+    num_classes: int = NUM_CLASSES,
     **of_each: Any,
 ) -> dict[str, Any]:
     """COCO annotations of images with the given (width, height), numbered from 1; what was written into `file`.
@@ -106,13 +107,13 @@ def write_annotations(
         rng = np.random.default_rng([seed, 2, number])
         images.append({"id": number, "file_name": file_name(number), "width": width, "height": height})
         boxes = draw_boxes(rng, width, height)
-        labels, crowds = rng.integers(1, NUM_CLASSES + 1, len(boxes)), rng.random(len(boxes)) < crowd_share
+        labels, crowds = rng.integers(1, num_classes + 1, len(boxes)), rng.random(len(boxes)) < crowd_share
         for box, label, crowd in zip(boxes.tolist(), labels.tolist(), crowds.tolist(), strict=True):
             record = {"id": len(annotations) + 1, "image_id": number, "category_id": label, "bbox": box}
             if not crowd:
                 record["segmentation"] = [_ellipse(*box)]
             annotations.append(record | {"area": round(box[2] * box[3], 2), "iscrowd": int(crowd)} | of_each)
-    categories = [{"id": number, "name": f"class {number}"} for number in range(1, NUM_CLASSES + 1)]
+    categories = [{"id": number, "name": f"class {number}"} for number in range(1, num_classes + 1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     file.write_text(json.dumps(content))
     return content

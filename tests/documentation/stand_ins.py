@@ -32,6 +32,11 @@ DONE_BY = {
         "tests/scripts/fault_injection/test_fault_test.py",
         '"--merge"',
     ),
+    "python3 scripts/pack_images.py pack datasets/coco/train2017 packed/train2017": (
+        "tests/scripts/test_pack_images.py",
+        '"pack"',
+    ),
+    "python3 scripts/pack_images.py check packed/train2017": ("tests/scripts/test_pack_images.py", '"check"'),
     # 20 GB. The test has a server of small archives.
     "python3 scripts/download_coco.py --data-path datasets/coco": (
         "tests/scripts/test_download_coco.py",

@@ -215,3 +215,27 @@ def test_the_validation_loss_of_three_processes_is_that_of_one_to_the_bit(finish
 
 def start_alone(words: list, record: Path, output: Path) -> int:
     return run(parse_arguments(list(map(str, ["--config", record, "--output-dir", output, *words]))))
+
+
+def test_an_lvis_file_is_judged_by_its_rules_and_the_start_says_so(start, weights, shapes_set, tmp_path, capsys):
+    words = []
+    for split in ("train", "val"):
+        content = json.loads((shapes_set / "annotations" / f"instances_{split}2017.json").read_text())
+        for image in content["images"]:
+            image["coco_url"] = f"http://images.cocodataset.org/{split}2017/{image.pop('file_name')}"
+            image |= {"neg_category_ids": [category["id"] for category in content["categories"]]}
+            image |= {"not_exhaustive_category_ids": []}
+        for category in content["categories"]:
+            category["frequency"] = "r"
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+        words += [f"--{split}-annotations", tmp_path / f"{split}.json", f"--{split}-images", shapes_set]
+    assert start(tmp_path / "out", "--val-only", "--weights", weights, *words[4:]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics_val.json").read_text())
+    assert {"mAP_r", "mAP_c", "mAP_f", "AR_300"} < set(metrics) and "AR_100" not in metrics
+    said = capsys.readouterr().out
+    assert "by LVIS's rules" in said and "--model-set detections_per_image=300" in said and "rare classes" in said
+    assert start(tmp_path / "new", *words, "--dry-run", "--model-set", "detections_per_image=20") == 0
+    assert "gives 20 detections" in capsys.readouterr().out
+    assert start(tmp_path / "new", *words, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "by LVIS's rules" in said and "detections an image at most" not in said  # 300 of themselves

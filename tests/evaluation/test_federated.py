@@ -16,6 +16,7 @@ from detection.evaluation import (
     LVIS_METRIC_NAMES,
     METRIC_NAMES,
     CocoEvaluator,
+    describe_judging,
     evaluate_results,
     metric_names,
     read_results,
@@ -80,14 +81,15 @@ def rectangle(entry):
 @pytest.fixture
 def judge(monkeypatch):
     """The lvis package's evaluator: (content, results, kind) -> its thirteen figures."""
-    pytest.importorskip("pycocotools")
-    monkeypatch.setattr(np, "float", float, raising=False)  # which numpy has given up since
     if importlib.util.find_spec("lvis") is None:
         pytest.skip("the package lvis is not installed")
+    monkeypatch.setattr(np, "float", float, raising=False)  # numpy has given the name up since
     monkeypatch.setitem(sys.modules, "cv2", types.ModuleType("cv2"))  # it only draws with OpenCV
     from lvis import LVIS, LVISEval, LVISResults
 
-    monkeypatch.setattr(LVIS, "__init__", lambda self, content: None)
+    monkeypatch.setattr(LVIS, "__init__", lambda self, content: None)  # it reads files alone
+    monkeypatch.setattr(logging.getLogger("lvis"), "disabled", True)
+    monkeypatch.setattr(logging.getLogger("lvis.results"), "disabled", True)
 
     def evaluate(content, results, kind):
         truth = LVIS(None)
@@ -108,7 +110,7 @@ def figures_of(tmp_path, content, results, backend, prefix=""):
 
 
 @needs_hotcoco
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", range(2))
 def test_figures_of_boxes_equal_the_lvis_packages_to_the_last_bit(tmp_path, judge, block):
     between = 0
     for seed in range(100 * block, 100 * block + 100):
@@ -118,7 +120,7 @@ def test_figures_of_boxes_equal_the_lvis_packages_to_the_last_bit(tmp_path, judg
             for backend in ("pycocotools", "hotcoco"):
                 assert figures_of(tmp_path, content, results, backend) == expected, f"case {seed}, {backend}"
             between += 0 < expected[0] < 1
-    assert between > 60, "the cases were meant to be neither all right nor all wrong"
+    assert between > 40, "the cases were meant to be neither all right nor all wrong"
 
 
 @needs_hotcoco
@@ -154,3 +156,12 @@ def test_an_image_is_judged_for_the_classes_it_was_searched_for(tmp_path):
     evaluator = CocoEvaluator(tmp_path / "a.json")
     metrics = evaluator.evaluate(read_results(tmp_path / "r.json"))
     assert metrics["mAP"] < 0.6 and set(METRIC_NAMES) < set(metrics)
+
+
+def test_the_start_tells_what_pycocotools_will_cost_on_a_large_set(tmp_path):
+    content, _ = random_case(1)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    annotations = read_coco(tmp_path / "a.json")
+    assert not any("pycocotools" in line for line in describe_judging(annotations, "pycocotools", 100))
+    told = describe_judging(annotations, "pycocotools", 10_000_000)[-1]
+    assert "minutes" in told and "pip install hotcoco" in told

@@ -129,9 +129,11 @@ def test_a_cut_that_cannot_be_finished_leaves_the_old_file(path, monkeypatch):
     def fail(descriptor):
         raise OSError("no space left on device")
 
+    path.write_bytes(whole + b"no record\n" + whole.splitlines(keepends=True)[0].replace(b": 0", b": 10"))
+    whole = path.read_bytes()
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
-        cut(path, 5, 5)
+        cut(path, 100, 100)
     assert path.read_bytes() == whole
 
 
@@ -155,3 +157,69 @@ def test_read_metrics_names_file_and_line_of_what_is_no_record(path):
     path.write_text('{"kind": "train", "iteration": 0}\nhello\n{"kind": "train", "iteration": 1}\n')
     with pytest.raises(MetricsError, match="metrics.jsonl, line 2"):
         read_metrics(path)
+
+
+def counted(monkeypatch):
+    """A list that gets the number of bytes of each read of any file."""
+    read = []
+
+    class Counting(io.BufferedReader):
+        def read(self, *size):
+            read.append(len(content := super().read(*size)))
+            return content
+
+        def readline(self, *size):
+            read.append(len(content := super().readline(*size)))
+            return content
+
+    plain = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", **k: Counting(io.FileIO(self)) if mode == "rb" else plain(self, mode, **k)
+    )
+    return read
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_resume_of_a_long_run_reads_the_end_and_the_validations_and_finds_the_same(path, monkeypatch, block):
+    """Whatever lies across the borders of the blocks that are read."""
+    with path.open("wb") as file:
+        for iteration in range(20_000):
+            file.write((json.dumps(train_record(iteration, note="x" * block)) + "\n").encode())
+            if iteration % 5_000 == 4_999:
+                file.write(
+                    (json.dumps({"kind": "val", "iteration": iteration, "mAP": iteration / 1e5}) + "\n").encode()
+                )
+    whole = read_metrics(path)
+    with closing(MetricsLog(path)) as log:
+        assert log.validations() == [record for record in whole if record["kind"] == "val"]
+    read = counted(monkeypatch)
+    with closing(MetricsLog(path)) as log:
+        log.cut(19_990, 19_990)
+        assert log.validations() == [record for record in whole if record["kind"] == "val"][:3]
+        assert list(log.since(19_980, 4_999)) == [
+            record
+            for record in whole[:-1]
+            if record["iteration"] > {"train": 19_980, "val": 4_999}[record["kind"]] and record["iteration"] < 19_990
+        ]
+    assert sum(read) < path.stat().st_size / 5
+    monkeypatch.undo()
+    assert read_metrics(path) == [record for record in whole if record["iteration"] < 19_990]
+
+
+def test_an_index_that_does_not_fit_is_made_again(path):
+    write_run(path, 0, 30)
+    index = path.with_name("metrics.jsonl.index")
+    for damaged in (
+        b"",
+        b"x" * 7,
+        np.array([10**9, 3]).tobytes(),
+        np.array([0, 5]).tobytes(),
+        np.array([-4]).tobytes(),
+    ):
+        index.write_bytes(damaged)
+        with closing(MetricsLog(path)) as log:
+            assert [record["iteration"] for record in log.validations()] == [9, 19, 29]
+    cut(path, 15, 15)
+    write_run(path, 15, 40)
+    with closing(MetricsLog(path)) as log:
+        assert [record["iteration"] for record in log.validations()] == [9, 19, 29, 39]

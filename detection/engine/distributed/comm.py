@@ -118,21 +118,29 @@ class Processes:
             dist.all_gather_object(values, value, group=self.control_group)
         return values
 
-    def gather_arrays(self, array: NDArray[Any]) -> list[NDArray[Any]] | None:
-        """Each process's `array` [n_r, ...] (n_r may differ, 0 included) by rank; on rank 0 only, else None."""
+    def gather_arrays(self, array: NDArray[Any]) -> NDArray[Any] | None:
+        """Each process's `array` [n_r, ...] (n_r may differ, 0 included), one after another by rank; on rank 0 only,
+        else None.
+
+        Each part is received where it shall lie: beyond the result no process needs memory.
+        """
         if self.world_size == 1:
-            return [array]
+            return array
         lengths = self.gather_objects(len(array))
-        # gloo gathers equal shapes only: pad to the longest, cut after.
-        padded = np.zeros((max(lengths), *array.shape[1:]), array.dtype)
-        padded[: len(array)] = array
-        mine = torch.from_numpy(padded)
-        parts = [torch.empty_like(mine) for _ in lengths] if self.is_main else None
+        whole = np.empty((sum(lengths), *array.shape[1:]), array.dtype) if self.is_main else None
         with self.waiting("the results of every process"):
-            dist.gather(mine, parts, dst=0, group=self.control_group)
-        if parts is None:
-            return None
-        return [part.numpy()[:length] for part, length in zip(parts, lengths, strict=True)]
+            if whole is None:
+                if len(array):
+                    mine = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # it warns of others
+                    dist.send(mine, dst=0, group=self.control_group)
+                return None
+            whole[: lengths[0]] = array
+            end = lengths[0]
+            for rank, length in enumerate(lengths[1:], start=1):
+                if length:
+                    dist.recv(torch.from_numpy(whole[end : end + length]), src=rank, group=self.control_group)
+                end += length
+        return whole
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes of `values` (float, any shape, on this process's device); a new tensor."""

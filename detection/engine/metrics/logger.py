@@ -19,7 +19,6 @@ from detection.reporting import (
     TrackerFeed,
     duration,
     points_of,
-    read_metrics,
     summary_table,
     validation_table,
 )
@@ -64,7 +63,7 @@ class MetricLogger:
         self._last_validation: dict[str, Any] | None = None
         self._best_validation: dict[str, Any] | None = None
         if log is not None and best_epoch is not None:
-            for record in read_metrics(log.path, kind="val"):
+            for record in log.validations():
                 self._remember(record)
 
     def say(self, text: str = "") -> None:
@@ -149,7 +148,7 @@ class MetricLogger:
         if self.log is None:
             return ""
         # Records count epochs from 0, people from 1.
-        records = read_metrics(self.log.path, kind="val")
+        records = self.log.validations()
         return summary_table([{**record, "epoch": record["epoch"] + 1} for record in records], best_epoch)
 
     @property
@@ -218,10 +217,10 @@ class MetricLogger:
             return
         last = board.history.last_steps
         trained, validated = last.get("train/loss", -1), last.get("val/seconds", -1)
-        for record in read_metrics(self.log.path):
-            if record["kind"] == "train" and record["iteration"] > trained:
+        for record in self.log.since(trained, validated):
+            if record["kind"] == "train":
                 board.train(record)
-            elif record["kind"] == "val" and record["iteration"] > validated:
+            else:
                 board.validation(record)
 
     def _write(self, write: Callable[[Any], None], record: Any) -> bool:

@@ -17,7 +17,7 @@ from detection.evaluation.html_report import METRIC_MEANINGS
 from detection.reporting import Run, counted, duration
 from detection.reporting.run_comparison import NUM_LAST_LOSSES, flattened, series
 
-HEADLINE = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "AR_100")
+HEADLINE = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "mAP_r", "mAP_c", "mAP_f", "AR_100", "AR_300")
 
 
 def run_page(run: Run, *, analysis: str = "", missing: Sequence[str] = ()) -> str:

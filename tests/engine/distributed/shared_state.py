@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from detection.engine.distributed.comm import Processes, start_processes, stop_processes
@@ -40,10 +41,24 @@ def planned_end(processes: Processes) -> dict:
     return asdict(state.progress)
 
 
+def gathered(processes: Processes) -> dict:
+    """Arrays of unequal lengths, put together on process 0."""
+    rank = processes.rank
+    cases = {
+        "unequal": np.arange(3 + 2 * rank, dtype=np.int64) + 100 * rank,
+        "main one without": np.full((2 * rank, 4), 7.5, np.float32),
+        "none has": np.zeros((0, 3)),
+        "large, of the first": np.arange(2**53, 2**53 + 5 * (rank == 0) + 1, dtype=np.int64),
+    }
+    found = {name: processes.gather_arrays(array) for name, array in cases.items()}
+    return {name: None if array is None else torch.from_numpy(array) for name, array in found.items()}
+
+
 def main() -> int:
     processes = start_processes("cpu")
     arrived = processes.broadcast_state(state_to_share() if processes.is_main else None)
     arrived["plan"] = planned_end(processes)
+    torch.save(gathered(processes), Path(sys.argv[1]) / f"gathered_{processes.rank}.pt")
     torch.save(arrived, Path(sys.argv[1]) / f"{processes.rank}.pt")
     processes.barrier()
     stop_processes()

@@ -22,7 +22,9 @@ def assert_same_bits(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_process_gets_the_state_of_process_0(ranks: int, program: Callable[..., Any], tmp_path: Path) -> None:
+def test_process_0_gives_its_state_to_all_and_gets_the_arrays_of_all(
+    ranks: int, program: Callable[..., Any], tmp_path: Path
+) -> None:
     with program("distributed/shared_state.py", tmp_path, ranks=ranks) as processes:
         for process in processes:
             out, err = process.communicate(timeout=120)
@@ -32,3 +34,9 @@ def test_every_process_gets_the_state_of_process_0(ranks: int, program: Callable
     assert first["plan"]["ending"]["last_iteration"] == 360
     for other in others:
         assert_same_bits(first, other)
+    whole, *others = (torch.load(tmp_path / f"gathered_{rank}.pt", weights_only=True) for rank in range(ranks))
+    assert all(value is None for other in others for value in other.values())
+    assert whole["unequal"].tolist() == [100 * rank + place for rank in range(ranks) for place in range(3 + 2 * rank)]
+    assert torch.equal(whole["main one without"], torch.full((ranks * (ranks - 1), 4), 7.5))
+    assert whole["none has"].shape == (0, 3)
+    assert whole["large, of the first"].tolist() == [*range(2**53, 2**53 + 6), *[2**53] * (ranks - 1)]

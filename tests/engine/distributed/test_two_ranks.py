@@ -64,17 +64,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., int]) -
     return train
 
 
-def test_arrays_of_unequal_and_no_length_arrive_whole_on_rank_0_only(ranks):
-    found = ranks[0]["gathered"]
-    assert all(value is None for value in ranks[1]["gathered"].values())
-    np.testing.assert_array_equal(found["unequal"][0], [0, 1, 2])
-    np.testing.assert_array_equal(found["unequal"][1], [100, 101, 102, 103, 104])
-    assert [part.shape for part in found["one without"]] == [(0, 4), (2, 4)]
-    assert found["one without"][1].dtype == np.float32 and (found["one without"][1] == 7.5).all()
-    assert [part.shape for part in found["both without"]] == [(0, 3), (0, 3)]
-    np.testing.assert_array_equal(found["large"][0], 2**53 + np.arange(6))
-
-
 def test_an_error_on_one_process_is_the_same_error_on_all(ranks):
     for found in (found["agreed"] for found in ranks):
         assert found["together, one fails"] == "rank 1 does not like it"

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -30,17 +29,6 @@ from detection.engine.trainer import Trainer
 from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
 from detection.process_exit import leave
 from tests.engine.tiny_model import make_known
-
-
-def gathered(processes: Processes) -> dict[str, Any]:
-    rank = processes.rank
-    cases = {
-        "unequal": np.arange(3 + 2 * rank, dtype=np.int64) + 100 * rank,
-        "one without": np.full((2 * rank, 4), 7.5, np.float32),
-        "both without": np.zeros((0, 3)),
-        "large": np.arange(2**53, 2**53 + 5 * (1 - rank) + 1, dtype=np.int64),
-    }
-    return {name: processes.gather_arrays(array) for name, array in cases.items()}
 
 
 def agreed(processes: Processes) -> dict[str, Any]:
@@ -266,7 +254,7 @@ def main() -> None:
     make_known()
     processes = start_processes("cpu")
     found: dict[str, Any] = {}
-    for claim in (gathered, agreed, non_finite, synchronized_norm, shared_buffers, without_boxes):
+    for claim in (agreed, non_finite, synchronized_norm, shared_buffers, without_boxes):
         found[claim.__name__] = claim(processes)
     stop_processes()
     found["trainings"] = trainings(folder, ports, words)

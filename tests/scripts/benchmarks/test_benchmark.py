@@ -329,3 +329,21 @@ def test_traffic_counts_a_steps_bytes_with_and_without_kernels(tmp_path):
         assert kernels[stage]["gigabytes"] < operators[stage]["gigabytes"] / 2
     # A 3x3 convolution at P2 of two images, one of many: products of 64 x 80 cells, 256 x 9 x 256 each.
     assert operators["RPN head"]["teraflops"] > 2 * 2 * 64 * 80 * 256 * 9 * 256 / 1e12
+
+
+def test_data_reads_many_small_files_and_their_shards(measured):
+    record = measured("data", "--small-files", "1200", "--small-kilobytes", "0.5", "--repeats", "1")
+    assert [row["name"] for row in record["rows"]] == [
+        "files, checked",
+        "shards, checked",
+        "files, read",
+        "shards, read",
+    ]
+    assert len(record["uncached_images_per_second"]) == 2 and min(record["uncached_images_per_second"]) > 0
+
+
+def test_eval_by_lviss_rules_gives_its_thirteen_figures(measured, in_this_process):
+    in_this_process("eval")
+    record = measured("eval", "--lvis", "--images", "3", "--detections", "20", "--classes", "9")
+    assert all({"mAP_r", "AR_300"} < row["stats"].keys() for row in record["backends"])
+    assert record["backends"][-1]["equal_figures"] == 13
