@@ -101,8 +101,9 @@ class MetricsLog:
         for line in tail:
             kind, iteration = _kind_and_iteration(line)
             # What was not looked at is of earlier iterations than the first line here.
-            is_first = iteration is not None and (start == 0 or iteration >= first_iteration)
-            if is_first and iteration < (val_from if kind == "val" else train_from):
+            if iteration is None or (start > 0 and iteration < first_iteration):
+                continue
+            if iteration < (val_from if kind == "val" else train_from):
                 kept.setdefault((kind, iteration), line)
         self._replace_tail(start, tail, list(kept.values()))
         self._file = self.path.open("ab", buffering=0)
