@@ -23,6 +23,8 @@ from data.errors import DataError
 from data.images.files import ProtectedFiles, find_images
 from data_path import add_data_path, found_set
 from detection.config.arg_types import fraction, positive_int
+from detection.engine.accelerate.compile import compile_for_evaluation
+from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, record_detection, require_cuda_graphs
 from detection.engine.optim.amp import Precision
 from detection.errors import DetectionError
 from detection.inference.outputs import (
@@ -41,7 +43,7 @@ from detection.inference.predict import (
     predict_files,
 )
 from detection.inference.tta import DEFAULT_SCALES, View, make_views
-from detection.models import load_detector
+from detection.models import Detector, FasterRCNN, load_detector
 from detection.reporting import Console, counted
 
 DEFAULT_MIN_SCORE = 0.3
@@ -104,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", metavar="N", type=positive_int, default=4, help="images at a time (default 4)")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, ..., or auto (default): CUDA if any")
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision (default off)")
+    add("--compile", action="store_true", help="torch.compile the network; takes minutes at first")
+    add("--cuda-graphs", action="store_true", help="on a GPU: replay it; fast for few images at a time, of few sizes")
     return parser
 
 
@@ -157,6 +161,7 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     kept: list[ImageDetections] = []
     sizes: dict[int, tuple[int, int]] = {}
     num_turned = 0
+    _accelerate(detector, arguments, console)
     precision = Precision(arguments.amp, detector.model.pixel_mean.device)
     with (
         console.progress(len(files), description="detecting", unit="images") as bar,
@@ -209,6 +214,19 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     if num_broken == len(files):
         return 2
     return 1 if num_broken else 0
+
+
+def _accelerate(detector: Detector, arguments: argparse.Namespace, console: Console) -> None:
+    model = detector.model
+    if not (arguments.compile or arguments.cuda_graphs):
+        return
+    if not isinstance(model, FasterRCNN):
+        raise PredictionError("--compile and --cuda-graphs are not for detectors of your own: leave them away")
+    if arguments.compile:
+        compile_for_evaluation(model)
+    if arguments.cuda_graphs:
+        require_cuda_graphs(model.pixel_mean.device)
+        record_detection(model, CudaGraphBackend(), console.warn)
 
 
 def _files_of_set(arguments: argparse.Namespace, console: Console) -> list[Path] | None:

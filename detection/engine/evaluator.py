@@ -16,7 +16,9 @@ from torch import nn
 
 from data import CocoDataset, DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
 from data.coco.run_lengths import RunLengths
+from detection.engine.accelerate.choice import acceleration_of
 from detection.engine.accelerate.compile import compile_for_evaluation
+from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, record_detection
 from detection.engine.accelerate.device_memory import naming_out_of_memory
 from detection.engine.build import Components
 from detection.engine.context import RunContext
@@ -325,9 +327,12 @@ def evaluate_model(context: RunContext, components: Components) -> int:
         console.say("dry run: everything above was checked; nothing was written.")
         return 0
     precision = Precision(components.schedule.amp or "off", processes.device)
-    if config.train.compile:
+    acceleration = acceleration_of(config.train, processes.device, processes.world_size, components.model)
+    if acceleration.compile:
         assert isinstance(components.model, FasterRCNN)  # the command line refuses the option for others
         compile_for_evaluation(components.model)
+    if acceleration.graphs:
+        record_detection(components.model, CudaGraphBackend(), console.warn)
     return evaluate_set(context, dataset, components.model, precision)
 
 

@@ -12,7 +12,7 @@ from data import NEWEST_ORDER, CocoDataset, TrainLoader
 from detection.engine.accelerate.algorithm_search import AlgorithmSearch
 from detection.engine.accelerate.choice import Acceleration, acceleration_of, has_few_shapes, searches_algorithms
 from detection.engine.accelerate.compile import compile_for_training, uncompiled
-from detection.engine.accelerate.cuda_graphs import StepGraphs, cuda_step_graphs
+from detection.engine.accelerate.cuda_graphs import StepGraphs, cuda_step_graphs, record_detection
 from detection.engine.accelerate.device_memory import REMEDIES, device_memory
 from detection.engine.build import Components, run_schedule
 from detection.engine.context import RunContext
@@ -95,6 +95,8 @@ def run_training(
         with contextlib.suppress(Interrupted), context.stop.interrupting():
             mosaics = [training_mosaic(first, loader.dataset.class_names)]
         logger.images(0, mosaics, "train/batch")
+    if graphs is not None:
+        record_detection(state.validated_model[0], graphs.backend, console.warn)
     evaluator = _validation(context, components, state.precision, logger, bad_images)
     store = CheckpointStore(
         context.output.checkpoints, config.output.keep_checkpoints, context.output.path / BEST_WEIGHTS

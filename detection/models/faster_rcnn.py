@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ from detection.models.structures import ImageBatch, MaskBatch, TargetBatch, batc
 
 Images = ImageBatch | Sequence[Tensor]
 Targets = TargetBatch | Sequence[Mapping[str, Tensor]]
+Pass = Callable[[ImageBatch, TargetBatch | None], dict[str, Tensor]]
+Recorder = Callable[[Pass, ImageBatch, TargetBatch | None], dict[str, Tensor]]
+"""Gives what a pass gives for a batch."""
 
 
 class FasterRCNN(nn.Module):
@@ -70,6 +73,8 @@ class FasterRCNN(nn.Module):
         self.fixed_shapes = False
         """Whether the mask head takes as many RoIs as can be in training, on the CPU too. Otherwise there it takes as
         many as are positive."""
+        self.recorder: Recorder | None = None
+        """Runs what of a detection has fixed shapes, for instance by replaying a recording of it."""
         for name in ("pixel_mean", "pixel_std"):  # which may be given as whole numbers
             values = torch.tensor(getattr(config, name), dtype=torch.get_default_dtype())
             self.register_buffer(name, values[:, None, None], persistent=False)
@@ -211,34 +216,63 @@ class FasterRCNN(nn.Module):
         self, images: ImageBatch, targets: TargetBatch
     ) -> tuple[list[Detections], Tensor, dict[str, Tensor]]:
         """What `detect` gives, and the losses as `forward` gives them in training, of the same feature maps."""
-        features = self.extract_features(images)
-        return *self.detect(images, features), self._losses_of(features, images, targets)
+        outputs = self._outputs(images, targets)
+        losses = {name: value for name, value in outputs.items() if name.startswith("loss_")}
+        return *self._found(outputs, images.sizes), losses
 
     @torch.no_grad()
-    def detect(self, images: ImageBatch, features: tuple[Tensor, ...] | None = None) -> tuple[list[Detections], Tensor]:
+    def detect(self, images: ImageBatch) -> tuple[list[Detections], Tensor]:
         """Detections as `forward` gives them, and for which images all outputs of the network are finite, bool [B].
 
-        What is NaN or infinite is no detection. features: of the images, where they are there already.
+        What is NaN or infinite is no detection.
         """
-        config = self.config
-        features = self.extract_features(images) if features is None else features
+        return self._found(self._outputs(images, None), images.sizes)
+
+    def _outputs(self, images: ImageBatch, targets: TargetBatch | None) -> dict[str, Tensor]:
+        if self.recorder is None:
+            return self.fixed_outputs(images, targets)
+        kind = images.pixels.device.type
+        # Weights that a cast has left in autocast's cache would be gone when the recording is replayed.
+        with torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        ):
+            return self.recorder(self.fixed_outputs, images, targets)
+
+    @torch.no_grad()
+    def fixed_outputs(self, images: ImageBatch, targets: TargetBatch | None = None) -> dict[str, Tensor]:
+        """The part of a detection whose shapes do not depend on what is found, and with targets the losses.
+
+        "class_logits", "box_deltas" and "boxes_xyxy" as `second_stage` gives them; "valid" bool [B, R], which RoIs
+        exist; "is_finite" bool [B]; with masks the feature maps "p0", "p1", ...
+        """
+        features = self.extract_features(images)
         logits, deltas = self.rpn(features)
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)
-            proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=False)
+            proposals = select_proposals(self.config, logits, deltas, anchors, images.sizes, training=False)
         class_logits, box_deltas, boxes = self.second_stage(features, proposals.boxes_xyxy, images.sizes)
-        with _full_precision(images.pixels.device):
-            found = select_detections(config.stages[-1], class_logits, box_deltas, boxes, proposals.valid, images.sizes)
-        outputs = [logits, deltas, class_logits, box_deltas, boxes]
+        outputs = {"class_logits": class_logits, "box_deltas": box_deltas, "boxes_xyxy": boxes}
+        outputs["is_finite"] = _finite_images([logits, deltas, *outputs.values()], len(images.sizes))
+        outputs["valid"] = proposals.valid
+        if self.config.has_masks:
+            outputs |= {f"p{number}": feature for number, feature in enumerate(features)}
+        return outputs if targets is None else outputs | self._losses_of(features, images, targets)
+
+    def _found(self, outputs: Mapping[str, Tensor], sizes: Tensor) -> tuple[list[Detections], Tensor]:
+        config, is_finite = self.config, outputs["is_finite"]
+        logits, deltas, boxes, valid = (outputs[name] for name in ("class_logits", "box_deltas", "boxes_xyxy", "valid"))
+        with _full_precision(sizes.device):
+            found = select_detections(config.stages[-1], logits, deltas, boxes, valid, sizes)
         if config.has_masks:
             found_boxes, labels = (
                 pad_sequence([each[key] for each in found], batch_first=True) for key in ("boxes_xyxy", "labels")
             )
+            features = [value for name, value in outputs.items() if name.startswith("p")]
             probabilities = self.mask_probabilities(features, found_boxes, labels)
-            outputs.append(probabilities)
+            is_finite = is_finite & _finite_images([probabilities], len(found))
             for of_image, each in zip(found, probabilities, strict=True):
                 of_image["mask_probabilities"] = each[: len(of_image["labels"])]
-        return found, torch.stack([each.isfinite().view(len(found), -1).all(dim=1) for each in outputs]).all(dim=0)
+        return found, is_finite
 
     def second_stage(
         self, features: Sequence[Tensor], boxes_xyxy: Tensor, sizes: Tensor
@@ -381,6 +415,11 @@ def model_from_config(
     model = FasterRCNN(config)
     model.load_state_dict(weights)
     return model
+
+
+def _finite_images(outputs: Sequence[Tensor], num_images: int) -> Tensor:
+    """For which images everything is finite, bool [B]."""
+    return torch.stack([each.isfinite().view(num_images, -1).all(dim=1) for each in outputs]).all(dim=0)
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

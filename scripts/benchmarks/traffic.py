@@ -21,15 +21,16 @@ from torch.utils.flop_counter import flop_registry
 
 import checkout  # noqa: F401
 from benchmarks.figures import BenchmarkError, Say, add_common_arguments, format_table
-from benchmarks.profilers import BACKWARD, LOSSES, OUR_FUNCTIONS, STAGES
-from detection.models import FasterRCNN, ImageBatch, MaskBatch, TargetBatch, build_model
+from benchmarks.profilers import BACKWARD, LOSSES, OUR_FUNCTIONS, REST, STAGES
+from detection.models import FasterRCNN, ImageBatch, MaskBatch, TargetBatch, build_model, model_config
 from detection.models.ops import nms
 from detection.models.ops.backend import TRITON, implementation
+from detection.models.postprocess import select_detections
 from gpu_checks.fake_device import is_supported, move, pretend_gpu
 
 _STAGE_OF: dict[CodeType, str] = {
     inspect.unwrap(function).__code__: stage for stage, some in OUR_FUNCTIONS.items() for function in some
-} | {FasterRCNN.forward.__code__: LOSSES}
+} | {FasterRCNN.forward.__code__: LOSSES, inspect.unwrap(FasterRCNN.fixed_outputs).__code__: REST}
 # They make no pass over memory.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "device", "_unsafe_view"}
 _ONLY_WRITE = {"zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "arange"}
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="images a step [16]")
     parser.add_argument("--height", type=int, default=800, help="[800]")
     parser.add_argument("--width", type=int, default=1344, help="[1344]")
+    parser.add_argument("--inference", action="store_true", help="a detection in place of the training step")
     parser.add_argument("--boxes", type=int, default=40, help="rows of ground truth an image, padding included [40]")
     parser.add_argument("--bandwidth", type=float, default=3.35, help="of the GPU's memory, TB/s [3.35: H100 SXM]")
     parser.add_argument("--rate", type=float, default=600, help="of large products, TFLOP/s [600]")
@@ -69,8 +71,34 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
         f"reads its inputs and writes its outputs once at {arguments.bandwidth:g} TB/s, or computes at "
         f"{arguments.rate:g} TFLOP/s.\n\n{format_table(headers, rows)}"
     )
+    if arguments.inference:
+        text += (
+            "\n\nCUDA graphs replay all of this in one launch. After it come, as written, "
+            f"{_calls_of_selection(arguments.model)} calls an image that select its detections."
+        )
     counts = {kind: {stage: vars(row) for stage, row in traffic.items()} for kind, traffic in found.items()}
     return {"device": "cpu", "traffic": counts}, text
+
+
+def _calls_of_selection(name: str) -> int:
+    """Calls for an image with a thousand candidates, of which one in ten is above the threshold in its class."""
+    config = model_config(name).stages[-1]
+    num_rois, classes = config.rpn_proposals_test, config.num_classes
+    logits = torch.zeros(num_rois, classes + 1)
+    logits[::10, 0] = 9.0
+    corners = torch.arange(num_rois)[:, None] % 50 * 10.0
+    boxes = torch.cat((corners, corners, corners + 30, corners + 30), dim=1)
+    counter = TrafficCounter(1, 1)
+    with counter:
+        select_detections(
+            config,
+            logits,
+            torch.zeros(num_rois, classes, 4),
+            boxes[None],
+            torch.ones(1, num_rois, dtype=torch.bool),
+            torch.tensor([[800, 800]]),
+        )
+    return sum(row.calls for row in counter.found.values())
 
 
 @dataclass
@@ -157,8 +185,9 @@ def _count(arguments: argparse.Namespace, with_kernels: bool) -> dict[str, Traff
         )
         with counter:
             with torch.autocast(device.type, torch.bfloat16):
-                losses = model(images, targets)
-            torch.stack(list(losses.values())).sum().backward()
+                outputs = model.eval().fixed_outputs(images) if arguments.inference else model(images, targets)
+            if not arguments.inference:
+                torch.stack(list(outputs.values())).sum().backward()
     return dict(counter.found)
 
 

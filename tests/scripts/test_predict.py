@@ -312,3 +312,10 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_images(predict, photos,
         assert predict(option, photos / "a.jpg" / "out", photos) == 2
         said = capsys.readouterr()
         assert f"error: {option} " in said.err and "nothing can be written there" in said.err and not said.out
+
+
+def test_graphs_are_refused_on_a_cpu_before_an_image_is_looked_at(predict, photos, tmp_path, capsys):
+    words = ("--cuda-graphs", "--device", "cpu", "--output-dir", tmp_path / "out")
+    assert predict(*words, photos) == 2
+    assert "--cuda-graphs is for GPUs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

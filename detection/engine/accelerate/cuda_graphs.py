@@ -1,4 +1,4 @@
-"""CUDA graphs of the forward and backward pass: recorded once for each size of batch, then started as a whole.
+"""CUDA graphs of a training's passes and of detections: recorded once for each size of batch, then started as a whole.
 
 A step launches some two thousand kernels, which takes the host longer than a fast GPU takes for a few images. Replaying
 a recording is one launch. It does again exactly what was recorded, at the same addresses: so the batch is copied to
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from detection.config import ConfigError
 from detection.engine.distributed.sync_batch_norm import has_synchronized_batch_norm
-from detection.models import ImageBatch, MaskBatch, TargetBatch, describe_kernels, uses_triton
+from detection.models import FasterRCNN, ImageBatch, MaskBatch, TargetBatch, describe_kernels, uses_triton
 
 Losses = dict[str, Tensor]
-Step = Callable[[ImageBatch, TargetBatch], Losses]
+Step = Callable[..., Losses]
+"""Of an ImageBatch and a TargetBatch, or None for a detection without losses."""
 
 _FEWEST_BOX_ROWS = 32
 # Each size has a recording of its own: of MB only few.
@@ -47,7 +48,7 @@ class StepGraphs:
     """
 
     def __init__(self, backend: GraphBackend, warn: Callable[[str], None]) -> None:
-        self._backend = backend
+        self.backend = backend
         self._warn = warn
         self._seen: set[Hashable] = set()
         self._failed: set[Hashable] = set()
@@ -57,11 +58,13 @@ class StepGraphs:
     def num_captures(self) -> int:
         return len(self._graphs)
 
-    def run(self, step: Step, images: ImageBatch, targets: TargetBatch) -> Losses:
+    def run(self, step: Step, images: ImageBatch, targets: TargetBatch | None) -> Losses:
         """What `step` gives for a batch; its gradients are added to those of the parameters."""
-        rows = _round_up_to_power_of_two(targets.valid.shape[1])
-        num_bits = _mask_room(targets)
-        size = (tuple(images.pixels.shape), rows, num_bits)
+        rows = 0 if targets is None else _round_up_to_power_of_two(targets.valid.shape[1])
+        num_bits = 0 if targets is None else _mask_room(targets)
+        kind = images.pixels.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        size = (tuple(images.pixels.shape), images.pixels.dtype, precision, rows, num_bits)
         graph = self._graphs.get(size)
         if graph is not None:
             graph.load(images, targets)
@@ -72,9 +75,9 @@ class StepGraphs:
             return step(images, targets)
         graph = _Graph(images, targets, rows, num_bits)
         graph.load(images, targets)
-        losses = self._backend.warm_up(lambda: step(graph.images, graph.targets))
+        losses = self.backend.warm_up(lambda: step(graph.images, graph.targets))
         try:
-            graph.replay = self._backend.capture(lambda: step(graph.images, graph.targets))
+            graph.replay = self.backend.capture(lambda: step(graph.images, graph.targets))
         except RuntimeError as error:
             # What is raised at the end of a recording says no more than that something went wrong before.
             cause = error.__context__ or error
@@ -92,8 +95,13 @@ class _Graph:
 
     replay: Callable[[], Losses]
 
-    def __init__(self, images: ImageBatch, targets: TargetBatch, rows: int, num_bits: int) -> None:
+    # Tensors of inference mode could not be written to outside of it.
+    @torch.inference_mode(False)
+    def __init__(self, images: ImageBatch, targets: TargetBatch | None, rows: int, num_bits: int) -> None:
         self.images = ImageBatch(*(torch.empty_like(each) for each in images))
+        self.targets: TargetBatch | None = None
+        if targets is None:
+            return
         boxes, labels, valid, keys = targets[:4]
         number = len(keys)
         masks = None
@@ -110,9 +118,12 @@ class _Graph:
             masks,
         )
 
-    def load(self, images: ImageBatch, targets: TargetBatch) -> None:
+    @torch.no_grad()
+    def load(self, images: ImageBatch, targets: TargetBatch | None) -> None:
         for mine, given in zip(self.images, images, strict=True):
             mine.copy_(given)
+        if self.targets is None or targets is None:
+            return
         rows = targets.valid.shape[1]
         # Rows that this batch does not have hold no box; what else is in them nobody looks at.
         self.targets.valid[:, rows:].zero_()
@@ -190,6 +201,16 @@ def cuda_step_graphs(model: nn.Module, warn: Callable[[str], None]) -> StepGraph
             "them away, or use --norm gn or pretrained weights"
         )
     return StepGraphs(CudaGraphBackend(), warn)
+
+
+def record_detection(model: nn.Module, backend: GraphBackend, warn: Callable[[str], None]) -> None:
+    """From here on `model` detects, in evaluations and predictions, by replaying what has fixed shapes.
+
+    Args:
+        backend: that of a training, whose memory it shares; its passes and detections never run at the same time.
+    """
+    if isinstance(model, FasterRCNN):
+        model.recorder = StepGraphs(backend, warn).run
 
 
 def _mask_room(targets: TargetBatch) -> int:

@@ -40,6 +40,8 @@ class OperatorRecorder:
         for parameter, before in zip(self.untouched(), written, strict=True):
             parameter.copy_(before)
 
+        # The casts are among what was recorded.
+        @torch.autocast("cpu", enabled=False)
         @torch.no_grad()
         def replay() -> dict[str, Tensor]:
             self.replays += 1

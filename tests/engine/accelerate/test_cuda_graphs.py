@@ -11,7 +11,13 @@ from detection.config import ConfigError
 from detection.engine import build, train
 from detection.engine.accelerate import cuda_graphs
 from detection.engine.accelerate.choice import Acceleration
-from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, StepGraphs, cuda_step_graphs, require_cuda_graphs
+from detection.engine.accelerate.cuda_graphs import (
+    CudaGraphBackend,
+    StepGraphs,
+    cuda_step_graphs,
+    record_detection,
+    require_cuda_graphs,
+)
 from detection.engine.distributed.comm import Processes
 from detection.engine.optim.gradient_buckets import GradientBuckets
 from detection.engine.trainer import Trainer
@@ -50,8 +56,8 @@ def batch(seed: int, num_boxes: int, height: int = 64) -> tuple[ImageBatch, Targ
 def passes(model: nn.Module, graphs: StepGraphs | None, batches: list[tuple[ImageBatch, TargetBatch]]) -> list[Any]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = GradientBuckets(parameters, Processes(0, 0, 1, 1, parameters[0].device), stay=True)
-    if graphs is not None and isinstance(graphs._backend, OperatorRecorder):
-        graphs._backend.untouched = lambda: [p.grad for p in parameters]
+    if graphs is not None and isinstance(graphs.backend, OperatorRecorder):
+        graphs.backend.untouched = lambda: [p.grad for p in parameters]
 
     def step(images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
         losses = model(images, targets)
@@ -125,6 +131,32 @@ def test_passes_that_cannot_be_recorded_are_done_once_each_as_they_are_written(c
     assert graphs.num_captures == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "amp"), [({}, True), ({"has_masks": True, "mask_channels": 4}, False)], ids=["bfloat16", "masks"]
+)
+def test_replayed_detections_and_losses_are_those_of_the_network_as_it_is_written(
+    code_of_gpus, same_state, settings, amp
+):
+    if settings:
+        batches = [with_masks(seed, 1 + 5 * (seed % 3)) for seed in range(5)]
+    else:
+        batches = [batch(seed, 3, 64 if seed % 2 else 96) for seed in range(6)]
+    plain, recorded = tiny(**settings).eval(), tiny(**settings).eval()
+    backend = OperatorRecorder()
+    record_detection(recorded, backend, pytest.fail)
+    for number, (images, targets) in enumerate(batches):
+        if number == 4:  # as a training does between two validations
+            for model in (plain, recorded):
+                model.load_state_dict({name: 0.9 * value for name, value in model.state_dict().items()})
+        with torch.autocast("cpu", enabled=amp):
+            same_state(recorded.detect_with_losses(images, targets), plain.detect_with_losses(images, targets))
+        with torch.inference_mode():  # as Detector.predict
+            for pixels in (images.pixels, images.pixels + 0.5):
+                given = ImageBatch(pixels, images.sizes)
+                same_state(recorded.detect(given), plain.detect(given))
+    assert backend.replays == 3 * (len(batches) - (2 if settings else 4))
+
+
 def on_gpu(*batches: tuple[ImageBatch, TargetBatch]) -> list[tuple[ImageBatch, TargetBatch]]:
     return [
         (ImageBatch(*(each.cuda() for each in images)), targets.to(torch.device("cuda"))) for images, targets in batches
@@ -192,8 +224,10 @@ def test_a_training_with_graphs_ends_with_the_bits_of_one_without(
     on_cpu, monkeypatch, start, tmp_path, records_of, load, same_state, more
 ):
     words = ["--cuda-graphs", "--norm", "gn", "--limit-train-batches", "4", "--max-epochs", "3", *more]
+    words += ["--limit-val-batches", "9"]
     assert start(tmp_path / "with", *words) == 0
-    assert on_cpu[0].num_captures >= 1 and on_cpu[0]._backend.replays >= 10
+    # Of 12 passes and 9 batches of validations, the first two of each are no replays.
+    assert on_cpu[0].num_captures >= 1 and on_cpu[0].backend.replays >= 10 + 7
     # The same loop and the same padding, with passes as they are written.
     monkeypatch.setattr(StepGraphs, "run", lambda self, step, images, targets: step(images, targets))
     assert start(tmp_path / "without", *words) == 0

@@ -307,18 +307,31 @@ def test_what_cannot_be_measured_is_said_in_one_line(script, capsys, argv, words
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_traffic_counts_a_steps_bytes_with_and_without_kernels(tmp_path):
-    # A process of its own: the device that is pretended stays with the process.
-    options = ["--model", "faster_rcnn_r18_fpn", "--batch-size", "2", "--height", "256", "--width", "320"]
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "traffic", *options, "--json", str(tmp_path / "f.json")]
+def traffic(file, *more):
+    """The record and the text of a process of its own: the device that is pretended stays with the process."""
+    options = ["--model", "faster_rcnn_r18_fpn", "--height", "256", "--width", "320", *more]
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "traffic", *options, "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "needs a newer PyTorch" in done.stderr:
         pytest.skip("this PyTorch lets nobody pretend a device")
     assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads((tmp_path / "f.json").read_text())
+    return json.loads(file.read_text()), done.stdout
+
+
+@pytest.mark.slow
+def test_a_detection_is_one_launch_and_the_selection_which_asks_for_nothing_before(tmp_path):
+    """An operator of the recorded part that the host would have to wait for fails on the pretended GPU."""
+    record, text = traffic(tmp_path / "f.json", "--batch-size", "1", "--inference")
+    counts = record["traffic"]["kernels"]
+    assert sum(row["calls"] for row in counts.values()) > 200 and "backward" not in counts
+    assert int(text.split("as written, ")[1].split()[0]) < 100
+
+
+@pytest.mark.slow
+def test_traffic_counts_a_steps_bytes_with_and_without_kernels(tmp_path):
+    record, text = traffic(tmp_path / "f.json", "--batch-size", "2")
     operators, kernels = record["traffic"]["operators"], record["traffic"]["kernels"]
-    assert "whole step" in done.stdout and operators.keys() == kernels.keys()
+    assert "whole step" in text and operators.keys() == kernels.keys()
     for stage, row in operators.items():
         assert row["calls"] > 0 and row["gigabytes"] > 0 and row["milliseconds"] > 0
         # Suppression in rounds is a product of matrices; a kernel's is none.
