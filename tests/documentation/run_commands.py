@@ -9,6 +9,7 @@ the runs differ from the pages.
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,8 +59,7 @@ def plan(pages: Sequence[Path]) -> dict[Path, list[Step]]:
             except NoWay as error:
                 lost.append(str(error))
                 continue
-            # Options may stand in any order.
-            effect = " ".join(sorted(text.replace("python3 ", "python ").split()))
+            effect = _effect(text)
             here = f"{page} {effect}"
             steps[page].append(Step(command, text, seen.get(effect if _stands_alone(command, commands) else here)))
             if text:
@@ -67,6 +67,14 @@ def plan(pages: Sequence[Path]) -> dict[Path, list[Step]]:
     if lost:
         raise NoWay("\n".join(lost))
     return steps
+
+
+def _effect(text: str) -> str:
+    """The same text for commands that do the same: options may stand in any order, and the last of two counts."""
+    start, *options = re.split(r" (?=--\w)", text.replace("python3 ", "python "))
+    repeatable = ("--set", "--model-set")
+    last = {option if option.startswith(repeatable) else option.split(" ")[0]: option for option in options}
+    return " ".join([start, *sorted(last.values())])
 
 
 def _stands_alone(command: Command, commands: Sequence[Command]) -> bool:

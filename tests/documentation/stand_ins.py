@@ -23,6 +23,12 @@ DONE_BY = {
     # The suite itself, and a part of it.
     "bash scripts/test.sh": (".ci/run", "bash scripts/test.sh"),
     'OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow"': (".ci/run", "bash scripts/test.sh"),
+    # Tests of the suite, which makes fewer examples and combinations.
+    "FUZZ_EXAMPLES=1000 python -m pytest --timeout=0 -k fuzz": ("tests/fuzzing.py", '"FUZZ_EXAMPLES"'),
+    "OPTION_PAIRS=1/1 python -m pytest -q tests/engine/options": (
+        "tests/engine/options/test_option_pairs.py",
+        '"OPTION_PAIRS"',
+    ),
     # It writes the page.
     "python3 -m detection.config.options_page": ("tests/config/test_run_config.py", "options_page()"),
     "python3 -m detection.config.mmdet_page FOLDER": ("tests/config/test_mmdet_run.py", "page(wheel_configs())"),
@@ -62,8 +68,7 @@ SUBSTITUTIONS = (
     (r" --work-dir /tmp/\w+", "", "no folder outside the scratch tree"),
     (r"\bnode0:29500\b", "127.0.0.1:{port}", "both machines are this one"),
     (r"(?<=[ =])/(shared|datasets)/", r"\1/", "no folder outside the scratch tree"),
-    (r"\bFUZZ_EXAMPLES=\d+", "FUZZ_EXAMPLES=5", "seconds in place of hours"),
-    (r"\bOPTION_PAIRS=1/1\b", "OPTION_PAIRS=1/22", "one combination in place of ten minutes"),
+    (r" --amp bf16\b", "", "most processors emulate bfloat16, and take ten times as long"),
     (r"--val-images DIR --val-annotations FILE", "--val-images DIR_VAL --val-annotations FILE_VAL", "two splits"),
     (r"\bIMAGE\.\.\.", "photo.jpg", "an image"),
     (r"two_node_test.sh$", "two_node_test.sh --localhost", "network namespaces need root and ip"),
@@ -95,8 +100,7 @@ def _train(words: list[str]) -> str:
 def _benchmark_train(words: list[str]) -> str:
     # What is counted beside the times, with operators traced, takes longer than all the rest.
     added = "--model faster_rcnn_r18_fpn --height 64 --width 96 --batch-size 1 --repeats 1 --threads 1 --no-probes"
-    # Most processors emulate bfloat16, and take ten times as long.
-    added += " --amp off"
+    added += " --amp off"  # the same
     if {"--ablation", "--compile"} <= set(words) and "--variants" not in words:
         # Every one of them is taken out by the command without --compile.
         added += " --variants ours-fp32-cl ours-fp32-cl-without-fused-optimizer"
