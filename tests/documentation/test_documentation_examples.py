@@ -104,3 +104,22 @@ def test_stable_names_are_at_the_top():
         assert getattr(detection, name).__name__ == name
     with pytest.raises(AttributeError, match="load_detectr"):
         detection.load_detectr  # noqa: B018
+
+
+@pytest.mark.slow
+def test_the_notebook_goes_from_images_to_detections(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for written, here in {
+        "num_train=200, num_val=40": "num_train=8, num_val=4",
+        "max_epochs=30": "max_epochs=1",
+    }.items():
+        assert code.count(written) == 1
+        code = code.replace(written, here)
+    names = {"__name__": "__main__"}
+    exec(compile(code, "tour.ipynb", "exec"), names)
+    assert "4 images, " in capsys.readouterr().out
+    assert names["pair"].getcolors(2) is None and len(names["left"].lines) == len(names["right"].lines) == 2
+    assert all(not cell.get("outputs") for cell in cells)
