@@ -42,6 +42,10 @@ DONE_BY = {
         "tests/scripts/test_pack_images.py",
         '"pack"',
     ),
+    "python3 scripts/pack_images.py locate packed/train2017 s3://bucket/train2017": (
+        "tests/scripts/test_pack_images.py",
+        '"locate"',
+    ),
     "python3 scripts/pack_images.py check packed/train2017": ("tests/scripts/test_pack_images.py", '"check"'),
     # 20 GB. The test has a server of small archives.
     "python3 scripts/download_coco.py --data-path datasets/coco": (
