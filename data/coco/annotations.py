@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.coco.cache import Packed, load_or_build, read_packed
-from data.coco.columns import MAX_IMAGE_PIXELS, AnnotationError, Records, parse_coco, unreadable
+from data.coco.columns import AnnotationError, Section, kind_of, parse_coco, unreadable
 from data.coco.federated import Federated
 from data.coco.findings import MAX_PLACES, Finding, examples
 from data.coco.segmentations import Segmentations, pack
@@ -318,95 +318,96 @@ def _read_columns(path: Path, masks: bool) -> tuple[CocoAnnotations | None, list
     if content is _FAULTY:
         return None, errors
     checked(_require_sections, path, content)
-    categories = checked(Records, path, "categories", content.get("categories") or []) or _FAULTY
-    named = checked(_read_categories, categories)
-    category_ids = checked(Records.unique_integers, categories, "id")
-    images = checked(Records, path, "images", content.get("images") or []) or _FAULTY
-    image_ids = checked(Records.unique_integers, images, "id")
-    widths, heights = (checked(Records.sides, images, side) for side in ("width", "height"))
-    checked(_require_decodable, images, widths, heights)
-    encoded_names = checked(Records.file_names, images, "file_name")
-    federated = checked(Federated.read, images, categories)
+    # Of an empty list _require_sections has said all.
+    categories = checked(_section, path, content, "categories", masks) or _FAULTY
+    category_ids = checked(Section.unique_ids, categories)
+    named = checked(_read_categories, categories, category_ids, checked(Section.take, categories, "name"))
+    images = checked(_section, path, content, "images", masks) or _FAULTY
+    image_ids = checked(Section.unique_ids, images)
+    widths, heights, _, names = (
+        checked(Section.take, images, key) for key in ("width", "height", "decodable", "file_name")
+    )
+    federated = checked(Federated.read, images, image_ids, categories, category_ids)
 
-    annotations = checked(Records, path, "annotations", content.get("annotations", []))
-    annotation_ids = checked(Records.unique_integers, annotations, "id")
-    image_indices = checked(Records.references, annotations, "image_id", image_ids, "images")
-    labels = checked(Records.references, annotations, "category_id", checked(np.sort, category_ids), "categories")
-    boxes_xywh = checked(Records.boxes, annotations, "bbox")
-    areas = checked(Records.areas, annotations, "area")
-    crowd, ignore = (checked(Records.flags, annotations, key) for key in ("iscrowd", "ignore"))
+    annotations = checked(_section, path, content, "annotations", masks)
+    annotation_ids = checked(Section.unique_ids, annotations)
+    image_indices = checked(Section.references, annotations, "image_id", image_ids, "images")
+    labels = checked(Section.references, annotations, "category_id", checked(np.sort, category_ids), "categories")
+    columns = ("bbox", "area", "iscrowd", "ignore")
+    boxes_xywh, areas, crowd, ignore = (checked(Section.take, annotations, key) for key in columns)
     if errors:
         return None, errors
 
-    no_area = annotations.absent("area")
+    remarks = {key: annotations.take(key) for key in ("no-area", "no-iscrowd", "crowd-without-rle")}
+    no_area = remarks["no-area"]
     areas[no_area] = boxes_xywh[no_area, 2] * boxes_xywh[no_area, 3]
-    remarks = {
-        "no-area": no_area,
-        "no-iscrowd": annotations.absent("iscrowd"),
-        "crowd-without-rle": crowd & ~annotations.contains("segmentation", dict),
-    }
     segmentations = None
     if masks:
         sides = widths[image_indices], heights[image_indices]
-        segmentations, faults = pack(annotations.values("segmentation"), *sides)
+        segmentations, faults = pack(annotations.take("segmentation"), *sides)
         remarks |= faults
     findings = [
-        Finding.of(code, [f"annotation id {i}" for i in annotation_ids[which].tolist()], source=path)
+        Finding.of(code, [f"annotation id {i}" for i in places], count=int(which.sum()), source=path)
         for code, which in remarks.items()
-        if which.any()
+        if (places := annotation_ids[which][:MAX_PLACES].tolist())
     ]
     if (annotation_ids == 0).any():
         findings.append(Finding.of("annotation-id-0", source=path))
-    order = np.argsort(image_indices, kind="stable")
+    offsets = _offsets(np.bincount(image_indices, minlength=len(image_ids)))
+    of_annotations = dict(zip(_OF_ANNOTATIONS, (boxes_xywh, areas, labels, crowd, ignore, annotation_ids), strict=True))
+    if (np.diff(image_indices) < 0).any():
+        order = np.argsort(image_indices, kind="stable")
+        segmentations = segmentations and segmentations.take(order)
+        for name in _OF_ANNOTATIONS:
+            of_annotations[name] = of_annotations[name][order]
     read = CocoAnnotations(
         source=str(path),
         image_ids=image_ids,
         widths=widths,
         heights=heights,
-        file_name_bytes=np.frombuffer(b"".join(encoded_names), dtype=np.uint8),
-        file_name_offsets=_offsets(np.array([len(name) for name in encoded_names], dtype=np.int64)),
-        offsets=_offsets(np.bincount(image_indices, minlength=len(image_ids))),
-        boxes_xywh=boxes_xywh[order],
-        areas=areas[order],
-        labels=labels[order],
-        crowd=crowd[order],
-        ignore=ignore[order],
-        annotation_ids=annotation_ids[order],
+        file_name_bytes=names[0],
+        file_name_offsets=_offsets(names[1]),
+        offsets=offsets,
+        **of_annotations,
         category_ids=named[0],
         class_names=named[1],
-        segmentations=segmentations and segmentations.take(order),
+        segmentations=segmentations,
         federated=federated,
         findings=tuple(findings),
     )
     return read, errors
 
 
-def _require_decodable(images: Records, widths: np.ndarray, heights: np.ndarray) -> None:
-    # Memory is set aside by these sizes before an image is opened.
-    remedy = 'Correct "width" and "height", or store a smaller copy of the image.'
-    problem = f"and with the height more than the {MAX_IMAGE_PIXELS:,} pixels that an image may have"
-    images.fail_where(widths * heights > MAX_IMAGE_PIXELS, "width", problem, remedy)
+def _section(path: Path, content: dict[str, Any], name: str, masks: bool) -> Section:
+    """The list of that name; one without records where the file has none."""
+    found = content.get(name, [])
+    if not isinstance(found, Section):
+        if found and name != "annotations" or name == "annotations" and name in content:
+            raise AnnotationError(
+                f'{path}: "{name}" is {kind_of(found)}, expected a list of objects. Write the file in the COCO format.'
+            )
+        found = Section(path, name, masks)
+    return found.whole()
 
 
 def _require_sections(path: Path, content: dict[str, Any]) -> None:
     for section in ("images", "categories"):
-        if content.get(section) == []:
+        found = content.get(section)
+        if isinstance(found, Section) and not len(found):
             raise AnnotationError(f'{path}: has no "{section}": the list is empty. Give a file with {section} in it.')
-        if not content.get(section):
+        if not found:
             raise AnnotationError(
                 f'{path}: has no "{section}". Expected COCO\'s format, an object of "images", "annotations" and '
                 '"categories": is this the right file?'
             )
 
 
-def _read_categories(records: Records) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _read_categories(section: Section, ids: np.ndarray, names: list[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Ids and names of the categories, by ascending id."""
-    ids = records.unique_integers("id").tolist()
-    names = records.texts("name")
     id_of: dict[str, int] = {}
-    for index, (category_id, name) in enumerate(zip(ids, names, strict=True)):
+    for index, (category_id, name) in enumerate(zip(ids.tolist(), names, strict=True)):
         if name in id_of:
-            records.fail(
+            section.fail(
                 index,
                 f"the name {name!r} is taken by category id {id_of[name]} already",
                 "Give every category a name of its own, or join the two.",

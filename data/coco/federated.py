@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from data.coco.columns import Records
+    from data.coco.columns import Section
 
 FREQUENCIES = ("r", "c", "f")
 """LVIS's names of rare, common and frequent classes: fewer than 10 training images, fewer than 100, and the others."""
@@ -32,34 +32,24 @@ class Federated:
     frequencies: np.ndarray
 
     @staticmethod
-    def read(images: Records, categories: Records) -> Federated | None:
-        """That of a file whose ids were checked; None where no image has "neg_category_ids".
+    def read(images: Section, image_ids: np.ndarray, categories: Section, category_ids: np.ndarray) -> Federated | None:
+        """That of a file; None where no image has "neg_category_ids".
 
         Raises AnnotationError for an image without one of the two lists, and for what is no list of integers.
         """
-        if not images.contains(NEGATIVE, list).any():
+        if not images.has(NEGATIVE, list):
             return None
-        image_ids = images.integers("id")
         known = {letter: place for place, letter in enumerate(FREQUENCIES)}
-        letters = categories.values("frequency")
         rows = [
             (number, known[letter])
-            for number, letter in zip(categories.integers("id").tolist(), letters, strict=True)
+            for number, letter in zip(category_ids.tolist(), categories.take("frequency"), strict=True)
             if isinstance(letter, str) and letter in known
         ]
-        negative, not_exhaustive = (_pairs(images, key, image_ids) for key in (NEGATIVE, NOT_EXHAUSTIVE))
+        negative, not_exhaustive = (
+            np.stack([np.repeat(image_ids, lengths), ids], axis=1)
+            for ids, lengths in (images.take(key) for key in (NEGATIVE, NOT_EXHAUSTIVE))
+        )
         return Federated(negative, not_exhaustive, np.array(rows, dtype=np.int64).reshape(-1, 2))
 
     def arrays(self) -> dict[str, np.ndarray]:
         return dict(vars(self))
-
-
-def _pairs(images: Records, key: str, image_ids: np.ndarray) -> np.ndarray:
-    remedy = f'LVIS gives every image a list of category ids under "{key}", which may be empty.'
-    lists = images.column(key, {list}, "a list of category ids", remedy)
-    for index, values in enumerate(lists):
-        if not all(type(value) is int and abs(value) < 2**63 for value in values):
-            images.fail(index, f'"{key}" holds what is no category id', remedy)
-    counts = [len(values) for values in lists]
-    flat = np.array([value for values in lists for value in values], dtype=np.int64)
-    return np.stack([np.repeat(image_ids, counts), flat], axis=1)
