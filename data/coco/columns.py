@@ -66,7 +66,8 @@ class RecordFault(Exception):
         """What the user is told. found: the types of all values in the list, by key."""
         types = found[self._mixed] - {_Absent} if self._mixed is not None else set()
         more = f" (the file mixes {_names(types)})" if len(types) > 1 else ""
-        more += f" ({self._num_alike - 1:,} more like it)" if (self._num_alike or 1) > 1 else ""
+        others = (self._num_alike or 1) - 1
+        more += f" ({others:,} more like it)" if others else ""
         return AnnotationError(f"{path}: {self._place}: {self._problem}{more}. {self._remedy}")
 
 

@@ -57,7 +57,7 @@ class JsonStream:
                 if self._is_last or not is_cut:
                     raise self._error(error.msg.removesuffix(" starting at"), error.pos) from None
             else:
-                if end < len(self._text) or self._is_last:  # a number may go on
+                if end + _CUT_SHOWS_WITHIN <= len(self._text) or self._is_last:  # a number may go on
                     self._at = end
                     return value
             self._read_on()

@@ -119,6 +119,34 @@ def write_annotations(
     return content
 
 
+def write_boxes(file: Path, sizes: Sequence[tuple[int, int]], boxes_per_image: float, num_classes: int = 365) -> int:
+    """COCO annotations without polygons for images of the given (width, height), written as they are drawn: of any
+    number of images. The number of boxes, of which every image has one or more; their order is none."""
+    rng = np.random.default_rng(0)
+    image_ids = np.repeat(np.arange(1, len(sizes) + 1), 1 + rng.poisson(boxes_per_image - 1, len(sizes)))
+    rng.shuffle(image_ids)
+    with file.open("w") as out:
+        out.write('{"images": [')
+        for number, (width, height) in enumerate(sizes, start=1):
+            name = f"v1/patch{number % 51}/objects365_v1_{number:08}.jpg"
+            image = {"id": number, "file_name": name, "width": width, "height": height}
+            out.write((", " if number > 1 else "") + json.dumps(image))
+        out.write('], "annotations": [')
+        for start in range(0, len(image_ids), 100_000):
+            part = image_ids[start : start + 100_000].tolist()
+            boxes = (rng.random((len(part), 4)) * 180 + 1).round(2).tolist()
+            labels = rng.integers(1, num_classes + 1, len(part)).tolist()
+            records = [
+                f'{{"id": {start + n}, "image_id": {image}, "category_id": {label}, "bbox": {box}, '
+                f'"area": {box[2] * box[3]:.2f}, "iscrowd": 0}}'
+                for n, (image, label, box) in enumerate(zip(part, labels, boxes, strict=True), start=1)
+            ]
+            out.write((", " if start else "") + ", ".join(records))
+        categories = [{"id": number, "name": f"class {number}"} for number in range(1, num_classes + 1)]
+        out.write(f'], "categories": {json.dumps(categories)}}}')
+    return len(image_ids)
+
+
 def _ellipse(x: float, y: float, width: float, height: float) -> list[float]:
     """A polygon of 24 vertices inside a box, COCO's mean number."""
     angles = np.arange(24) * (2 * np.pi / 24)

@@ -167,7 +167,7 @@ def test_eval_compares_all_twelve_figures_with_pycocotools(measured, in_this_pro
 @pytest.mark.slow
 def test_startup_measures_the_way_to_the_first_iteration_and_reading_annotations(measured, in_this_process):
     in_this_process("startup")
-    record = measured("startup", "--repeats", 1, "--annotation-images", 40)
+    record = measured("startup", "--repeats", 1, "--annotation-images", 40, "--boxes-per-image", 2)
     assert len(record["startup"]) == 4
     readers = {row["name"] for row in record["annotations"]["readers"]}
     assert readers == {"json.loads", "pycocotools.COCO", "ours, first start", "ours, later starts"}
