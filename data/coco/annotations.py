@@ -16,7 +16,7 @@ import numpy as np
 
 from data.coco.cache import Packed, load_or_build, read_packed
 from data.coco.columns import AnnotationError, Section, kind_of, parse_coco, unreadable
-from data.coco.federated import Federated
+from data.coco.federated import NEGATIVE, NOT_EXHAUSTIVE, Federated
 from data.coco.findings import MAX_PLACES, Finding, examples
 from data.coco.segmentations import Segmentations, pack
 
@@ -327,7 +327,7 @@ def _read_columns(path: Path, masks: bool) -> tuple[CocoAnnotations | None, list
     widths, heights, _, names = (
         checked(Section.take, images, key) for key in ("width", "height", "decodable", "file_name")
     )
-    federated = checked(Federated.read, images, image_ids, categories, category_ids)
+    federated = checked(_federated, images, image_ids, categories, category_ids)
 
     annotations = checked(_section, path, content, "annotations", masks)
     annotation_ids = checked(Section.unique_ids, annotations)
@@ -388,6 +388,16 @@ def _section(path: Path, content: dict[str, Any], name: str, masks: bool) -> Sec
             )
         found = Section(path, name, masks)
     return found.whole()
+
+
+def _federated(
+    images: Section, image_ids: np.ndarray, categories: Section, category_ids: np.ndarray
+) -> Federated | None:
+    """None where no image has "neg_category_ids"; where one has, all need both lists."""
+    if not images.has(NEGATIVE, list):
+        return None
+    frequencies = zip(category_ids.tolist(), categories.take("frequency"), strict=True)
+    return Federated.of(image_ids, images.take(NEGATIVE), images.take(NOT_EXHAUSTIVE), frequencies)
 
 
 def _require_sections(path: Path, content: dict[str, Any]) -> None:

@@ -169,7 +169,11 @@ class Records:
 
         LVIS has no names. There it is the last two parts of an image's address, as "train2017/000000391895.jpg".
         """
-        if self._records and set(self.all_of(key)) == {ABSENT} and ABSENT not in self.all_of("coco_url"):
+        if (
+            self._records
+            and all(value is ABSENT for value in self.all_of(key))
+            and ABSENT not in self.all_of("coco_url")
+        ):
             names = ["/".join(address.split("/")[-2:]) for address in self.texts("coco_url")]
         else:
             names = self.texts(key)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from data.coco.columns import Section
 
 FREQUENCIES = ("r", "c", "f")
 """LVIS's names of rare, common and frequent classes: fewer than 10 training images, fewer than 100, and the others."""
@@ -32,24 +29,18 @@ class Federated:
     frequencies: np.ndarray
 
     @staticmethod
-    def read(images: Section, image_ids: np.ndarray, categories: Section, category_ids: np.ndarray) -> Federated | None:
-        """That of a file; None where no image has "neg_category_ids".
-
-        Raises AnnotationError for an image without one of the two lists, and for what is no list of integers.
-        """
-        if not images.has(NEGATIVE, list):
-            return None
+    def of(
+        image_ids: np.ndarray,
+        negative: tuple[np.ndarray, np.ndarray],
+        not_exhaustive: tuple[np.ndarray, np.ndarray],
+        frequencies: Iterable[tuple[int, object]],
+    ) -> Federated:
+        """That of images with these lists of category ids (all of them one after another, and the length of each
+        image's) and of categories with these ids and letters; one that is no letter of FREQUENCIES does not count."""
         known = {letter: place for place, letter in enumerate(FREQUENCIES)}
-        rows = [
-            (number, known[letter])
-            for number, letter in zip(category_ids.tolist(), categories.take("frequency"), strict=True)
-            if isinstance(letter, str) and letter in known
-        ]
-        negative, not_exhaustive = (
-            np.stack([np.repeat(image_ids, lengths), ids], axis=1)
-            for ids, lengths in (images.take(key) for key in (NEGATIVE, NOT_EXHAUSTIVE))
-        )
-        return Federated(negative, not_exhaustive, np.array(rows, dtype=np.int64).reshape(-1, 2))
+        rows = [(number, known[one]) for number, one in frequencies if isinstance(one, str) and one in known]
+        pairs = [np.stack([np.repeat(image_ids, num), ids], axis=1) for ids, num in (negative, not_exhaustive)]
+        return Federated(*pairs, np.array(rows, dtype=np.int64).reshape(-1, 2))
 
     def arrays(self) -> dict[str, np.ndarray]:
         return dict(vars(self))
