@@ -8,13 +8,13 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.coco.cache import Packed, load_or_build, read_packed
+from data.coco.cache import Packed, keep_built, load_or_build, read_packed
 from data.coco.columns import AnnotationError, Section, kind_of, parse_coco, unreadable
 from data.coco.federated import NEGATIVE, NOT_EXHAUSTIVE, Federated
 from data.coco.findings import MAX_PLACES, Finding, examples
@@ -22,11 +22,23 @@ from data.coco.segmentations import Segmentations, pack
 
 MIN_TRAINED_SIDE = 32  # pixels; the min_size of MMDetection's COCO configurations
 _FAULTY: Any = object()
+Words = tuple[str, str, str]
+"""By which a process of this machine finds annotations that another one has: file, key, and the cache's folder."""
+_TRAINED = "trained"
+"""Marks the cache file of a training view."""
 _WITH_MASKS = ".masks"
 """Marks the cache file of annotations with outlines. Runs without masks have another, without them."""
 _OUTLINES, _FEDERATED = "segmentations.", "federated."
 _OF_IMAGES = ("image_ids", "widths", "heights")
 _OF_ANNOTATIONS = ("boxes_xywh", "areas", "labels", "crowd", "ignore", "annotation_ids")
+
+
+class Stored(NamedTuple):
+    """A file of the cache: its folder, its key, and the digest of the annotations in it."""
+
+    folder: Path
+    key: str
+    digest: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +86,8 @@ class CocoAnnotations:
     """Of LVIS's files: which classes each image was searched for"""
     findings: tuple[Finding, ...] = ()
     """What was read or left out but is worth a remark."""
+    stored: Stored | None = field(default=None, init=False)
+    """Where a cache has these arrays. dataclasses.replace leaves it out: what it changes is not what is there."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -138,8 +152,31 @@ class CocoAnnotations:
     def training_view(self) -> "CocoAnnotations":
         """The images and annotations that are trained on: without those of not_trained and images_not_trained.
 
-        Crowd regions stay, marked.
+        Crowd regions stay, marked. Of stored annotations it is stored as well, for all processes to map.
         """
+        return self._kept(_TRAINED, self._training_view)
+
+    def kept_arrays(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What make() computes of these annotations; of stored ones out of the cache, for all processes to map.
+
+        name: of what is computed, which with the annotations determines it.
+        """
+        if self.stored is None:
+            return make()
+        key = f"{self.stored.key}.{name}"
+        kept = keep_built(self.stored.folder, key, Path(self.source), lambda: Packed(make(), {}))
+        with kept.file:
+            return kept.packed.arrays
+
+    def _kept(self, name: str, make: Callable[[], "CocoAnnotations"]) -> "CocoAnnotations":
+        if self.stored is None:
+            return make()
+        folder, key = self.stored.folder, f"{self.stored.key}.{name}"
+        kept = keep_built(folder, key, Path(self.source), lambda: _pack(make()))
+        with kept.file:
+            return _unpack(self.source, kept.packed, Stored(folder, key, kept.packed.facts["digest"]))
+
+    def _training_view(self) -> "CocoAnnotations":
         keep_image, keep = (
             ~np.logical_or.reduce(list(reasons.values())) for reasons in (self.images_not_trained(), self.not_trained())
         )
@@ -171,6 +208,10 @@ class CocoAnnotations:
         kept = [label for label, name in enumerate(self.class_names) if name in set(wanted)]
         if len(kept) == len(self.class_names):
             return self
+        name = hashlib.sha256(repr([self.class_names[label] for label in kept]).encode()).hexdigest()[:16]
+        return self._kept(name, lambda: self._of_labels(kept))
+
+    def _of_labels(self, kept: list[int]) -> "CocoAnnotations":
         new_label = np.full(len(self.class_names), -1, dtype=np.int64)
         new_label[kept] = np.arange(len(kept))
         keep = new_label[self.labels] >= 0
@@ -190,6 +231,8 @@ class CocoAnnotations:
 
         Raises AnnotationError where the categories are not just these.
         """
+        if tuple(wanted) == self.class_names:
+            return self
         label_of = {name: label for label, name in enumerate(self.class_names)}
         missing = [name for name in wanted if name not in label_of]
         other = [name for name in label_of if name not in set(wanted)]
@@ -211,6 +254,8 @@ class CocoAnnotations:
     def digest(self) -> str:
         """SHA-256 of all that training depends on (not of the path): equal digests mean equal data, but for
         pixels."""
+        if self.stored is not None:
+            return self.stored.digest
         sha = hashlib.sha256()
         for name, value in _arrays(self).items():
             sha.update(name.encode() + str(value.shape).encode())
@@ -253,7 +298,7 @@ def read_coco(
 @contextmanager
 def share_coco(
     file: str | Path, cache_dir: str | Path, *, masks: bool = False
-) -> Iterator[tuple[CocoAnnotations, tuple[str, str]]]:
+) -> Iterator[tuple[CocoAnnotations, Words]]:
     """What read_coco gives, and words for other processes of this machine.
 
     Inside the context, shared_coco maps the same memory with these words. So one process reads or parses for all.
@@ -265,23 +310,27 @@ def share_coco(
     except OSError as error:
         raise unreadable(path, error) from error
     with packed.file:
-        annotations = _unpack(str(path), packed.packed)
+        stored = Stored(Path(cache_dir), packed.key, packed.packed.facts["digest"])
+        annotations = _unpack(str(path), packed.packed, stored if packed.problem is None else None)
         if packed.problem is not None:
             finding = Finding.of("no-cache", folder=cache_dir, source=path, problem=packed.problem)
             annotations = replace(annotations, findings=(*annotations.findings, finding))
-        yield annotations, (str(packed.path), packed.key)
+        yield annotations, (str(packed.path), packed.key, "" if annotations.stored is None else str(cache_dir))
 
 
-def shared_coco(file: str | Path, words: tuple[str, str]) -> CocoAnnotations | None:
+def shared_coco(file: str | Path, words: Words) -> CocoAnnotations | None:
     """The annotations of `file` that another process shares; None where it cannot be reached (another container)."""
-    path, key = words
+    path, key, folder = words
     try:
         # Another container's process of that number may have a pipe there, which this shall not wait for.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as shared:
-            packed = read_packed(shared, key)
+            # The process that shares it has checked it.
+            packed = read_packed(shared, key, is_sound=True)
     except OSError:
         return None
-    return None if packed is None else _unpack(str(file), packed)
+    if packed is None:
+        return None
+    return _unpack(str(file), packed, Stored(Path(folder), key, packed.facts["digest"]) if folder else None)
 
 
 def find_fatal(file: str | Path) -> list[Finding]:
@@ -430,15 +479,17 @@ def _read_categories(section: Section, ids: np.ndarray, names: list[str]) -> tup
 def _pack(annotations: CocoAnnotations) -> Packed:
     # The texts name the file, which may have another path where the same content is read next.
     arrays = _arrays(annotations)
-    apart = {*arrays, "segmentations", "federated"}
+    apart = {*arrays, "segmentations", "federated", "stored"}
     facts = {name: value for name, value in vars(annotations).items() if name not in apart}
     if annotations.federated is not None:
         arrays |= {_FEDERATED + name: value for name, value in annotations.federated.arrays().items()}
-    return Packed(arrays, facts | {"findings": [(f.code, f.places, f.count) for f in annotations.findings]})
+    findings = [(f.code, f.places, f.count) for f in annotations.findings]
+    return Packed(arrays, facts | {"findings": findings, "digest": annotations.digest()})
 
 
-def _unpack(source: str, packed: Packed) -> CocoAnnotations:
-    facts: dict[str, Any] = {name: tuple(values) for name, values in packed.facts.items() if name != "source"}
+def _unpack(source: str, packed: Packed, stored: Stored | None) -> CocoAnnotations:
+    apart = {"source", "digest"}
+    facts: dict[str, Any] = {name: tuple(values) for name, values in packed.facts.items() if name not in apart}
     facts["findings"] = tuple(
         Finding.of(code, places, count=count, source=source) for code, places, count in facts["findings"]
     )
@@ -447,12 +498,14 @@ def _unpack(source: str, packed: Packed) -> CocoAnnotations:
         {name.removeprefix(prefix): arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
         for prefix in (_OUTLINES, _FEDERATED)
     )
-    return CocoAnnotations(
+    annotations = CocoAnnotations(
         source=source,
         segmentations=Segmentations(**outlines) if outlines else None,
         federated=Federated(**federated) if federated else None,
         **(facts | arrays),
     )
+    object.__setattr__(annotations, "stored", stored)  # a field that dataclasses.replace does not take along
+    return annotations
 
 
 def _arrays(annotations: CocoAnnotations) -> dict[str, np.ndarray]:

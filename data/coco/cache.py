@@ -1,8 +1,12 @@
 """Numpy arrays in one file that processes map instead of read: the cache behind read_coco.
 
-Layout: a line of magic and the arrays, each on a multiple of 64 bytes; a header (JSON: facts, and name, type, shape and
-place of each array) and its length. The last 32 bytes are the SHA-256 of all before, so that a file that was cut off,
-damaged or made by something else is recognized.
+Layout: a line of magic and the arrays, each on a multiple of 64 bytes; a header (JSON: key, facts, the SHA-256 of all
+before it, and name, type, shape and place of each array), its length, and the SHA-256 of the header and its length.
+So a file that was cut off, damaged or made by something else is recognized.
+
+The header is checked whenever a file is opened. The arrays are read through for their checksum once: that they were
+sound is kept, and counts until size, inode or times of the file change, for CHECKED_FOR_SECONDS at most. In the same
+way the SHA-256 of the annotation file is kept. See data/coco/known_files.py.
 """
 
 import fcntl
@@ -21,14 +25,18 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from data.coco.known_files import KnownFiles
 from data.errors import DataError
 
-MAGIC = b"packed annotations 5\n"  # another number whenever what is stored changes its meaning
+MAGIC = b"packed annotations 6\n"  # another number whenever what is stored changes its meaning
 ALIGNMENT = 64
 PATIENCE_SECONDS = 600.0
 """How long a program waits for another one that packs the same file, before it does so itself."""
+CHECKED_FOR_SECONDS = 7 * 86_400.0
+"""After a week a checksum is computed anew: a disk may lose bits without a change of the file's times."""
 _POLL_SECONDS = 0.1
 _CHUNK_BYTES = 1 << 20
+_SHA_BYTES = 32
 
 
 class Packed(NamedTuple):
@@ -74,7 +82,15 @@ def load_or_build(source: Path, folder: Path, build: Callable[[], Packed], varia
         OSError: the source cannot be read.
         DataError: it changed while it was read. Errors of build() pass through.
     """
-    key = _digest(source) + variant
+    digest = _digest(source, KnownFiles(folder))
+    return keep_built(folder, digest + variant, source, lambda: _built(source, digest, build))
+
+
+def keep_built(folder: Path, key: str, source: Path, build: Callable[[], Packed]) -> PackedFile:
+    """What build() makes, out of the cache folder where it is there already; see `load_or_build`.
+
+    key: says what it is made of, and how. source: the file that messages name.
+    """
     path = folder / f"{key}.packed"
     found = _open(path, key)
     if found is not None:
@@ -85,27 +101,34 @@ def load_or_build(source: Path, folder: Path, build: Callable[[], Packed], varia
         with one_builder(source, path, "packs"):
             found = _open(path, key)
             if found is None:
-                built = _built(source, key.removesuffix(variant), build)
+                built = build()
                 write_packed(path, built, key)
+                KnownFiles(folder).keep_own(path, key)
                 found = _open(path, key)
     except OSError as error:
         problem = error
-    return PackedFile(
-        *(found or _in_memory(built or _built(source, key.removesuffix(variant), build), key)), key, problem
-    )
+    return PackedFile(*(found or _in_memory(built or build(), key)), key, problem)
 
 
-def read_packed(file: BinaryIO, key: str) -> Packed | None:
-    """The arrays of the file, mapped read-only; None for one of another key, or that is not whole."""
+def read_packed(file: BinaryIO, key: str | None, *, is_sound: bool = False) -> Packed | None:
+    """The arrays of the file, mapped read-only; None for one of another key, or that is not whole.
+
+    key: None takes any. is_sound: the arrays were checked, so that the header's own checksum will do.
+    """
     try:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # mmap's word for an empty file
         return None
-    if content[: len(MAGIC)] != MAGIC or hashlib.sha256(memoryview(content)[:-32]).digest() != content[-32:]:
+    end = len(content) - _SHA_BYTES - 8
+    if content[: len(MAGIC)] != MAGIC or end < len(MAGIC):
         return None
-    end = len(content) - 40
-    header = json.loads(content[end - int.from_bytes(content[end:-32], "little") : end])
-    if header["key"] != key:
+    start = end - int.from_bytes(content[end : end + 8], "little")
+    if start < 0 or hashlib.sha256(content[start : end + 8]).digest() != content[end + 8 :]:
+        return None
+    header = json.loads(content[start:end])
+    if header["key"] != key and key is not None:
+        return None
+    if not is_sound and _sha256(file, start) != header["sha256"]:
         return None
     arrays = {}
     for name, dtype, shape, offset in header["arrays"]:
@@ -128,17 +151,31 @@ def write_packed(path: Path, packed: Packed, key: str) -> None:
         raise
 
 
-def _digest(source: Path) -> str:
+def _digest(source: Path, known: KnownFiles) -> str:
+    """SHA-256 of the file, read only where it is not known."""
+    found = known.recall(source, "digest")
+    if found is None:
+        with known.keeping(source, "digest") as kept, source.open("rb") as file:
+            kept.append(found := _sha256(file))
+    return str(found)
+
+
+def _sha256(file: BinaryIO, size: int | None = None) -> str:
+    """Of its first bytes, or of all of it. By reading: what is mapped would count as this process's memory."""
     sha = hashlib.sha256()
-    with source.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            sha.update(chunk)
+    file.seek(0)
+    left = os.fstat(file.fileno()).st_size if size is None else size
+    while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
+        sha.update(chunk)
+        left -= len(chunk)
     return sha.hexdigest()
 
 
 def _built(source: Path, digest: str, build: Callable[[], Packed]) -> Packed:
     built = build()
-    if _digest(source) != digest:
+    with source.open("rb") as file:
+        is_same = _sha256(file) == digest
+    if not is_same:
         raise DataError(f"{source}: was changed while it was read. Start again when it is complete.")
     return built
 
@@ -148,7 +185,12 @@ def _open(path: Path, key: str) -> tuple[Packed, BinaryIO] | None:
         file = path.open("rb")
     except OSError:
         return None
-    packed = read_packed(file, key)
+    known = KnownFiles(path.parent)
+    is_sound = known.recall(path, "sound", CHECKED_FOR_SECONDS) == key
+    with known.keeping(path, "sound") as kept:
+        packed = read_packed(file, key, is_sound=is_sound)
+        if packed is not None and not is_sound:
+            kept.append(key)
     if packed is None:
         file.close()
         return None
@@ -168,15 +210,25 @@ def _in_memory(packed: Packed, key: str) -> tuple[Packed, BinaryIO]:
 
 
 def _write(file: BinaryIO, packed: Packed, key: str) -> None:
-    chunks, entries = [MAGIC.ljust(ALIGNMENT)], []
+    sha, position = hashlib.sha256(), 0
+
+    def put(content: Any) -> None:
+        nonlocal position
+        for part in (memoryview(content), bytes(-len(content) % ALIGNMENT)):
+            file.write(part)
+            sha.update(part)
+            position += len(part)
+
+    put(MAGIC)
+    entries = []
     for name, array in packed.arrays.items():
-        content = np.ascontiguousarray(array).tobytes()
-        entries.append([name, array.dtype.str, list(array.shape), sum(map(len, chunks))])
-        chunks.append(content + bytes(-len(content) % ALIGNMENT))
-    header = json.dumps({"key": key, "facts": packed.facts, "arrays": entries}).encode()
-    body = b"".join([*chunks, header, len(header).to_bytes(8, "little")])
-    file.write(body)
-    file.write(hashlib.sha256(body).digest())
+        entries.append([name, array.dtype.str, list(array.shape), position])
+        put(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    facts = {"key": key, "facts": packed.facts, "sha256": sha.hexdigest(), "arrays": entries}
+    header = json.dumps(facts).encode()
+    header += len(header).to_bytes(8, "little")
+    file.write(header)
+    file.write(hashlib.sha256(header).digest())
     file.flush()
 
 

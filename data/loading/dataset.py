@@ -1,5 +1,6 @@
 """The images of a set and their boxes, ready to be put into batches."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,36 @@ from data.images.shards import open_shards
 
 class DatasetError(DataError):
     """A set that cannot be used; the message says why, where, and how to mend it."""
+
+
+def kept_boxes(annotations: CocoAnnotations, masks: bool) -> dict[str, np.ndarray]:
+    """The boxes of a CocoDataset as flat arrays: those of neither crowd regions nor ignored annotations, with
+    masks=True of annotations with an outline. Of annotations out of the cache they are kept there, for all processes.
+
+    Returns:
+        boxes_xyxy float32 [B, 4], labels int64 [B], box_counts int64 [N], first_box int64 [N + 1]; with masks also
+        starts and counts [B] of `Segmentations`.
+    """
+
+    def make() -> dict[str, np.ndarray]:
+        usable = ~(annotations.crowd | annotations.ignore)
+        rows = {}
+        if masks and annotations.segmentations is not None:
+            usable &= annotations.segmentations.present
+            taken = annotations.segmentations.take(usable)
+            rows = {"starts": taken.starts, "counts": taken.counts}
+        corners = annotations.boxes_xywh[usable]
+        corners[:, 2:] += corners[:, :2]
+        counts = np.bincount(annotations.image_indices[usable], minlength=len(annotations))
+        return rows | {
+            # float64 sums rounded once, as MMDetection has them.
+            "boxes_xyxy": corners.astype(np.float32),
+            "labels": annotations.labels[usable],
+            "box_counts": counts,
+            "first_box": np.concatenate([[0], np.cumsum(counts)]),
+        }
+
+    return annotations.kept_arrays("masks" if masks else "boxes", make)
 
 
 class CocoDataset:
@@ -57,19 +88,14 @@ class CocoDataset:
                 f"{annotations.source}: none of its {len(annotations)} images can be trained on: training "
                 "takes images with at least one annotation and no side below 32 pixels."
             )
-        usable = ~(self.annotations.crowd | self.annotations.ignore)
+        boxes = kept_boxes(self.annotations, masks)
+        self.boxes_xyxy, self.labels, self.box_counts = boxes["boxes_xyxy"], boxes["labels"], boxes["box_counts"]
+        self._first_box = boxes["first_box"]
         self._segmentations: Segmentations | None = None
         if masks:
             assert self.annotations.segmentations is not None, "the annotations were read without masks"
-            usable &= self.annotations.segmentations.present
-            self._segmentations = self.annotations.segmentations.take(usable)
-        corners = self.annotations.boxes_xywh[usable]
-        corners[:, 2:] += corners[:, :2]
-        # float64 sums rounded once, as MMDetection has them.
-        self.boxes_xyxy = corners.astype(np.float32)
-        self.labels = self.annotations.labels[usable]
-        self.box_counts = np.bincount(self.annotations.image_indices[usable], minlength=len(self))
-        self._first_box = np.concatenate([[0], np.cumsum(self.box_counts)])
+            rows = {name: boxes[name] for name in ("starts", "counts")}
+            self._segmentations = replace(self.annotations.segmentations, **rows)
 
     def __len__(self) -> int:
         return len(self.annotations)

@@ -19,11 +19,12 @@ from data import (
     make_shapes,
     read_coco,
 )
-from data.coco.annotations import share_coco, shared_coco
+from data.coco.annotations import Words, share_coco, shared_coco
 from data.coco.cache import cache_folder
 from data.coco.checks import check_copies
 from data.coco.layout import SplitFiles
 from data.layouts.found_set import FoundSet, Wanted, find_set
+from data.loading.dataset import kept_boxes
 from detection.config.run_config import DataConfig
 from detection.engine.distributed.agreement import run_on_all_ranks, run_on_each_node
 from detection.engine.distributed.comm import Processes
@@ -155,12 +156,16 @@ def read_annotations(
         files = DatasetFiles(None, None, None)
         read: dict[Path, CocoAnnotations] = {}
 
-        def share() -> tuple[FoundSet | None, dict[str, tuple[str, str]]]:
+        def share() -> tuple[FoundSet | None, dict[str, Words]]:
             processes.at("reading the annotations for the processes of its machine")
             here = found or find_data(config, mode=mode)
             words = {}
-            for path in dataset_files(config, here, mode=mode).annotations:
+            mine = dataset_files(config, here, mode=mode)
+            for path in mine.annotations:
                 read[path], words[str(path)] = shared.enter_context(share_coco(path, cache_folder(), masks=masks))
+            if mine.train is not None and read[mine.train.annotations].stored is not None:
+                # Into the cache, from where all processes map it.
+                kept_boxes(_chosen(config, read[mine.train.annotations]).training_view(), masks)
             return here, words
 
         def take() -> None:
