@@ -10,8 +10,11 @@ import numpy as np
 
 from data.coco.annotations import CocoAnnotations
 from data.coco.findings import MAX_PLACES, Finding, examples
+from data.coco.known_files import KnownFiles
 from data.images.shards import PackedEntry, ShardsError, open_shards
 
+CHECKS_VERSION = 1
+"""Another one whenever the checks find something else."""
 COPIES_LOOKED_FOR = 20_000  # images
 OVERHANG = 2.0  # pixels a box may stick out of its image unmentioned; COCO's own boxes do by rounding
 
@@ -29,7 +32,35 @@ def check_split(
 
     training: also which images the training will leave out. needs_boxes: False for a test split, which may be a
     list of images alone.
+
+    Of annotations out of the cache, findings without an error are kept there, until a folder of the images changes (a
+    file is added, removed or renamed; not one that is written over), the annotations or CHECKS_VERSION.
     """
+    images_dir = Path(images_dir)
+    if annotations.stored is None or not images_dir.is_dir():
+        return _check_split(annotations, images_dir, training=training, needs_boxes=needs_boxes)
+    known = KnownFiles(annotations.stored.folder)
+    what = repr((CHECKS_VERSION, annotations.stored.key, annotations.source, training, needs_boxes))
+    if (found := known.recall(images_dir, what)) is not None:
+        return [Finding(**{**one, "places": tuple(one["places"])}) for one in found]
+    folders: list[Path] = []
+    with known.keeping(images_dir, what, folders) as kept:
+        findings = _check_split(annotations, images_dir, training=training, needs_boxes=needs_boxes)
+        if all(finding.severity != "error" for finding in findings):
+            folders += image_folders(annotations, images_dir)
+            kept.append([finding.to_dict() for finding in findings])
+    return findings
+
+
+def image_folders(annotations: CocoAnnotations, images_dir: Path) -> list[Path]:
+    """What changes when images are added or removed: the folders that the file names lead to, or the shards."""
+    if open_shards(images_dir) is not None:
+        return sorted(images_dir.iterdir())
+    names = (os.path.dirname(annotations.file_name(index)) for index in range(len(annotations)))  # noqa: PTH120
+    return sorted({images_dir / name for name in set(names)})
+
+
+def _check_split(annotations: CocoAnnotations, images_dir: Path, *, training: bool, needs_boxes: bool) -> list[Finding]:
     findings = [*annotations.findings, *check_annotations(annotations, training=training, needs_boxes=needs_boxes)]
     if training:
         left_out = annotations.images_not_trained()
@@ -38,7 +69,7 @@ def check_split(
         ]
         if annotations.has_boxes and np.logical_or.reduce(list(left_out.values())).all():
             findings.append(Finding.of("no-trained-image", source=annotations.source))
-    return findings + check_files(annotations, Path(images_dir))
+    return findings + check_files(annotations, images_dir)
 
 
 def check_annotations(

@@ -39,8 +39,10 @@ class Federated:
         image's) and of categories with these ids and letters; one that is no letter of FREQUENCIES does not count."""
         known = {letter: place for place, letter in enumerate(FREQUENCIES)}
         rows = [(number, known[one]) for number, one in frequencies if isinstance(one, str) and one in known]
-        pairs = [np.stack([np.repeat(image_ids, num), ids], axis=1) for ids, num in (negative, not_exhaustive)]
-        return Federated(*pairs, np.array(rows, dtype=np.int64).reshape(-1, 2))
+        first, second = (
+            np.stack([np.repeat(image_ids, lengths), ids], axis=1) for ids, lengths in (negative, not_exhaustive)
+        )
+        return Federated(first, second, np.array(rows, dtype=np.int64).reshape(-1, 2))
 
     def arrays(self) -> dict[str, np.ndarray]:
         return dict(vars(self))

@@ -73,10 +73,12 @@ class KnownFiles:
 
 
 def _identity(path: Path) -> list[int]:
-    # Opened, so that a network's file system asks its server.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
+        # Opened, so that a network's file system asks its server.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except PermissionError:
+        status = path.stat()
+    else:
         status = os.fstat(handle)
-    finally:
         os.close(handle)
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

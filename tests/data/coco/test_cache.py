@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import data.coco.cache
 from data.coco.annotations import AnnotationError, read_coco, share_coco, shared_coco
 from data.coco.cache import MAGIC, Packed, read_packed, write_packed
 from data.errors import DataError
+from data.loading.dataset import kept_boxes
 
 
 @pytest.fixture
@@ -142,6 +144,21 @@ def test_a_torn_or_foreign_cache_file_is_made_anew(file, tmp_path, parses, damag
     assert len(parses) == 2
     assert packed_file(tmp_path / "cache").read_bytes() != damaged
     read_coco(file, cache_dir=tmp_path / "cache")
+    assert len(parses) == 2
+
+
+def test_any_writing_to_a_file_known_to_be_sound_is_noticed(file, tmp_path, parses):
+    expected = read_coco(file, cache_dir=tmp_path / "cache").digest()
+    time.sleep(0.1)
+    read_coco(file, cache_dir=tmp_path / "cache")  # keeps the digest of the annotation file
+    annotations = read_coco(file, cache_dir=tmp_path / "cache")
+    assert annotations.digest() == expected and len(parses) == 1
+    cached = packed_file(tmp_path / "cache")
+    content, times = bytearray(cached.read_bytes()), cached.stat()
+    content[70] ^= 1  # in an array
+    cached.write_bytes(content)
+    os.utime(cached, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert read_coco(file, cache_dir=tmp_path / "cache").digest() == expected
     assert len(parses) == 2
 
 
@@ -305,3 +322,37 @@ def test_processes_that_start_at_once_pack_once(file, tmp_path):
         process.join(30)
     assert sum(after - before for before, _, after in results) == 1
     assert len({digest for _, digest, _ in results}) == 1
+
+
+def _report_view(file, words, masks, queue):
+    annotations = shared_coco(file, words)
+    view = annotations.training_view()
+    boxes = kept_boxes(view, masks)
+    arrays = [view.boxes_xywh, view.image_ids, view.file_name_bytes, *boxes.values()]
+    queue.put((view.digest(), boxes["boxes_xyxy"].tolist(), [array.flags.owndata for array in arrays]))
+
+
+@pytest.mark.parametrize("classes", [None, ["dög"]])
+def test_another_process_maps_the_training_view_and_its_boxes(file, tmp_path, classes):
+    def chosen(annotations):
+        return annotations if classes is None else annotations.of_classes(classes)
+
+    plain = chosen(read_coco(file)).training_view()
+    plain_boxes = kept_boxes(plain, masks=False)
+    with share_coco(file, tmp_path / "cache") as (annotations, words):
+        for _ in range(2):  # made, then found
+            view = chosen(annotations).training_view()
+            boxes = kept_boxes(view, masks=False)
+            assert view.digest() == plain.digest()
+            assert view.file_name(2) == plain.file_name(2) and view.findings == plain.findings
+            for name, array in boxes.items():
+                assert np.array_equal(array, plain_boxes[name]) and not array.flags.writeable
+        assert not view.labels.flags.writeable
+        again = replace(view, findings=())
+        assert again.stored is None
+        if classes is None:
+            queue = multiprocessing.get_context("fork").SimpleQueue()
+            process = _in_another_process(_report_view, file, words, False, queue)
+            digest, there, owned = queue.get()
+            process.join(30)
+            assert (digest, there) == (plain.digest(), plain_boxes["boxes_xyxy"].tolist()) and not any(owned)

@@ -1,7 +1,9 @@
 import importlib
 import io
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -345,3 +347,23 @@ def test_checks_leave_the_set_as_it_is(script, shapes, capsys):
     before = sorted(p.relative_to(shapes) for p in shapes.rglob("*"))
     assert script.main(["--data-path", str(shapes)]) == 0
     assert sorted(p.relative_to(shapes) for p in shapes.rglob("*")) == before
+
+
+def test_findings_of_cached_annotations_are_kept_until_a_folder_of_images_changes(shapes, tmp_path, monkeypatch):
+    images = shapes / "train2017"
+    time.sleep(0.1)
+    annotations = read_coco(shapes / "annotations" / "instances_train2017.json", cache_dir=tmp_path / "cache")
+    first = check_split(annotations, images, training=True)
+    listed = []
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(path), real(path))[1])
+    assert check_split(annotations, images, training=True) == first
+    assert listed == []
+    check_split(annotations, images, training=False)  # another question
+    assert len(listed) == 1
+    next(images.iterdir()).unlink()
+    listed.clear()
+    for _ in range(2):  # errors are not kept: what mends one may be no change of a folder
+        found = codes(check_split(annotations, images, training=True))
+        assert found["missing-image"] == 1
+    assert len(listed) == 2
