@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import checkout
 from benchmarks.figures import (
@@ -23,6 +27,7 @@ from benchmarks.figures import (
     add_sample,
     figure_rows,
     figure_table,
+    format_table,
     in_own_process,
     measured,
 )
@@ -54,10 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="on average, without polygons; Objects365: 1740000 images of 14.7 (4 GB) [COCO's 7, with polygons]",
     )
     parser.add_argument("--ours-only", action="store_true", help="no json.loads, no pycocotools (700 bytes a box)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="instead: N processes on this machine find each other and agree, as a run does before it has a model",
+    )
 
 
 def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     """The figures for the JSON file, and the tables."""
+    if arguments.processes:
+        return _many_processes(arguments, say)
     samples: Samples = {}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         folder = Path(name)
@@ -82,6 +97,57 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
             figures["annotations"] = _annotation_figures(arguments, folder, say)
             text += "\n\n" + _annotation_table(figures["annotations"])
     return figures, text
+
+
+def _many_processes(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
+    rows: list[dict[str, Any]] = []
+    for number in arguments.processes:
+        say(f"{number} processes")
+        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # Forked, so that the imports, which each machine of a cluster does for itself, are done once.
+        context = multiprocessing.get_context("fork")
+        said: Any = context.SimpleQueue()
+        processes = [context.Process(target=_join, args=(rank, number, port, said)) for rank in range(number)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(_TIMEOUT_SECONDS)
+        seconds = time.perf_counter() - start
+        if failed := [rank for rank, process in enumerate(processes) if process.exitcode != 0]:
+            for process in processes:
+                process.kill()
+            raise BenchmarkError(f"of {number} processes these did not start: {failed}")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        found = said.get()
+        rows.append({"processes": number, "seconds": seconds, "cpu_seconds": cpu_seconds, **found})
+    cells = [[f"{row[key]:.2f}" if key != "processes" else str(row[key]) for key in rows[0]] for row in rows]
+    table = format_table([key.replace("_", " ") for key in rows[0]], cells)
+    return {"device": "cpu", "processes": rows}, table
+
+
+def _join(rank: int, number: int, port: int, said: Any) -> None:
+    """One of the processes: what a run does with the others before it has a model."""
+    from detection.engine.distributed.comm import start_processes, stop_processes
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
+    start = time.perf_counter()
+    processes = start_processes("cpu", threads=1)
+    joined = time.perf_counter()
+    processes.gather_objects({"rank": rank})
+    processes.broadcast("a configuration" if processes.is_main else None)
+    processes.barrier()
+    agreed = time.perf_counter()
+    whole = processes.gather_arrays(np.full((1000, 5), float(rank), dtype=np.float32))
+    if whole is not None:
+        assert len(whole) == 1000 * number
+        said.put({"joined_s": joined - start, "agreed_s": agreed - joined, "gathered_s": time.perf_counter() - agreed})
+    processes.barrier()
+    stop_processes()
 
 
 def duration(command: list[str], output: Path | None) -> dict[str, float]:

@@ -67,6 +67,7 @@ class NoWay(LookupError):
 SUBSTITUTIONS = (
     (r"--nproc_per_node=(8|4|gpu)(?= )", "--nproc_per_node=2", "two CPU processes in place of the GPUs"),
     (r"--nproc 8\b", "--nproc 2", "the same"),
+    (r"--processes 8 64\b", "--processes 2 3", "two cores in place of many machines"),
     (r"--device cuda\b", "--device cpu", "no GPU"),
     (r" (--(cuda-)?graphs|ours-[\w-]+-graphs)\b", "", "CUDA graphs are for GPUs; tests/engine has their stand-in"),
     (r" --work-dir /tmp/\w+", "", "no folder outside the scratch tree"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import platform
+import resource
 import time
 import uuid
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ CONTROL_TIMEOUT = timedelta(hours=3)
 """How long the others wait for what the main process does alone: as long as the longest evaluation may take."""
 _GRACE = timedelta(minutes=1)
 """The backends' own timeouts come after the heartbeat's, which names the missing process."""
+_OTHER_FILES = 1024
+"""Open files of a process besides its connections: data, shards, libraries"""
 _SHORTEST_LOOK, _LONGEST_LOOK = 1e-4, 2e-3
 """Seconds between looks whether an answer is there: the first, and at most."""
 
@@ -256,6 +259,7 @@ def start_processes(device: str, timeout: timedelta = timedelta(minutes=15), thr
     set_threads(threads, chosen.type, local_world_size)
     group = heartbeat = None
     if world_size > 1:
+        allow_connections(world_size)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store, start = rendezvous(timeout + _GRACE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout + _GRACE)
@@ -265,6 +269,15 @@ def start_processes(device: str, timeout: timedelta = timedelta(minutes=15), thr
     nodes, gpus = zip(*processes.gather_objects((_node(), gpu)), strict=True)
     require_own_gpus(nodes, gpus)
     return replace(processes, nodes=nodes)
+
+
+def allow_connections(world_size: int) -> None:
+    """Raise this process's limit of open files, where the system lets it: two groups connect it with every other."""
+    needed = 2 * world_size + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def own_gpu(local_rank: int, local_world_size: int, num_gpus: int) -> int:

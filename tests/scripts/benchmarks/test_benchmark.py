@@ -360,3 +360,13 @@ def test_eval_by_lviss_rules_gives_its_thirteen_figures(measured, in_this_proces
     record = measured("eval", "--lvis", "--images", "3", "--detections", "20", "--classes", "9")
     assert all({"mAP_r", "AR_300"} < row["stats"].keys() for row in record["backends"])
     assert record["backends"][-1]["equal_figures"] == 13
+
+
+@pytest.mark.slow
+def test_startup_starts_many_processes_without_a_model(script, measured):
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import benchmark; sys.exit(benchmark.main())"
+    words = ["startup", "--processes", "2", "3"]
+    done = subprocess.run([sys.executable, "-c", code, str(SCRIPTS), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line[:1].isdigit() and "," not in line]
+    assert [row[0] for row in rows[-2:]] == ["2", "3"]
