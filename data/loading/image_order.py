@@ -19,7 +19,7 @@ _Groups = list[tuple[int, int]]
 
 
 class ImageOrder:
-    """The batches of every epoch: version 2 of the order.
+    """The batches of every epoch: versions 2 and 3 of the order.
 
     Images have the places 0 to n - 1 of an epoch: first the portraits (width < height), then the others, an image that
     is wanted several times having several places. Each of the two groups is shuffled and cut into batches, and these
@@ -162,6 +162,7 @@ class WholeEpochOrder:
         return self._plan[numbers], self._repeats[numbers]
 
 
-ORDERS: dict[int, type[ImageOrder] | type[WholeEpochOrder]] = {1: WholeEpochOrder, 2: ImageOrder}
-"""By version. A checkpoint says which one is its run's."""
+ORDERS: dict[int, type[ImageOrder] | type[WholeEpochOrder]] = {1: WholeEpochOrder, 2: ImageOrder, 3: ImageOrder}
+"""By version. A checkpoint says which one is its run's. Version 3 has the batches of version 2, grouped by shape: see
+padding_groups.py."""
 NEWEST_ORDER = max(ORDERS)

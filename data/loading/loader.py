@@ -13,13 +13,14 @@ from data.loading.batch import BatchPlan, RawBatch
 from data.loading.dataset import CocoDataset
 from data.loading.image_order import NEWEST_ORDER, ORDERS
 from data.loading.largest_batch import largest_batch
+from data.loading.padding_groups import FIRST_GROUPED_ORDER, group_size, grouped
 from data.loading.read_batch import OnUnreadable
 from data.loading.sampler import evaluation_batches, repeat_factors
 from data.loading.shape_buckets import bucket_of, shape_buckets
 from data.loading.workers import WorkerPool
 from data.transforms.augmentation import Augmentation
 from data.transforms.geometry import Geometry, padded_size, resized_sizes
-from data.transforms.hash_rng import hash_key, image_words
+from data.transforms.hash_rng import GROUP_STREAM, hash_key, hash_words, image_words
 
 BOX_ROWS_MULTIPLE = 16
 """Rows for boxes are a multiple of this, so that only a few shapes occur (COCO has at most 93 boxes)."""
@@ -37,11 +38,12 @@ class TrainLoader:
     """Batches of one process of a training.
 
     A global batch is world_size * batch_size * accumulate images; in micro-step a process r gets places
-    (a * world_size + r) * batch_size onward. What a global batch holds, its order, augmentation, padded size and
+    (a * world_size + r) * batch_size onward. What a global batch holds, its order, augmentation, padded sizes and
     number of box rows depend on (seed, iteration, global batch size) only, so 1 process with batch 4 and 2
-    processes with batch 2 see the same tensors. For the order and the end of an epoch see
-    data.loading.image_order, of which image_order is a version. With limit_batches an epoch has that many iterations at
-    most (the first of it).
+    processes with batch 2 see the same tensors. Of more than 16 images groups are padded apart (padding_groups.py),
+    which is as independent, but that a process with several groups at a time pads them as the largest. For the order
+    and the end of an epoch see data.loading.image_order, of which image_order is a version. With limit_batches an epoch
+    has that many iterations at most (the first of it).
     epoch_iterations: what counts as an epoch of the training, whatever the set's size; passes over the set follow each
     other as ever, and end and begin inside of epochs.
 
@@ -100,6 +102,9 @@ class TrainLoader:
         if limit_batches is not None:
             self._pass_iterations = min(self._pass_iterations, limit_batches)
             self.iterations_per_epoch = min(self.iterations_per_epoch, limit_batches)
+        number = group_size(self.global_batch_size)
+        is_grouped = image_order >= FIRST_GROUPED_ORDER and number > 1 and augmentation.jitter is None
+        self._group_size = number if is_grouped else self.global_batch_size
         self.min_size, self.max_size = min_size, max_size
         # Large-scale jitter has one size as it is.
         self._buckets = shape_buckets(min_size, max_size) if few_shapes and augmentation.jitter is None else []
@@ -153,7 +158,15 @@ class TrainLoader:
             if self._augmentation.jitter is not None:
                 sizes.add(every.padded_size)
             else:
-                padded = np.unique(padded_size(every.sizes.reshape(*order.shape, 2)), axis=0)
+                by_batch = every.sizes.reshape(*order.shape, 2)
+                if self._group_size < self.global_batch_size:
+                    places = grouped(by_batch, self._group_size, np.zeros(len(order), dtype=np.int64))
+                    by_batch = np.take_along_axis(by_batch, places[..., None], axis=1)
+                # What a process has at a time lies in one group, or is whole groups.
+                at_once = max(self._group_size, self._batch_size)
+                if self.global_batch_size % at_once == 0:
+                    by_batch = by_batch.reshape(-1, at_once, 2)
+                padded = np.unique(padded_size(by_batch), axis=0)
                 sizes |= {bucket_of((height, width), self._buckets) for height, width in padded.tolist()}
             # Without random scales no epoch has a larger batch than one of all images would be.
             can_grow = order.size < self.images_per_epoch or self._augmentation.scales is not None
@@ -183,13 +196,17 @@ class TrainLoader:
     ) -> Iterator[BatchPlan]:
         words = image_words(images, repeats)
         whole = self._geometry(epoch, images, words)
-        whole = replace(whole, padded_size=bucket_of(whole.padded_size, self._buckets))
+        if self._group_size < self.global_batch_size:
+            turn = int(hash_words(self._seed, GROUP_STREAM, iteration) >> np.uint64(1))
+            order = grouped(whole.sizes, self._group_size, turn)
+            images, words, whole = images[order], words[order], whole.of_images(order)
         num_box_rows = _box_rows(self.dataset.box_counts[images])
         for micro_step in range(self._accumulate):
             start = (micro_step * self._world_size + rank) * self._batch_size
             places = np.arange(start, start + self._batch_size)
+            part = replace(whole.of_images(places), padded_size=self._padded_size(whole, places))
             yield BatchPlan(
-                **vars(whole.of_images(places)),
+                **vars(part),
                 iteration=iteration,
                 epoch=epoch,
                 indices=images[places],
@@ -199,6 +216,16 @@ class TrainLoader:
                 colors=self._augmentation.colors(words[places], seed=self._seed, epoch=epoch),
                 own=self._augmentation.own_change(words[places], seed=self._seed, epoch=epoch),
             )
+
+    def _padded_size(self, whole: Geometry, places: np.ndarray) -> tuple[int, int]:
+        """Of the groups that these places of a global batch lie in."""
+        size = whole.padded_size
+        if self._group_size < self.global_batch_size:
+            first, last = (place // self._group_size for place in (int(places[0]), int(places[-1])))
+            sizes = whole.sizes[first * self._group_size : (last + 1) * self._group_size]
+            height, width = padded_size(sizes).tolist()
+            size = height, width
+        return bucket_of(size, self._buckets)
 
 
 class EvalLoader:

@@ -23,6 +23,7 @@ REPEAT_STREAM = 20
 OWN_STREAM = 21
 PLACE_STREAM = 22
 BATCH_STREAM = 23
+GROUP_STREAM = 25
 
 SORTED_PLACES = 4096
 """Up to as many are sorted by a hash: a network over few places shuffles them badly."""

@@ -11,6 +11,7 @@ import checkout  # noqa: F401
 from benchmarks.figures import Say, add_common_arguments, format_table
 from benchmarks.scenes import draw_sizes
 from data import plan_epoch, read_coco, resized_sizes
+from data.loading.padding_groups import group_size, grouped
 from data.loading.shape_buckets import bucket_of, shape_buckets
 from data.transforms.geometry import padded_size
 
@@ -52,10 +53,35 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
             pixels = sum(height * width for height, width in shapes) * batch_size
             padding = 1 - int(sizes[plan].prod(axis=-1).sum()) / pixels
             row[kind] = {"shapes": len(set(shapes)), "pixels": pixels, "padding": padding}
+        number = group_size(batch_size)
+        order = grouped(sizes[plan], number, np.zeros(len(plan), dtype=np.int64))
+        groups = padded_size(
+            np.take_along_axis(sizes[plan], order[..., None], axis=1).reshape(len(plan), -1, number, 2)
+        )
+        pixels, content = groups.prod(axis=-1), int(sizes[plan].prod(axis=-1).sum())
+        # A step waits for the process with the largest group, where each has one; else groups follow each other.
+        row["groups"] = {
+            "images": number,
+            "shapes": len(np.unique(groups.reshape(-1, 2), axis=0)),
+            "pixels": int(pixels.sum()) * number,
+            "padding": 1 - content / (int(pixels.sum()) * number),
+            "pixels_of_the_slowest": int(pixels.max(axis=1).sum()) * batch_size,
+        }
         rows.append(row)
         counts = [f"{row[kind]['shapes']} / {row[kind]['padding']:.1%}" for kind in ("natural", "buckets")]
-        cells.append([str(batch_size), *counts, f"{row['buckets']['pixels'] / row['natural']['pixels'] - 1:+.1%}"])
+        natural_pixels, of_groups = row["natural"]["pixels"], row["groups"]
+        changes = [row["buckets"]["pixels"], of_groups["pixels"], of_groups["pixels_of_the_slowest"]]
+        counts.append(f"{of_groups['shapes']} / {of_groups['padding']:.1%}")
+        cells.append([str(batch_size), *counts, *(f"{change / natural_pixels - 1:+.1%}" for change in changes)])
     figures = {"device": "cpu", "images": len(widths), "buckets": [list(bucket) for bucket in buckets], "padding": rows}
-    headers = ["global batch", "as they come: sizes / padding", "buckets: sizes / padding", "pixels computed"]
+    headers = [
+        "global batch",
+        "whole: sizes / padding",
+        "its buckets",
+        "groups of 16 images",
+        "pixels: buckets",
+        "groups",
+        "groups, one a process",
+    ]
     listed = ", ".join(f"{height}x{width}" for height, width in buckets)
     return figures, f"{len(widths)} images; buckets {listed}\n\n{format_table(headers, cells)}"

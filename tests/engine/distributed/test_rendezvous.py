@@ -1,11 +1,13 @@
 """Every start of a run over one store has a name of its own, which all its processes know."""
 
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
+from detection.engine.distributed.comm import allow_connections
 from detection.engine.distributed.rendezvous import _ask_for_name, _name_start
 
 PATIENCE = timedelta(seconds=60)
@@ -32,3 +34,15 @@ def test_a_question_that_was_never_answered_does_not_stand_in_for_its_process():
     with pytest.raises(dist.DistStoreError, match="process 1 of 2 did not come"):
         _name_start(store, 2, timedelta(milliseconds=200))
     assert len(start(store, 2)) == 1
+
+
+@pytest.mark.parametrize(("before", "world_size", "after"), [(200, 512, 2048), (200, 2, 1028), (2000, 64, 2000)])
+def test_the_limit_of_open_files_is_raised_for_the_connections_and_never_lowered(before, world_size, after):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
+        allow_connections(world_size)
+        allowed = after if hard == resource.RLIM_INFINITY else min(after, hard)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (allowed, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
