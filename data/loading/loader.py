@@ -162,11 +162,10 @@ class TrainLoader:
                 if self._group_size < self.global_batch_size:
                     places = grouped(by_batch, self._group_size, np.zeros(len(order), dtype=np.int64))
                     by_batch = np.take_along_axis(by_batch, places[..., None], axis=1)
-                # What a process has at a time lies in one group, or is whole groups.
-                at_once = max(self._group_size, self._batch_size)
-                if self.global_batch_size % at_once == 0:
-                    by_batch = by_batch.reshape(-1, at_once, 2)
-                padded = np.unique(padded_size(by_batch), axis=0)
+                # Where what a process has at a time does not lie in one group, any groups may meet.
+                is_in_one = self._group_size % self._batch_size == 0
+                at_once = self._group_size if is_in_one else self.global_batch_size
+                padded = np.unique(padded_size(by_batch.reshape(-1, at_once, 2)), axis=0)
                 sizes |= {bucket_of((height, width), self._buckets) for height, width in padded.tolist()}
             # Without random scales no epoch has a larger batch than one of all images would be.
             can_grow = order.size < self.images_per_epoch or self._augmentation.scales is not None

@@ -86,10 +86,13 @@ def test_up_to_sixteen_images_nothing_changes_and_a_process_with_more_pads_them_
         assert {together[iteration, place][2] for place in range(32)} == {largest}
 
 
-@pytest.mark.parametrize("division", [(1, 16, 2), (2, 8, 2), (1, 32, 1), (1, 12, 2)])
+@pytest.mark.parametrize("division", [(1, 16, 2), (2, 8, 2), (1, 32, 1), (1, 12, 4), (1, 32, 2)])
 def test_no_batch_is_larger_than_the_largest_that_is_tried(make_dataset, division):
     dataset = make_dataset(SIDES * 11)
     loader = loader_of(dataset, 0, *division, few_shapes=True)
     height, width = loader.largest_batch(2).padded_size
     plans = list(loader.plans(0, 2 * loader.iterations_per_epoch))
-    assert max(plan.padded_size[0] * plan.padded_size[1] for plan in plans) == height * width
+    largest = max(plan.padded_size[0] * plan.padded_size[1] for plan in plans)
+    assert largest <= height * width
+    if 16 % division[1] == 0:
+        assert largest == height * width
