@@ -135,8 +135,7 @@ def image_entries(
     """
     if (shards := open_shards(images_dir)) is not None:
         names = [os.path.normpath(annotations.file_name(index)) for index in range(len(annotations))]
-        for name, row in zip(names, shards.find(names).tolist(), strict=True):
-            yield name, shards.entry(row, name) if row >= 0 else None
+        yield from zip(names, shards.entries(names), strict=True)
         return
     listings: dict[str, dict[str, os.DirEntry[str]]] = {}
     for index in range(len(annotations)):
@@ -174,6 +173,8 @@ def check_files(annotations: CocoAnnotations, images_dir: Path) -> list[Finding]
         else:
             if entry.stat().st_size == 0:
                 empty.append(index)
+            if isinstance(entry, PackedEntry):
+                continue
             if leaves(os.path.dirname(entry.path)) or (entry.is_symlink() and leaves(entry.path)):  # noqa: PTH120
                 linked.append(index)
     places = {"missing-image": missing, "empty-image": empty, "link-out": linked, "repeated-file": sorted(repeated)}

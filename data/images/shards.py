@@ -19,7 +19,7 @@ import os
 import posixpath
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -102,9 +102,14 @@ class Shards:
         found = self._rows["key"][np.minimum(rows, len(self._rows) - 1)] == keys
         return np.where(found, rows, -1)
 
-    def entry(self, row: int, name: str) -> PackedEntry:
-        shard = self._shards[int(self._rows["shard"][row])]["name"]
-        return PackedEntry(f"{self.folder / shard}/{name}", int(self._rows["size"][row]))
+    def entries(self, names: Sequence[str]) -> Iterator[PackedEntry | None]:
+        """What there is of each name; None where there is no such image."""
+        found = self.find(names)
+        rows = self._rows[np.maximum(found, 0)]
+        paths = [str(self.folder / shard["name"]) for shard in self._shards]
+        columns = found.tolist(), rows["shard"].tolist(), rows["size"].tolist()
+        for name, row, shard, size in zip(names, *columns, strict=True):
+            yield PackedEntry(f"{paths[shard]}/{name}", size) if row >= 0 else None
 
     def content(self, name: str) -> bytes:
         """The bytes of an image file.
@@ -191,12 +196,13 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
+        self._close = os.close  # at the end of a program the module is gone first
 
     def __call__(self, offset: int, size: int) -> bytes:
         return os.pread(self._descriptor, size, offset)
 
     def __del__(self) -> None:
-        os.close(self._descriptor)
+        self._close(self._descriptor)
 
 
 @lru_cache(maxsize=64)
