@@ -404,6 +404,7 @@ def _read_columns(path: Path, masks: bool) -> tuple[CocoAnnotations | None, list
         findings.append(Finding.of("annotation-id-0", source=path))
     offsets = _offsets(np.bincount(image_indices, minlength=len(image_ids)))
     of_annotations = dict(zip(_OF_ANNOTATIONS, (boxes_xywh, areas, labels, crowd, ignore, annotation_ids), strict=True))
+    del boxes_xywh, areas, labels, crowd, ignore, annotation_ids  # each is let go as it is sorted
     if (np.diff(image_indices) < 0).any():
         order = np.argsort(image_indices, kind="stable")
         segmentations = segmentations and segmentations.take(order)

@@ -56,6 +56,7 @@ class KnownFiles:
             if max(one[-1] for one in identities) + _TICK_NS > since or identity != _identity(path):
                 return
             record = {"path": str(path.absolute()), "others": [str(one) for one in others], "identities": identities}
+            self._folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(prefix=".known.", dir=self._folder)
             with os.fdopen(handle, "w") as file:
                 json.dump(record | {"since": since, "fact": fact[0]}, file)

@@ -73,5 +73,7 @@ def test_a_fact_ages_and_a_record_that_cannot_be_read_or_written_is_none(known, 
     for record in (tmp_path / "cache").iterdir():
         record.write_text("{")
     assert known.recall(file, "what") is None
-    keep(KnownFiles(tmp_path / "nowhere"), file)
-    assert KnownFiles(tmp_path / "nowhere").recall(file, "what") is None
+    keep(KnownFiles(file / "nowhere"), file)
+    assert KnownFiles(file / "nowhere").recall(file, "what") is None
+    keep(KnownFiles(tmp_path / "made" / "here"), file)
+    assert KnownFiles(tmp_path / "made" / "here").recall(file, "what") == "digest"
