@@ -135,8 +135,14 @@ class FasterRCNN(nn.Module):
     def compile_dense_parts(self, **torch_compile_kwargs: Any) -> None:
         """Compiles backbone, fpn, rpn, box and mask heads in place; names in the state dict stay."""
         self.fixed_shapes = True
-        for part in (self.backbone, self.fpn, self.rpn, *self.roi_heads, *self.mask_heads):
+        for _, part in self.dense_parts:
             part.compile(**torch_compile_kwargs)
+
+    @property
+    def dense_parts(self) -> list[tuple[str, nn.Module]]:
+        """What is compiled, each with what it is."""
+        parts = [("backbone", self.backbone), ("pyramid", self.fpn), ("RPN head", self.rpn)]
+        return parts + [("box head", head) for head in self.roi_heads] + [("mask head", head) for head in self.mask_heads]
 
     def _losses(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
         return self._losses_of(self.extract_features(images), images, targets)

@@ -7,20 +7,23 @@ import collections
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import checkout  # noqa: F401
 from benchmarks.figures import BenchmarkError, Say, add_common_arguments, format_table
+from benchmarks.generated_code import GeneratedCode, Kernel, pretended_h100
 from benchmarks.profilers import BACKWARD, LOSSES, OUR_FUNCTIONS, REST, STAGES
 from detection.models import FasterRCNN, ImageBatch, MaskBatch, TargetBatch, build_model, model_config
 from detection.models.ops import nms
@@ -46,12 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--boxes", type=int, default=40, help="rows of ground truth an image, padding included [40]")
     parser.add_argument("--bandwidth", type=float, default=3.35, help="of the GPU's memory, TB/s [3.35: H100 SXM]")
     parser.add_argument("--rate", type=float, default=600, help="of large products, TFLOP/s [600]")
+    parser.add_argument(
+        "--compiled", action="store_true", help="the step with --compile instead: kernels generated for an H100"
+    )
+    parser.add_argument("--code", type=Path, metavar="FILE", help="with --compiled: keep the generated code there")
 
 
 def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     """The figures for the JSON file, and the table. Nothing is timed: bytes and FLOPs are counts, times arithmetic."""
     if not is_supported():
         raise BenchmarkError(f"traffic needs a newer PyTorch than {torch.__version__}")
+    if arguments.compiled:
+        return _run_compiled(arguments, say)
     found, headers = {}, ["stage"]
     for kind, title in (("operators", "operators"), ("kernels", "with Triton")):
         say(f"counting {title}")
@@ -101,6 +110,52 @@ def _calls_of_selection(name: str) -> int:
     return sum(row.calls for row in counter.found.values())
 
 
+def _run_compiled(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
+    """The same of a step whose dense parts are compiled, as code for an H100 that is not there."""
+    parts: dict[str, tuple[Traffic, Traffic]] = collections.defaultdict(lambda: (Traffic(), Traffic()))
+
+    def count(kernels: Sequence[Kernel]) -> None:
+        for kernel in kernels:
+            place = f"{kernel.stage}, {'backward' if kernel.is_backward else 'forward'}"
+            row = parts[place][kernel.is_product]
+            row.calls += 1
+            row.gigabytes += kernel.num_bytes / 1e9
+
+    say("compiling for an H100, which takes minutes")
+    code = GeneratedCode(count)
+    with pretended_h100():
+        rest = _count(arguments, True, code)
+    if arguments.code is not None:
+        arguments.code.write_text("\n".join(code.source))
+    nothing = Traffic()
+    parts |= {f"{stage}, uncompiled": (row, nothing) for stage, row in rest.items()}
+    whole = {}
+    for title, some in (
+        ("compiled parts", [kinds for place, kinds in parts.items() if not place.endswith("uncompiled")]),
+        ("forward and backward pass", list(parts.values())),
+    ):
+        whole[title] = tuple(
+            Traffic(sum(row.calls for row in column), sum(row.gigabytes for row in column))
+            for column in zip(*some, strict=True)
+        )
+    table = format_table(
+        ["part", "passes: launches", "GB", "products: launches", "GB"],
+        [
+            [place, *(cell for row in kinds for cell in (str(row.calls), f"{row.gigabytes:.2f}"))]
+            for place, kinds in (*parts.items(), *whole.items())
+        ],
+    )
+    text = (
+        f"{arguments.batch_size} images of {arguments.height}x{arguments.width}, bfloat16, compiled for an H100. Every "
+        f"kernel reads its inputs and writes its outputs once.\n\n{table}"
+    )
+    figures = {
+        place: {kind: vars(row) for kind, row in zip(("passes", "products"), kinds, strict=True)}
+        for place, kinds in (*parts.items(), *whole.items())
+    }
+    return {"device": "cpu", "traffic": figures}, text
+
+
 @dataclass
 class Traffic:
     """Operator calls that move data, what they move and compute, and the time for it."""
@@ -121,6 +176,10 @@ class TrafficCounter(TorchDispatchMode):
         super().__init__()
         self.found: dict[str, Traffic] = collections.defaultdict(Traffic)
         self._bandwidth, self._rate = bandwidth, rate
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
 
     def add(self, num_bytes: int, flops: int = 0) -> None:
         """One more call."""
@@ -160,13 +219,18 @@ def bytes_of(values: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def _count(arguments: argparse.Namespace, with_kernels: bool) -> dict[str, Traffic]:
-    device, mode = pretend_gpu()
+def _count(arguments: argparse.Namespace, with_kernels: bool, code: GeneratedCode | None = None) -> dict[str, Traffic]:
+    # The compiler folds constants, which no tensor on a pretended GPU is good for.
+    device, mode = pretend_gpu() if code is None else (torch.device("cpu"), FakeTensorMode())
     counter = TrafficCounter(arguments.bandwidth, arguments.rate)
     number, boxes = arguments.batch_size, arguments.boxes
     with mode, _kernels(counter) if with_kernels else contextlib.nullcontext():
         model = build_model(arguments.model).train()
         move(model, device)
+        if code is not None:
+            model.fixed_shapes = True
+            for name, part in model.dense_parts:
+                code.compile(part, name)
         pixels = torch.empty((number, 3, arguments.height, arguments.width), dtype=torch.uint8, device=device)
         images = ImageBatch(
             pixels.contiguous(memory_format=torch.channels_last),
