@@ -142,7 +142,8 @@ class FasterRCNN(nn.Module):
     def dense_parts(self) -> list[tuple[str, nn.Module]]:
         """What is compiled, each with what it is."""
         parts = [("backbone", self.backbone), ("pyramid", self.fpn), ("RPN head", self.rpn)]
-        return parts + [("box head", head) for head in self.roi_heads] + [("mask head", head) for head in self.mask_heads]
+        parts += [("box head", head) for head in self.roi_heads]
+        return parts + [("mask head", head) for head in self.mask_heads]
 
     def _losses(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
         return self._losses_of(self.extract_features(images), images, targets)
