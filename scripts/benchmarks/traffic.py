@@ -23,13 +23,13 @@ from torch.utils.flop_counter import flop_registry
 
 import checkout  # noqa: F401
 from benchmarks.figures import BenchmarkError, Say, add_common_arguments, format_table
-from benchmarks.generated_code import GeneratedCode, Kernel, pretended_h100
 from benchmarks.profilers import BACKWARD, LOSSES, OUR_FUNCTIONS, REST, STAGES
 from detection.models import FasterRCNN, ImageBatch, MaskBatch, TargetBatch, build_model, model_config
 from detection.models.ops import nms
 from detection.models.ops.backend import TRITON, implementation
 from detection.models.postprocess import select_detections
 from gpu_checks.fake_device import is_supported, move, pretend_gpu
+from gpu_checks.generated_code import GeneratedCode, Kernel, pretended_h100
 
 _STAGE_OF: dict[CodeType, str] = {
     inspect.unwrap(function).__code__: stage for stage, some in OUR_FUNCTIONS.items() for function in some
