@@ -164,9 +164,10 @@ class Heartbeat:
                 looked_at, before = now, after
 
     def _is_lost(self, rank: int, before: Sign, after: Sign) -> bool:
-        if rank == self._rank or before is None:
+        if rank == self._rank:
             return False
-        return after is None or before["beats"] == after["beats"]
+        # Nothing at all: it never gave a sign, or the store has ended with process 0, perhaps before the first look.
+        return after is None or (before is not None and before["beats"] == after["beats"])
 
     def _end_here(self, since: float) -> None:
         # The main thread hangs in a collective, from which nothing but the end of the process brings it back.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from detection.engine.distributed import heartbeat
 
@@ -78,6 +79,16 @@ class StoreOfTheDead:
         return self.content[key]
 
 
+class StoreThatHasEnded:
+    """As PyTorch's, once the process that keeps it was killed."""
+
+    def set(self, key: str, value: str) -> None:
+        raise dist.DistNetworkError("Connection was likely closed")
+
+    def check(self, keys: list[str]) -> bool:
+        raise dist.DistNetworkError("failed to recv, got 0 bytes")
+
+
 def test_a_store_that_never_answers_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "STORE_SECONDS", 0.1)
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
@@ -86,14 +97,21 @@ def test_a_store_that_never_answers_keeps_nobody_waiting(monkeypatch: pytest.Mon
     here.close("lost contact as well")
 
 
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        (StoreOfTheDead(), "process 0 (pid 4 on node0) gives no sign of life"),
+        (StoreThatHasEnded(), "process 0 or its torchrun has ended"),
+    ],
+)
 def test_what_may_take_hours_is_not_waited_for_where_its_process_is_gone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
     is_over = threading.Event()
     monkeypatch.setattr(heartbeat.os, "_exit", lambda status: is_over.set())
-    here = heartbeat.Heartbeat(StoreOfTheDead(), 1, 2, timedelta(seconds=0.2))  # type: ignore[arg-type]
+    here = heartbeat.Heartbeat(store, 1, 2, timedelta(seconds=0.2))
     with here.waiting("what process 0 does alone", timedelta(hours=3)):
-        assert is_over.wait(60)
+        assert is_over.wait(10)
     here.close()
-    assert "process 0 (pid 4 on node0) gives no sign of life" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
