@@ -18,7 +18,7 @@ def read_mmdet_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     Read are _base_, _delete_, {{_base_.key}}, names set before, arithmetic, f-strings, subscripts, comprehensions, del,
     the functions dict, len, range and enumerate, and the common methods of dicts and lists. Raises ConfigError, with
     file, line and key, for anything else, for new-style configurations (with read_base()), and beyond the limits of
-    size and depth in schedules.reading.expressions.
+    size and depth in schedules.reading.values.
     """
     try:
         return read_config(path)[0]

@@ -15,19 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from schedules.errors import Place, ScheduleError
-from schedules.reading.expressions import (
-    MAX_DEPTH,
-    SCALARS,
-    BaseDict,
-    BaseReference,
-    Budget,
-    Evaluator,
-    Unread,
-    describe,
-    kind_of,
-    parse,
-    path_of,
-)
+from schedules.reading.expressions import Evaluator, describe, parse, path_of
+from schedules.reading.values import MAX_DEPTH, SCALARS, BaseDict, BaseReference, Budget, Unread, kind_of
 
 SOURCE = "--cfg-options"  # of what the command line sets in a configuration
 MAX_BYTES = 256 * 1024  # of a file; MMDetection's longest has 29 kB

@@ -7,17 +7,14 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from schedules.errors import Place, ScheduleError
+from schedules.errors import Place
+from schedules.reading.values import MAX_DEPTH, SCALARS, BaseDict, BaseReference, Budget, Pass, Unread, kind_of
 
-MAX_DEPTH = 50  # of brackets, and of dicts and lists inside each other; MMDetection's deepest configuration has 14
-MAX_VALUES = 200_000  # evaluated, copied and joined in all; MMDetection's largest configuration takes 36,000
 MAX_BITS = 4096  # of a whole number
 MAX_WIDTH = 99  # in the format of an f-string
 
-SCALARS = (str, bool, int, float, type(None))
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -48,47 +45,6 @@ _NAMES_OF_SYNTAX = {
 _WITHOUT_NAMES = (
     "but only numbers, text, True, False, None, lists, tuples and dict(...) are read and nothing is executed"
 )
-
-
-class BaseDict(dict[Any, Any]):
-    """A dict of a base file, which the file above can change as MMEngine lets it: keys are attributes too, update()
-    reaches into inner dicts, pop() takes a missing key, and what is put in becomes such dicts and new lists.
-    """
-
-    # Names that stand for something else on MMEngine's dict, so that a key of that name is no attribute.
-    NO_ATTRIBUTES = frozenset(
-        [*dir(dict), "build_lazy", "deepcopy", "freeze", "unfreeze", "lazy", "merge", "scope", "to_dict", "_hook"]
-    )
-
-
-@dataclass(frozen=True)
-class BaseReference:
-    """{{_base_.a.b}}: the value that the base files have in the end, put in when the whole file is read."""
-
-    keys: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Unread:
-    """The value of a key that nobody asked for and that cannot be read. Whoever uses it gets the error."""
-
-    error: ScheduleError
-
-
-class _Pass(list[Any]):
-    """What enumerate() and a generator give: to be gone through, and no value of a configuration."""
-
-
-@dataclass
-class Budget:
-    """How many values one reading may still evaluate, copy or join."""
-
-    left: int = MAX_VALUES
-
-    def spend(self, count: int, place: Place, line: int | None = None) -> None:
-        if count > self.left:
-            raise place.error(f"the file makes more than {MAX_VALUES:,} values, so it is no configuration", line)
-        self.left -= count
 
 
 def parse(text: str, place: Place, mode: str = "exec") -> Any:
@@ -149,13 +105,6 @@ def describe(node: ast.AST) -> str:
     if isinstance(node, ast.Name):
         return f"the name {node.id}"
     return _NAMES_OF_SYNTAX.get(type(node), f"a Python {type(node).__name__}")
-
-
-def kind_of(value: Any) -> str:
-    """A value's type, in words."""
-    if isinstance(value, _Pass):
-        return "generator"
-    return "dict" if isinstance(value, dict) else type(value).__name__
 
 
 class Evaluator:
@@ -221,7 +170,7 @@ class Evaluator:
             case ast.ListComp(item, generators):
                 return self._comprehension(generators, lambda: self.value(item, place), place)
             case ast.GeneratorExp(item, generators):
-                return _Pass(self._comprehension(generators, lambda: self.value(item, place), place))
+                return Pass(self._comprehension(generators, lambda: self.value(item, place), place))
             case ast.SetComp(item, generators):
                 return set(
                     self._comprehension(generators, lambda: self._key(self.value(item, place), node, place), place)
@@ -427,7 +376,7 @@ class Evaluator:
 
     def bind(self, target: ast.expr, value: Any, names: dict[str, Any], place: Place) -> None:
         """Give a name its value, or the names of a tuple theirs."""
-        if isinstance(value, _Pass):
+        if isinstance(value, Pass):
             raise place.error("enumerate(...) is not kept; write the list itself", target.lineno)
         match target:
             case ast.Name(name):
@@ -454,10 +403,10 @@ class Evaluator:
         values = [self.value(arg, place) for arg in args]
         if name == "enumerate":
             values[:1] = [[*self._each(value, node, place)] for value in values[:1]]
-        elif any(isinstance(value, _Pass) for value in values):
+        elif any(isinstance(value, Pass) for value in values):
             raise place.error(f"{name}(...) does not take that", node.lineno)
         result = self.attempt(_FUNCTIONS[name], node, place, *values, **self._keywords(words, node, place))
-        return _Pass(result) if name == "enumerate" else result
+        return Pass(result) if name == "enumerate" else result
 
     def _method(
         self, holder: Any, name: str, args: list[ast.expr], words: list[ast.keyword], node: ast.expr, place: Place
@@ -476,7 +425,7 @@ class Evaluator:
                 self.budget.spend(len(holder), place, node.lineno)
                 if name == "copy":
                     return self.put(dict(holder), place) if isinstance(holder, BaseDict) else dict(holder)
-                return _Pass(getattr(holder, name)())
+                return Pass(getattr(holder, name)())
         if not named and type(holder) is list:
             if name == "extend" and len(values) == 1:
                 values = [[*self._each(values[0], node, place)]]
