@@ -296,7 +296,8 @@ def _build_trainer(
     if validate is not None and (config.train.compile or config.train.fast):
         validate = uncompiled(validate)
     processes.broadcast_weights(state.model)
-    gradients, update = _build_step(context, state, processes, graphs)
+    search = AlgorithmSearch() if searches_algorithms(config.train, processes.device) else None
+    gradients, update = _build_step(context, state, processes, graphs, search)
     metrics = StepMetrics(
         processes,
         images_per_iteration=loader.global_batch_size,
@@ -316,7 +317,11 @@ def _build_trainer(
 
 
 def _build_step(
-    context: RunContext, state: TrainState, processes: Processes, graphs: StepGraphs | None
+    context: RunContext,
+    state: TrainState,
+    processes: Processes,
+    graphs: StepGraphs | None,
+    search: AlgorithmSearch | None,
 ) -> tuple[GradientComputer, ParameterUpdate]:
     """What computes the gradients of an iteration, and what applies them."""
     config, model, schedule, precision = context.config, state.model, state.schedule, state.precision
@@ -335,7 +340,7 @@ def _build_step(
         guard,
         accumulate=schedule.accumulative_counts,
         graphs=graphs,
-        search=AlgorithmSearch() if searches_algorithms(config.train, processes.device) else None,
+        search=search,
     )
     update = ParameterUpdate(
         model,
@@ -358,7 +363,8 @@ def _memory_trial(context: RunContext, *, graphs: bool) -> MemoryTrial | None:
     def build_step(state: TrainState, processes: Processes) -> tuple[GradientComputer, ParameterUpdate]:
         # Graphs of its own, which go with their memory: the training's gradients will lie elsewhere.
         own = cuda_step_graphs(state.model, lambda line: None) if graphs else None
-        return _build_step(context, state, processes, own)
+        # A search takes memory only where there is some, and gives it back.
+        return _build_step(context, state, processes, own, search=None)
 
     # A size is captured when it comes for the third time.
     return MemoryTrial(context.processes, memory, build_step, passes=3 if graphs else 1)

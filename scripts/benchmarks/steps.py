@@ -24,7 +24,7 @@ from benchmarks.scenes import open_images
 from data import CocoDataset, DevicePrefetcher, RawBatch, TrainLoader
 from detection.engine.accelerate.algorithm_search import AlgorithmSearch
 from detection.engine.accelerate.compile import compile_for_training, prepare_compiler
-from detection.engine.accelerate.cuda_graphs import cuda_step_graphs, require_cuda_graphs
+from detection.engine.accelerate.cuda_graphs import cuda_step_graphs, record_detection, require_cuda_graphs
 from detection.engine.distributed.comm import Processes
 from detection.engine.metrics.step_metrics import StepMetrics
 from detection.engine.optim.amp import Precision
@@ -174,6 +174,8 @@ class OurStep:
         if variant.graphs:
             require_cuda_graphs(work.device)
         graphs = cuda_step_graphs(self.model, self._refuse) if variant.graphs else None
+        if graphs is not None:
+            record_detection(self.model, graphs.backend, self._refuse)
         buckets = GradientBuckets(trained_parameters(optimizer), processes, stay=graphs is not None)
         search = AlgorithmSearch() if work.device.type == "cuda" and variant.without != ALGORITHM_SEARCH else None
         self.gradients = GradientComputer(

@@ -12,7 +12,7 @@ from typing import Any
 from checkout import ROOT
 
 OK, FAILED, TIMED_OUT, NOT_RUN = "ok", "failed", "timed out", "not run"
-PARTS = ("tests", "train", "training", "compiled", "few-images", "ablation", "faults", "deterministic")
+PARTS = ("tests", "train", "training", "compiled", "faults", "deterministic")
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
     benchmark = "scripts/benchmark.py train"
     usual = "--batch-size 16 --batches 5 --repeats 3"
     # One padded size: each takes the compiler a minute.
-    one_size, few = "--batch-size 16 --batches 1 --repeats 7 --height 800 --width 1088", "--batch-size 2"
+    one_size = "--batch-size 16 --batches 1 --repeats 7 --height 800 --width 1088"
     training, num_kills = "scripts/gpu_checks/training.py", 4
     if short:
         usual = one_size = (
             "--model faster_rcnn_r18_fpn --min-size 64 --max-size 96 --batch-size 1 --batches 1 --repeats 1"
         )
-        training, num_kills, few = f"{training} --short", 1, ""
+        training, num_kills = f"{training} --short", 1
     if arguments.data_path is not None:
         # The parts run in the checkout's folder, wherever this program was started.
         training += f" --data-path {shlex.quote(str(arguments.data_path.resolve()))}"
@@ -64,17 +64,12 @@ def plan(arguments: argparse.Namespace, out: Path, work: Path) -> list[Part]:
     variants = f"{variants} ours-bf16-cl-compile-graphs" if on_gpu else ""
     place, trace = shlex.quote(str(work)), shlex.quote(str(out / "trace.json.gz"))
     kills = f"--kills {num_kills} --corruptions 0 --no-signals --no-disk --epochs 2 --trainings 1 loader"
-    few_text = (
-        "training step with the few images that the schedule has on each of eight GPUs: the host launches too slowly"
-    )
     rows = (
         ("train", "training step and inference beside torchvision's, COCO's sizes", 150,
          f"{benchmark} {usual} --inference"),
         ("training", "a training in bf16, killed, stopped and resumed", 150, f"{training} --work-dir {place}/training"),
         ("compiled", "training step, compiled too, and what the GPU does in it", 240,
          f"{benchmark} {one_size} {compiled} {graphs} {variants} --profile {trace}"),
-        ("few-images", few_text, 90, f"{benchmark} {one_size} {graphs} --no-probes {few}"),
-        ("ablation", "each setting turned off in turn", 120, f"{benchmark} {one_size} {compiled} --ablation"),
         ("faults", "kills at random moments, bit-equal ends", 150, f"scripts/fault_test.py {kills}"),
         ("deterministic", "bit-equal repeats (--deterministic), at the size of a real training", 90,
          f"{training} --repeat-deterministic --work-dir {place}/deterministic"),

@@ -142,6 +142,7 @@ ADDED: dict[str, str | Callable[[list[str]], str]] = {
     "scripts/benchmark.py traffic": "--model faster_rcnn_r18_fpn --batch-size 1 --height 64 --width 96",
     "scripts/benchmark.py train": _benchmark_train,
     "scripts/gpu_checks/training.py": "--short --work-dir check_gpu_training_{port}",
+    "scripts/gpu_checks/candidates.py": "--device cpu --parts rates",
     "scripts/check_gpu.py": "--device cpu --short --parts tests",
     "scripts/predict.py": "--device cpu --limit 2",
     "scripts/replay.py": "|| [ $? = 3 ]",  # it finds something

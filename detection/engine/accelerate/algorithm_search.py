@@ -39,3 +39,5 @@ class AlgorithmSearch:
             return step(images, targets)
         finally:
             torch.backends.cudnn.benchmark = False
+            # What the algorithms worked with: a recording could not free it to make room.
+            torch.cuda.empty_cache()
