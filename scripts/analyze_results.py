@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = program_parser(__doc__)
     add = parser.add_argument
     add("--annotations", required=True, metavar="FILE", help="COCO annotations with boxes")
-    add("--results", required=True, metavar="FILE", help="COCO results of a detector")
+    add("--results", required=True, metavar="FILE", help="COCO results of a detector: of boxes, or of masks")
     add("--images", metavar="DIR", type=Path, help="folder of the images; shows the worst ones")
     text = "where analysis.json, report.html and the PNG files go (default: <results>_analysis)"
     add("--output-dir", metavar="DIR", type=Path, help=text)
@@ -74,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 
         files += save_plots(analysis, folder)
 
-    metrics, names = analysis["metrics"], dict.fromkeys((*METRIC_NAMES, *LVIS_METRIC_NAMES))
-    print("  ".join(f"{name} {metrics[name]:.3f}" for name in names if metrics.get(name, -1) >= 0))
+    metrics, known = analysis["metrics"], {*METRIC_NAMES, *LVIS_METRIC_NAMES}
+    names = [name for name in metrics if name.removeprefix("segm_") in known and metrics[name] >= 0]
+    print("  ".join(f"{name} {metrics[name]:.3f}" for name in names))
     print("AP_50 gain if mended: ", end="")
     print(", ".join(f"{kind} +{gain:.3f}" for kind, gain in analysis["errors"]["AP_50_gain"].items()))
     for line in (*(f"note: {note}" for note in metrics["notes"]), *(f"wrote {file}" for file in files)):
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def number_run(results: Path) -> int | None:
     """On how many images a run of train.py made this results file, where its records lie beside it."""
-    split = results.stem.removeprefix("detections_")
+    split = results.stem.removeprefix("detections_").removesuffix("_segm")
     with contextlib.suppress(OSError, ValueError, MetricsError):
         alone, record = results.with_name(f"metrics_{split}.json"), results.with_name("metrics.jsonl")
         if alone.is_file() and alone.stat().st_mtime >= results.stat().st_mtime:

@@ -126,6 +126,8 @@ def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
     if arguments.split == "train":
         config = filled(AugmentationConfig, vars(arguments))
         check_effect(config, vars(arguments), arguments.max_size)
+        if config.copy_paste and not dataset.has_masks:
+            raise ConfigError("--copy-paste needs masks: give --masks as well")
         loader = TrainLoader(
             dataset,
             **scale,

@@ -3,7 +3,7 @@ kind, confusions, worst and best images, and the command that repeats the run.
 
     python scripts/report.py runs/NAME
 
-The errors are those of detections_val.json, which the last validation has written.
+The errors are those of detections_val.json, which the last validation has written, and of the masks beside it.
 """
 
 import sys
@@ -32,12 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     def write() -> int:
         (run,) = read_runs([arguments.run])
         validated = run.config.get("validated") or {}
-        analysis, missing = _analysis(
-            arguments.run / "detections_val.json",
-            arguments.annotations or _path(validated.get("annotations")),
-            arguments.images or _path(validated.get("images")),
-            arguments.worst,
-        )
+        annotations = arguments.annotations or _path(validated.get("annotations"))
+        images = arguments.images or _path(validated.get("images"))
+        analysis, missing = _analysis(arguments.run / "detections_val.json", annotations, images, arguments.worst)
+        if (masks := arguments.run / "detections_val_segm.json").is_file():
+            of_masks, missing_too = _analysis(masks, annotations, images, arguments.worst)
+            analysis, missing = analysis + of_masks, list(dict.fromkeys(missing + missing_too))
         file = arguments.output or arguments.run / "report.html"
         file.write_text(run_page(run, analysis=analysis, missing=missing), encoding="utf-8")
         for line in missing:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,11 @@ Corners = tuple[Decimal, Decimal, Decimal, Decimal]
 """x1, y1, x2, y2 of a box: edges in pixels, the image's left upper corner being (0, 0)."""
 
 
+Ring = tuple[Decimal, ...]
+"""x, y, x, y, ... of a polygon, in pixels as Corners."""
+HUNDREDTH = Decimal("0.01")
+
+
 class ConversionError(DataError):
     """A conversion that cannot be done; the message says why, where, and how to mend it."""
 
@@ -51,20 +56,35 @@ class LeftOut(ConversionError):
         self.code = code
 
 
+def _doubled_area(ring: Ring) -> float:
+    """By the shoelace formula, negative for one direction."""
+    xs, ys = ring[0::2], ring[1::2]
+    return float(sum((xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs))), Decimal(0)))
+
+
 @dataclass(frozen=True)
 class LabeledBox:
-    """One object: the name of its class, and its box."""
+    """One object: the name of its class, its box, and its outline where the source has one."""
 
     name: str
     corners: Corners
     crowd: bool = False
     """Neither trained on nor counted in evaluation (COCO's iscrowd, VOC's difficult)."""
+    rings: tuple[Ring, ...] = ()
 
     @property
     def box_xywh(self) -> list[float]:
         """x, y, width and height in pixels, as COCO has them."""
         x1, y1, x2, y2 = self.corners
         return [float(x1), float(y1), float(x2 - x1), float(y2 - y1)]
+
+    @property
+    def area(self) -> float:
+        """Of its rings, or of the box, square pixels."""
+        if not self.rings:
+            _, _, width, height = self.box_xywh
+            return width * height
+        return sum(abs(_doubled_area(ring)) for ring in self.rings) / 2
 
 
 @dataclass
@@ -178,6 +198,23 @@ def to_stored(corners: Corners, facts: ImageFacts) -> Corners:
 def to_displayed(corners: Corners, facts: ImageFacts) -> Corners:
     """A box in the pixels as stored, on the image as displayed."""
     return _turned(corners, INVERSE_ORIENTATION[facts.orientation], *facts.displayed_size)
+
+
+def ring_to_stored(ring: Ring, facts: ImageFacts) -> Ring:
+    """A polygon drawn on the image as displayed, in the pixels as stored."""
+    points = zip(ring[0::2], ring[1::2], strict=True)
+    return tuple(value for x, y in points for value in to_stored((x, y, x, y), facts)[:2])
+
+
+def box_of_rings(rings: Sequence[Ring]) -> Corners:
+    """The box round polygons."""
+    xs, ys = ([value for ring in rings for value in ring[axis::2]] for axis in (0, 1))
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def rounded(values: Iterable[Decimal]) -> tuple[Decimal, ...]:
+    """To hundredths of a pixel, COCO's own precision."""
+    return tuple(value.quantize(HUNDREDTH, ROUND_HALF_EVEN) for value in values)
 
 
 def _turned(corners: Corners, orientation: int, width: int, height: int) -> Corners:

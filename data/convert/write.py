@@ -68,9 +68,9 @@ def write_coco_set(
                             "image_id": image_id,
                             "category_id": category_ids[box.name],
                             "bbox": xywh,
-                            "area": xywh[2] * xywh[3],
+                            "area": box.area,
                             "iscrowd": int(box.crowd),
-                            "segmentation": [],
+                            "segmentation": [list(map(float, ring)) for ring in box.rings],
                         }
                     )
                 if copy:

@@ -6,7 +6,8 @@ An image without a label file, or with an empty one, is background. The programs
 images as their EXIF data say, so that is what the fractions are taken to refer to, and boxes are turned back to the
 pixels as stored, which all the rest of this project means.
 
-Boxes read are rounded to a hundredth of a pixel, COCO's own precision. Boxes written have DIGITS decimals, so that
+A line "class x1 y1 x2 y2 ..." is a polygon (YOLO segmentation): its outline is read, with the box round it. Boxes and
+outlines read are rounded to a hundredth of a pixel, COCO's own precision. Boxes written have DIGITS decimals, so that
 images of up to MAX_EXACT_SIDE pixels give back every hundredth: COCO -> YOLO -> COCO is exact for boxes in
 hundredths of a pixel.
 """
@@ -17,7 +18,7 @@ import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from data.convert.conversion import (
@@ -31,10 +32,14 @@ from data.convert.conversion import (
     LeftOut,
     Progress,
     Remarks,
+    Ring,
     add_box,
+    box_of_rings,
     counted,
     fit_box,
     image_facts,
+    ring_to_stored,
+    rounded,
     to_displayed,
     to_stored,
 )
@@ -45,7 +50,6 @@ from data.convert.yolo_config import CLASS_FILES, YoloSettings, read_settings
 from data.images.files import IMAGE_SUFFIXES, walk
 
 DIGITS = 8
-HUNDREDTH = Decimal("0.01")
 MAX_EXACT_SIDE = 300_000  # pixels; the error of a corner, 0.75e-8 of the side, stays below half a hundredth
 ROBOFLOW_FOLDERS = ("../valid/images", "../val/images")
 MAX_FRACTION = 2  # anything beyond is no fraction of an image but pixels
@@ -58,7 +62,7 @@ YOLO_TEXTS = {
     "not-fractions": "error: boxes are not fractions of the image (0 to 1) but seem to be pixels. Divide x and width "
     "by the image's width, y and height by its height",
     **SHARED_TEXTS,
-    "polygon": "info: lines are polygons (segmentation or rotated boxes); the box round each was taken",
+    "polygon": "info: lines are polygons (segmentation or rotated boxes); each was kept, with the box round it",
     "no-label-file": "warning: images have no label file and count as background. Is it missing?",
 }
 
@@ -243,18 +247,20 @@ def _read_image(
         if line.strip():
             place = f"{label_file}, line {number}"
             try:
-                name, corners = _parse_line(line, place, class_names, size, remarks)
+                name, corners, ring = _parse_line(line, place, class_names, size, remarks)
             except LeftOut as reason:
                 remarks.leave_out(reason)
                 continue
             if displayed:
                 corners = to_stored(corners, facts)
+                ring = ring_to_stored(ring, facts)
             fitted = fit_box(corners, facts.width, facts.height, remarks, place)
             if fitted is None:
                 continue
-            x1, y1, x2, y2 = (value.quantize(HUNDREDTH, ROUND_HALF_EVEN) for value in fitted)
+            x1, y1, x2, y2 = rounded(fitted)
             if x1 < x2 and y1 < y2:
-                add_box(image, LabeledBox(name, (x1, y1, x2, y2)), remarks, place)
+                rings = (rounded(ring),) if ring else ()
+                add_box(image, LabeledBox(name, (x1, y1, x2, y2), rings=rings), remarks, place)
             else:
                 remarks.add("box-dropped", f"{place}: thinner than a hundredth of a pixel")
     if displayed and facts.orientation != 1 and image.boxes:
@@ -266,8 +272,9 @@ def _read_image(
 
 def _parse_line(
     line: str, place: str, class_names: Sequence[str], size: tuple[int, int], remarks: Remarks
-) -> tuple[str, Corners]:
-    """Class and corners in pixels of one line, unclipped. Raises LeftOut where it is none.
+) -> tuple[str, Corners, Ring]:
+    """Class, corners and polygon (empty where it is a box) in pixels of one line, unclipped. Raises LeftOut where it is
+    none.
 
     size: width and height that the fractions are of.
     """
@@ -287,16 +294,17 @@ def _parse_line(
         raise LeftOut("unknown-class", f"{place}: class {words[0]}, and the class list goes from 0 to {last}")
     if max(map(abs, values)) > MAX_FRACTION:
         raise LeftOut("not-fractions", f"{place}: {line.strip()[:60]!r}")
+    ring: Ring = ()
     if is_polygon:
         remarks.add("polygon", place)
-        xs, ys = values[0::2], values[1::2]
-        corners = min(xs) * width, min(ys) * height, max(xs) * width, max(ys) * height
+        ring = tuple(value * (height if number % 2 else width) for number, value in enumerate(values))
+        corners = box_of_rings([ring])
     else:
         x, y, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
         if w <= 0 or h <= 0:
             raise LeftOut("box-dropped", f"{place}: width {words[3]}, height {words[4]}")
         corners = x - w / 2, y - h / 2, x + w / 2, y + h / 2
-    return class_names[int(index)], corners
+    return class_names[int(index)], corners, ring
 
 
 def _find_settings(root: Path) -> Path:

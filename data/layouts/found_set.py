@@ -16,6 +16,7 @@ from data.convert.conversion import ConversionError, Progress, Remarks
 from data.convert.files import read_class_file
 from data.convert.imagefolder import IMAGEFOLDER_TEXTS, imagefolder_set
 from data.convert.labeled_set import LabeledSet
+from data.convert.labelme import LABELME_TEXTS, labelme_set
 from data.convert.voc import VOC_TEXTS, VocReader, find_voc, voc_set
 from data.convert.write import write_coco_set
 from data.convert.yolo import YOLO_TEXTS, find_yolo, yolo_set
@@ -23,7 +24,7 @@ from data.images.files import IMAGE_SUFFIXES, walk
 from data.layouts.coco_folder import coco_set, write_contents
 from data.layouts.recognition import CONVERTERS, FORMATS, ROBOFLOW_FILE, LayoutError, Reading, inner_folder, recognize
 
-VERSION = 1  # another number whenever equal folders would give other files
+VERSION = 2  # another number whenever equal folders would give other files
 RECORD = "set.json"
 PLACES_SHOWN = 3
 KEY_SHOWN = 16  # hexadecimal digits of a folder's key in its name in the cache
@@ -146,6 +147,8 @@ def _labeled(root: Path, reading: Reading, wanted: Wanted, progress: Progress) -
         return yolo_set(find_yolo(root), root, Remarks(YOLO_TEXTS), progress=progress)
     if reading.format == "imagefolder":
         return imagefolder_set(root, Remarks(IMAGEFOLDER_TEXTS), meant=wanted.classes, progress=progress)
+    if reading.format == "labelme":
+        return labelme_set(root, Remarks(LABELME_TEXTS), meant=wanted.classes, progress=progress)
     folders = find_voc(root)
     classes = None if folders.classes is None else read_class_file(folders.classes)
     reader = VocReader(folders, Remarks(VOC_TEXTS), classes)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.convert.files import looks_like_yolo_labels
+from data.convert.labelme import is_labelme
 from data.convert.splits import SPLIT_OF_FOLDER
 from data.convert.yolo_config import CLASS_FILES
 from data.errors import DataError
@@ -27,6 +28,7 @@ FORMATS = {
     "yolo": "YOLO",
     "voc": "Pascal VOC",
     "imagefolder": "Hugging Face's imagefolder",
+    "labelme": "LabelMe",
 }
 """Values of --data-format, and what they are called."""
 CONVERTERS = {"yolo": "scripts/convert_yolo.py", "voc": "scripts/convert_voc.py"}
@@ -97,6 +99,9 @@ def readings(root: Path, files: Sequence[Path]) -> list[Reading]:
     xml = [file for file in files if file.suffix.lower() == ".xml"]
     if voc := [file for file in xml[:NUM_LOOKED_INTO] if b"<annotation" in _head(file)]:
         found.append(Reading("voc", voc[0]))
+    shapes = [file for file in files if file.suffix.lower() == ".json"]
+    if labelme := [file for file in shapes[:NUM_LOOKED_INTO] if is_labelme(file)]:
+        found.append(Reading("labelme", labelme[0]))
     metadata = [file for file in files if file.name == "metadata.jsonl"]
     if imagefolder := [file for file in metadata if _has_objects(file)]:
         found.append(Reading("imagefolder", imagefolder[0]))
@@ -183,7 +188,8 @@ def _nothing_known(root: Path, files: Sequence[Path], data_format: str | None) -
         lines.append("  There are images and no labels.")
     lines += [
         "Read are: COCO's JSON files; YOLO's data.yaml, obj.data or class list with label files; Pascal VOC's XML",
-        "files; Hugging Face's metadata.jsonl with objects (docs/own_data.md has the table). Or name the files:",
+        "files; LabelMe's JSON files; Hugging Face's metadata.jsonl with objects (docs/own_data.md has the table).",
+        "Or name the files:",
         "  --train-images DIR --train-annotations FILE --val-images DIR --val-annotations FILE",
     ]
     return "\n".join(lines)

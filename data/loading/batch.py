@@ -40,6 +40,26 @@ class BatchPlan(Geometry):
     """How the colors of each image change; None: they stay"""
     own: OwnChange | None = None
     """What a function of the user's own does to the batch"""
+    sources: "BatchPlan | None" = None
+    """B images of which objects are pasted onto these, see data.transforms.copy_paste; their places are -1"""
+
+    def with_sources(self) -> "BatchPlan":
+        """One plan of twice as many images: these, and the sources behind them."""
+        assert self.sources is not None
+        joined: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                joined[name] = np.concatenate([value, getattr(self.sources, name)])
+        if self.colors is not None and self.sources.colors is not None:
+            joined["colors"] = self.colors + self.sources.colors
+        return replace(self, sources=None, **joined)
+
+    def part(self, which: slice) -> "BatchPlan":
+        """The plan of some of the images."""
+        parts: dict[str, Any] = {
+            name: value[which] for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, colors=self.colors and self.colors[which], **parts)
 
 
 @dataclass(kw_only=True)
@@ -130,10 +150,18 @@ class RawBatch(Batch):
     left to `assemble`, on the training device; boxes are those of the assembled batch already.
     """
 
+    source_sizes: list[tuple[int, int]] = field(default_factory=list)
+    """(height, width) as stored of the plan's sources, whose pixels are behind those of the images"""
+    first_pasted: list[int] = field(default_factory=list)
+    """Row from which on the boxes of an image are those of pasted objects, with sources"""
     load_seconds: float = field(default=0.0, compare=False)
     """What it took to read and decode the batch"""
     load_cpu_seconds: float = field(default=0.0, compare=False)
     """The part of it that was not spent waiting, for the disk say"""
+
+    @property
+    def num_pixel_bytes(self) -> int:
+        return sum(height * width * 3 for height, width in (*self.native_sizes, *self.source_sizes))
 
     @property
     def num_mask_bits(self) -> int:
@@ -189,18 +217,15 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
     )
     start = 0
     for i, (target, native) in enumerate(zip(pixels, raw.native_sizes, strict=True)):
-        end = start + native[0] * native[1] * 3
-        image = native_pixels[start:end].view(1, *native, 3).permute(0, 3, 1, 2)
-        (top, left), (height, width) = plan.offsets[i].tolist(), plan.sizes[i].tolist()
-        scaled_height, scaled_width = plan.scaled_sizes[i].tolist()
-        image = resize_pixels(image, (scaled_height, scaled_width))[0, :, top : top + height, left : left + width]
-        if plan.colors is not None:
-            image = change_colors(image, plan.colors[i])
-        mirrored = [axis for axis, flip in ((-1, plan.flips[i]), (-2, plan.vertical_flips[i])) if flip]
-        target[:, :height, :width].copy_(image.flip(mirrored) if mirrored else image)
-        target[:, :height, width:].zero_()
-        target[:, height:].zero_()
-        start = end
+        _draw(target, native_pixels[start:], native, plan, i)
+        start += native[0] * native[1] * 3
+    if plan.sources is not None:
+        source = torch.empty_like(pixels[0])
+        for i, (target, native) in enumerate(zip(pixels, raw.source_sizes, strict=True)):
+            if raw.valid[i, raw.first_pasted[i] :].any():
+                _draw(source, native_pixels[start:], native, plan.sources, i)
+                _paste(target, source, raw, i)
+            start += native[0] * native[1] * 3
     moved = {name: value.to(device, non_blocking=True) for name, value in raw.tensors().items()}
     batch = DeviceBatch(
         plan=plan,
@@ -211,3 +236,28 @@ def assemble(raw: RawBatch, device: torch.device | str) -> DeviceBatch:
         **moved,
     )
     return batch if plan.own is None else plan.own.apply(batch)
+
+
+def _draw(target: torch.Tensor, native_pixels: torch.Tensor, native: tuple[int, int], plan: BatchPlan, i: int) -> None:
+    """Image i of the plan, whose native pixels come first, into uint8 [3, H, W]."""
+    image = native_pixels[: native[0] * native[1] * 3].view(1, *native, 3).permute(0, 3, 1, 2)
+    (top, left), (height, width) = plan.offsets[i].tolist(), plan.sizes[i].tolist()
+    scaled_height, scaled_width = plan.scaled_sizes[i].tolist()
+    image = resize_pixels(image, (scaled_height, scaled_width))[0, :, top : top + height, left : left + width]
+    if plan.colors is not None:
+        image = change_colors(image, plan.colors[i])
+    mirrored = [axis for axis, flip in ((-1, plan.flips[i]), (-2, plan.vertical_flips[i])) if flip]
+    target[:, :height, :width].copy_(image.flip(mirrored) if mirrored else image)
+    target[:, :height, width:].zero_()
+    target[:, height:].zero_()
+
+
+def _paste(target: torch.Tensor, source: torch.Tensor, raw: RawBatch, i: int) -> None:
+    """The pixels of the objects that are pasted onto image i, uint8 [3, H, W] both."""
+    assert raw.masks is not None
+    bits, offsets, rectangles = raw.masks
+    for row in range(raw.first_pasted[i], int(raw.valid[i].sum())):
+        start, (x, y, width, height) = int(offsets[i, row]), rectangles[i, row].tolist()
+        inside = bits[start : start + width * height].view(height, width).to(target.device, non_blocking=True) > 0
+        area = (slice(None), slice(y, y + height), slice(x, x + width))
+        target[area] = torch.where(inside, source[area], target[area])

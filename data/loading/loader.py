@@ -19,6 +19,7 @@ from data.loading.sampler import evaluation_batches, repeat_factors
 from data.loading.shape_buckets import bucket_of, shape_buckets
 from data.loading.workers import WorkerPool
 from data.transforms.augmentation import Augmentation
+from data.transforms.copy_paste import partners, paste_seed
 from data.transforms.geometry import Geometry, padded_size, resized_sizes
 from data.transforms.hash_rng import GROUP_STREAM, hash_key, hash_words, image_words
 
@@ -113,7 +114,9 @@ class TrainLoader:
         self._rank, self._world_size = rank, world_size
         self._seed, self._augmentation = seed, augmentation
         on_unreadable: OnUnreadable = "fail" if max_bad_images is None else "replace"
-        self._stream = WorkerPool(dataset, batch_size, workers, pin, on_unreadable, max_bad_images or 0)
+        assert dataset.has_masks and augmentation.jitter is not None if augmentation.copy_paste else True
+        num_read = 2 * batch_size if augmentation.copy_paste else batch_size
+        self._stream = WorkerPool(dataset, num_read, workers, pin, on_unreadable, max_bad_images or 0)
 
     def batches(self, first_iteration: int, last_iteration: int) -> Iterator[RawBatch]:
         """Batches of the iterations first_iteration to last_iteration - 1 (0-based over the whole run),
@@ -153,8 +156,9 @@ class TrainLoader:
         for epoch in range(min(num_epochs, EPOCHS_LOOKED_AT)):
             order, repeats = self._order.batches(epoch, _spread(self._pass_iterations, ITERATIONS_LOOKED_AT))
             images = order.reshape(-1)
-            every = self._geometry(epoch, images, image_words(images, repeats.reshape(-1)))
-            num_box_rows = max(num_box_rows, _box_rows(self.dataset.box_counts[images]))
+            words = image_words(images, repeats.reshape(-1))
+            every = self._geometry(epoch, images, words)
+            num_box_rows = max(num_box_rows, self._num_box_rows(images, self._partners(epoch, words)))
             if self._augmentation.jitter is not None:
                 sizes.add(every.padded_size)
             else:
@@ -179,12 +183,21 @@ class TrainLoader:
             num_images=self._batch_size,
         )
 
-    def _geometry(self, epoch: int, images: np.ndarray, words: np.ndarray) -> Geometry:
+    def _partners(self, epoch: int, words: np.ndarray) -> np.ndarray | None:
+        if not self._augmentation.copy_paste:
+            return None
+        return partners(self._seed, epoch, words, len(self.dataset))
+
+    def _num_box_rows(self, images: np.ndarray, sources: np.ndarray | None) -> int:
+        counts = self.dataset.box_counts[images]
+        return _box_rows(counts if sources is None else counts + self.dataset.box_counts[sources])
+
+    def _geometry(self, epoch: int, images: np.ndarray, words: np.ndarray, seed: int | None = None) -> Geometry:
         return self._augmentation.geometry(
             self.dataset.widths[images],
             self.dataset.heights[images],
             words=words,
-            seed=self._seed,
+            seed=self._seed if seed is None else seed,
             epoch=epoch,
             min_size=self.min_size,
             max_size=self.max_size,
@@ -199,12 +212,13 @@ class TrainLoader:
             turn = int(hash_words(self._seed, GROUP_STREAM, iteration) >> np.uint64(1))
             order = grouped(whole.sizes, self._group_size, turn)
             images, words, whole = images[order], words[order], whole.of_images(order)
-        num_box_rows = _box_rows(self.dataset.box_counts[images])
+        sources = self._partners(epoch, words)
+        num_box_rows = self._num_box_rows(images, sources)
         for micro_step in range(self._accumulate):
             start = (micro_step * self._world_size + rank) * self._batch_size
             places = np.arange(start, start + self._batch_size)
             part = replace(whole.of_images(places), padded_size=self._padded_size(whole, places))
-            yield BatchPlan(
+            plan = BatchPlan(
                 **vars(part),
                 iteration=iteration,
                 epoch=epoch,
@@ -215,6 +229,22 @@ class TrainLoader:
                 colors=self._augmentation.colors(words[places], seed=self._seed, epoch=epoch),
                 own=self._augmentation.own_change(words[places], seed=self._seed, epoch=epoch),
             )
+            if sources is not None:
+                # Where it goes is drawn by the image that it is pasted onto: a source may be there twice.
+                seed = paste_seed(self._seed)
+                of_sources = self._geometry(epoch, sources[places], words[places], seed)
+                plan = replace(
+                    plan,
+                    sources=replace(
+                        plan,
+                        **vars(of_sources),
+                        indices=sources[places],
+                        places=np.full(len(places), -1),
+                        sample_keys=hash_key(seed, iteration, places),
+                        colors=self._augmentation.colors(words[places], seed=seed, epoch=epoch),
+                    ),
+                )
+            yield plan
 
     def _padded_size(self, whole: Geometry, places: np.ndarray) -> tuple[int, int]:
         """Of the groups that these places of a global batch lie in."""

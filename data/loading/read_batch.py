@@ -14,6 +14,7 @@ from data.loading.batch import BatchPlan, RawBatch
 from data.loading.dataset import CocoDataset
 from data.loading.shared_buffers import SharedBuffers
 from data.loading.unreadable import UnreadableImage, fitted_size, replacement_candidates
+from data.transforms.copy_paste import MaskedObjects, chosen_objects, paste
 from data.transforms.geometry import scale_factors
 
 Job = tuple[BatchPlan, int | None]
@@ -64,6 +65,14 @@ class BatchReader(Dataset):
 
         Raises ImageError for an image that cannot be used, with "fail".
         """
+        if plan.sources is None:
+            return self._read(plan, room)
+        whole = plan.with_sources()
+        if room is None:
+            room = np.empty(self.dataset.num_bytes(whole.indices).sum(), dtype=np.uint8)
+        return _pasted(self._read(whole, room), len(plan.indices), room)
+
+    def _read(self, plan: BatchPlan, room: np.ndarray | None) -> RawBatch:
         start, cpu_start = time.perf_counter(), time.thread_time()
         if room is None:
             room = np.empty(self.dataset.num_bytes(plan.indices).sum(), dtype=np.uint8)
@@ -155,9 +164,61 @@ class BatchReader(Dataset):
             yield UnreadableImage(
                 image_id=int(ids[index]),
                 message=message,
-                place=place if index == planned else None,
+                place=place if index == planned and place >= 0 else None,
                 replacement_id=None if replacement is None else int(ids[replacement]),
             )
+
+
+def _pasted(whole: RawBatch, count: int, room: np.ndarray) -> RawBatch:
+    """A batch of `count` images, of one of twice as many: with objects of the others on top. room: where the pixels
+    are, if they fitted in."""
+    plan, rest = whole.plan, whole.plan.part(slice(count, None))
+    valid, boxes_xyxy = np.zeros_like(whole.valid[:count].numpy()), np.zeros_like(whole.boxes_xyxy[:count].numpy())
+    labels, rectangles = np.zeros_like(whole.labels[:count].numpy()), np.zeros((*valid.shape, 4), dtype=np.int64)
+    bitmaps: list[np.ndarray] = []
+    first_pasted = []
+    for i in range(count):
+        own, others = _objects(whole, i), _objects(whole, count + i)
+        chosen = chosen_objects(int(rest.sample_keys[i]), np.ones(len(others.labels), dtype=bool))
+        height, width = plan.sizes[i].tolist()
+        # A replaced image may have more boxes than the rows were planned for.
+        objects, num_own = paste(own, others.take(chosen[: valid.shape[1] - len(own.labels)]), (height, width))
+        rows = slice(len(objects.labels))
+        valid[i, rows], boxes_xyxy[i, rows], labels[i, rows] = True, objects.boxes_xyxy, objects.labels
+        rectangles[i, rows] = np.array(objects.rectangles, dtype=np.int64).reshape(-1, 4)
+        bitmaps += [bits.reshape(-1) for bits in objects.bits]
+        first_pasted.append(num_own)
+    masks = _masks(bitmaps, rectangles, room[:0])
+    end, bits = whole.pixels.numel(), masks["mask_bits"].numpy()
+    if np.may_share_memory(whole.pixels.numpy(), room) and end + len(bits) <= len(room):
+        room[end : end + len(bits)] = bits
+        masks["mask_bits"] = torch.from_numpy(room[end : end + len(bits)])
+    kept = ("image_ids", "sizes", "places", "sample_keys", "scale_factors")
+    return replace(
+        whole,
+        plan=replace(plan.part(slice(count)), sources=rest),
+        native_sizes=whole.native_sizes[:count],
+        source_sizes=whole.native_sizes[count:],
+        first_pasted=first_pasted,
+        boxes_xyxy=torch.from_numpy(boxes_xyxy),
+        labels=torch.from_numpy(labels),
+        valid=torch.from_numpy(valid),
+        **{name: getattr(whole, name)[:count].clone() for name in kept},
+        **masks,
+    )
+
+
+def _objects(batch: RawBatch, i: int) -> MaskedObjects:
+    """Those of an image of the batch."""
+    assert batch.masks is not None
+    bits, offsets, rectangles = (tensor.numpy() for tensor in batch.masks)
+    rows = np.flatnonzero(batch.valid[i].numpy())
+    places = [tuple(rectangles[i, row].tolist()) for row in rows]
+    crops = [
+        bits[start : start + width * height].reshape(height, width)
+        for start, (_, _, width, height) in zip(offsets[i, rows].tolist(), places, strict=True)
+    ]
+    return MaskedObjects(batch.boxes_xyxy[i].numpy()[rows], batch.labels[i].numpy()[rows], places, crops)
 
 
 def _masks(bitmaps: list[np.ndarray], rectangles: np.ndarray, room: np.ndarray) -> dict[str, Any]:

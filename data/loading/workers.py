@@ -124,7 +124,7 @@ class WorkerPool:
                 if len(batch.pixels):
                     self._buffers.release(number)
                 else:
-                    num_bytes = sum(height * width * 3 for height, width in batch.native_sizes)
+                    num_bytes = batch.num_pixel_bytes
                     room = self._buffers.take(number, num_bytes + batch.num_mask_bits)
                     batch.pixels = room[:num_bytes]
                     if batch.mask_bits is not None and not len(batch.mask_bits):

@@ -102,6 +102,8 @@ class Augmentation:
     vertical_flip_probability: float = 0.0
     color: PhotometricDistortion | ColorJitter | None = None
     own: OwnFunction | None = None
+    copy_paste: bool = False
+    """Objects of another image on top, see copy_paste.py; with jitter, of sets with masks"""
 
     def geometry(
         self,
@@ -154,6 +156,7 @@ class Augmentation:
         lines = [part.describe() for part in (self.scales, self.jitter) if part is not None]
         chances = {"horizontal": self.flip_probability, "vertical": self.vertical_flip_probability}
         flips = [f"{which} {chance:g}" for which, chance in chances.items() if chance > 0]
+        lines += ["copy-paste: a random part of another image's objects on top"] if self.copy_paste else []
         lines.append("flip probability: " + ", ".join(flips) if flips else "no flips")
         lines += [self.color.describe()] if self.color is not None else []
         return lines + ([f"{self.own.__module__}:{self.own.__qualname__}"] if self.own is not None else [])

@@ -74,6 +74,10 @@ class AugmentationConfig:
     lsj_min_visibility: float = setting(
         0.0, COMMAND_LINE, "drop boxes of which the crop leaves a smaller part of the area", type=fraction
     )
+    copy_paste: bool = setting(
+        False, COMMAND_LINE, "objects of another image on top of each image, with --lsj, of models with masks"
+    )
+    """Those of another image of the train set, a random part of them."""
     flip_probability: float = setting(0.5, COMMAND_LINE, "left to right", type=fraction)
     vertical_flip_probability: float = setting(0.0, COMMAND_LINE, "upside down", type=fraction)
     photometric_distortion: bool = setting(
@@ -158,6 +162,6 @@ def check_effect(config: AugmentationConfig, given: Mapping[str, Any], max_size:
         raise ConfigError(
             "--train-scale-sampling has no effect by itself: give --train-min-sizes or --train-scales as well"
         )
-    for name in ("lsj_range", "lsj_min_visibility"):
+    for name in ("lsj_range", "lsj_min_visibility", "copy_paste"):
         if name in given and config.lsj is None:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect without --lsj: give --lsj as well")

@@ -38,7 +38,7 @@ from detection.config.settings import (
 
 FREEZE_CHOICES = {"none": -1, "stem": 0, "stage1": 1, "stage2": 2, "stage3": 3, "stage4": 4, "backbone": 4}
 """What --freeze takes, and the number of frozen stages that it means."""
-DATA_FORMATS = ("coco", "yolo", "voc", "imagefolder")
+DATA_FORMATS = ("coco", "yolo", "voc", "imagefolder", "labelme")
 """Those of data.layouts, whose import takes as long as PyTorch's."""
 WORKERS = {"cuda": 4, "cpu": 1}
 LOG_INTERVALS = {"cuda": 20, "cpu": 1}

@@ -97,7 +97,10 @@ def preflight(
             imported(backbone)
     if config.augmentation.augmentation is not None:
         imported(config.augmentation.augmentation)
-    found, data_lines = prepare_files(config.data, mode=config.mode, masks=has_masks(config, None))
+    masks = has_masks(config, None)
+    if config.augmentation.copy_paste and not masks:
+        raise ConfigError(f"--copy-paste needs a model with masks, such as mask_rcnn_r50_fpn; not {config.model.model}")
+    found, data_lines = prepare_files(config.data, mode=config.mode, masks=masks)
     lines = [*config.config_notes, *data_lines]
     if schedule.amp == "fp16" and processes.device.type == "cpu":
         # Not refused: the figures are right, and float16 can be tried where there is no GPU.

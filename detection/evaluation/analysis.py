@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.coco.annotations import read_coco
+from data.coco.run_lengths import RunLengths
 from detection.evaluation.backends import Accumulated
 from detection.evaluation.coco_metrics import IOU_50, IOU_75, CocoEvaluator, per_class_ap
 from detection.evaluation.error_types import ERRORS, Outcome, Outcomes, sort_outcomes
@@ -56,14 +58,17 @@ def analyze_results(
          "f1", "boxes":
             [{"box_xywh", "kind": "correct", "missed" or an error, "name", "score", "truth"}]}; the worst have an
             error, the best a correct detection}
+        Of a results file of masks all but "metrics" (which has boxes and masks) is about masks: IoU is that of masks,
+        and each of "boxes" has its mask too, as "segmentation", COCO's run lengths.
 
     Raises:
         AnnotationError, EvaluationError, ResultsError: as CocoEvaluator and read_results.
     """
-    evaluator = CocoEvaluator(annotation_file, backend=backend)
     detections = read_results(results_file)
+    has_masks = detections.masks is not None
+    evaluator = CocoEvaluator(read_coco(os.fspath(annotation_file), masks=has_masks), backend=backend)
     metrics = evaluator.evaluate(detections)
-    truth, accumulated = evaluator.truth, evaluator.accumulated
+    truth, accumulated = evaluator.truth, evaluator.accumulated_masks if has_masks else evaluator.accumulated
     assert accumulated is not None
     num_images, num_empty = len(truth.image_ids), len(np.setdiff1d(truth.image_ids, detections.image_ids))
     if num_run is not None and num_run < num_images:
@@ -83,8 +88,9 @@ def analyze_results(
     if truth.federated is not None:
         metrics["notes"].append("LVIS's rules: AR_100 of a class is its recall with 300 detections an image")
         sides = detections.boxes_xywh[:, 2:]
-        truth, detections, lenient = judged(truth, detections, sides[:, 0] * sides[:, 1])
-    outcomes = sort_outcomes(truth, detections)
+        areas = sides[:, 0] * sides[:, 1] if detections.masks is None else detections.masks.areas()
+        truth, detections, lenient = judged(truth, detections, areas)
+    outcomes = sort_outcomes(truth, detections, masks=has_masks)
     if lenient is not None:
         outcomes.kinds[lenient & (outcomes.kinds != Outcome.CORRECT)] = Outcome.IGNORED
     num_boxes = _count(truth, ~truth.crowd)
@@ -333,7 +339,8 @@ def _boxes_of_image(
     for row in np.flatnonzero(lost).tolist():
         name = names[truth.box_labels[row]]
         box = truth.boxes_xywh[row].round(2).tolist()
-        boxes.append({"box_xywh": box, "kind": "missed", "name": name, "score": None, "truth": name})
+        shape = _mask(truth.masks if detections.masks is not None else None, row)
+        boxes.append({"box_xywh": box, "kind": "missed", "name": name, "score": None, "truth": name, **shape})
     for row in np.flatnonzero(shown).tolist():
         target = int(outcomes.targets[row])
         boxes.append(
@@ -343,6 +350,13 @@ def _boxes_of_image(
                 "name": names[outcomes.labels[row]],
                 "score": round(float(detections.scores[row]), 4),
                 "truth": names[truth.box_labels[target]] if target >= 0 else None,
+                **_mask(detections.masks, row),
             }
         )
     return boxes
+
+
+def _mask(masks: RunLengths | None, row: int) -> dict[str, Any]:
+    if masks is None:
+        return {}
+    return {"segmentation": {"size": masks.sizes[row].tolist(), "counts": masks.counts(row).decode("ascii")}}

@@ -64,6 +64,7 @@ class CocoEvaluator:
             annotations = read_coco(os.fspath(annotations))
         self.truth = GroundTruth.of(annotations)
         self.accumulated: Accumulated | None = None
+        self.accumulated_masks: Accumulated | None = None
 
     @property
     def has_boxes(self) -> bool:
@@ -145,7 +146,7 @@ class CocoEvaluator:
         metrics: dict[str, Any] = dict(figures_of(self.accumulated, truth))
         metrics["per_class"] = dict(zip(truth.class_names, per_class_ap(self.accumulated), strict=True))
         if detections.masks is not None and truth.masks is not None:
-            of_masks = accumulate(self.backend, truth, detections, masks=True)
+            of_masks = self.accumulated_masks = accumulate(self.backend, truth, detections, masks=True)
             metrics |= {SEGM + name: value for name, value in figures_of(of_masks, truth).items()}
             metrics[f"{SEGM}per_class"] = dict(zip(truth.class_names, per_class_ap(of_masks), strict=True))
         metrics["notes"] = notes + _explanations(truth, detections)

@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
+from data.coco.run_lengths import RunLengths
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections
 
+Shapes = npt.NDArray[np.float64] | RunLengths
+"""Boxes xywh [n, 4], or masks"""
 MAX_DETECTIONS = 100  # per image and class, as COCOeval's last limit
 NONE = -1
 
@@ -59,13 +62,16 @@ class Outcomes:
     missed: npt.NDArray[np.bool_]
 
 
-def sort_outcomes(truth: GroundTruth, detections: Detections, *, high: float = 0.5, low: float = 0.1) -> Outcomes:
+def sort_outcomes(
+    truth: GroundTruth, detections: Detections, *, high: float = 0.5, low: float = 0.1, masks: bool = False
+) -> Outcomes:
     """The outcome of every detection.
 
     Args:
         truth: the evaluated images and their boxes.
         detections: only on images and of categories of `truth`.
         high: IoU from which a detection matches. low: IoU up to which it is background.
+        masks: the IoU is that of the masks, which both have, in place of the boxes'.
     """
     images, labels = truth.places_of(detections)
     kinds = np.full(len(detections), Outcome.IGNORED, np.int8)
@@ -76,18 +82,22 @@ def sort_outcomes(truth: GroundTruth, detections: Detections, *, high: float = 0
     places = np.arange(len(truth.image_ids) + 1)
     row_bounds = np.searchsorted(images[order], places)
     box_bounds = np.searchsorted(truth.box_images[box_order], places)
-    boxes_xywh = detections.boxes_xywh.astype(np.float64)
+    found_shapes: Shapes = detections.boxes_xywh.astype(np.float64)
+    true_shapes: Shapes = truth.boxes_xywh
+    if masks:
+        assert detections.masks is not None and truth.masks is not None
+        found_shapes, true_shapes = detections.masks, truth.masks
     for i in np.unique(images).tolist():
         rows = order[row_bounds[i] : row_bounds[i + 1]]
         in_image = box_order[box_bounds[i] : box_bounds[i + 1]]
         boxes, crowds = in_image[~truth.crowd[in_image]], in_image[truth.crowd[in_image]]
-        overlaps = _overlaps(boxes_xywh[rows], truth.boxes_xywh[boxes], crowd=False)
+        overlaps = _overlaps(found_shapes, rows, true_shapes, boxes, crowd=False)
         same_class = labels[rows, None] == truth.box_labels[boxes]
         found = _match(np.where(same_class, overlaps, 0.0), high)
         kind, target = _name_errors(overlaps, same_class, high, low)
         kind = np.where(found >= 0, Outcome.CORRECT, kind)
         target = np.where(found >= 0, found, target)
-        covered = _overlaps(boxes_xywh[rows], truth.boxes_xywh[crowds], crowd=True) >= high
+        covered = _overlaps(found_shapes, rows, true_shapes, crowds, crowd=True) >= high
         covered &= labels[rows, None] == truth.box_labels[crowds]
         on_crowd = covered.any(axis=1) & (found < 0)
         kinds[rows] = np.where(on_crowd, Outcome.IGNORED, kind)
@@ -113,12 +123,17 @@ def _surest_first_by_image(
 
 
 def _overlaps(
-    found: npt.NDArray[np.float64], boxes: npt.NDArray[np.float64], *, crowd: bool
+    found: Shapes, rows: npt.NDArray[np.int64], truth: Shapes, columns: npt.NDArray[np.int64], *, crowd: bool
 ) -> npt.NDArray[np.float64]:
-    """IoU [D, G] of boxes_xywh [D, 4] and [G, 4]; intersection over the found box's area for crowds."""
-    if not len(boxes):
-        return np.zeros((len(found), 0))
-    return coco_mask.iou(np.ascontiguousarray(found), np.ascontiguousarray(boxes), [int(crowd)] * len(boxes))
+    """IoU [D, G] of some of the detections' boxes or masks with some of the truth's; intersection over the found one's
+    area for crowds."""
+    if not len(rows) or not len(columns):
+        return np.zeros((len(rows), len(columns)))
+    if isinstance(found, RunLengths) and isinstance(truth, RunLengths):
+        return coco_mask.iou(found.take(rows).entries(), truth.take(columns).entries(), [int(crowd)] * len(columns))
+    assert isinstance(found, np.ndarray) and isinstance(truth, np.ndarray)
+    boxes = np.ascontiguousarray(found[rows]), np.ascontiguousarray(truth[columns])
+    return coco_mask.iou(*boxes, [int(crowd)] * len(columns))
 
 
 def _match(overlaps: npt.NDArray[np.float64], high: float) -> npt.NDArray[np.int64]:

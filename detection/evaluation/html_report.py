@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageColor
 
+from data.coco.run_lengths import RunLengths
 from detection.evaluation.html_page import color_key, fraction, html_page, meanings_list, table
 
 # Colors of Okabe and Ito's palette, told apart by the color-blind as well.
@@ -46,6 +47,7 @@ METRIC_MEANINGS = {
     **{f"mAP_{name[0]}": f"mAP of LVIS's {name} classes" for name in ("rare", "common", "frequent")},
     **{f"AR_{size}": f"average recall of {name} boxes" for size, name in SIZE_NAMES.items()},
 }
+METRIC_MEANINGS |= {f"segm_{name}": f"{meaning}; of masks" for name, meaning in METRIC_MEANINGS.items()}
 # Heading -> key of a class's row, and meaning.
 CLASS_COLUMNS = {
     "boxes": ("num_boxes", "annotated boxes of the class, crowds left out"),
@@ -63,6 +65,7 @@ CLASS_COLUMNS = {
     "recall": ("recall", "part of the boxes that are found from that score on"),
 }
 IMAGE_SIDE = 720
+MASK_OPACITY = 0.45
 MAX_CONFUSIONS = 25
 LEAST_NUMBERED_CELL, LEAST_NAMED_CELL = 18, 10
 """Pixels. Smaller cells of the confusion matrix tell their number, or their classes, by a tooltip alone."""
@@ -88,7 +91,7 @@ def analysis_sections(analysis: dict[str, Any], *, image_of: ImageOf | None = No
             from it become a line in the page. None: the worst and best images are listed without images.
     """
     metrics, errors = analysis["metrics"], analysis["errors"]
-    names = [name for name in metrics if name not in ("per_class", "notes")]
+    names = [name for name in metrics if not name.endswith(("per_class", "notes"))]
     notes = "".join(f"<li>{escape(note)}</li>" for note in metrics["notes"])
     template = resources.files("detection.evaluation").joinpath("analysis.html").read_text("utf-8")
     return Template(template).substitute(
@@ -225,6 +228,19 @@ def _images(images: Sequence[dict[str, Any]], image_of: ImageOf | None) -> str:
     return '<div class="row">' + "\n".join(parts) + "</div>" if parts else ""
 
 
+def _with_masks(pixels: npt.NDArray[np.uint8], boxes: Sequence[dict[str, Any]]) -> npt.NDArray[np.uint8]:
+    """The image with the masks of the boxes that have one, in the colors of their kinds."""
+    painted = pixels.copy()
+    for box in boxes:
+        if "segmentation" in box:
+            size, counts = box["segmentation"]["size"], box["segmentation"]["counts"]
+            inside = RunLengths.of([counts.encode("ascii")], [size]).decode(0).astype(bool)
+            if inside.shape == pixels.shape[:2]:  # the file on disk may be another one
+                color = np.array(ImageColor.getrgb(KIND_COLORS[box["kind"]])[:3])
+                painted[inside] = ((1 - MASK_OPACITY) * painted[inside] + MASK_OPACITY * color).astype(np.uint8)
+    return painted
+
+
 def _image(image: dict[str, Any], image_of: ImageOf | None) -> str:
     if image_of is None:
         return ""
@@ -233,7 +249,7 @@ def _image(image: dict[str, Any], image_of: ImageOf | None) -> str:
     except (FileNotFoundError, ValueError) as error:
         return f'<p class="quiet">{escape(str(error))}</p>'
     height, width = pixels.shape[:2]
-    small = Image.fromarray(pixels)
+    small = Image.fromarray(_with_masks(pixels, image["boxes"]))
     small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     data = io.BytesIO()
     small.save(data, "JPEG", quality=82)

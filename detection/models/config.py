@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from detection.errors import DetectionError
-from detection.models.backbones.resnet import ARCHITECTURES, GROUPS_OF_GROUP_NORM, NORMS, stage_channels
+from detection.models.backbones.architectures import ARCHITECTURES
+from detection.models.backbones.resnet import GROUPS_OF_GROUP_NORM, NORMS
 from detection.models.ops.box_losses import BOX_LOSSES
 from detection.models.own.backbone import is_own_backbone
 
@@ -65,6 +66,11 @@ class FasterRCNNConfig:
     2015). dc5: the fourth stage's map, dilated in place of its stride."""
     fpn_channels: int = number(256, 1, 4096)
     fpn_norm: str | None = choice(None, ("gn",))
+    head_norm: str | None = choice(None, ("gn",))
+    """After each convolution of the box and mask heads."""
+    standardize_weights: bool = False
+    """The weights of backbone, pyramid and heads get a mean of 0 and a standard deviation of 1 in each output channel,
+    whenever they are used (Qiao et al. 2019)."""
     init: str = choice("mmdet", ("mmdet", "torchvision"))
     """Whose random weights pyramid and box heads begin with; those of backbone and RPN are the same in both."""
     zero_last_norms: bool = True
@@ -140,6 +146,9 @@ class FasterRCNNConfig:
     roi_finest_scale: float = number(56.0, 1, 100_000)
     """RoIs from this size to twice this size are pooled from P2."""
     roi_level_eps_inside_log: bool = True
+    roi_num_convs: int = number(0, 0, 16)
+    """3x3 convolutions before the hidden layers."""
+    roi_num_hidden: int = number(2, 1, 2)
     roi_hidden_channels: int = number(1024, 1, 16_384)
     regressor_has_background: bool = False
     regressor_is_class_agnostic: bool = False
@@ -190,11 +199,7 @@ class FasterRCNNConfig:
             raise ModelError(f"stride_in_1x1 has no meaning for {self.backbone}: its blocks have 3x3 convolutions only")
         if self.norm == "gn" and self.backbone not in ARCHITECTURES:
             raise ModelError(f"{self.backbone} has norms of its own: give norm bn or frozen_bn, not gn")
-        if self.fpn_norm == "gn" and self.fpn_channels % GROUPS_OF_GROUP_NORM:
-            raise ModelError(
-                f"fpn_channels is {self.fpn_channels}, which group norm cannot divide into {GROUPS_OF_GROUP_NORM} "
-                f"groups: give a multiple of {GROUPS_OF_GROUP_NORM}, or fpn_norm None"
-            )
+        self._check_group_norm()
         weights = self.map_channels * self.roi_output_size**2 * self.roi_hidden_channels
         if weights > _MOST_WEIGHTS_OF_A_LAYER:
             raise ModelError(
@@ -206,13 +211,35 @@ class FasterRCNNConfig:
         if self.cascade_ious is not None:
             self._check_cascade(self.cascade_ious)
 
+    def _check_group_norm(self) -> None:
+        normed = [("fpn_norm", "fpn_channels", self.fpn_channels)] if self.fpn_norm else []
+        if self.head_norm:
+            normed += [("head_norm", "fpn_channels", self.fpn_channels)] if self.roi_num_convs else []
+            normed += [("head_norm", "mask_channels", self.mask_channels)] if self.has_masks else []
+        for norm, name, channels in normed:
+            if channels % GROUPS_OF_GROUP_NORM:
+                raise ModelError(
+                    f"{name} is {channels}, which group norm cannot divide into {GROUPS_OF_GROUP_NORM} groups: give a "
+                    f"multiple of {GROUPS_OF_GROUP_NORM}, or {norm} None"
+                )
+        architecture = ARCHITECTURES.get(self.backbone)
+        if self.norm == "gn" and architecture is not None:
+            widths = {architecture.stem_channels, *(n for s in architecture.stages for n in (s.channels, s.width))}
+            if any(width % GROUPS_OF_GROUP_NORM for width in widths):
+                raise ModelError(
+                    f"{self.backbone} has {sorted(widths)} channels, which group norm cannot divide into "
+                    f"{GROUPS_OF_GROUP_NORM} groups: give norm bn or frozen_bn, or another backbone"
+                )
+        if self.standardize_weights and architecture is None:
+            raise ModelError(f"{self.backbone} has convolutions of its own: give standardize_weights False")
+
     def _check_features(self) -> None:
         levels = 5 if self.features == "fpn" else 1
         for name in ("anchor_strides", "anchor_sizes")[: 2 if levels == 5 else 1]:
             if len(given := getattr(self, name)) != levels:
                 raise ModelError(f"{name} is {given!r}, expected a list of {levels} with features {self.features!r}")
         architecture = ARCHITECTURES.get(self.backbone)
-        is_plain = self.cascade_ious is None and not self.has_masks
+        is_plain = self.cascade_ious is None and not self.has_masks and not self.roi_num_convs
         if levels == 1 and (not is_plain or architecture is None or not architecture.bottleneck):
             raise ModelError(
                 f"features {self.features!r} are those of Faster R-CNN with a ResNet of 50 layers or more: use "
@@ -222,7 +249,9 @@ class FasterRCNNConfig:
     @property
     def map_channels(self) -> int:
         """Of the maps that the RPN and the RoIs see."""
-        return self.fpn_channels if self.features == "fpn" else stage_channels(self.backbone, self.last_stage)
+        if self.features == "fpn":
+            return self.fpn_channels
+        return ARCHITECTURES[self.backbone].stages[self.last_stage - 1].channels
 
     @property
     def last_stage(self) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from detection.models.anchors import AnchorGenerator, AnchorGrid
+from detection.models.backbones.architectures import ARCHITECTURES
 from detection.models.backbones.fpn import FPN, LastMap
-from detection.models.backbones.resnet import ARCHITECTURES, ResNet, start_norms_at_one
+from detection.models.backbones.resnet import ResNet, start_norms_at_one
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.mask_head import MASK_ROI_SIZE, MASK_SIZE, MaskHead, mask_loss, mask_rois, mask_targets
 from detection.models.ops.feature_table import cell_table, windows_3x3
@@ -53,7 +54,12 @@ class FasterRCNN(nn.Module):
         self.backbone = _backbone(config)
         self.fpn: nn.Module = LastMap()
         if config.features == "fpn":
-            self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.fpn_norm)
+            self.fpn = FPN(
+                self.backbone.out_channels,
+                config.fpn_channels,
+                config.fpn_norm,
+                standardized=config.standardize_weights,
+            )
         self.rpn = RPNHead(config.map_channels, config.anchors_per_cell)
         heads = [BoxHead(stage) for stage in config.stages]
         self.roi_head = heads[0] if config.cascade_ious is None else nn.ModuleList(heads)
@@ -367,6 +373,7 @@ def _backbone(config: FasterRCNNConfig) -> ResNet | OwnBackbone:
         train_norm_affine=config.train_norm_affine,
         frozen_stages=config.frozen_stages,
         norm_eps=config.norm_eps,
+        standardized=config.standardize_weights,
         stride_in_1x1=config.stride_in_1x1,
         num_stages=config.last_stage,
         dilate_last=config.features == "dc5",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.config import FasterRCNNConfig
-from detection.models.ops.conv import convolution
+from detection.models.head_convs import HeadConvs, start_as_he
 from detection.models.ops.mask_crops import MaskCrops, crop_masks
 from detection.models.roi_head import RoISample
 from detection.models.structures import MaskBatch
@@ -20,30 +20,23 @@ MASK_SIZE = 28
 _NUM_CONVS = 4
 
 
-class MaskHead(nn.Module):
+class MaskHead(HeadConvs):
     """Four 3x3 convolutions, a 2x2 transposed convolution with stride 2, and logits of each class."""
 
     def __init__(self, config: FasterRCNNConfig) -> None:
-        super().__init__()
         channels = config.mask_channels
-        inputs = (config.fpn_channels, *[channels] * (_NUM_CONVS - 1))
-        self.convs = nn.ModuleList(nn.Conv2d(number, channels, 3, padding=1) for number in inputs)
+        super().__init__(config, config.fpn_channels, channels, _NUM_CONVS)
         self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.logits = nn.Conv2d(channels, config.num_classes, 1)
-        for layer in (*self.convs, self.upsample, self.logits):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        for layer in (self.upsample, self.logits):
+            start_as_he(layer)
 
     def forward(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """RoI features [R, C, 14, 14] to the logits of each RoI's own class, [R, 28, 28].
 
         labels: int64 [R], 0..num_classes-1; the logits of another are 0.
         """
-        hidden = pooled
-        for conv in self.convs:
-            assert isinstance(conv, nn.Conv2d)
-            hidden = convolution(hidden, conv.weight, conv.bias, padding=(1, 1), relu=True)
-        hidden = F.relu_(self.upsample(hidden))
+        hidden = F.relu_(self.upsample(self.convolve(pooled)))
         # The row of the own class instead of maps of all classes, of which the others are never used. As a product,
         # because the gradient of a selection is added up in any order on a GPU.
         classes = torch.arange(self.logits.out_channels, device=labels.device)

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.backbones.resnet import ARCHITECTURES, make_norm, make_stage, stage_channels
+from detection.models.backbones.architectures import ARCHITECTURES
+from detection.models.backbones.resnet import Convolutions, make_norm, make_stage
 from detection.models.config import FasterRCNNConfig
+from detection.models.head_convs import HeadConvs
 from detection.models.ops.box_losses import overlap_loss
 from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes
 from detection.models.ops.matcher import IGNORED, POSITIVE, MaxIoUAssigner
@@ -23,11 +25,12 @@ ClassLosses = Callable[[Tensor, Tensor], Tensor]
 _CLASSIFIER_STD, _REGRESSOR_STD = 0.01, 0.001  # Girshick 2015, section 3.1
 
 
-class BoxHead(nn.Module):
-    """Two hidden layers, or the backbone's fourth stage; class logits and box deltas: of each class, or one for all."""
+class BoxHead(HeadConvs):
+    """Convolutions and hidden layers, or the backbone's fourth stage; class logits and box deltas: of each class, or
+    one for all."""
 
     def __init__(self, config: FasterRCNNConfig) -> None:
-        super().__init__()
+        super().__init__(config, config.map_channels, config.map_channels, config.roi_num_convs)
         inputs = config.map_channels * config.roi_output_size**2
         hidden = config.roi_hidden_channels
         self.stage = last_stage_of(config) if config.features == "c4" else None
@@ -37,10 +40,14 @@ class BoxHead(nn.Module):
         )
         layers: list[nn.Linear] = []
         if self.stage is None:
-            self.fc1, self.fc2 = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden)
-            layers += [self.fc1, self.fc2]
+            self.fc1 = nn.Linear(inputs, hidden)
+            layers.append(self.fc1)
+            self.fc2: nn.Module | None = None
+            if config.roi_num_hidden == 2:
+                self.fc2 = second = nn.Linear(hidden, hidden)
+                layers.append(second)
         else:
-            hidden = stage_channels(config.backbone, 4)
+            hidden = ARCHITECTURES[config.backbone].stages[3].channels
         self.classifier = nn.Linear(hidden, config.num_classes + 1)
         self.regressor = nn.Linear(hidden, 4 * num_regressed)
         for layer in layers:
@@ -55,8 +62,8 @@ class BoxHead(nn.Module):
         if self.stage is not None:
             hidden = self.stage(pooled).mean(dim=(2, 3))
         else:
-            hidden = F.relu_(self.fc1(pooled.flatten(1)))
-            hidden = F.relu_(self.fc2(hidden))
+            hidden = F.relu_(self.fc1(self.convolve(pooled).flatten(1)))
+            hidden = hidden if self.fc2 is None else F.relu_(self.fc2(hidden))
         # bf16 would round a logit of 9 to the next sixteenth, and so the loss by a percent.
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(self.classifier.weight.dtype)
@@ -67,7 +74,8 @@ class BoxHead(nn.Module):
 def last_stage_of(config: FasterRCNNConfig) -> nn.Sequential:
     """The fourth stage of the backbone, which is a head's."""
     norm = functools.partial(make_norm, config.norm, config.train_norm_affine, config.norm_eps)
-    return make_stage(ARCHITECTURES[config.backbone], 4, norm, stride_in_1x1=config.stride_in_1x1)
+    make = Convolutions(norm, standardized=config.standardize_weights)
+    return make_stage(ARCHITECTURES[config.backbone], 4, make, stride_in_1x1=config.stride_in_1x1)
 
 
 class RoISample(NamedTuple):

@@ -17,12 +17,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import checkout  # noqa: F401
-from benchmarks.figures import BenchmarkError, Say, add_common_arguments, format_table
-from benchmarks.scenes import write_annotations, write_images
+from benchmarks.figures import BenchmarkError, Say, add_common_arguments, format_table, in_own_process
+from benchmarks.scenes import draw_sizes, write_annotations, write_images
 from data import CocoDataset, TrainLoader, read_coco
 
 OURS, PEER = "ours", "a list of dicts"
 _NUM_FILES = 24
+_DRAWN_IMAGES = 2000
+"""What these hold is repeated."""
 _SIZE = (96, 72)  # of the images: what is watched is the list, not the decoder
 
 
@@ -34,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listed", type=int, default=20000, help="images listed, a few files over and over; train2017: 118000 [20000]"
     )
+    text = "the memory of so many instances' polygons of 24 vertices instead, COCO's mean; train2017: 860001"
+    parser.add_argument("--polygons", type=int, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
@@ -42,6 +46,8 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
         raise BenchmarkError("memory is watched over 1 or more epochs of 1 or more workers")
     if memory_of(os.getpid()) is None:
         raise BenchmarkError("this system does not tell the memory of processes (/proc/PID/smaps_rollup, Linux)")
+    if arguments.polygons is not None:
+        return _polygons(arguments.polygons, say)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         say("making images and a long list of them")
@@ -157,3 +163,89 @@ def _describe(figures: dict[str, Any]) -> str:
             cells.append([str(number), *main, *workers, f"{one['pss_together']:.1f}"])
         texts += ["", f"{name}: MB after each epoch (pss: shared pages by their part)", format_table(headers, cells)]
     return "\n".join(texts)
+
+
+def _polygons(instances: int, say: Say) -> tuple[dict[str, Any], str]:
+    """The memory of the outlines of a whole set: packed, and as the list of dicts that a JSON parser makes."""
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
+        file = Path(name) / "annotations.json"
+        say("writing annotations")
+        num_images = _write(file, instances)
+        say(f"{OURS}: packing {file.stat().st_size / 1e6:.0f} MB of JSON, once")
+        packing = in_own_process(_read_packed, file)
+        say(f"{OURS}: out of the cache")
+        rows = {OURS: in_own_process(_read_packed, file)}
+        say(PEER)
+        rows[PEER] = in_own_process(_read_dicts, file)
+    counts = {"instances": instances, "images": num_images}
+    figures = {"device": "cpu", **counts, "first_read": packing, **rows}
+    return figures, _describe_polygons(figures)
+
+
+def _write(file: Path, instances: int) -> int:
+    """As many instances, those of a few images over and over; the number of images."""
+    content = write_annotations(file, draw_sizes(_DRAWN_IMAGES, 0), seed=0)
+    annotations = content["annotations"]
+    rounds = -(-instances // len(annotations))
+    texts = [json.dumps({key: value for key, value in each.items() if key not in ("id", "image_id")})[1:]
+             for each in annotations]  # fmt: skip
+    images = [
+        image | {"id": image["id"] + number * _DRAWN_IMAGES} for number in range(rounds) for image in content["images"]
+    ]
+    with file.open("w") as out:
+        out.write(f'{{"images": {json.dumps(images)}, "categories": {json.dumps(content["categories"])}, ')
+        out.write('"annotations": [')
+        for number in range(instances):
+            repeat, place = divmod(number, len(annotations))
+            image_id = annotations[place]["image_id"] + repeat * _DRAWN_IMAGES
+            out.write(f'{", " if number else ""}{{"id": {number + 1}, "image_id": {image_id}, {texts[place]}')
+        out.write("]}")
+    return len(images)
+
+
+def _read_packed(file: Path) -> dict[str, float]:
+    def read() -> Any:
+        return read_coco(file, masks=True, cache_dir=file.parent / "cache")
+
+    figures, annotations = _grown(read)
+    outlines = annotations.segmentations
+    assert outlines is not None and bool(outlines.present.all())
+    figures["arrays_mb"] = sum(array.nbytes for array in outlines.arrays().values()) / 1e6
+    return figures
+
+
+def _read_dicts(file: Path) -> dict[str, float]:
+    return _grown(lambda: json.loads(file.read_bytes())["annotations"])[0]
+
+
+def _grown(read: Any) -> tuple[dict[str, float], Any]:
+    """What a process's memory has grown by when `read` has returned, in MB: all, and what it shares with no other."""
+    before, start = memory_of(os.getpid()), time.process_time()
+    result = read()
+    seconds = time.process_time() - start
+    gc.collect()
+    after = memory_of(os.getpid())
+    assert before is not None and after is not None
+    return {
+        "cpu_seconds": round(seconds, 2),
+        "rss_mb": round(after["rss"] - before["rss"], 1),
+        "private_mb": round(after["private"] - before["private"], 1),
+    }, result
+
+
+def _describe_polygons(figures: dict[str, Any]) -> str:
+    cells = [
+        [name, *(f"{figures[name][key]:,.1f}" for key in ("rss_mb", "private_mb", "cpu_seconds"))]
+        for name in (OURS, PEER)
+    ]
+    ours, ratio = figures[OURS], figures[PEER]["private_mb"] / max(figures[OURS]["private_mb"], 0.1)
+    return "\n".join(
+        [
+            f"{figures['instances']:,} instances with polygons of 24 vertices, in {figures['images']:,} images",
+            "",
+            format_table(["", "memory, MB", "of it private", "CPU s to read"], cells),
+            "",
+            f"outlines alone {ours['arrays_mb']:,.1f} MB; a list of dicts takes {ratio:.1f} times the private memory; "
+            f"packed once in {figures['first_read']['cpu_seconds']:.1f} CPU s",
+        ]
+    )

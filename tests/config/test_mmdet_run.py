@@ -104,8 +104,10 @@ REFUSED = [
     ("model.backbone.strides=(1,2,2,1)", "must go with the others"),
     ("model.backbone.depth=152", "must be 18 or 34 or 50 or 101"),
     ("model.backbone.depth=../..", "must be 18 or 34 or 50 or 101"),
-    ("model.backbone.type=RegNet", "the other backbones are not supported"),
-    ("model.backbone.norm_cfg.type=GN", "group norm"),
+    ("model.backbone.type=HRNet", "the other backbones are not supported"),
+    ("model.backbone.norm_cfg.type=IBN", "the other norms are not supported"),
+    ("model.neck.norm_cfg.type=BN", "must be 'GN'"),
+    ("model.neck.conv_cfg.type=DCN", "must be 'ConvWS'"),
     ("model.roi_head.shared_head.type=ResLayer", "a stage shared by heads is not supported here"),
     ("model.roi_head.mask_head.type=FCNMaskHead", "masks need both mask_roi_extractor and mask_head"),
     ("model.roi_head.mask_head.type=HTCMaskHead", "the other mask heads are not supported"),
@@ -307,6 +309,44 @@ PARAMETERS = json.loads((CONFIGS / "parameters.json").read_text())
 def test_names_shapes_and_what_is_trained_are_mmdetections(path, same_as):
     assert parameters_of(parsed(path=path)) == PARAMETERS[same_as]
     assert parameters_of(with_options("model.backbone.frozen_stages=2", path=path)) != PARAMETERS[same_as]
+
+
+GN_WS = """
+_base_ = %r
+conv_cfg = dict(type="ConvWS")
+norm_cfg = dict(type="GN", num_groups=32, requires_grad=True)
+both = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+model = dict(
+    backbone=dict(**both), neck=dict(**both),
+    roi_head=dict(bbox_head=dict(type="Shared4Conv1FCBBoxHead", conv_out_channels=256, **both), mask_head=dict(**both)))
+"""
+REGNET = """
+_base_ = %r
+model = dict(
+    backbone=dict(_delete_=True, type="RegNet", arch="regnetx_3.2gf", out_indices=(0, 1, 2, 3), frozen_stages=1,
+        norm_cfg=dict(type="BN", requires_grad=True), norm_eval=True, style="pytorch"),
+    neck=dict(in_channels=[96, 192, 432, 1008]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "same_as"),
+    [
+        (GN_WS, MASK, "gn+ws/mask-rcnn_r50_fpn_gn-ws-all_2x_coco.py"),
+        (REGNET, FASTER, "regnet/faster-rcnn_regnetx-3.2GF_fpn_1x_coco.py"),
+    ],
+)
+def test_group_norm_standardized_weights_and_regnets_are_mmdetections(tmp_path, text, path, same_as):
+    (tmp_path / "mine.py").write_text(text % str(path))
+    config = parsed(path=tmp_path / "mine.py")
+    assert parameters_of(config) == PARAMETERS[same_as]
+    assert dict(config.model.settings)["standardize_weights"] == (text is GN_WS)
+    if text is REGNET:
+        with pytest.raises(ConfigError, match=r"neck\.in_channels: must be \[96, 192, 432, 1008\]"):
+            parsed("--cfg-options", "model.neck.in_channels.0=256", path=tmp_path / "mine.py")
+    else:
+        with pytest.raises(ConfigError, match="here the two are one setting"):
+            parsed("--cfg-options", "model.neck.conv_cfg=None", path=tmp_path / "mine.py")
 
 
 @pytest.mark.slow

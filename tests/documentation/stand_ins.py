@@ -136,7 +136,9 @@ ADDED: dict[str, str | Callable[[list[str]], str]] = {
     "docs/slurm/train_1x.sbatch": f"{SHORT_TRAINING} {SMALL_MODEL} --max-epochs 1",
     "scripts/benchmark.py data": "--pictures 4 --repeats 1",
     "scripts/benchmark.py eval": "--images 20 --detections 5 --repeats 1",
-    "scripts/benchmark.py memory": "--listed 32 --epochs 1 --repeats 1",
+    "scripts/benchmark.py memory": lambda words: (
+        "--polygons 60" if "--polygons" in words else "--listed 32 --epochs 1 --repeats 1"
+    ),
     "scripts/benchmark.py padding": "--pictures 200",
     "scripts/benchmark.py startup": "--repeats 1 --annotation-images 50",
     "scripts/benchmark.py traffic": "--model faster_rcnn_r18_fpn --batch-size 1 --height 64 --width 96",

@@ -2,7 +2,7 @@
 
 import train
 from detection.models import MODELS
-from detection.models.backbones.resnet import ARCHITECTURES, Architecture
+from detection.models.backbones.architectures import ARCHITECTURES, residual
 from detection.models.config import CASCADE_RECIPE
 from detection.process_exit import leave
 
@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 def make_known() -> None:
     """Models "tiny", "tiny_other", "tiny_cascade" and "tiny_mask" exist from now on."""
-    ARCHITECTURES[BACKBONE] = Architecture((1, 1, 1, 1), bottleneck=False, channels=32)
+    ARCHITECTURES[BACKBONE] = residual((1, 1, 1, 1), bottleneck=False, channels=32)
     MODELS["tiny"] = TINY
     MODELS["tiny_other"] = {**TINY, "fpn_channels": 64}
     MODELS["tiny_cascade"] = {**CASCADE_RECIPE, **TINY}

@@ -1,12 +1,15 @@
 """Metrics of masks: equal to pycocotools run by itself on the files, with either backend."""
 
+import base64
 import contextlib
 import importlib.util
 import io
 import json
+import re
 
 import numpy as np
 import pytest
+from PIL import Image, ImageColor
 from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -22,6 +25,8 @@ from detection.evaluation import (
     read_results,
     write_mask_results,
 )
+from detection.evaluation.analysis import analyze_results
+from detection.evaluation.html_report import KIND_COLORS, html_report
 from tests.evaluation.coco_cases import SCORES
 
 HEIGHT, WIDTH = 60, 80
@@ -108,6 +113,52 @@ def test_figures_of_masks_equal_pycocotools_by_itself_on_random_cases(tmp_path):
         compared += 1
         partly_right += 0 < expected[0] < 1
     assert compared > 150 and partly_right > 50
+
+
+def test_the_error_split_goes_by_the_overlap_of_masks(tmp_path):
+    compared = not_as_boxes = 0
+    for seed in range(60):
+        files = random_case(np.random.default_rng(seed), tmp_path)
+        if not json.loads(files[1].read_text()):
+            continue
+        analysis = analyze_results(*files)
+        metrics = analysis["metrics"]
+        assert analysis["errors"]["AP_50"] == pytest.approx(metrics["segm_mAP_50"], abs=1e-12), seed
+        of_classes = [row["AP_50"] for row in analysis["classes"] if row["AP_50"] >= 0]
+        assert not of_classes or np.mean(of_classes) == pytest.approx(metrics["segm_mAP_50"])
+        compared += metrics["segm_mAP_50"] >= 0
+        not_as_boxes += metrics["segm_mAP_50"] != metrics["mAP_50"]
+    assert compared > 30 and not_as_boxes > 5
+
+
+def test_the_report_draws_masks_in_the_colors_of_their_kinds(tmp_path):
+    left, right = np.zeros((2, HEIGHT, WIDTH), dtype=np.uint8)
+    left[10:50, 4:24], right[10:50, 50:70] = 1, 1
+    texts = [
+        {"size": [HEIGHT, WIDTH], "counts": mask.encode(np.asfortranarray(b))["counts"].decode()} for b in (left, right)
+    ]
+    boxes = [[4, 10, 20, 40], [50, 10, 20, 40]]
+    content = {
+        "images": [{"id": 1, "width": WIDTH, "height": HEIGHT, "file_name": "a.png"}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 1, "segmentation": text, "bbox": box, "area": 800, "iscrowd": 0}
+            for i, (text, box) in enumerate(zip(texts, boxes, strict=True), 1)
+        ],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    found = {"image_id": 1, "category_id": 1, "segmentation": texts[0], "score": 0.9}
+    (tmp_path / "r.json").write_text(json.dumps([found]))
+    analysis = analyze_results(tmp_path / "a.json", tmp_path / "r.json")
+    page = html_report(analysis, title="masks", image_of=lambda name: np.full((HEIGHT, WIDTH, 3), 200, np.uint8))
+    data = base64.b64decode(re.search(r"data:image/jpeg;base64,([^\"]+)", page)[1])
+    drawn = np.asarray(Image.open(io.BytesIO(data))).astype(int)
+    expected = {
+        kind: 0.55 * 200 + 0.45 * np.array(ImageColor.getrgb(KIND_COLORS[kind])) for kind in ("correct", "missed")
+    }
+    assert abs(drawn[30, 14] - expected["correct"]).max() < 12 and abs(drawn[30, 60] - expected["missed"]).max() < 12
+    assert abs(drawn[30, 37] - 200).max() < 12
+    assert "segm_mAP_50" in page and "per_class" not in page
 
 
 def test_results_of_masks_are_read_back_as_they_were_written(tmp_path):

@@ -16,7 +16,8 @@ from detection.export import (
     save_onnx,
 )
 from detection.export.graph import suppress_groups
-from detection.models import backbones, build_model
+from detection.models import build_model
+from detection.models.backbones import architectures
 from detection.models.detector import Detector
 
 RECIPES = ["mask_rcnn_r18_fpn", "fasterrcnn_resnet18_fpn", "cascade_mask_rcnn_r18_fpn"]
@@ -27,7 +28,7 @@ def small_detector(recipe):
     """Random weights, one block a stage, inputs of 128 to 213 pixels."""
     torch.manual_seed(0)
     patch = pytest.MonkeyPatch()
-    patch.setitem(backbones.ARCHITECTURES, "resnet18", backbones.Architecture((1, 1, 1, 1), bottleneck=False))
+    patch.setitem(architectures.ARCHITECTURES, "resnet18", architectures.residual((1, 1, 1, 1), bottleneck=False))
     small = {"fpn_channels": 32, "roi_hidden_channels": 64, "rpn_nms_pre_test": 100, "rpn_proposals_test": 50}
     small["mask_channels"] = 8
     model = build_model(recipe, 3, detections_per_image=20, **small).eval()

@@ -5,8 +5,10 @@ import shutil
 from contextlib import closing
 
 import pytest
+from pycocotools import mask
 
 from data import make_shapes
+from data.coco.run_lengths import compressed
 from detection.reporting import MetricsLog
 
 
@@ -49,6 +51,24 @@ def test_what_is_not_there_is_said_on_the_page_and_the_rest_is_shown(program, ru
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert program("report", run, "--output", tmp_path / "page.html") == 0
     assert said in capsys.readouterr().out and said in (tmp_path / "page.html").read_text()
+
+
+def test_masks_have_sections_of_their_own(program, run, tmp_path):
+    annotations = json.loads((tmp_path / "shapes" / "annotations" / "instances_val2017.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
+    found = []
+    for each in annotations["annotations"]:
+        text = compressed(each["segmentation"], *sizes[each["image_id"]])
+        if text is None:
+            entry = mask.merge(mask.frPyObjects(each["segmentation"], *sizes[each["image_id"]]))
+            text = entry["counts"]
+        segmentation = {"size": list(sizes[each["image_id"]]), "counts": text.decode()}
+        found.append({"image_id": each["image_id"], "category_id": each["category_id"], "score": 0.9})
+        found[-1]["segmentation"] = segmentation
+    (run / "detections_val_segm.json").write_text(json.dumps(found))
+    assert program("report", run) == 0
+    page = (run / "report.html").read_text()
+    assert "Errors in detections_val_segm.json" in page and page.count("data:image/jpeg;base64,") == 6
 
 
 def test_a_set_that_has_moved_is_named(program, run, tmp_path):

@@ -34,6 +34,35 @@ _FEATURES: dict[str, dict[str, Any]] = {
 }
 """Which of a backbone's stages give maps, and at which strides: what the models here call it."""
 _LINEAR = only({"type": "Linear"})
+_GROUP_NORM: Keys = {
+    "num_groups": only(32, required=True),
+    "requires_grad": only(True),
+    "eps": only(1e-5),
+}
+
+
+def _norm_of(name: str) -> Check:
+    """Group norm after each convolution of a part, or none."""
+    check = optional(typed({"GN": _GROUP_NORM}, hint="the other norms of necks and heads are not supported"))
+
+    def read(value: Any, place: Place) -> Found:
+        return Found(name, "gn" if check(value, place) else None, place)
+
+    return read
+
+
+def _standardized(value: Any, place: Place) -> Found:
+    if value == {"type": "Conv2d"}:
+        value = None
+    check = optional(typed({"ConvWS": {}}, hint="the other convolutions are not supported"))
+    return Found("model.standardize_weights", check(value, place) is not None, place)
+
+
+_CONVS: Keys = {
+    "conv_cfg": (_standardized, Found("model.standardize_weights", False)),
+    "norm_cfg": (_norm_of("model.head_norm"), Found("model.head_norm", None)),
+}
+"""Of the convolutions of heads."""
 
 
 def _class_loss(use_sigmoid: bool, *, of_masks: bool = False) -> Check:
@@ -252,7 +281,12 @@ _BOX_HEAD_KEYS: Keys = {
     **dict.fromkeys(("reg_predictor_cfg", "cls_predictor_cfg"), _LINEAR),
     "predict_box_type": only("hbox"),
 }
-_BOX_HEADS: dict[str, Keys] = {"Shared2FCBBoxHead": _BOX_HEAD_KEYS}
+_CONV_BOX_HEAD_KEYS: Keys = {
+    **_BOX_HEAD_KEYS,
+    **_CONVS,
+    "conv_out_channels": to("model.fpn_channels", whole(1, 4096), 256),
+}
+_BOX_HEADS: dict[str, Keys] = {"Shared2FCBBoxHead": _BOX_HEAD_KEYS, "Shared4Conv1FCBBoxHead": _CONV_BOX_HEAD_KEYS}
 
 
 def _box_head(value: Any, place: Place, kinds: Mapping[str, Keys] = _BOX_HEADS) -> Any:
@@ -261,6 +295,9 @@ def _box_head(value: Any, place: Place, kinds: Mapping[str, Keys] = _BOX_HEADS) 
     if found["reg_decoded_bbox"] != (kind in _OVERLAP_LOSSES):
         message = f"{kind} compares {'boxes' if kind in _OVERLAP_LOSSES else 'deltas'}; give reg_decoded_bbox="
         raise place.at("loss_bbox").at("type").error(f"{message}{kind in _OVERLAP_LOSSES} beside it")
+    if found["type"] == "Shared4Conv1FCBBoxHead":
+        at = place.at("type")
+        found["layers"] = [Found("model.roi_num_convs", 4, at), Found("model.roi_num_hidden", 1, at)]
     return found
 
 
@@ -295,7 +332,8 @@ _MASK_HEAD: Check = typed(
             "num_classes": to("num_classes", whole(1, 100_000), 80),
             "class_agnostic": only(False),
             "upsample_cfg": only({"type": "deconv", "scale_factor": 2}),
-            **{key: only(None) for key in ("conv_cfg", "norm_cfg", "init_cfg")},
+            **_CONVS,
+            "init_cfg": only(None),
             "predictor_cfg": only({"type": "Conv"}),
             "loss_mask": (_class_loss(False, of_masks=True), None),
         }
@@ -382,13 +420,13 @@ _NORM: dict[str, Keys] = {
     }
     for kind in ("BN", "SyncBN")
 }
-_RESNET: Keys = {
+_NORM["GN"] = {**_GROUP_NORM, "eps": _NORM["BN"]["eps"]}
+_STAGED: Keys = {
     "style": (choice("pytorch", "caffe"), "pytorch"),
-    "depth": choice(18, 34, 50, 101, hint=f" here ({NEAREST}50 or 101)"),
     **{key: (lambda value, place: None, None) for key in _FEATURES["fpn"]},  # see _features
     "frozen_stages": to("frozen_stages", whole(-1, 4), -1),
     "norm_cfg": (
-        typed(_NORM, hint="group norm and others of a configuration are not supported"),
+        typed(_NORM, hint="the other norms are not supported"),
         {"type": "BN", "requires_grad": True},
     ),
     "norm_eval": (flag, True),
@@ -397,12 +435,18 @@ _RESNET: Keys = {
         None,
     ),
     "in_channels": only(3),
-    "stem_channels": only(None, 64),
-    "base_channels": only(64),
     **{key: only(False) for key in ("deep_stem", "avg_down")},
     "stage_with_dcn": only([False] * 4),
-    **{key: only(None) for key in ("conv_cfg", "dcn", "plugins", "pretrained")},
+    "conv_cfg": _CONVS["conv_cfg"],
+    **{key: only(None) for key in ("dcn", "plugins", "pretrained")},
     **idle("backbone"),
+}
+"""What ResNets and RegNets have in common."""
+_RESNET: Keys = {
+    **_STAGED,
+    "depth": choice(18, 34, 50, 101, hint=f" here ({NEAREST}50 or 101)"),
+    "stem_channels": only(None, 64),
+    "base_channels": only(64),
 }
 _FOURTH_STAGE: Keys = {
     "stage": only(3),
@@ -415,14 +459,32 @@ _FOURTH_STAGE: Keys = {
     "with_cp": idle("backbone")["with_cp"],
 }
 """The stage of the backbone that C4 has as a head."""
-_RESNEXTS = "ResNeXt is there as 101 layers, 32x4d, 64x4d and 32x8d"
+_RESNEXTS = "ResNeXt is there as 50 layers, 32x4d, and 101 layers, 32x4d, 64x4d and 32x8d"
+_REGNETS: dict[str, tuple[int, ...]] = {
+    "regnetx_400mf": (32, 64, 160, 384),
+    "regnetx_800mf": (64, 128, 288, 672),
+    "regnetx_1.6gf": (72, 168, 408, 912),
+    "regnetx_3.2gf": (96, 192, 432, 1008),
+    "regnetx_4.0gf": (80, 240, 560, 1360),
+    "regnetx_6.4gf": (168, 392, 784, 1624),
+    "regnetx_8.0gf": (80, 240, 720, 1920),
+    "regnetx_12gf": (224, 448, 896, 2240),
+}
+"""The channels of the maps that each gives."""
 _BACKBONES: dict[str, Keys] = {
     "ResNet": _RESNET,
     "ResNeXt": {
         **_RESNET,
-        "depth": only(101, required=True, hint=_RESNEXTS),
+        "depth": choice(50, 101, hint=f" here ({_RESNEXTS})"),
         "groups": choice(32, 64, hint=f" here ({_RESNEXTS})"),
         "base_width": (choice(4, 8, hint=f" here ({_RESNEXTS})"), 4),
+    },
+    "RegNet": {
+        **_STAGED,
+        "arch": choice(*_REGNETS, hint=" here"),
+        "strides": only((2, 2, 2, 2)),
+        "stem_channels": only(32),
+        "base_channels": only(32),
     },
 }
 _NECK: dict[str, Keys] = {
@@ -433,7 +495,9 @@ _NECK: dict[str, Keys] = {
         "start_level": only(0),
         "end_level": only(-1, 3),
         **{key: only(False) for key in ("add_extra_convs", "relu_before_extra_convs", "no_norm_on_lateral")},
-        **{key: only(None) for key in ("conv_cfg", "norm_cfg", "act_cfg")},
+        "conv_cfg": _CONVS["conv_cfg"],
+        "norm_cfg": (_norm_of("model.fpn_norm"), Found("model.fpn_norm", None)),
+        "act_cfg": only(None),
         "upsample_cfg": only({"mode": "nearest"}),
         "init_cfg": only(None, {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}),
     }
@@ -467,6 +531,8 @@ _PREPROCESSOR: dict[str, Keys] = {
 def _features(value: Mapping[str, Any], place: Place) -> str:
     """Which maps a backbone gives: a key of _FEATURES."""
     usual = _FEATURES["fpn"]
+    if value.get("type") == "RegNet":  # its strides are its own
+        value = {**value, "strides": usual["strides"]}
     for name, keys in _FEATURES.items():
         if all(same(value.get(key, usual[key]), keys[key]) for key in keys):
             return name
@@ -486,6 +552,8 @@ def model_of(value: Any, place: Place) -> list[Found | Idle]:
     rpn_head: Mapping[str, Keys] = _RPN_HEAD
     roi_heads: Mapping[str, Keys] = _ROI_HEADS
     if features != "fpn":
+        if backbone.get("type") == "RegNet":
+            raise place.at("backbone").at("type").unfit("must be 'ResNet' or 'ResNeXt' without a pyramid", "RegNet")
         neck = absent("a neck with this backbone is")
         rpn_head, roi_heads = _single_map(features)
     keys: Keys = {
@@ -544,8 +612,11 @@ def _has_masks(roi_head: Mapping[str, Any], place: Place) -> bool:
 
 
 def _require_widths(model: Mapping[str, Any], place: Place) -> None:
-    depth = model["backbone"].get("depth") or 101
-    widths = (64, 128, 256, 512) if depth < 50 else (256, 512, 1024, 2048)
+    backbone = model["backbone"]
+    if backbone["type"] == "RegNet":
+        widths = _REGNETS[backbone["arch"]]
+    else:
+        widths = (64, 128, 256, 512) if backbone["depth"] < 50 else (256, 512, 1024, 2048)
     given = model["neck"]["in_channels"]
     if given != widths:
         raise place.at("neck").at("in_channels").unfit(f"must be {list(widths)}, which the backbone gives", given)
@@ -567,27 +638,35 @@ def _require_stages(model: Mapping[str, Any], place: Place) -> None:
 def _backbone(found: Mapping[str, Any], place: Place, recipe: str) -> Iterator[Found]:
     """Name of the model, norm and starting weights."""
     is_resnet = found["type"] == "ResNet"
-    depth = found["depth"] if is_resnet else 101
-    short = f"r{depth}" if is_resnet else f"x101_{found['groups']}x{found['base_width']}d"
-    name = f"{recipe}_{short}_fpn"
-    if "64x8d" in name:
-        raise place.at("base_width").error(f"{_RESNEXTS}, and not 64x8d")
-    yield Found("model", name, place.at("depth"))
+    depth = found.get("depth", 50)
+    short = found["arch"] if found["type"] == "RegNet" else f"r{depth}"
+    if found["type"] == "ResNeXt":
+        short = f"x{depth}_{found['groups']}x{found['base_width']}d"
+        if short not in ("x50_32x4d", "x101_32x4d", "x101_64x4d", "x101_32x8d"):
+            raise place.at("base_width").error(f"{_RESNEXTS}, and not {depth} layers, {short.partition('_')[2]}")
+    yield Found("model", f"{recipe}_{short}_fpn", place.at("type"))
     in_1x1 = found["style"] == "caffe" and depth >= 50  # blocks of two 3x3 convolutions have no other place
     yield Found("model.stride_in_1x1", in_1x1, place.at("style"))
     norm = found["norm_cfg"]
+    if norm["type"] == "GN":
+        yield Found("norm", "gn", place.at("norm_cfg"))
+    else:
+        yield from _batch_norm(found, norm, place)
+    at_weights = place.at("init_cfg").at("checkpoint")
+    spec = found["init_cfg"]["checkpoint"] if found["init_cfg"] is not None else "none"
+    if is_resnet and spec == f"torchvision://resnet{depth}":
+        spec = "imagenet"
+    spec = _PUBLISHED.get(spec, spec) if is_resnet and depth == 50 else spec
+    yield Found("weights", spec, at_weights)
+
+
+_PUBLISHED = {"https://download.pytorch.org/models/resnet50-11ad3fa6.pth": "IMAGENET1K_V2"}
+
+
+def _batch_norm(found: Mapping[str, Any], norm: Mapping[str, Any], place: Place) -> Iterator[Found]:
     if not found["norm_eval"] and not norm["requires_grad"]:
         message = "batch norm whose statistics are trained has trained weights here; set requires_grad=True"
         raise place.at("norm_cfg").error(message)
     yield Found("norm", "frozen_bn" if found["norm_eval"] else "bn", place.at("norm_eval"))
     yield Found("sync_bn", norm["type"] == "SyncBN" and not found["norm_eval"], place.at("norm_cfg"))
     yield Found("model.train_norm_affine", norm["requires_grad"], place.at("norm_cfg"))
-    at_weights = place.at("init_cfg").at("checkpoint")
-    spec = found["init_cfg"]["checkpoint"] if found["init_cfg"] is not None else "none"
-    if is_resnet and spec == f"torchvision://resnet{depth}":
-        spec = "imagenet"
-    spec = _PUBLISHED.get(spec, spec) if depth == 50 else spec
-    yield Found("weights", spec, at_weights)
-
-
-_PUBLISHED = {"https://download.pytorch.org/models/resnet50-11ad3fa6.pth": "IMAGENET1K_V2"}

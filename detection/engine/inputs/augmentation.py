@@ -29,6 +29,7 @@ def augmentation_of(config: AugmentationConfig, max_size: int) -> Augmentation:
         flip_probability=config.flip_probability,
         vertical_flip_probability=config.vertical_flip_probability,
         color=color,
+        copy_paste=config.copy_paste,
         own=imported(config.augmentation) if config.augmentation is not None else None,
     )
 

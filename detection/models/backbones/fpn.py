@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.backbones.resnet import GROUPS_OF_GROUP_NORM
-from detection.models.ops.conv import convolution
+from detection.models.ops.conv import StandardizedConv2d, convolution, weight_of
 
 
-def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d:
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=norm is None)
+def _conv(inputs: int, outputs: int, kernel: int, norm: str | None, standardized: bool) -> nn.Conv2d:
+    kind = StandardizedConv2d if standardized else nn.Conv2d
+    conv = kind(inputs, outputs, kernel, padding=kernel // 2, bias=norm is None)
     nn.init.xavier_uniform_(conv.weight)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
@@ -23,7 +24,7 @@ def _conv(inputs: int, outputs: int, kernel: int, norm: str | None) -> nn.Conv2d
 def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(conv, nn.Conv2d)
     padding = conv.kernel_size[0] // 2
-    return convolution(x, conv.weight, conv.bias, padding=(padding, padding))
+    return convolution(x, weight_of(conv), conv.bias, padding=(padding, padding))
 
 
 def _enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -48,14 +49,21 @@ class FPN(nn.Module):
     and P6.
 
     norm: None (convolutions with bias, no norm: both recipes) or "gn" (32 groups after every convolution,
-    which then have no bias). There is no activation.
+    which then have no bias). standardized: the weights of the convolutions. There is no activation.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int = 256, norm: str | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int = 256,
+        norm: str | None = None,
+        *,
+        standardized: bool = False,
+    ) -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.lateral = nn.ModuleList(_conv(channels, out_channels, 1, norm) for channels in in_channels)
-        self.output = nn.ModuleList(_conv(out_channels, out_channels, 3, norm) for _ in in_channels)
+        self.lateral = nn.ModuleList(_conv(channels, out_channels, 1, norm, standardized) for channels in in_channels)
+        self.output = nn.ModuleList(_conv(out_channels, out_channels, 3, norm, standardized) for _ in in_channels)
         self.lateral_norm = _norms(norm, len(in_channels), out_channels)
         self.output_norm = _norms(norm, len(in_channels), out_channels)
 

@@ -1,4 +1,4 @@
-"""ResNet and ResNeXt backbones that return the four feature maps C2..C5.
+"""ResNet, ResNeXt and RegNet backbones that return the four feature maps C2..C5.
 
 Batch norm with frozen statistics is an affine map per channel, so it is folded into the convolution in
 front of it: `conv2d(x, weight * scale, bias=shift)` instead of a convolution and a second pass over its
@@ -13,41 +13,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.models.ops.conv import convolution, end_of_block
+from detection.models.backbones.architectures import ARCHITECTURES, Architecture, Stage
+from detection.models.ops.conv import StandardizedConv2d, convolution, end_of_block, weight_of
 
 NORMS: tuple[str, ...] = ("frozen_bn", "bn", "gn")
 Norm = Callable[[int], nn.Module]
 """Makes a norm for so many channels."""
 GROUPS_OF_GROUP_NORM = 32  # Wu and He, Group Normalization, section 4
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Blocks per stage, their kind, the grouping of the 3x3 convolutions, and the channels of stem and first stage."""
-
-    blocks: tuple[int, int, int, int]
-    bottleneck: bool
-    groups: int = 1
-    width_per_group: int = 64
-    channels: int = 64
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
-    "resnet34": Architecture((3, 4, 6, 3), bottleneck=False),
-    "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
-    "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
-    "resnext101_32x4d": Architecture((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=4),
-    "resnext101_64x4d": Architecture((3, 4, 23, 3), bottleneck=True, groups=64, width_per_group=4),
-    "resnext101_32x8d": Architecture((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=8),
-}
 
 
 class FrozenBatchNorm(nn.Module):
@@ -93,7 +71,7 @@ def conv_norm(
             return end_of_block(out, residual, relu=relu)
         return F.relu_(out) if relu else out
     scale, shift = norm.scale_and_shift()
-    weight = conv.weight * scale[:, None, None, None]
+    weight = weight_of(conv) * scale[:, None, None, None]
     padding = cast("tuple[int, ...]", conv.padding)  # never one of the words that nn.Conv2d takes
     return convolution(
         x,
@@ -124,17 +102,27 @@ def _start_as_identity(last_norm: nn.Module) -> None:
         nn.init.zeros_(last_norm.get_parameter("weight"))
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv
+class Convolutions:
+    """Makes the convolutions and norms of a part of a backbone. standardized: weights as Qiao et al. 2019 have them."""
 
+    def __init__(self, norm: Norm, *, standardized: bool = False) -> None:
+        self.norm = norm
+        self._kind = StandardizedConv2d if standardized else nn.Conv2d
 
-def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Sequential | None:
-    if stride == 1 and inputs == outputs:
-        return None
-    return nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
+    def conv(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1
+    ) -> nn.Conv2d:
+        """Without bias, He normal by fan out."""
+        padding = dilation * (kernel // 2)
+        conv = self._kind(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        return conv
+
+    def shortcut(self, inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+        """None where the block's input has the shape of its output."""
+        if stride == 1 and inputs == outputs:
+            return None
+        return nn.Sequential(self.conv(inputs, outputs, 1, stride), self.norm(outputs))
 
 
 def _identity(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
@@ -148,13 +136,13 @@ def _identity(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (ResNet 18 and 34)."""
 
-    def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
+    def __init__(self, inputs: int, channels: int, stride: int, make: Convolutions) -> None:
         super().__init__()
-        self.conv1 = _conv(inputs, planes, 3, stride)
-        self.bn1 = norm(planes)
-        self.conv2 = _conv(planes, planes, 3)
-        self.bn2 = norm(planes)
-        self.downsample = _shortcut(inputs, planes, stride, norm)
+        self.conv1 = make.conv(inputs, channels, 3, stride)
+        self.bn1 = make.norm(channels)
+        self.conv2 = make.conv(channels, channels, 3)
+        self.bn2 = make.norm(channels)
+        self.downsample = make.shortcut(inputs, channels, stride)
         _start_as_identity(self.bn2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,29 +154,24 @@ class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions. The stride sits in the 3x3 ("pytorch" style) or in the first 1x1
     ("caffe")."""
 
-    expansion = 4
-
     def __init__(
         self,
         inputs: int,
-        planes: int,
+        stage: Stage,
         stride: int,
-        architecture: Architecture,
-        norm: Norm,
+        make: Convolutions,
         stride_in_1x1: bool = False,
         dilation: int = 1,
     ) -> None:
         super().__init__()
-        width = planes * architecture.width_per_group // 64 * architecture.groups
-        outputs = planes * self.expansion
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
-        self.conv1 = _conv(inputs, width, 1, stride_1x1)
-        self.bn1 = norm(width)
-        self.conv2 = _conv(width, width, 3, stride_3x3, architecture.groups, dilation)
-        self.bn2 = norm(width)
-        self.conv3 = _conv(width, outputs, 1)
-        self.bn3 = norm(outputs)
-        self.downsample = _shortcut(inputs, outputs, stride, norm)
+        self.conv1 = make.conv(inputs, stage.width, 1, stride_1x1)
+        self.bn1 = make.norm(stage.width)
+        self.conv2 = make.conv(stage.width, stage.width, 3, stride_3x3, stage.groups, dilation)
+        self.bn2 = make.norm(stage.width)
+        self.conv3 = make.conv(stage.width, stage.channels, 1)
+        self.bn3 = make.norm(stage.channels)
+        self.downsample = make.shortcut(inputs, stage.channels, stride)
         _start_as_identity(self.bn3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,33 +189,25 @@ def start_norms_at_one(backbone: nn.Module) -> None:
 
 def make_stage(
     architecture: Architecture,
-    stage: int,
-    norm: Norm,
+    number: int,
+    make: Convolutions,
     *,
     stride_in_1x1: bool = False,
     stride: int = 2,
     dilation: int = 1,
 ) -> nn.Sequential:
-    """Stage 1 to 4 of a ResNet. stride: of its first block. dilation: of its 3x3 convolutions."""
-    expansion = Bottleneck.expansion if architecture.bottleneck else 1
-    planes = architecture.channels * 2 ** (stage - 1)
-    channels = architecture.channels if stage == 1 else planes // 2 * expansion
+    """Stage 1 to 4 of a backbone. stride: of its first block. dilation: of its 3x3 convolutions."""
+    stage = architecture.stages[number - 1]
+    inputs = architecture.stem_channels if number == 1 else architecture.stages[number - 2].channels
     blocks: list[nn.Module] = []
-    for index in range(architecture.blocks[stage - 1]):
+    for index in range(stage.blocks):
         of_block = stride if index == 0 else 1
         if architecture.bottleneck:
-            blocks.append(Bottleneck(channels, planes, of_block, architecture, norm, stride_in_1x1, dilation))
+            blocks.append(Bottleneck(inputs, stage, of_block, make, stride_in_1x1, dilation))
         else:
-            blocks.append(BasicBlock(channels, planes, of_block, norm))
-        channels = planes * expansion
+            blocks.append(BasicBlock(inputs, stage.channels, of_block, make))
+        inputs = stage.channels
     return nn.Sequential(*blocks)
-
-
-def stage_channels(name: str, stage: int) -> int:
-    """The channels of the map that a stage (1 to 4) of a ResNet gives."""
-    architecture = ARCHITECTURES[name]
-    expansion = Bottleneck.expansion if architecture.bottleneck else 1
-    return architecture.channels * 2 ** (stage - 1) * expansion
 
 
 class ResNet(nn.Module):
@@ -242,7 +217,8 @@ class ResNet(nn.Module):
     which an engine may turn into synchronized batch norm) or "gn" (32 groups). train_norm_affine: whether a
     frozen norm's weight and bias are trained; bn and gn always train theirs. frozen_stages: -1 nothing, 0
     the stem, n the stem and stages 1..n; these parts have requires_grad False and run without a graph. norm_eps:
-    torchvision's COCO_V1 weights want 0. stride_in_1x1: the bottlenecks of Detectron2's and Caffe's models.
+    torchvision's COCO_V1 weights want 0. standardized: see Convolutions. stride_in_1x1: the bottlenecks of Detectron2's
+    and Caffe's models.
     num_stages: 4, or 3. dilate_last: the fourth stage keeps the third's stride. What these may be, FasterRCNNConfig
     checks. `out_channels` are the channels of C2..C5.
     """
@@ -258,6 +234,7 @@ class ResNet(nn.Module):
         train_norm_affine: bool,
         frozen_stages: int,
         norm_eps: float = 1e-5,
+        standardized: bool = False,
         stride_in_1x1: bool = False,
         num_stages: int = 4,
         dilate_last: bool = False,
@@ -270,26 +247,31 @@ class ResNet(nn.Module):
 
         architecture = ARCHITECTURES[name]
 
-        def norm_of(part: int) -> Norm:
+        def convolutions_of(part: int) -> Convolutions:
             frozen = part <= frozen_stages
             # Batch norm in a frozen part must not gather statistics: there it is frozen batch norm.
             kind = "frozen_bn" if frozen and norm == "bn" else norm
-            return functools.partial(make_norm, kind, train_norm_affine and not frozen, norm_eps)
+            affine = train_norm_affine and not frozen
+            return Convolutions(functools.partial(make_norm, kind, affine, norm_eps), standardized=standardized)
 
-        self.conv1 = _conv(3, architecture.channels, 7, stride=2)
-        self.bn1 = norm_of(0)(architecture.channels)
-        for stage in self._numbers:
-            stride, dilation = (1, 1) if stage == 1 else (1, 2) if stage == 4 and dilate_last else (2, 1)
+        stem = convolutions_of(0)
+        self._pools_stem = architecture.large_stem
+        self.conv1 = stem.conv(3, architecture.stem_channels, 7 if architecture.large_stem else 3, stride=2)
+        self.bn1 = stem.norm(architecture.stem_channels)
+        for number in self._numbers:
+            stride, dilation = (1, 2) if number == 4 and dilate_last else (2, 1)
+            if number == 1 and architecture.large_stem:
+                stride = 1
             layer = make_stage(
                 architecture,
-                stage,
-                norm_of(stage),
+                number,
+                convolutions_of(number),
                 stride_in_1x1=stride_in_1x1,
                 stride=stride,
                 dilation=dilation,
             )
-            self.add_module(f"layer{stage}", layer)
-        self.out_channels = tuple(stage_channels(name, stage) for stage in self._numbers)
+            self.add_module(f"layer{number}", layer)
+        self.out_channels = tuple(architecture.stages[number - 1].channels for number in self._numbers)
         frozen = [self.conv1, self.bn1, *self.stages][: frozen_stages + 2] if frozen_stages >= 0 else []
         for module in frozen:
             module.requires_grad_(False)
@@ -306,7 +288,8 @@ class ResNet(nn.Module):
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and self.frozen_stages < 0):
             x = conv_norm(self.conv1, self.bn1, x, relu=True)
-            x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+            if self._pools_stem:
+                x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         features = []
         for number, stage in enumerate(self.stages, 1):
             with torch.set_grad_enabled(grad and self.frozen_stages < number):

@@ -6,9 +6,29 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.models.ops.backend import implementation_of
+
+_WEIGHT_EPS = 1e-5  # as in MMDetection's ConvWS
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose weights of each output channel are brought to a mean of 0 and a standard deviation of 1
+    whenever they are used (Qiao et al. 2019). Its parameters are those of a plain one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, weight_of(self), self.bias)
+
+
+def weight_of(conv: nn.Conv2d) -> Tensor:
+    """The weights that a convolution computes with."""
+    if not isinstance(conv, StandardizedConv2d):
+        return conv.weight
+    weight = conv.weight.flatten(1)
+    centered = weight - weight.mean(dim=1, keepdim=True)
+    deviation = (centered.square().sum(dim=1, keepdim=True) / (weight.shape[1] - 1)).sqrt()
+    return (centered / (deviation + _WEIGHT_EPS)).view_as(conv.weight)
 
 
 def convolution(

@@ -75,6 +75,9 @@ _PREFIXES = (
         *("mask_head.convs.{0}.", "roi_head.mask_head.convs.{0}.conv."),
         *("roi_heads.mask_head.{0}.0.", "roi_heads.mask_head.mask_fcn{2}."),
     ),
+    ("mask_head.conv_norms.{0}.", "roi_head.mask_head.convs.{0}.gn.", "", ""),
+    ("roi_head.convs.{0}.", "roi_head.bbox_head.shared_convs.{0}.conv.", "", ""),
+    ("roi_head.conv_norms.{0}.", "roi_head.bbox_head.shared_convs.{0}.gn.", "", ""),
     (
         *("mask_head.upsample.", "roi_head.mask_head.upsample."),
         *("roi_heads.mask_predictor.conv5_mask.", "roi_heads.mask_head.deconv."),
@@ -89,6 +92,9 @@ _PREFIXES = (
     ("roi_head.{0}.classifier.", "roi_head.bbox_head.{0}.fc_cls.", "", "roi_heads.box_predictor.{0}.cls_score."),
     ("roi_head.{0}.regressor.", "roi_head.bbox_head.{0}.fc_reg.", "", "roi_heads.box_predictor.{0}.bbox_pred."),
     ("mask_head.{0}.convs.{3}.", "roi_head.mask_head.{0}.convs.{3}.conv.", "", ""),
+    ("mask_head.{0}.conv_norms.{3}.", "roi_head.mask_head.{0}.convs.{3}.gn.", "", ""),
+    ("roi_head.{0}.convs.{3}.", "roi_head.bbox_head.{0}.shared_convs.{3}.conv.", "", ""),
+    ("roi_head.{0}.conv_norms.{3}.", "roi_head.bbox_head.{0}.shared_convs.{3}.gn.", "", ""),
     ("mask_head.{0}.upsample.", "roi_head.mask_head.{0}.upsample.", "", ""),
     ("mask_head.{0}.logits.", "roi_head.mask_head.{0}.conv_logits.", "", ""),
 )

@@ -27,6 +27,7 @@ _PUBLISHED = {
     "resnet34": ["ResNet34_Weights"],
     "resnet50": ["ResNet50_Weights", "FasterRCNN_ResNet50_FPN_Weights", "MaskRCNN_ResNet50_FPN_Weights"],
     "resnet101": ["ResNet101_Weights"],
+    "resnext50_32x4d": ["ResNeXt50_32X4D_Weights"],
     "resnext101_32x8d": ["ResNeXt101_32X8D_Weights"],
     "resnext101_64x4d": ["ResNeXt101_64X4D_Weights"],
 }

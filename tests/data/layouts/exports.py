@@ -11,6 +11,8 @@ SIDE = 32
 NAMES = ("coin", "key")
 BOXES = ((2, 4, 10, 12), (18, 6, 12, 20))
 """x, y, width and height in pixels, of a coin and a key."""
+RINGS = ((2, 4, 12, 4, 12, 16, 2, 10), (18, 6, 30, 26, 20, 26))
+"""Outlines of the two."""
 
 
 def image(path: Path, number: int) -> Path:
@@ -136,6 +138,27 @@ def yolo_darknet(root: Path) -> None:
     write(root / "obj.data", "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n")
 
 
+def yolo_segmentation(root: Path) -> None:
+    lines = [f"{label} {' '.join(str(value / SIDE) for value in ring)}\n" for label, ring in enumerate(RINGS)]
+    for images in _numbered(root, {"train/images": 4, "valid/images": 2}).values():
+        for path in images:
+            write(path.parents[1] / "labels" / f"{path.stem}.txt", "".join(lines))
+    write(root / "data.yaml", "train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['coin', 'key']\n")
+
+
+def labelme(root: Path) -> None:
+    """JSON files beside their images; imagePath as written on another machine."""
+    shapes = [
+        {"label": name, "points": [ring[i : i + 2] for i in range(0, len(ring), 2)], "shape_type": "polygon"}
+        for name, ring in zip(NAMES, RINGS, strict=True)
+    ]
+    for images in _numbered(root, {"train": 4, "val": 2}).values():
+        for path in images:
+            record = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imagePath": f"..\\photos\\{path.name}"}
+            record |= {"imageData": None, "imageHeight": SIDE, "imageWidth": SIDE}
+            write(path.with_suffix(".json"), json.dumps(record))
+
+
 def voc_devkit(root: Path) -> None:
     year = root / "VOCdevkit" / "VOC2012"
     images = _numbered(year, {"JPEGImages": 6})["JPEGImages"]
@@ -188,5 +211,7 @@ EXPORTS: dict[Callable[[Path], None], tuple[str, dict[str, int], str]] = {
     voc_labelimg: ("Pascal VOC", {"train": 4, "val": 2}, "the test split is validated on"),
     voc_cvat: ("Pascal VOC", {"train": 9, "val": 1}, "by seed 0 and file name"),
     imagefolder: ("Hugging Face's imagefolder", {"train": 4, "val": 2}, "the folders of"),
+    yolo_segmentation: ("YOLO", {"train": 4, "val": 2}, "each was kept, with the box round it"),
+    labelme: ("LabelMe", {"train": 4, "val": 2}, "the folders of"),
 }
 """What writes each export: what it is recognized as, its images by split, and what is said of it."""

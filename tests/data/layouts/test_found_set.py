@@ -56,6 +56,26 @@ def test_every_export_is_recognized_and_read_as_the_same_set(export, find, tmp_p
     assert find(tmp_path / "set") == found
 
 
+@pytest.mark.parametrize("export", [exports.yolo_segmentation, exports.labelme])
+def test_polygons_are_kept_to_the_hundredth_and_their_area_is_that_of_the_mask(export, find, tmp_path):
+    export(tmp_path / "set")
+    annotations = read_coco(find(tmp_path / "set").splits["train"].annotations, masks=True)
+    segmentations = annotations.segmentations
+    assert segmentations is not None and segmentations.present.all()
+    for row, ring in zip(range(2), exports.RINGS, strict=True):
+        assert [each.tolist() for each in segmentations.rings(row)] == [list(ring)]
+    assert annotations.areas[:2].tolist() == [90.0, 100.0]
+
+
+@pytest.mark.parametrize("wanted", [{}, {"classes": ("key",)}])
+def test_polygons_of_roboflows_coco_export_are_kept(find, tmp_path, wanted):
+    exports.roboflow_coco(tmp_path / "set")
+    files = find(tmp_path / "set", **wanted).splits["val"]
+    segmentations = read_coco(files.annotations, masks=True).segmentations
+    assert segmentations is not None and len(segmentations) == (2 if wanted else 4)
+    assert all(segmentations.rings(row)[0].tolist() == [1, 2, 3, 4, 5, 6] for row in range(len(segmentations)))
+
+
 @pytest.mark.parametrize(
     "export", [exports.yolo_roboflow, exports.yolo_darknet, exports.voc_labelimg, exports.voc_cvat]
 )

@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import resnet
+from torchvision.models import regnet, resnet
 
 from detection.models.backbones.resnet import (
-    ARCHITECTURES,
     NORMS,
     Bottleneck,
     FrozenBatchNorm,
     ResNet,
     conv_norm,
+    start_norms_at_one,
 )
 
 TORCHVISION = {
@@ -22,6 +22,7 @@ TORCHVISION = {
     "resnet34": lambda: resnet.resnet34(),
     "resnet50": lambda: resnet.resnet50(),
     "resnet101": lambda: resnet.resnet101(),
+    "resnext50_32x4d": resnet.resnext50_32x4d,
     "resnext101_32x4d": lambda: resnet.ResNet(resnet.Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4),
     "resnext101_32x8d": resnet.resnext101_32x8d,
     "resnext101_64x4d": resnet.resnext101_64x4d,
@@ -45,7 +46,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
             tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.2 + offset)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_names_and_shapes_are_torchvisions(name):
     with torch.device("meta"):
         ours = ResNet(name, norm="frozen_bn", train_norm_affine=True, frozen_stages=1)
@@ -53,6 +54,68 @@ def test_names_and_shapes_are_torchvisions(name):
     expected = {key: shape for key, shape in shapes(theirs).items() if not key.startswith("fc.")}
     assert shapes(ours) == expected
     assert list(shapes(ours)) == list(expected)
+
+
+# Of the smallest torchvision's last stage is wider: 400 channels, and 384 in the paper's models and MMDetection's.
+REGNETS = {"regnetx_800mf": regnet.regnet_x_800mf, "regnetx_1.6gf": regnet.regnet_x_1_6gf}
+
+
+def torchvisions_regnet(name):
+    """Our name of a tensor as torchvision's RegNet calls it."""
+    if not name.startswith("layer"):
+        return name.replace("conv1.", "stem.0.").replace("bn1.", "stem.1.")
+    stage, block, part, *rest = name.split(".")
+    start = f"trunk_output.block{stage[5:]}.block{stage[5:]}-{block}."
+    if part == "downsample":
+        return f"{start}proj.{'.'.join(rest)}"
+    kind, number = part[:-1], int(part[-1])
+    return f"{start}f.{'abc'[number - 1]}.{0 if kind == 'conv' else 1}.{'.'.join(rest)}"
+
+
+@pytest.mark.parametrize("name", REGNETS)
+def test_regnets_have_the_shapes_of_torchvisions(name):
+    with torch.device("meta"):
+        ours = ResNet(name, norm="frozen_bn", train_norm_affine=True, frozen_stages=1)
+    theirs = REGNETS[name]()
+    expected = {key: shape for key, shape in shapes(theirs).items() if not key.startswith("fc.")}
+    assert {torchvisions_regnet(key): shape for key, shape in shapes(ours).items()} == expected
+    groups = [module.groups for module in theirs.modules() if isinstance(module, nn.Conv2d)]
+    assert sorted(m.groups for m in ours.modules() if isinstance(m, nn.Conv2d)) == sorted(groups)
+
+
+def test_the_maps_of_a_regnet_are_torchvisions():
+    theirs = regnet.regnet_x_800mf().double().eval()
+    ours = ResNet("regnetx_800mf", norm="frozen_bn", train_norm_affine=True, frozen_stages=1).double().eval()
+    state = theirs.state_dict()
+    ours.load_state_dict({name: state[torchvisions_regnet(name)] for name in ours.state_dict()})
+    x = torch.randn(1, 3, 65, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = theirs.stem(x)
+        for stage, feature in zip(theirs.trunk_output, ours(x), strict=True):
+            y = stage(y)
+            torch.testing.assert_close(feature, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "gn"])
+def test_standardized_weights_are_those_of_the_formula_and_learn(norm):
+    backbone = ResNet("resnet18", norm=norm, train_norm_affine=True, frozen_stages=0, standardized=True).double()
+    start_norms_at_one(backbone)
+    plain = ResNet("resnet18", norm=norm, train_norm_affine=True, frozen_stages=0).double()
+    state = backbone.state_dict()
+    for name, weight in state.items():
+        if weight.dim() == 4:
+            flat = weight.flatten(1)
+            deviation, mean = torch.std_mean(flat, dim=1, keepdim=True)
+            state[name] = ((flat - mean) / (deviation + 1e-5)).view_as(weight)
+    plain.load_state_dict(state)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    maps = backbone(x)
+    for ours, expected in zip(maps, plain(x), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    maps[-1].square().sum().backward()
+    gradient = backbone.stages[3][1].conv1.weight.grad
+    # A shift of all weights of a channel changes nothing.
+    assert gradient.abs().sum() > 0 and gradient.sum(dim=(1, 2, 3)).abs().max() < 1e-9 * gradient.abs().max() + 1e-12
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

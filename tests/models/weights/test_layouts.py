@@ -68,10 +68,18 @@ def test_torchvisions_names_shapes_and_order_are_written_and_load_strictly():
         ("maskrcnn_resnet50_fpn", "torchvision"),
         ("cascade_mask_rcnn_r18_fpn", "mmdet"),
         ("mask_rcnn_r18_fpn", "ours"),
+        ("mask_rcnn_regnetx_400mf_fpn", "mmdet"),
     ],
 )
 def test_the_way_there_and_back_changes_no_bit(name, layout, norm):
-    ours = randomized(build_model(name, 3, norm=norm, fpn_norm="gn" if norm == "gn" else None, **SMALL)).state_dict()
+    settings: dict = {}
+    if norm == "gn":
+        if "regnetx" in name:
+            pytest.skip("its channels are no multiples of 32")
+        settings = {"fpn_norm": "gn"}
+        if layout != "torchvision":
+            settings |= {"head_norm": "gn", "roi_num_convs": 4, "roi_num_hidden": 1, "mask_channels": 32}
+    ours = randomized(build_model(name, 3, norm=norm, **{**SMALL, **settings})).state_dict()
     exported = to_layout(ours, layout)
     back, origin = to_ours(exported, recognize(exported))
     assert recognize(exported) == layout
