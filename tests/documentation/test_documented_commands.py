@@ -33,7 +33,7 @@ SHELL_OPTIONS = {
 }
 # Names of files and folders of this repository in a text, and those of them that are somebody else's, or a run's.
 FILE_NAME = re.compile(
-    r"(?<![\w/.-])(?:(?:data|detection|docs|schedules|scripts|tests|\.ci)/[\w./-]*\w|[\w./-]+\.(?:py|sh|sbatch|md)\b)"
+    r"(?<![\w/.+-])(?:(?:data|detection|docs|schedules|scripts|tests|\.ci)/[\w./-]*\w|[\w./+-]+\.(?:py|sh|sbatch|md)\b)"
 )
 FOREIGN_FILE = re.compile(r"(tools|_base_|configs)/|report\.md|my_parts\.py")
 

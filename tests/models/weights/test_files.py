@@ -195,7 +195,7 @@ def test_a_file_that_is_cut_short_is_said_to_be_damaged(write, tmp_path):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_text("<html>Not found</html>")
-    with pytest.raises(WeightsError, match="neither a torch file"):
+    with pytest.raises(WeightsError, match="is no torch file"):
         read_weight_file(path)
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
     with pytest.raises(WeightsError, match="TorchScript"):
