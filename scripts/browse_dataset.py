@@ -30,13 +30,11 @@ from data import (
 )
 from data.errors import DataError
 from data.tools.gallery import write_gallery
-from data_path import add_data_path, chosen
+from data_path import add_data_path, chosen, found_set
 from detection.config.arg_types import positive_int
 from detection.config.augmentation import AugmentationConfig, add_augmentation_options, check_effect
-from detection.config.run_config import DataConfig
 from detection.config.settings import ConfigError, filled
-from detection.engine.inputs.augmentation import augmentation_of
-from detection.engine.inputs.datasets import find_folder
+from detection.engine.inputs.augmentation import augmentation_of, sampling_of
 from detection.reporting.images import class_color, draw_boxes, mosaic, save_png
 
 GALLERY_COUNT, PNG_COUNT = 200, 32
@@ -89,7 +87,7 @@ def locate(arguments: argparse.Namespace) -> tuple[Path, Path]:
         raise DatasetError("--images and --annotations go together: give both or none.")
     if images is not None:
         return images, annotations
-    found = find_folder(filled(DataConfig, vars(arguments)))
+    found = found_set(arguments, needed=True)
     if arguments.split not in found.splits:
         raise DatasetError(f"{found.title}: there is no {arguments.split} split, only {', '.join(found.splits)}")
     files = found.splits[arguments.split]
@@ -134,7 +132,7 @@ def browse(dataset: CocoDataset, arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             augmentation=augmentation_of(config, arguments.max_size),
-            repeat_threshold=config.repeat_threshold,
+            sampling=sampling_of(config),
         )
         first = arguments.epoch * loader.iterations_per_epoch
         batches = loader.batches(first, first + loader.iterations_per_epoch)

@@ -84,6 +84,8 @@ class CocoAnnotations:
     """Outlines of the M annotations, where they were asked for"""
     federated: Federated | None = None
     """Of LVIS's files: which classes each image was searched for"""
+    unknown_classes: tuple[str, ...] = ()
+    """Those of class_names that the file knows nothing of: its images may show them without a box"""
     findings: tuple[Finding, ...] = ()
     """What was read or left out but is worth a remark."""
     stored: Stored | None = field(default=None, init=False)
@@ -193,6 +195,11 @@ class CocoAnnotations:
             offsets=_offsets(counts),
         )
 
+    def ignoring_below(self, side: float) -> "CocoAnnotations":
+        """The same with `ignore` set where a side of the box is below so many pixels."""
+        small = (self.boxes_xywh[:, 2:] < side).any(axis=1)
+        return replace(self, ignore=self.ignore | small) if small.any() else self
+
     def of_classes(self, wanted: Sequence[str]) -> "CocoAnnotations":
         """The annotations of these classes alone, which keep the file's order; every image stays.
 
@@ -214,6 +221,14 @@ class CocoAnnotations:
     def _of_labels(self, kept: list[int]) -> "CocoAnnotations":
         new_label = np.full(len(self.class_names), -1, dtype=np.int64)
         new_label[kept] = np.arange(len(kept))
+        return replace(
+            self.of_labels(new_label),
+            category_ids=tuple(self.category_ids[label] for label in kept),
+            class_names=tuple(self.class_names[label] for label in kept),
+        )
+
+    def of_labels(self, new_label: np.ndarray) -> "CocoAnnotations":
+        """The annotations with other labels: new_label (int64 [K]) of each label, -1 for those to leave out."""
         keep = new_label[self.labels] >= 0
         arrays = {name: getattr(self, name)[keep] for name in _OF_ANNOTATIONS}
         arrays["labels"] = new_label[arrays["labels"]]
@@ -222,8 +237,6 @@ class CocoAnnotations:
             **arrays,
             segmentations=self.segmentations and self.segmentations.take(keep),
             offsets=_offsets(np.bincount(self.image_indices[keep], minlength=len(self))),
-            category_ids=tuple(self.category_ids[label] for label in kept),
-            class_names=tuple(self.class_names[label] for label in kept),
         )
 
     def with_classes(self, wanted: Sequence[str]) -> "CocoAnnotations":

@@ -13,10 +13,11 @@ class MissingDataset(DataError):
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """Where the images and the annotations of one split are."""
+    """Where the images and the annotations of one split are, and what its set is called where there are several."""
 
     images: Path
     annotations: Path
+    set_name: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -64,6 +65,33 @@ class Segmentations:
     def take(self, rows: np.ndarray) -> Segmentations:
         """Those of the annotations that an index or bool array names, in its order."""
         return replace(self, starts=self.starts[rows], counts=self.counts[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Segmentations]) -> Segmentations:
+        """All of them, in turn."""
+        starts, num_rings, num_rles = [], 0, 0
+        for part in parts:
+            starts.append(part.starts + np.where(part.counts == IS_RLE, num_rles, num_rings))
+            num_rings += len(part.ring_offsets) - 1
+            num_rles += len(part.rle_offsets) - 1
+        same = len({part.coordinates.dtype for part in parts}) == 1
+        numbers = [
+            part.coordinates if same or part.coordinates.dtype != np.int32 else part.coordinates / HUNDREDTHS
+            for part in parts
+        ]
+
+        def joined(offsets: list[np.ndarray]) -> np.ndarray:
+            ends = np.cumsum([0, *(each[-1] for each in offsets)])
+            return np.concatenate([[0], *(each[1:] + start for each, start in zip(offsets, ends, strict=False))])
+
+        return Segmentations(
+            starts=np.concatenate(starts),
+            counts=np.concatenate([part.counts for part in parts]),
+            ring_offsets=joined([part.ring_offsets for part in parts]),
+            coordinates=np.concatenate(numbers),
+            rle_text=np.concatenate([part.rle_text for part in parts]),
+            rle_offsets=joined([part.rle_offsets for part in parts]),
+        )
 
     def rings(self, row: int) -> list[np.ndarray]:
         """The rings of an annotation: float64 [2 n] (x, y, x, y, ...) each, exactly as in the file."""

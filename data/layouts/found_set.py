@@ -6,13 +6,13 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.coco.cache import one_builder
 from data.coco.layout import MissingDataset, SplitFiles, coco_layout, standard_layout
-from data.convert.conversion import ConversionError, Progress, Remarks
+from data.convert.conversion import ConversionError, LabeledImage, Progress, Remarks
 from data.convert.files import read_class_file
 from data.convert.imagefolder import IMAGEFOLDER_TEXTS, imagefolder_set
 from data.convert.labeled_set import LabeledSet
@@ -26,6 +26,7 @@ from data.layouts.recognition import CONVERTERS, FORMATS, ROBOFLOW_FILE, LayoutE
 
 VERSION = 2  # another number whenever equal folders would give other files
 RECORD = "set.json"
+LISTED = "listed"
 PLACES_SHOWN = 3
 KEY_SHOWN = 16  # hexadecimal digits of a folder's key in its name in the cache
 LABEL_SUFFIXES = {".json", ".jsonl", ".xml", ".txt", ".yaml", ".yml", ".data", ".names", ".labels", ".md"}
@@ -43,6 +44,8 @@ class Wanted:
     val_fraction: float | None = None
     """Share of the images to validate on where the folder does not say which; None: a tenth."""
     split_seed: int = 0
+    voc_list: Path | None = None
+    """Of a VOC folder: the images of this list of ImageSets alone, as the split LISTED, with all of `classes`"""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,15 @@ def _converted(root: Path, reading: Reading, wanted: Wanted, staging: Path, prog
         return FoundSet(f"{kind} in {root}", write_contents(contents, staging), tuple(lines))
     labeled = _labeled(root, reading, wanted, progress)
     _stop_for_errors(labeled.remarks, root, reading)
+    if wanted.voc_list is not None:
+        files = write_coco_set(
+            staging,
+            _listed(labeled, wanted.classes),
+            labeled.class_names,
+            images_root=labeled.images_root,
+            description=labeled.description,
+        )
+        return FoundSet(f"Pascal VOC's list {wanted.voc_list}", files)
     if wanted.classes:
         labeled.keep_classes(wanted.classes)
     has_splits = bool(labeled.found.get("train")) and bool(labeled.found.get("val") or labeled.found.get("test"))
@@ -142,6 +154,16 @@ def _converted(root: Path, reading: Reading, wanted: Wanted, staging: Path, prog
     return FoundSet(f"{FORMATS[reading.format]} in {root}", written, tuple(lines))
 
 
+def _listed(labeled: LabeledSet, classes: Sequence[str]) -> dict[str, list[LabeledImage]]:
+    """The images of a list. The set gets these classes, also those of which the list has no object."""
+    images = labeled.found[LISTED]
+    if classes:
+        for image in images:
+            image.boxes = [box for box in image.boxes if box.name in classes]
+        labeled.class_names = list(classes)
+    return {LISTED: images}
+
+
 def _labeled(root: Path, reading: Reading, wanted: Wanted, progress: Progress) -> LabeledSet:
     if reading.format == "yolo":
         return yolo_set(find_yolo(root), root, Remarks(YOLO_TEXTS), progress=progress)
@@ -152,7 +174,8 @@ def _labeled(root: Path, reading: Reading, wanted: Wanted, progress: Progress) -
     folders = find_voc(root)
     classes = None if folders.classes is None else read_class_file(folders.classes)
     reader = VocReader(folders, Remarks(VOC_TEXTS), classes)
-    return voc_set(reader, folders.sets, folders.classes, meant=wanted.classes, progress=progress)
+    lists = folders.sets if wanted.voc_list is None else {LISTED: wanted.voc_list}
+    return voc_set(reader, lists, folders.classes, meant=wanted.classes, progress=progress)
 
 
 def _stop_for_errors(remarks: Remarks, root: Path, reading: Reading) -> None:

@@ -1,5 +1,6 @@
 """The images of a set and their boxes, ready to be put into batches."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from data.coco.annotations import CocoAnnotations
 from data.coco.checks import image_entries
+from data.coco.merge import concatenate
 from data.coco.segmentations import Bitmap, Segmentations
 from data.errors import DataError
 from data.images.decode import ImageError, decode_image, read_image
@@ -187,3 +189,60 @@ class CocoDataset:
                 f"{self.images_dir}: {len(missing):,} of the {len(self):,} images named in {source} are missing: "
                 f"{first}. Is this the right folder, and was everything unpacked?"
             )
+
+
+class ConcatDataset(CocoDataset):
+    """The images of several sets behind each other; like a set of one annotation file, `merge.concatenate`'s.
+
+    parts: sets with one class list. names: what each is called.
+    """
+
+    def __init__(self, parts: Sequence[CocoDataset], names: Sequence[str]) -> None:
+        self.parts, self.names = tuple(parts), tuple(names)
+        assert len(self.parts) == len(self.names)
+        self.first_images = np.cumsum([0, *map(len, parts)])
+        """int64 [parts + 1]: index of each part's first image"""
+        self.images_dir = parts[0].images_dir
+        self.annotations = concatenate([part.annotations for part in parts])
+        self.image_ids = self.annotations.image_ids
+        self.widths, self.heights = self.annotations.widths, self.annotations.heights
+        self.class_names = self.annotations.class_names
+        self.boxes_xyxy, self.labels, self.box_counts = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("boxes_xyxy", "labels", "box_counts")
+        )
+
+    def _place(self, index: int) -> tuple[CocoDataset, int]:
+        number = int(np.searchsorted(self.first_images, index, side="right")) - 1
+        return self.parts[number], index - int(self.first_images[number])
+
+    def path(self, index: int) -> Path:
+        part, place = self._place(index)
+        return part.path(place)
+
+    def image(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
+        part, place = self._place(index)
+        return part.image(place, out)
+
+    def boxes(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        part, place = self._place(index)
+        return part.boxes(place)
+
+    @property
+    def has_masks(self) -> bool:
+        return all(part.has_masks for part in self.parts)
+
+    def bitmaps(self, index: int) -> list[Bitmap]:
+        part, place = self._place(index)
+        return part.bitmaps(place)
+
+    def whole_masks(self, index: int) -> list[np.ndarray]:
+        part, place = self._place(index)
+        return part.whole_masks(place)
+
+
+def sets_of(dataset: CocoDataset) -> dict[str, slice]:
+    """The images of each part by its name; of a set alone none."""
+    if not isinstance(dataset, ConcatDataset):
+        return {}
+    edges = dataset.first_images.tolist()
+    return {name: slice(edges[i], edges[i + 1]) for i, name in enumerate(dataset.names)}

@@ -10,12 +10,12 @@ from dataclasses import replace
 import numpy as np
 
 from data.loading.batch import BatchPlan, RawBatch
-from data.loading.dataset import CocoDataset
+from data.loading.dataset import CocoDataset, sets_of
 from data.loading.image_order import NEWEST_ORDER, ORDERS
 from data.loading.largest_batch import largest_batch
 from data.loading.padding_groups import FIRST_GROUPED_ORDER, group_size, grouped
 from data.loading.read_batch import OnUnreadable
-from data.loading.sampler import evaluation_batches, repeat_factors
+from data.loading.sampler import Sampling, evaluation_batches, image_factors
 from data.loading.shape_buckets import bucket_of, shape_buckets
 from data.loading.workers import WorkerPool
 from data.transforms.augmentation import Augmentation
@@ -32,6 +32,7 @@ EPOCHS_LOOKED_AT = 24
 ITERATIONS_LOOKED_AT = 16_384
 """Of an epoch: all of COCO's, evenly spread ones of a set of millions."""
 
+_EACH_ONCE = Sampling()
 _FLIPS_ONLY, _UNCHANGED = Augmentation(), Augmentation(flip_probability=0.0)
 
 
@@ -49,9 +50,8 @@ class TrainLoader:
     other as ever, and end and begin inside of epochs.
 
     min_size, max_size: the keep-ratio resize, see geometry.py, where augmentation chooses no other. augmentation:
-    what is done at random, an image that comes again in an epoch being another draw. repeat_threshold: images of
-    classes that are in a smaller part of the images come several times an epoch, see sampler.py. repeat_times: the
-    whole set comes as often in an epoch.
+    what is done at random, an image that comes again in an epoch being another draw. sampling: how often images come in
+    an epoch. Raises DataError where a share is for what is not there.
 
     few_shapes: padded sizes are of shape_buckets.py, for code that is compiled for each size. pin: hand over
     page-locked memory (for GPUs). workers: worker processes; 0 decodes in this one. max_bad_images: an image that
@@ -72,8 +72,7 @@ class TrainLoader:
         world_size: int = 1,
         workers: int = 0,
         augmentation: Augmentation = _FLIPS_ONLY,
-        repeat_threshold: float | None = None,
-        repeat_times: int = 1,
+        sampling: Sampling = _EACH_ONCE,
         image_order: int = NEWEST_ORDER,
         limit_batches: int | None = None,
         epoch_iterations: int | None = None,
@@ -84,14 +83,9 @@ class TrainLoader:
         assert 0 <= rank < world_size and min(batch_size, accumulate) >= 1
         self.dataset = dataset
         self.global_batch_size = world_size * batch_size * accumulate
-        factors: np.ndarray | None = None
-        if repeat_threshold is not None:
-            images = np.repeat(np.arange(len(dataset)), dataset.box_counts)
-            factors = repeat_factors(images, dataset.labels, len(dataset), repeat_threshold)
-        if repeat_times > 1:
-            factors = repeat_times * (np.ones(len(dataset)) if factors is None else factors)
+        factors = image_factors(sampling, dataset.box_counts, dataset.labels, dataset.class_names, sets_of(dataset))
         self.repeat_factors = factors
-        """float64 [N] of the images, where they come more often than once"""
+        """float64 [N]: how often each image comes in an epoch on average, where not once each"""
         self.image_order = image_order
         self._order = ORDERS[image_order](
             dataset.widths, dataset.heights, seed=seed, global_batch_size=self.global_batch_size, factors=factors

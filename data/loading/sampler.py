@@ -5,8 +5,14 @@ which takes its slice of every global batch. With repeat factors, images of rare
 epoch; every epoch still has the same length, on which the learning rate depends.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
+from data.errors import DataError
 from data.transforms.hash_rng import ORDER_STREAM, REPEAT_STREAM, hash_words, image_words
 
 FRACTION_BITS = 32
@@ -59,7 +65,7 @@ def plan_epoch(
     start of it, if it is shorter than what is missing); these are seen twice in the epoch.
 
     With repeat factors (float64 [N], see repeat_factors) an image is in the epoch as often as its factor
-    says on average, once at least, and N is their sum, rounded up; the rest is the same. So all epochs have the
+    says on average, and N is their sum, rounded up; the rest is the same. So all epochs have the
     same number of batches.
     """
     if factors is None:
@@ -123,6 +129,82 @@ def repeat_factors(image_indices: np.ndarray, labels: np.ndarray, num_images: in
     class_factors = np.maximum(1.0, np.sqrt(threshold / np.where(fractions > 0, fractions, 1.0)))
     np.maximum.at(factors, images, class_factors[classes])
     return factors
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How often images come in an epoch, where not once each."""
+
+    repeat_threshold: float | None = None
+    """Of repeat_factors"""
+    rounds_up: bool = False
+    """Those factors are rounded up, as MMDetection's ClassBalancedDataset has them"""
+    repeat_times: int = 1
+    """How often everything comes"""
+    class_shares: Mapping[str, float] | None = None
+    """Class-aware sampling: each image of an epoch is drawn by drawing a class, and one of its images. The weights of
+    the classes, of 1 where none is given; empty: all alike"""
+    set_shares: Mapping[str, float] | None = None
+    """Weight of each set among the images of an epoch"""
+
+
+def image_factors(
+    sampling: Sampling,
+    box_counts: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    sets: Mapping[str, slice],
+) -> np.ndarray | None:
+    """How often each image is wanted in an epoch: float64 [N]; None where each is wanted once.
+
+    box_counts is int64 [N]. labels is int64 [M], image by image. sets: the images of each set.
+
+    Shares leave the length of an epoch as it is: the number of images, or what the repeats make of it.
+
+    Raises DataError for a name or a weight that cannot be.
+    """
+    if sampling == Sampling():
+        return None
+    num_images = len(box_counts)
+    images = np.repeat(np.arange(num_images), box_counts)
+    factors = np.ones(num_images)
+    if sampling.repeat_threshold is not None:
+        factors = repeat_factors(images, labels, num_images, sampling.repeat_threshold)
+        factors = np.ceil(factors) if sampling.rounds_up else factors
+    if sampling.class_shares is not None:
+        factors = _class_aware(images, labels, num_images, _weights(sampling.class_shares, class_names, "class", 1.0))
+    factors = factors * sampling.repeat_times
+    if sampling.set_shares is not None:
+        weights, total = _weights(sampling.set_shares, list(sets), "set", None), factors.sum()
+        for weight, rows in zip(weights / weights.sum(), sets.values(), strict=True):
+            if weight and not factors[rows].any():
+                raise DataError("a set with a share has no image of a class that has one")
+            factors[rows] *= weight * total / max(factors[rows].sum(), 1e-300)
+    return factors
+
+
+def _class_aware(images: np.ndarray, labels: np.ndarray, num_images: int, weights: np.ndarray) -> np.ndarray:
+    """Factors that sum up to num_images: of each image the sum over its classes of share / images of the class, as
+    drawing a class by its share and one of its images gives on average."""
+    pairs = np.unique(images * len(weights) + labels)
+    rows, classes = np.divmod(pairs, len(weights))
+    counts = np.bincount(classes, minlength=len(weights))
+    weights = np.where(counts > 0, weights, 0.0)
+    if not weights.sum():
+        raise DataError("no class with a share has a box")
+    each = num_images * weights / weights.sum() / np.maximum(counts, 1)
+    return np.bincount(rows, each[classes], minlength=num_images)
+
+
+def _weights(shares: Mapping[str, float], names: Sequence[str], what: str, default: float | None) -> np.ndarray:
+    if unknown := [name for name in shares if name not in names]:
+        raise DataError(f"there is no {what} {unknown[0]!r}, but {', '.join(map(repr, names))}")
+    if default is None and (lacking := [name for name in names if name not in shares]):
+        raise DataError(f"the {what} {lacking[0]!r} has no share: give one to each, 0 to leave it out")
+    weights = np.array([shares.get(name, default or 0.0) for name in names])
+    if not weights.sum():
+        raise DataError(f"every {what} has the share 0")
+    return weights
 
 
 def epoch_length(factors: np.ndarray) -> int:

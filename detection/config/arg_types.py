@@ -73,6 +73,25 @@ fraction = Number(float, 0.0, 1.0, metavar="P")
 inner_fraction = Number(float, 0.0, 1.0, excluded=(0.0, 1.0), metavar="P")
 
 
+def name_pair(text: str) -> str:
+    """An argparse type: two names, OLD=NEW."""
+    old, _, new = text.partition("=")
+    if not old.strip() or not new.strip():
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no pair of names: write OLD=NEW")
+    return f"{old.strip()}={new.strip()}"
+
+
+def share(text: str) -> str:
+    """An argparse type: a name and its weight, NAME=WEIGHT."""
+    name, _, weight = text.rpartition("=")
+    try:
+        if name.strip() and 0 <= float(weight) < NO_LIMIT:
+            return f"{name.strip()}={float(weight):g}"
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is no share: write NAME=WEIGHT, with a number from 0")
+
+
 class NameList(argparse.Action):
     """Different names, with commas or blanks between them, as one tuple."""
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from detection.config.arg_types import Number, fraction, side, whole
+from detection.config.arg_types import Number, fraction, share, side, whole
 from detection.config.settings import COMMAND_LINE, COMPATIBLE, ConfigError, add_options, plain, setting
 
 TITLE = "training images at random (docs/augmentation.md)"
@@ -107,6 +107,26 @@ class AugmentationConfig:
         metavar="T",
     )
 
+    repeat_rounds_up: bool = setting(
+        False, COMPATIBLE, "round these numbers up, as MMDetection's ClassBalancedDataset does"
+    )
+    class_shares: tuple[str, ...] | None = setting(
+        None,
+        COMPATIBLE,
+        "class-aware sampling: an image is drawn by drawing a class and then one of its images; all classes alike, or "
+        "by weights (1 where none is given)",
+        type=share,
+        nargs="*",
+        metavar="NAME=WEIGHT",
+    )
+    set_shares: tuple[str, ...] | None = setting(
+        None,
+        COMPATIBLE,
+        "of several sets: what part of an epoch's images each gives, as weights",
+        type=share,
+        nargs="+",
+        metavar="NAME=WEIGHT",
+    )
     repeat_times: int = setting(
         1, COMPATIBLE, "how often the whole train set comes in an epoch, each time as another draw", type=whole(1, 1000)
     )
@@ -138,6 +158,9 @@ class AugmentationConfig:
                 "--repeat-threshold 0 repeats nothing: leave it away, or give a part of the images, e.g. 0.01"
             )
 
+        if self.class_shares is not None and self.repeat_threshold is not None:
+            raise ConfigError("--class-shares and --repeat-threshold both say how often classes come: give one of them")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for checkpoints."""
         return plain(self)
@@ -162,6 +185,8 @@ def check_effect(config: AugmentationConfig, given: Mapping[str, Any], max_size:
         raise ConfigError(
             "--train-scale-sampling has no effect by itself: give --train-min-sizes or --train-scales as well"
         )
+    if "repeat_rounds_up" in given and config.repeat_threshold is None:
+        raise ConfigError("--repeat-rounds-up has no effect without --repeat-threshold: give that as well")
     for name in ("lsj_range", "lsj_min_visibility", "copy_paste"):
         if name in given and config.lsj is None:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect without --lsj: give --lsj as well")

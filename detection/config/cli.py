@@ -245,6 +245,12 @@ def _check_options(config: RunConfig, given: Mapping[str, Any]) -> None:
     for split in ("train", "val", "test"):
         if (f"{split}_images" in given) != (f"{split}_annotations" in given):
             raise ConfigError(f"--{split}-images and --{split}-annotations go together: give both")
+        images, files = getattr(data, f"{split}_images") or (), getattr(data, f"{split}_annotations") or ()
+        if len(images) != len(files):
+            raise ConfigError(
+                f"--{split}-images names {len(images)} folders and --{split}-annotations {len(files)} files: give one "
+                "folder for each file, the same folder again where it holds the images of several"
+            )
     if config.mode != "train":
         which = f"--{config.mode}-only"
         if output.resume is None and model.weights in ("none", "imagenet"):
@@ -264,5 +270,10 @@ def _check_options(config: RunConfig, given: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{flag} is for the folder of --data-path: give that in place of the files, or leave {flag} away"
             )
+    num_sets = len(data.train_annotations or data.folders)
+    if config.augmentation.set_shares is not None and num_sets == 1:
+        raise ConfigError("--set-shares is for several data sets, and there is one: leave it away")
+    if data.dataset == "shapes" and len(data.folders) > 1:
+        raise ConfigError("--dataset shapes is one folder: leave it away to train on several")
     if data.dataset == "shapes" and (data.train_images or data.val_images):
         raise ConfigError("--dataset shapes brings its own images: leave --train-images and --val-images away")

@@ -42,7 +42,7 @@ def _row(key: str, field: Field[Any], option: Option) -> str:
         written += ", --no-" + written.removeprefix("--")
     value = option.words.get("metavar") or "|".join(option.words.get("choices", ()))
     value = value if isinstance(value, str) else " ".join(value)
-    value = {"?": f"[{value}]", "+": f"{value} ..."}.get(option.words.get("nargs", ""), value)
+    value = {"?": f"[{value}]", "+": f"{value} ...", "*": f"[{value} ...]"}.get(option.words.get("nargs", ""), value)
     written = f"`{written} {value}`".replace(" `", "`")
     cells = [written, option.meaning(), option.default(field), field.metadata["on_resume"].short, f"`{key}`"]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "\\<") for cell in cells) + " |"

@@ -100,6 +100,8 @@ def _value(field: Field[Any], value: Any) -> Any:
     words = {} if not options or field.name == "overrides" else options[-1].words
     kind = words.get("type", str)
     takes_several = not options or field.name == "overrides" or words.get("nargs", "?") != "?"
+    if takes_several and isinstance(value, str) and field.name != "overrides":
+        value = [value]  # recorded before the option took several
     if isinstance(value, list) != takes_several:
         raise ValueError("a list is expected" if takes_several else "one value is expected")
     if takes_several:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from detection.config.arg_types import (
     above_0,
     batch_size,
     inner_fraction,
+    name_pair,
     positive_int,
     side,
     whole,
@@ -31,6 +33,7 @@ from detection.config.settings import (
     KEPT_OFF,
     SCHEDULE,
     ConfigError,
+    OnResume,
     Option,
     plain,
     setting,
@@ -58,17 +61,35 @@ def _frozen_stages(text: str) -> int:
     return FREEZE_CHOICES[text]
 
 
+def _files(on_resume: OnResume, text: str) -> Any:
+    metavar = "DIR" if text.startswith("image folder") else "FILE"
+    return setting(None, on_resume, text, type=Path, nargs="+", metavar=metavar)
+
+
+def names_of(paths: Sequence[Path]) -> tuple[str, ...]:
+    """What sets are called: by their folders, or those of their annotation files; by the files where these are one."""
+    folders = []
+    for path in paths:
+        folder = path.absolute().parent if path.suffix in (".json", ".txt") else path.absolute()
+        while folder.name in ("annotations", "Main", "ImageSets"):
+            folder = folder.parent
+        folders.append(folder.name)
+    names = folders if len(set(folders)) == len(folders) else [path.stem for path in paths]
+    return tuple(name if names.count(name) == 1 else f"{name}_{i + 1}" for i, name in enumerate(names))
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where images and annotations are, and the scale the network sees them at."""
 
     dataset: str = setting("coco", COMPATIBLE, "shapes is made on first use", choices=("coco", "shapes"))
-    data_path: Path | None = setting(
+    data_path: tuple[Path, ...] | None = setting(
         None,
         COMPATIBLE,
-        "the folder of a set, in any layout that docs/own_data.md lists",
+        "the folder of a set, in any layout that docs/own_data.md lists; several are trained on together",
         shown="datasets/coco, or datasets/shapes",
         type=Path,
+        nargs="+",
         metavar="DIR",
     )
     data_format: str | None = setting(
@@ -83,18 +104,14 @@ class DataConfig:
         metavar="X",
     )
     split_seed: int = setting(0, COMMAND_LINE, "of that choice: another one chooses other images", type=whole(0))
-    train_images: Path | None = setting(None, COMPATIBLE, "image folder of the train set", type=Path, metavar="DIR")
-    train_annotations: Path | None = setting(None, COMPATIBLE, "COCO JSON of the train set", type=Path, metavar="FILE")
-    val_images: Path | None = setting(None, COMMAND_LINE, "image folder of the val set", type=Path, metavar="DIR")
-    val_annotations: Path | None = setting(None, COMMAND_LINE, "COCO JSON of the val set", type=Path, metavar="FILE")
-    test_images: Path | None = setting(
-        None,
-        COMMAND_LINE,
-        "image folder of the test set, which a training evaluates at its end with the best weights",
-        type=Path,
-        metavar="DIR",
+    train_images: tuple[Path, ...] | None = _files(COMPATIBLE, "image folder of the train set; of several, one each")
+    train_annotations: tuple[Path, ...] | None = _files(COMPATIBLE, "COCO JSON of the train set, or of each")
+    val_images: tuple[Path, ...] | None = _files(COMMAND_LINE, "image folder of the val set, or of each")
+    val_annotations: tuple[Path, ...] | None = _files(COMMAND_LINE, "COCO JSON of the val set, or of each")
+    test_images: tuple[Path, ...] | None = _files(
+        COMMAND_LINE, "image folder of the test set, which a training evaluates at its end with the best weights"
     )
-    test_annotations: Path | None = setting(None, COMMAND_LINE, "COCO JSON of the test set", type=Path, metavar="FILE")
+    test_annotations: tuple[Path, ...] | None = _files(COMMAND_LINE, "COCO JSON of the test set, or of each")
     min_size: int = setting(800, COMMAND_LINE, "shorter side", unit="pixels", type=side)
     max_size: int = setting(1333, COMMAND_LINE, "longer side at most", unit="pixels", type=side)
     workers: int | None = setting(
@@ -108,6 +125,22 @@ class DataConfig:
         nargs="+",
         action=NameList,
         metavar="A,B",
+    )
+    class_map: tuple[str, ...] = setting(
+        (),
+        COMPATIBLE,
+        "other names for classes, so that several become one: Coin=coin; a class mapped to itself stays apart from one "
+        "of like spelling",
+        type=name_pair,
+        nargs="+",
+        metavar="OLD=NEW",
+    )
+    min_box_side: float = setting(
+        1.0,
+        COMPATIBLE,
+        "boxes with a shorter side are not trained on",
+        unit="pixels of the stored image",
+        type=Number(float, 1.0, 16384.0),
     )
     limit_train_batches: int | None = setting(None, COMPATIBLE, "iterations an epoch at most", type=positive_int)
     limit_val_batches: int | None = setting(
@@ -127,17 +160,20 @@ class DataConfig:
 
     @property
     def set_name(self) -> str:
-        """What the set is called: by its folder, or that of its annotation file; shapes, coco."""
-        file = self.train_annotations
-        if file is not None:
-            folder = file.absolute().parent
-            return folder.parent.name if folder.name == "annotations" else folder.name
-        return self.dataset if self.data_path is None or self.dataset == "shapes" else self.data_path.absolute().name
+        """What the set is called, or several together: by its folder, or that of its annotation file; shapes, coco."""
+        if self.train_annotations is not None:
+            return "_".join(names_of(self.train_annotations))
+        return self.dataset if self.data_path is None or self.dataset == "shapes" else "_".join(names_of(self.folders))
 
     @property
-    def folder(self) -> Path:
-        """The folder of the standard layout: data_path, or datasets/<dataset>."""
-        return self.data_path or Path("datasets") / self.dataset
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of data_path, or datasets/<dataset>."""
+        return self.data_path or (Path("datasets") / self.dataset,)
+
+    @property
+    def new_names(self) -> dict[str, str]:
+        """Those of class_map."""
+        return {old: new for old, _, new in (pair.partition("=") for pair in self.class_map)}
 
 
 @dataclass(frozen=True)
@@ -346,6 +382,12 @@ class OutputConfig:
     )
     val_loss: bool = setting(
         True, COMMAND_LINE, "the losses on the validation set, as val/loss beside train/loss in TensorBoard"
+    )
+    voc_metric: str | None = setting(
+        None,
+        COMMAND_LINE,
+        "also Pascal VOC's mAP at IoU 0.5, as voc_mAP: by 11 points (VOC2007), or by the area under the curve",
+        choices=("11points", "area"),
     )
     eval_backend: str = setting(
         "auto", COMMAND_LINE, "COCO metrics", choices=("auto", "pycocotools", "hotcoco", "both")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from data import CocoAnnotations, CocoDataset
 from data.coco.layout import SplitFiles
 from data.layouts.found_set import FoundSet
+from data.loading.dataset import ConcatDataset
 from detection.config import ConfigError
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.cuda_graphs import require_cuda_graphs
@@ -53,9 +55,9 @@ class Components:
     train_set: CocoDataset | None
     evaluation_set: CocoDataset | None
     """Validation set, or test set in a test run."""
-    evaluation_files: SplitFiles | None
-    test: tuple[CocoDataset, SplitFiles] | None
-    """What a training is tested on at its end, and its files."""
+    evaluation_files: tuple[SplitFiles, ...]
+    test_set: CocoDataset | None
+    """What a training is tested on at its end."""
     model: AnyDetector
     weights_line: str
     """Where its weights come from, and what of it is trained."""
@@ -63,11 +65,11 @@ class Components:
 
 def preflight(
     config: RunConfig, output: RunDir, processes: Processes
-) -> tuple[LoadedCheckpoint | None, FoundSet | None, list[str]]:
+) -> tuple[LoadedCheckpoint | None, tuple[FoundSet, ...], list[str]]:
     """Everything that only the main process may do, and everything cheap that can be wrong.
 
     Returns:
-        The checkpoint to resume from, what the folder of --data-path holds (`find_data`), and lines that the start of
+        The checkpoint to resume from, what the folders of --data-path hold (`find_data`), and lines that the start of
         the run should show.
     """
     schedule, _ = _load_schedule(config)
@@ -207,12 +209,12 @@ def build(
     # A listing of the image folder takes seconds on a network's file system. Process 0 has made one in `preflight`.
     look_for_images = processes.rank == processes.node_main and not processes.is_main
     if config.mode == "train":
-        assert files.train is not None
-        of_train = annotations[files.train.annotations]
-        masks = of_train.segmentations is not None
-        train_set = CocoDataset(
-            files.train.images, of_train, training=True, masks=masks, look_for_images=look_for_images
-        )
+        large = {
+            each.annotations: annotations[each.annotations].ignoring_below(config.data.min_box_side)
+            for each in files.train
+        }
+        train_set = _dataset(files.train, large, training=True, look_for_images=look_for_images)
+        assert train_set is not None
         class_names = train_set.class_names
         model, weights_line = _model_to_train(config, processes, checkpoint, train_set.annotations)
     else:
@@ -220,22 +222,40 @@ def build(
         model, class_names, weights_line = _model_to_evaluate(config, checkpoint, files, annotations)
     model = _place(config, processes, model)
     evaluation_files = files.test if config.mode == "test" else files.val
-    test_files = files.test if config.mode == "train" else None
     evaluation_set, test_set = (
-        CocoDataset(
-            split.images,
-            annotations[split.annotations].with_classes(class_names),
+        _dataset(
+            splits,
+            {each.annotations: annotations[each.annotations].with_classes(class_names) for each in splits},
             training=False,
             # To be judged masks need no bitmaps.
-            masks=config.output.val_loss and annotations[split.annotations].segmentations is not None,
+            bitmaps=config.output.val_loss,
             look_for_images=look_for_images,
         )
-        if split is not None
-        else None
-        for split in (evaluation_files, test_files)
+        for splits in (evaluation_files, files.test if config.mode == "train" else ())
     )
-    test = None if test_set is None or test_files is None else (test_set, test_files)
-    return Components(schedule, overrides, train_set, evaluation_set, evaluation_files, test, model, weights_line)
+    return Components(schedule, overrides, train_set, evaluation_set, evaluation_files, test_set, model, weights_line)
+
+
+def _dataset(
+    splits: tuple[SplitFiles, ...],
+    annotations: Mapping[Path, CocoAnnotations],
+    *,
+    training: bool,
+    bitmaps: bool = True,
+    look_for_images: bool,
+) -> CocoDataset | None:
+    """The images of these files, of several sets behind each other; None where there are none."""
+    parts = [
+        CocoDataset(
+            files.images,
+            (read := annotations[files.annotations]),
+            training=training,
+            masks=bitmaps and read.segmentations is not None,
+            look_for_images=look_for_images,
+        )
+        for files in splits
+    ]
+    return ConcatDataset(parts, [files.set_name for files in splits]) if len(parts) > 1 else parts[0] if parts else None
 
 
 def _model_to_train(
@@ -314,8 +334,7 @@ def _model_to_evaluate(
             line = f"{spec} (with its own model, {detector.model.config.backbone})"
             line += _other_scale(config, detector.min_size, detector.max_size)
             return _with_chosen_settings(config, detector.model), detector.class_names, line
-    chosen = files.test if config.mode == "test" else files.val
-    assert chosen is not None
+    chosen = (files.test if config.mode == "test" else files.val)[0]
     names, category_ids = annotations[chosen.annotations].class_names, annotations[chosen.annotations].category_ids
     model = build_detector(config.model.model, len(names), **_settings_for(config, annotations[chosen.annotations]))
     report = load_weights(model, spec, category_ids=category_ids) if spec != "none" else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import CocoDataset, DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
+from data import CocoAnnotations, CocoDataset, DeviceBatch, DevicePrefetcher, EvalLoader, UnreadableImage
 from data.coco.run_lengths import RunLengths
+from data.loading.dataset import ConcatDataset, sets_of
 from detection.engine.accelerate.choice import acceleration_of
 from detection.engine.accelerate.compile import compile_for_evaluation
 from detection.engine.accelerate.cuda_graphs import CudaGraphBackend, record_detection
@@ -60,6 +62,14 @@ class Evaluator:
         self.coco = coco
         self.split = "test" if config.mode == "test" else "val"
         self.results_file = context.output.detections(self.split)
+        self._parts = (
+            [
+                _Part(name, dataset.parts[number].annotations, dataset.image_ids[rows], self.results_file)
+                for number, (name, rows) in enumerate(sets_of(dataset).items())
+            ]
+            if isinstance(dataset, ConcatDataset)
+            else []
+        )
         self._has_masks = dataset.annotations.segmentations is not None
         """Then each process has masks of its detections to gather, also one that has run no image"""
         self.loader = EvalLoader(
@@ -81,6 +91,11 @@ class Evaluator:
         self._logger = metric_logger
         self._bad_images = bad_images
         self._stop = context.stop
+
+    @property
+    def results_files(self) -> list[Path]:
+        """Where the detections are: in one file, or one for each set."""
+        return [part.file for part in self._parts] or [self.results_file]
 
     def close(self) -> None:
         """End the loader's processes."""
@@ -142,9 +157,12 @@ class Evaluator:
         """Write the results file; the metrics, with the number of images and what a reader must know of them."""
         assert detections is not None
         try:
-            write_results(detections, self.results_file)
-            if detections.masks is not None:
-                write_mask_results(detections, mask_results(self.results_file))
+            joint_ids = self.dataset.annotations.category_ids
+            everyones = [part.own(detections, joint_ids) for part in self._parts] or [detections]
+            for file, written in zip(self.results_files, everyones, strict=True):
+                write_results(written, file)
+                if written.masks is not None:
+                    write_mask_results(written, mask_results(file))
         except OSError as error:
             problem = f"{self.results_file} could not be written: {error}"
             if self.split == "test":
@@ -157,7 +175,7 @@ class Evaluator:
             )
         if self.coco is None:
             return None
-        metrics = self.coco.evaluate(detections, image_ids.tolist())
+        metrics = self._metrics(self.coco, detections, image_ids)
         metrics["num_images"] = len(image_ids)
         if num_unreadable:
             metrics["unreadable_images"] = num_unreadable
@@ -169,6 +187,25 @@ class Evaluator:
                 f"only {len(image_ids)} images were run (--limit-val-batches): no figure of the whole set"
             )
         return metrics
+
+    def _metrics(self, coco: CocoEvaluator, detections: Detections, image_ids: np.ndarray) -> dict[str, Any]:
+        """The metrics of all images; of several sets each one's as well, under "sets".
+
+        A detection of a class that an image's set knows nothing of counts nowhere: nobody has looked for such objects.
+        """
+        joint_ids = self.dataset.annotations.category_ids
+        for part in self._parts:
+            detections = detections.take(~part.unjudged(detections, joint_ids))
+        sets = {}
+        for part in self._parts:
+            run = image_ids[np.isin(image_ids, part.image_ids)]
+            if len(run):
+                its = detections.take(np.isin(detections.image_ids, run))
+                found = coco.evaluate(its, run.tolist())
+                sets[part.name] = {name: value for name, value in found.items() if name != "notes"}
+        # Last, as its curves are the ones to be shown.
+        metrics = coco.evaluate(detections, image_ids.tolist())
+        return metrics | {"sets": sets} if sets else metrics
 
     @torch.no_grad()
     def _detect(self, model: nn.Module, verb: str) -> tuple[Detections | None, np.ndarray, int, int]:
@@ -285,6 +322,42 @@ class Evaluator:
         return RunLengths(text, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]), sizes)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One of several sets that are evaluated together.
+
+    annotations: its own. image_ids: of its images among all, int64. results: where the detections of a set alone would
+    be, beside which its file is.
+    """
+
+    name: str
+    annotations: CocoAnnotations
+    image_ids: np.ndarray
+    results: Path
+
+    def unjudged(self, detections: Detections, joint_ids: Sequence[int]) -> np.ndarray:
+        """bool [n]: detections on its images of classes that it knows nothing of."""
+        names = self.annotations.class_names
+        unknown = [joint_ids[names.index(name)] for name in self.annotations.unknown_classes]
+        return np.isin(detections.image_ids, self.image_ids) & np.isin(detections.category_ids, unknown)
+
+    @property
+    def file(self) -> Path:
+        """Its own results file."""
+        return self.results.with_name(f"{self.results.stem}_{self.name}.json")
+
+    def own(self, detections: Detections, joint_ids: Sequence[int]) -> Detections:
+        """Its detections, with the ids of its own annotation file."""
+        its = detections.take(np.isin(detections.image_ids, self.image_ids) & ~self.unjudged(detections, joint_ids))
+        order = np.argsort(joint_ids)
+        labels = order[np.searchsorted(np.asarray(joint_ids)[order], its.category_ids)]
+        return replace(
+            its,
+            image_ids=self.annotations.image_ids[np.searchsorted(self.image_ids, its.image_ids)],
+            category_ids=np.asarray(self.annotations.category_ids, dtype=np.int64)[labels],
+        )
+
+
 def mask_results(results_file: Path) -> Path:
     """The results file of masks beside that of boxes: COCO's evaluation server takes one kind a file."""
     return results_file.with_name(f"{results_file.stem}_segm.json")
@@ -306,10 +379,14 @@ def _masks(found: dict[str, torch.Tensor], scale: np.ndarray, size: tuple[int, i
 
 def coco_evaluator(context: RunContext, dataset: CocoDataset) -> CocoEvaluator | None:
     """What judges detections of a set, on the main process; None elsewhere."""
-    annotations, backend = dataset.annotations, context.config.output.eval_backend
+    annotations, output = dataset.annotations, context.config.output
     return run_on_all_ranks(
         context.processes,
-        lambda: CocoEvaluator(annotations, backend=backend) if context.processes.is_main else None,
+        lambda: (
+            CocoEvaluator(annotations, backend=output.eval_backend, voc_metric=output.voc_metric)
+            if context.processes.is_main
+            else None
+        ),
     )
 
 
@@ -317,8 +394,8 @@ def evaluate_model(context: RunContext, components: Components) -> int:
     """--val-only and --test-only; the exit status."""
     config, console, processes = context.config, context.console, context.processes
     dataset = components.evaluation_set
-    assert dataset is not None and components.evaluation_files is not None
-    console.say(f"{config.mode}: {len(dataset)} images of {components.evaluation_files.annotations}")
+    assert dataset is not None
+    console.say(f"{config.mode}: {len(dataset)} images of {dataset.annotations.source}")
     console.say(f"weights: {components.weights_line}")
     most = components.model.config.detections_per_image
     for line in describe_judging(dataset.annotations, config.output.eval_backend, most):
@@ -355,9 +432,11 @@ def evaluate_set(context: RunContext, dataset: CocoDataset, model: nn.Module, pr
             return STOPPED_EXIT_CODE
         except TooManyBadImages as error:  # every process has it
             raise RunError(str(error)) from error
-    console.say(f"detections: {evaluator.results_file} (COCO results format)")
+    for file in evaluator.results_files:
+        console.say(f"detections: {file} (COCO results format)")
     if dataset.annotations.segmentations is not None:
-        console.say(f"masks: {mask_results(evaluator.results_file)} (COCO results format)")
+        for file in evaluator.results_files:
+            console.say(f"masks: {mask_results(file)} (COCO results format)")
     if metrics is None:
         console.say("the annotation file has no boxes: no metrics, the detections are ready for an upload")
         return 0

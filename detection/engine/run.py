@@ -74,10 +74,10 @@ def run(config: RunConfig, trackers: Sequence[Tracker] = ()) -> int:
         RunError and the errors in USER_ERRORS: the user's to mend.
     """
     with ExitStack() as scratch:
-        if config.dry_run and config.data.dataset == "shapes" and not config.data.folder.exists():
+        if config.dry_run and config.data.dataset == "shapes" and not config.data.folders[0].exists():
             # A dry run writes nothing: the set that it needs goes when it ends.
             folder = Path(scratch.enter_context(TemporaryDirectory(prefix="dry_run_"))) / "shapes"
-            config = replace(config, data=replace(config.data, data_path=folder))
+            config = replace(config, data=replace(config.data, data_path=(folder,)))
         return _with_processes(config, trackers)
 
 
@@ -149,13 +149,13 @@ def _run(
 
 def _prepare(
     config: RunConfig, processes: Processes, output: RunDir
-) -> tuple[LoadedCheckpoint | None, FoundSet | None, list[str]]:
-    """The checkpoint to resume from, what the main process has found (None on others), and what the start should say.
+) -> tuple[LoadedCheckpoint | None, tuple[FoundSet, ...], list[str]]:
+    """The checkpoint to resume from, what the main process has found (nothing on others), and what the start says.
 
     The main process reads the checkpoint; the others get what it has read, whatever lies at that path for them.
     """
     checkpoint: LoadedCheckpoint | None = None
-    found: FoundSet | None = None
+    found: tuple[FoundSet, ...] = ()
 
     def check() -> tuple[Path | None, list[str]]:
         nonlocal checkpoint, found

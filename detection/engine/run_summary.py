@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from shlex import quote
@@ -18,6 +19,7 @@ from torch import nn
 
 from data import CocoDataset, TrainLoader
 from data.coco.layout import SplitFiles
+from data.loading.dataset import ConcatDataset
 from detection.config.run_config import RunConfig
 from detection.engine.accelerate.choice import Acceleration
 from detection.engine.build import Components
@@ -63,7 +65,7 @@ def describe_run(
     rows = [
         ("data", _describe_set("train", train_set)),
         ("", _describe_set("val", val_set) if val_set is not None else "no validation set"),
-        ("", _describe_set("test", components.test[0]) + f", evaluated once, {tested}" if components.test else ""),
+        ("", _describe_set("test", components.test_set, f", evaluated once, {tested}") if components.test_set else ""),
         ("classes", ", ".join(names[:12]) + (f", ... ({len(names)})" if len(names) > 12 else "")),
         ("model", f"{config.model.model}, {_describe_parameters(components.model)}"),
         ("weights", components.weights_line),
@@ -98,11 +100,11 @@ def describe_run(
 
 
 def config_record(
-    context: RunContext, schedule: Schedule, validated: SplitFiles | None, iteration: int
+    context: RunContext, schedule: Schedule, validated: Sequence[SplitFiles], iteration: int
 ) -> dict[str, Any]:
     """What config.json holds: the resolved configuration, where it runs, and the starts of the run so far.
 
-    validated: the validation set's files.
+    validated: the validation set's files, or those of each.
     """
     try:
         starts = json.loads(context.output.config.read_text()).get("starts", [])
@@ -119,14 +121,18 @@ def config_record(
     return {
         "config": context.config.to_dict(),
         "schedule": schedule.to_dict(),
-        "validated": validated
-        and {"images": str(validated.images.absolute()), "annotations": str(validated.annotations.absolute())},
+        "validated": _absolute(validated[0]) if len(validated) == 1 else None,
+        **({"sets": {files.set_name: _absolute(files) for files in validated}} if len(validated) > 1 else {}),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "device": _describe_device(context.processes),
         "host": platform.node(),
         "git_commit": _git_commit(),
         "starts": starts,
     }
+
+
+def _absolute(files: SplitFiles) -> dict[str, str]:
+    return {"images": str(files.images.absolute()), "annotations": str(files.annotations.absolute())}
 
 
 def configuration_text(record: dict[str, Any]) -> str:
@@ -148,7 +154,7 @@ def closing_summary(
     metric_logger: MetricLogger,
     progress: Progress,
     bad_images: BadImages,
-    validated: SplitFiles | None,
+    validated: Sequence[SplitFiles],
     can_be_analyzed: bool,
     own_code: str = "",
 ) -> str:
@@ -162,16 +168,17 @@ def closing_summary(
     if bad_images:
         lines.append(bad_images.summary())
     lines.append(f"checkpoints  {output.checkpoints}")
-    results, images, analysis = output.detections("val"), "IMAGE_OR_FOLDER", []
+    of_all, images, analysis = output.detections("val"), "IMAGE_OR_FOLDER", []
     ending = progress.ending
     if ending.best_value is not None:
         lines[-1] += f"   best.pt has {ending.best_metric} {abs(ending.best_value):.3f} (epoch {progress.best_epoch})"
-    if validated is not None and progress.best_epoch is not None:
-        images = quote(str(validated.images))
+    for files in validated if progress.best_epoch is not None else ():
+        images = quote(str(files.images))
+        results = of_all if len(validated) == 1 else of_all.with_name(f"{of_all.stem}_{files.set_name}.json")
         lines.append(f"detections   {results} (of the last validation)")
         if can_be_analyzed:
             analysis.append(
-                f"why so       python3 scripts/analyze_results.py --annotations {quote(str(validated.annotations))} "
+                f"why so       python3 scripts/analyze_results.py --annotations {quote(str(files.annotations))} "
                 f"--results {quote(str(results))} --images {images}"
             )
     best, weights = output.checkpoints / "best.pt", output.path / BEST_WEIGHTS
@@ -191,11 +198,15 @@ def _table_cell(value: Any) -> str:
     return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
 
 
-def _describe_set(name: str, dataset: CocoDataset) -> str:
+def _describe_set(name: str, dataset: CocoDataset, more: str = "") -> str:
+    if isinstance(dataset, ConcatDataset):
+        pairs = zip(dataset.names, dataset.parts, strict=True)
+        sets = [f"  {part_name} {_describe_set(name, part)}" for part_name, part in pairs]
+        return "\n".join([f"{name}: {len(dataset):,} images of {counted(len(sets), 'set')}{more}", *sets])
     empty = int((dataset.box_counts == 0).sum())
     return (
         f"{name}: {len(dataset):,} images ({empty:,} without a box), {int(dataset.box_counts.sum()):,} boxes, "
-        f"{counted(len(dataset.class_names), 'class', 'classes')} ({dataset.annotations.source})"
+        f"{counted(len(dataset.class_names), 'class', 'classes')} ({dataset.annotations.source}){more}"
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from data import NEWEST_ORDER, CocoDataset, TrainLoader
+from data.loading.dataset import sets_of
 from detection.engine.accelerate.algorithm_search import AlgorithmSearch
 from detection.engine.accelerate.choice import Acceleration, acceleration_of, has_few_shapes, searches_algorithms
 from detection.engine.accelerate.compile import compile_for_training, uncompiled
@@ -20,10 +21,9 @@ from detection.engine.distributed.agreement import RunError, run_on_all_ranks, r
 from detection.engine.distributed.comm import Processes
 from detection.engine.distributed.signals import STOPPED_EXIT_CODE, Interrupted, Stopped
 from detection.engine.evaluator import Evaluator, coco_evaluator, evaluate_set
-from detection.engine.inputs.augmentation import augmentation_of
+from detection.engine.inputs.augmentation import augmentation_of, sampling_of
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
-from detection.engine.inputs.datasets import SplitFiles
-from detection.engine.metrics.best import check_best_metric
+from detection.engine.metrics.best import OF_CLASS, check_best_metric
 from detection.engine.metrics.images import training_mosaic
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.metrics.step_metrics import NonFiniteLoss, StepMetrics
@@ -44,7 +44,7 @@ from detection.engine.state.run_dir import RunDirError, write_json
 from detection.engine.state.train_state import Ending, Facts, Progress, TrainState, assert_same_on_all_ranks, run_facts
 from detection.engine.trainer import Trainer
 from detection.engine.trial import MARGIN, MemoryTrial, largest_that_fits
-from detection.evaluation import metric_names
+from detection.evaluation import METRIC_NAMES, metric_names
 from detection.models import AnyDetector, FasterRCNN, OwnDetector, is_own, model_config
 from detection.models.weights.files import BEST_WEIGHTS
 from detection.reporting import MetricsLog, TensorBoardLog, TrackedRun, TrackerFeed, tracker_named
@@ -60,7 +60,8 @@ def run_training(
     """
     config, processes, console = context.config, context.processes, context.console
     image_order = NEWEST_ORDER if checkpoint is None else image_order_of(checkpoint)
-    loader = _train_loader(context, components, workers=context.num_workers, image_order=image_order)
+    make_loader = partial(_train_loader, context, components, workers=context.num_workers, image_order=image_order)
+    loader = run_on_all_ranks(processes, make_loader)
     acceleration = acceleration_of(config.train, processes.device, processes.world_size, components.model)
     graphs = None
     if acceleration.graphs:
@@ -134,12 +135,12 @@ def run_training(
         console.say(
             closing_summary(context.output, logger, progress, bad_images, components.evaluation_files, is_whole, own)
         )
-        if components.test is not None:
-            status = _test(context, state, *components.test)
+        if components.test_set is not None:
+            status = _test(context, state, components.test_set)
     return status
 
 
-def _test(context: RunContext, state: TrainState, dataset: CocoDataset, files: SplitFiles) -> int:
+def _test(context: RunContext, state: TrainState, dataset: CocoDataset) -> int:
     """Evaluate the test set with the weights of the best validation, or the last ones without any; the exit status.
 
     They take the place of the state's, which is saved and not needed any more.
@@ -156,7 +157,7 @@ def _test(context: RunContext, state: TrainState, dataset: CocoDataset, files: S
 
     weights = run_on_main_rank(context.processes, take_best)
     context.processes.broadcast_weights(model)
-    context.console.say(f"\ntest: {len(dataset)} images of {files.annotations}, {weights}")
+    context.console.say(f"\ntest: {len(dataset)} images of {dataset.annotations.source}, {weights}")
     settings = context.config.train
     evaluate = uncompiled(evaluate_set) if settings.compile or settings.fast else evaluate_set
     tested = replace(context, config=replace(context.config, mode="test"))
@@ -236,7 +237,10 @@ def _build_state(
     if config.train.patience is not None and components.evaluation_set is None:
         raise RunError("--patience counts validations, and there is no validation set: give one, or --max-hours")
     has_loss = config.output.val_loss and isinstance(model, FasterRCNN)
-    figures = metric_names((components.evaluation_set or loader.dataset).annotations)
+    figures = metric_names((components.evaluation_set or loader.dataset).annotations, config.output.voc_metric)
+    for name in sets_of(components.evaluation_set) if components.evaluation_set is not None else ():
+        of_classes = [OF_CLASS + each for each in loader.dataset.class_names]
+        figures = (*figures, *(f"{name}/{figure}" for figure in (*METRIC_NAMES, *of_classes)))
     check_best_metric(config.train.best_metric, loader.dataset.class_names, figures, has_loss=has_loss)
     # What is wrong with the learning rate shows when it is first asked for.
     run_on_all_ranks(processes, lambda: schedule.learning_rate(0, loader.iterations_per_epoch))
@@ -386,8 +390,7 @@ def _train_loader(
         world_size=processes.world_size,
         workers=workers,
         augmentation=augmentation_of(config.augmentation, config.data.max_size),
-        repeat_threshold=config.augmentation.repeat_threshold,
-        repeat_times=config.augmentation.repeat_times,
+        sampling=sampling_of(config.augmentation),
         image_order=image_order,
         limit_batches=config.data.limit_train_batches,
         epoch_iterations=components.schedule.epoch_iterations,

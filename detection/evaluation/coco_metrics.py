@@ -15,6 +15,7 @@ from detection.evaluation.backends import Accumulated, accumulate, resolve_backe
 from detection.evaluation.federated import FREQUENCIES, MAX_DETECTIONS, frequencies, surest_of_images
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections, EvaluationError, read_results
+from detection.evaluation.voc_metrics import VOC, voc_metrics
 
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
@@ -47,19 +48,27 @@ class CocoEvaluator:
         accumulated: precision and recall of the last evaluation; None before the first.
     """
 
-    def __init__(self, annotations: str | os.PathLike[str] | CocoAnnotations, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        annotations: str | os.PathLike[str] | CocoAnnotations,
+        *,
+        backend: str = "auto",
+        voc_metric: str | None = None,
+    ) -> None:
         """
         Args:
             annotations: a COCO annotation file, or what data.read_coco has read of one; custom files may lack
                 `area` and `iscrowd`.
             backend: "auto" (hotcoco where installed, else pycocotools), "pycocotools", "hotcoco", or "both",
                 which runs the two and raises if they differ.
+            voc_metric: "11points" or "area": Pascal VOC's figures besides, see voc_metrics.
 
         Raises:
             AnnotationError: the file cannot be used; see data.read_coco.
             EvaluationError: the backend is unknown or not installed.
         """
         self.backend = resolve_backend(backend)
+        self.voc_metric = voc_metric
         if not isinstance(annotations, CocoAnnotations):
             annotations = read_coco(os.fspath(annotations))
         self.truth = GroundTruth.of(annotations)
@@ -149,6 +158,8 @@ class CocoEvaluator:
             of_masks = self.accumulated_masks = accumulate(self.backend, truth, detections, masks=True)
             metrics |= {SEGM + name: value for name, value in figures_of(of_masks, truth).items()}
             metrics[f"{SEGM}per_class"] = dict(zip(truth.class_names, per_class_ap(of_masks), strict=True))
+        if self.voc_metric is not None:
+            metrics |= voc_metrics(truth, detections, self.voc_metric)
         metrics["notes"] = notes + _explanations(truth, detections)
         return metrics
 
@@ -183,9 +194,10 @@ def evaluate_results(
     return CocoEvaluator(annotations, backend=backend).evaluate(detections)
 
 
-def metric_names(annotations: CocoAnnotations) -> tuple[str, ...]:
-    """The figures of a validation against these annotations: COCO's, or LVIS's."""
-    return METRIC_NAMES if annotations.federated is None else LVIS_METRIC_NAMES
+def metric_names(annotations: CocoAnnotations, voc_metric: str | None = None) -> tuple[str, ...]:
+    """The figures of a validation against these annotations: COCO's, or LVIS's, and VOC's where they are asked for."""
+    names = METRIC_NAMES if annotations.federated is None else LVIS_METRIC_NAMES
+    return names if voc_metric is None else (*names, f"{VOC}mAP")
 
 
 def figures_of(accumulated: Accumulated, truth: GroundTruth) -> dict[str, float]:

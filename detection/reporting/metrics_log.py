@@ -207,7 +207,7 @@ def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, An
 
 def points_of(record: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a record by tag: train/<name>, or val/<name>, and val/AP/<class> and val/segm_AP/<class> of the
-    classes.
+    classes; of several sets also val/<set>/<name>.
 
     A figure of a validation that is -1 (nothing of that kind in the ground truth) is left out.
     """
@@ -217,8 +217,11 @@ def points_of(record: Mapping[str, Any]) -> dict[str, float]:
         for name, value in record.items()
         if name not in _NO_POINTS and not (value is None or isinstance(value, (str, bool, Mapping, list, tuple)))
     }
-    for tag, of_classes in (("AP", "per_class"), ("segm_AP", "segm_per_class")):
+    for tag, of_classes in (("AP", "per_class"), ("segm_AP", "segm_per_class"), ("voc_AP", "voc_per_class")):
         points |= {f"{kind}/{tag}/{name}": float(value) for name, value in record.get(of_classes, {}).items()}
+    for set_name, figures in record.get("sets", {}).items():
+        of_set = points_of({"kind": kind, **figures})
+        points |= {f"{kind}/{set_name}/{tag.partition('/')[2]}": value for tag, value in of_set.items()}
     return points if kind == "train" else {tag: value for tag, value in points.items() if value != UNDEFINED}
 
 

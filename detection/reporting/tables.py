@@ -15,6 +15,7 @@ FIGURES = {
     "mAP_f": "frequent classes",
     "AR_100": "recall, 100 detections an image",
     "AR_300": "recall, 300 detections an image",
+    "voc_mAP": "Pascal VOC's, IoU 0.50",
     "segm_mAP": "masks, IoU 0.50:0.95",
     "segm_mAP_50": "masks, IoU 0.50",
     "segm_mAP_75": "masks, IoU 0.75",
@@ -55,6 +56,8 @@ def validation_table(
             rows.append([*row, meaning])
     lines = aligned(rows, left_columns={0, len(rows[0]) - 1})
     lines += _class_lines(metrics.get("per_class", {}))
+    if sets := metrics.get("sets", {}):
+        lines.append("mAP by set: " + ", ".join(f"{name} {figure(each['mAP'])}" for name, each in sets.items()))
     lines += [f"note: {note}" for note in metrics.get("notes", [])]
     if not metrics.get("notes") and any(metrics.get(name) == UNDEFINED for name in FIGURES):
         lines.append('note: "-" is undefined: the ground truth has no object of that kind (COCO writes -1)')

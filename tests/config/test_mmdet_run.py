@@ -52,14 +52,48 @@ def test_a_cascade_with_masks_has_a_mask_head_for_each_stage(tmp_path):
 def test_data_schedule_and_runtime_arrive_in_their_settings():
     config = with_options("resume=True", "default_hooks.checkpoint.max_keep_ckpts=-1", "work_dir=mine", path=CASCADE)
     data, train, output = config.data, config.train, config.output
-    assert data.train_images == Path("data/coco/train2017")
-    assert data.val_annotations == Path("data/coco/annotations/instances_val2017.json")
+    assert data.train_images == (Path("data/coco/train2017"),)
+    assert data.val_annotations == (Path("data/coco/annotations/instances_val2017.json"),)
     assert (data.min_size, data.max_size, data.workers, len(data.classes)) == (800, 1333, 2, 80)
     assert (train.batch_size, train.seed, train.schedule) == (2, 7, str(CASCADE))
     assert (output.resume, output.output_dir, output.log_interval) == ("auto", Path("mine"), 50)
     assert output.keep_checkpoints > 100_000
     assert config.augmentation.train_scales == ((1333, 640), (1333, 800))
     assert (config.augmentation.train_scale_sampling, config.augmentation.repeat_times) == ("range", 3)
+
+
+SET = """dict(type='CocoDataset', ann_file='%s.json', data_prefix=dict(img='%s/'), pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='Resize', scale=(1333, 800), keep_ratio=True), dict(type='RandomFlip', prob=%s),
+    dict(type='PackDetInputs')],
+    filter_cfg=dict(filter_empty_gt=True, min_size=32))"""
+SEVERAL = """
+_base_ = %r
+train_dataloader = dict(sampler=%s, dataset=dict(_delete_=True, type='RepeatDataset', times=3, dataset=%s))
+"""
+
+
+def several(path, prob="0.5", wrapper="dict(type='ClassBalancedDataset', oversample_thr=0.01, dataset=%s)"):
+    sets = f"[{SET % ('a', 'x', '0.5')}, {SET % ('b', 'y', prob)}]"
+    joined = f"dict(type='ConcatDataset', ignore_keys=['dataset_type'], datasets={sets})"
+    sampler = "dict(_delete_=True, type='InfiniteSampler', shuffle=True)"
+    if "ClassBalanced" not in wrapper:
+        sampler = "dict(_delete_=True, type='ClassAwareSampler', num_sample_class=1)"
+    path.write_text(SEVERAL % (str(FASTER), sampler, wrapper % joined))
+    return parsed(path=path)
+
+
+def test_several_data_sets_and_what_repeats_them_become_settings(tmp_path):
+    config = several(tmp_path / "c.py")
+    assert config.data.train_images == (Path("x"), Path("y"))
+    assert config.data.train_annotations == (Path("a.json"), Path("b.json"))
+    repeats = config.augmentation
+    assert (repeats.repeat_times, repeats.repeat_threshold, repeats.repeat_rounds_up) == (3, 0.01, True)
+    assert several(tmp_path / "c.py", wrapper="%s").augmentation.class_shares == ()
+    with pytest.raises(ConfigError, match=r"datasets\.1\.pipeline: is 0\.4, and .*datasets\.0\.pipeline is 0\.5"):
+        several(tmp_path / "c.py", prob="0.4")
+    with pytest.raises(ConfigError, match=r"datasets\.0\.type"):
+        several(tmp_path / "c.py", wrapper="dict(type='ConcatDataset', datasets=[%s])")
 
 
 CHANGES = [
@@ -85,8 +119,8 @@ CHANGES = [
     ("randomness.deterministic=True", lambda c: c.train.deterministic),
     ("train_dataloader.dataset.pipeline.2.scale=(600,400)", lambda c: c.augmentation.train_scales == ((600, 400),)),
     ("train_dataloader.dataset.pipeline.3.direction=vertical", lambda c: c.augmentation.flip_probability == 0),
-    ("train_dataloader.dataset.data_root=/else", lambda c: c.data.train_images == Path("/else/train2017")),
-    ("train_dataloader.dataset.data_prefix.img=", lambda c: c.data.train_images == Path("data/coco")),
+    ("train_dataloader.dataset.data_root=/else", lambda c: c.data.train_images == (Path("/else/train2017"),)),
+    ("train_dataloader.dataset.data_prefix.img=", lambda c: c.data.train_images == (Path("data/coco"),)),
     ("default_hooks.checkpoint.by_epoch=False", lambda c: c.output.checkpoint_iterations == 1),
     ("default_hooks.checkpoint=None", lambda c: c.output.keep_checkpoints == 3),
 ]
@@ -126,7 +160,6 @@ REFUSED = [
     ("model.mask_head=1", "model.mask_head: unknown key"),
     ("train_dataloader.dataset.pipeline.3.type=Mosaic", "must be 'LoadImageFromFile' or"),
     ("train_dataloader.dataset.filter_cfg.min_size=0", "must be 32 here"),
-    ("train_dataloader.dataset.type=VOCDataset", "scripts/convert_voc.py"),
     ("train_dataloader.batch_sampler.type=Other", "must be 'AspectRatioBatchSampler' here"),
     ("train_dataloader.dataset.pipeline.2.keep_ratio=False", "images keep their ratio"),
     ("train_cfg.type=IterBasedTrainLoop", "train_cfg: has no max_iters; add it"),

@@ -38,7 +38,7 @@ def test_options_arrive_in_their_fields():
     assert (config.train.schedule, config.train.batch_size, config.train.accumulate) == ("2x", 4, 2)
     assert (config.train.amp, config.train.ema, config.train.clip_grad, config.train.seed) == ("bf16", 0.9, 35.0, 7)
     assert (config.data.min_size, config.data.max_size, config.data.workers) == (300, 500, 0)
-    assert (config.data.train_images, config.data.train_annotations) == (Path("a"), Path("b.json"))
+    assert (config.data.train_images, config.data.train_annotations) == ((Path("a"),), (Path("b.json"),))
     assert not config.train.channels_last
     assert config.model.frozen_stages == -1
     assert (config.output.resume, config.output.checkpoint_minutes) == ("auto", 2.5)
@@ -184,7 +184,7 @@ def test_the_configuration_is_plain_types_for_json():
     config = parse_arguments(words.split())
     record = json.loads(json.dumps(config.to_dict()))
     assert record == config.to_dict()
-    assert record["data"]["data_path"] == "d"
+    assert record["data"]["data_path"] == ["d"]
     assert record["train"]["overrides"] == ["a=1"]
     assert record["model"]["settings"] == [["x", [1, "b"]]]
     assert record["augmentation"] == config.augmentation.to_dict()

@@ -8,6 +8,7 @@ from typing import Any
 
 from detection.config.mmdet.keys import (
     NEAREST,
+    OWN,
     Found,
     Idle,
     found_in,
@@ -173,7 +174,7 @@ def _coco_dataset(split: str) -> dict[str, Keys]:
     keys: Keys = {
         "data_root": (optional(local_file), None),
         "ann_file": _annotation_file,
-        "data_prefix": keyed({"img": local_file}),
+        "data_prefix": keyed({"img": local_file, "sub_data_root": (lambda value, place: None, None)}),
         "metainfo": (optional(keyed({"classes": _classes, "palette": (lambda value, place: None, None)})), None),
         "pipeline": _pipeline(training),
         "filter_cfg": keyed(rules) if training else (optional(keyed(rules)), None),
@@ -183,7 +184,41 @@ def _coco_dataset(split: str) -> dict[str, Keys]:
         **_BACKEND,
         **idle("dataset"),
     }
-    return {"CocoDataset": keys}
+    voc: Keys = {
+        **keys,
+        "data_prefix": keyed({"sub_data_root": local_file}),
+        "ann_subdir": only("Annotations"),
+        "img_subdir": only("JPEGImages"),
+        "filter_cfg": keyed(rules | {"bbox_min_size": (_min_box_side, None)}) if training else keys["filter_cfg"],
+    }
+    return {"CocoDataset": keys, "VOCDataset": voc}
+
+
+def _min_box_side(value: Any, place: Place) -> Found | None:
+    """VOCDataset's boxes end at their last pixel: those here are a pixel wider."""
+    return None if value is None else Found("min_box_side", whole(1, 16383)(value, place) + 1.0, place)
+
+
+_WRAPPERS: dict[str, Keys] = {
+    "RepeatDataset": {"times": to("repeat_times", whole(1, 1000))},
+    "ClassBalancedDataset": {"oversample_thr": to("repeat_threshold", number(at_least=1e-9, at_most=1))},
+}
+_CONCAT: Keys = {
+    # Sets here have nothing else by which they could contradict each other.
+    "ignore_keys": (lambda value, place: Idle(OWN, place), None),
+    "lazy_init": idle("dataset")["lazy_init"],
+}
+
+
+def _joined(sets: Sequence[Sequence[Found | Idle]]) -> list[Found | Idle]:
+    """The settings of several data sets, whose files stand behind each other."""
+    every = [each for found in sets for each in found]
+    files: dict[str, Found] = {}
+    for each in every:
+        if isinstance(each, Found) and each.name.endswith(("_images", "_annotations")):
+            before = files.get(each.name)
+            files[each.name] = each if before is None else Found(each.name, before.value + each.value, before.place)
+    return [*files.values(), *(each for each in every if not (isinstance(each, Found) and each.name in files))]
 
 
 def _dataset(split: str) -> Check:
@@ -191,22 +226,40 @@ def _dataset(split: str) -> Check:
     hint = " (others are not supported; scripts/convert_voc.py and convert_yolo.py write COCO files)"
 
     def read(value: Any, place: Place) -> list[Found | Idle]:
-        if split == "train" and dictionary(value, place).get("type") == "RepeatDataset":
-            keys = {"times": to("repeat_times", whole(1, 1000)), "dataset": read}
-            return list(found_in(read_typed(value, place, {"RepeatDataset": keys})))
+        kind = dictionary(value, place).get("type")
+        if split == "train" and kind in _WRAPPERS:
+            keys = {**_WRAPPERS[kind], "dataset": read, "lazy_init": idle("dataset")["lazy_init"]}
+            more = [Found("repeat_rounds_up", True, place)] if kind == "ClassBalancedDataset" else []
+            return [*found_in(read_typed(value, place, {kind: keys})), *more]
+        if kind == "ConcatDataset":
+            return _joined(read_typed(value, place, {kind: {**_CONCAT, "datasets": several(one)}})["datasets"])
+        return one(value, place)
+
+    def one(value: Any, place: Place) -> list[Found | Idle]:
         found = read_typed(value, place, kinds, hint=hint)
-        root = found["data_root"] or ""
-        images, annotations = (Path(root) / name for name in (found["data_prefix"]["img"], found["ann_file"]))
+        root, prefix = found["data_root"] or "", found["data_prefix"]
+        is_voc = found["type"] == "VOCDataset"
+        if is_voc != found["ann_file"].endswith(".txt"):
+            kind = "a list of images, .txt" if is_voc else "a COCO file"
+            raise place.at("ann_file").error(f"must be {kind}")
+        folder = prefix["sub_data_root"] if is_voc else prefix["img"]
+        images, annotations = (Path(root) / name for name in (folder, found["ann_file"]))
         meta = found["metainfo"]
         at_classes = place.at("metainfo").at("classes") if meta else place.at("type")
         return [
             *found_in(found),
-            Found(f"{split}_images", images, place.at("data_prefix")),
-            Found(f"{split}_annotations", annotations, place.at("ann_file")),
-            Found("classes", meta["classes"] if meta else COCO_CLASSES, at_classes),
+            Found(f"{split}_images", (images,), place.at("data_prefix")),
+            Found(f"{split}_annotations", (annotations,), place.at("ann_file")),
+            Found("classes", meta["classes"] if meta else VOC_CLASSES if is_voc else COCO_CLASSES, at_classes),
         ]
 
     return read
+
+
+def _class_aware(value: Any, place: Place) -> tuple[str, ...]:
+    if value != 1:
+        raise place.unfit("must be 1 here", value)
+    return ()
 
 
 _ASPECT_RATIO: Keys = {"type": only("AspectRatioBatchSampler", required=True), "drop_last": only(False)}
@@ -224,9 +277,15 @@ def loader(split: str) -> Check:
     else:
         own = {**idle("evaluation dataloader"), "batch_sampler": only(None)}
     shuffle = {"shuffle": only(training, required=True), "round_up": only(True, False), "seed": only(None)}
+    samplers: dict[str, Keys] = {"DefaultSampler": shuffle}
+    if training:
+        # Passes over the set follow each other, as in every iteration-based run here.
+        samplers["InfiniteSampler"] = {"shuffle": only(True), "seed": only(None)}
+        share = (to("class_shares", lambda value, place: _class_aware(value, place)), Found("class_shares", ()))
+        samplers["ClassAwareSampler"] = {"num_sample_class": share, "seed": only(None)}
     keys: Keys = {
         **own,
-        "sampler": typed({"DefaultSampler": shuffle}, hint="the other samplers are not supported"),
+        "sampler": typed(samplers, hint="the other samplers are not supported"),
         "dataset": _dataset(split),
         "drop_last": only(False),
         "collate_fn": only(None, {"type": "pseudo_collate"}),
@@ -238,7 +297,7 @@ def loader(split: str) -> Check:
 def evaluator(split: str) -> Check:
     keys: Keys = {
         "ann_file": (
-            lambda value, place: value and Found(f"{split}_annotations", Path(local_file(value, place)), place),
+            lambda value, place: value and Found(f"{split}_annotations", (Path(local_file(value, place)),), place),
             None,
         ),
         "metric": only("bbox", ["bbox"], ["bbox", "segm"], hint="masks are evaluated where the model has them"),
@@ -249,7 +308,14 @@ def evaluator(split: str) -> Check:
         **_BACKEND,
         **idle("evaluator"),
     }
-    kind: Check = typed({"CocoMetric": keys}, hint="the other metrics are not supported")
+    voc: Keys = {
+        "metric": only("mAP", ["mAP"]),
+        "eval_mode": to("voc_metric", choice("11points", "area"), "11points"),
+        "iou_thrs": only(0.5, [0.5]),
+        **{key: only(None) for key in ("scale_ranges", "prefix")},
+        **idle("VOC evaluator"),
+    }
+    kind: Check = typed({"CocoMetric": keys, "VOCMetric": voc}, hint="the other metrics are not supported")
     return lambda value, place: several(kind, 1)(value, place) if isinstance(value, list) else kind(value, place)
 
 
@@ -263,3 +329,9 @@ _NAMES = (
 )
 COCO_CLASSES = tuple(_NAMES.split(","))
 """What MMDetection's CocoDataset takes without metainfo."""
+_VOC_NAMES = (
+    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,sheep,"
+    "sofa,train,tvmonitor"
+)
+VOC_CLASSES = tuple(_VOC_NAMES.split(","))
+"""What VOCDataset takes."""

@@ -35,6 +35,7 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
     },
     "dataset": _all("serialize_data lazy_init max_refetch", OWN),
     "evaluator": {"classwise": "the AP of each class is always written"},
+    "VOC evaluator": _all("proposal_nums collect_device collect_dir", OWN),
     "loading": {
         "imdecode_backend": OWN,
         "poly2mask": "masks are bitmaps here, at the network's scale, as with True",

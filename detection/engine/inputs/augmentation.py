@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from data import Augmentation, ColorJitter, LargeScaleJitter, PhotometricDistortion, ScaleSampling, TrainLoader
+from data.loading.sampler import Sampling
 from detection.config import RunConfig
 from detection.config.augmentation import AugmentationConfig
 from detection.models import imported
@@ -34,6 +35,21 @@ def augmentation_of(config: AugmentationConfig, max_size: int) -> Augmentation:
     )
 
 
+def sampling_of(config: AugmentationConfig) -> Sampling:
+    """How often images come in an epoch, as the options ask for it."""
+
+    def shares(given: tuple[str, ...] | None) -> dict[str, float] | None:
+        return None if given is None else {name: float(w) for name, _, w in (each.rpartition("=") for each in given)}
+
+    return Sampling(
+        config.repeat_threshold,
+        rounds_up=config.repeat_rounds_up,
+        repeat_times=config.repeat_times,
+        class_shares=shares(config.class_shares),
+        set_shares=shares(config.set_shares),
+    )
+
+
 def describe_augmentation(config: RunConfig, loader: TrainLoader) -> list[str]:
     """What is done to training images, a line each part, for the start screen."""
     min_size, max_size = config.data.min_size, config.data.max_size
@@ -43,7 +59,13 @@ def describe_augmentation(config: RunConfig, loader: TrainLoader) -> list[str]:
         lines.insert(0, f"scale {max_size}x{min_size}")
     else:
         lines[0] += f" (validation: {max_size}x{min_size})"
-    factors, times = loader.repeat_factors, config.augmentation.repeat_times
+    factors, times, chosen = loader.repeat_factors, config.augmentation.repeat_times, config.augmentation
+    for what, given in (("sets", chosen.set_shares), ("classes", chosen.class_shares)):
+        if given is not None and factors is not None:
+            lines.append(
+                f"{what} sampled by shares ({', '.join(given) or 'all alike'}): an image comes {factors.min():.2f} to "
+                f"{factors.max():.2f} times in an epoch of {loader.images_per_epoch:,} images"
+            )
     if times > 1:
         lines.append(f"the train set comes {times} times an epoch: {loader.images_per_epoch:,} images")
     if factors is not None and config.augmentation.repeat_threshold is not None:

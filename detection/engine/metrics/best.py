@@ -36,5 +36,8 @@ def metric_of(metrics: Mapping[str, Any], name: str) -> float | None:
     defined."""
     if name == LOSS:
         return None if math.isnan(metrics[LOSS]) else -metrics[LOSS]
+    set_name, _, of_set = name.partition("/")
+    if set_name in metrics.get("sets", {}):
+        return metric_of({LOSS: math.nan, **metrics["sets"][set_name]}, of_set)
     value = metrics["per_class"].get(name[len(OF_CLASS) :]) if name.startswith(OF_CLASS) else metrics[name]
     return None if value is None or value < 0 or math.isnan(value) else float(value)

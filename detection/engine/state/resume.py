@@ -39,6 +39,8 @@ def resumed_settings(checkpoint: LoadedCheckpoint, config: RunConfig) -> tuple[R
         default, given = _at(defaults, key), _at(now, key)
         # It was off before it was a setting that decides itself, and in runs older than the setting.
         was = _at(before, key, False if decides is KEPT_OFF else default)
+        if isinstance(was, str) and isinstance(given, list):
+            was = [was]  # recorded before the option took several
         if decides is CHECKPOINT:
             if None not in (was, default) and type(was) is not type(default):
                 raise CheckpointError(f"{checkpoint.path}: not a readable checkpoint ({key} is {was!r})")
@@ -187,7 +189,7 @@ def _line(name: str, was: Any, given: Any, *, winner: str = "command line") -> s
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "not given", True: "on", False: "off"}[value]
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def _at(settings: Any, key: str, default: Any = None) -> Any:

@@ -17,6 +17,7 @@ from data import Augmentation, LargeScaleJitter, PhotometricDistortion, ScaleSam
 from data.images.decode import ImageError
 from data.loading.dataset import CocoDataset
 from data.loading.loader import EvalLoader
+from data.loading.sampler import Sampling
 from tests.data.batches import SIZES, TENSORS, MakeDataset, facts, train_loader
 
 
@@ -89,7 +90,7 @@ def test_every_image_is_seen_once_an_epoch_with_flips_of_its_own(make_dataset: M
         {"batch_size": 1},
         {"batch_size": 3, "few_shapes": True},
         {"limit_batches": 2},
-        {"repeat_threshold": 0.9},
+        {"sampling": Sampling(0.9)},
         {"augmentation": Augmentation(scales=ScaleSampling(((112, 64), (112, 48))))},
         {"augmentation": Augmentation(jitter=LargeScaleJitter(96, 0.5, 2.0), color=PhotometricDistortion())},
     ],

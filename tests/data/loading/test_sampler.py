@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data.loading.dataset import CocoDataset
 from data.loading.loader import TrainLoader
 from data.loading.sampler import (
+    Sampling,
     epoch_copies,
     epoch_length,
     epoch_order,
@@ -209,7 +210,7 @@ def test_repeats_are_counted_from_the_first_occurrence(images: list[int]) -> Non
 def test_an_image_that_comes_again_in_an_epoch_is_flipped_anew(make_dataset: Callable[..., CocoDataset]) -> None:
     dataset = make_dataset([(40, 36)] * 30)
     dataset.labels = np.arange(len(dataset.labels))  # every class in one image: all are wanted sqrt(30) times
-    loader = TrainLoader(dataset, min_size=32, max_size=64, batch_size=1, seed=0, repeat_threshold=1.0)
+    loader = TrainLoader(dataset, min_size=32, max_size=64, batch_size=1, seed=0, sampling=Sampling(1.0))
     assert loader.iterations_per_epoch == math.ceil(30 * math.sqrt(30))
     flips: dict[int, list[bool]] = {}
     for plan in loader.plans(0, loader.iterations_per_epoch):

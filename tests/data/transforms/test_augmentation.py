@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.coco.annotations import read_coco
 from data.loading.dataset import CocoDataset
+from data.loading.sampler import Sampling
 from data.transforms.augmentation import Augmentation, LargeScaleJitter, ScaleSampling
 from data.transforms.color import ColorJitter, PhotometricDistortion
 from data.transforms.geometry import crop_boxes, resized_sizes
@@ -141,7 +142,10 @@ def test_processes_and_micro_steps_only_divide_the_tensors_of_a_global_batch(
     make_dataset: MakeDataset, augmentation: Augmentation, batch_size: int, world_size: int, accumulate: int
 ) -> None:
     dataset = make_dataset(SIZES)
-    options = {"augmentation": augmentation, "repeat_threshold": None if augmentation == Augmentation() else 0.9}
+    options = {
+        "augmentation": augmentation,
+        "sampling": Sampling() if augmentation == Augmentation() else Sampling(0.9),
+    }
     loader = train_loader(dataset, batch_size=4, **options)
     whole = [raw.to("cpu") for raw in loader.batches(0, 7)]
     assert loader.iterations_per_epoch < 7
@@ -164,7 +168,7 @@ def test_a_resume_inside_an_epoch_and_any_number_of_workers_change_nothing(
     make_dataset: MakeDataset, augmentation: Augmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = make_dataset(SIZES)
-    options = {"augmentation": augmentation, "repeat_threshold": 0.9, "batch_size": 4}
+    options = {"augmentation": augmentation, "sampling": Sampling(0.9), "batch_size": 4}
     whole = [facts(raw) for raw in train_loader(dataset, **options).batches(0, 8)]
     assert len({str(fact) for fact in whole}) == 8
     with closing(train_loader(dataset, workers=2, **options)) as with_workers:

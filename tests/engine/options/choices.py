@@ -26,7 +26,7 @@ TRIED: dict[str, tuple[str, ...]] = {
     "epochs": ("--max-epochs 1", "--max-epochs 2 --val-interval 2"),
     "batch": ("--batch-size 1", "--batch-size 3 --accumulate 2", "--batch-size 2 --global-batch-size 4"),
     "iterations": ("--limit-train-batches 1", "--limit-train-batches 2"),
-    "validation": ("--limit-val-batches 1", "--eval-backend pycocotools"),
+    "validation": ("--limit-val-batches 1", "--eval-backend pycocotools --voc-metric area"),
     "clip": ("", "--clip-grad 0.1"),
     "nonfinite": ("", "--skip-nonfinite"),
     "precision": ("", "--amp bf16", "--amp fp16"),
@@ -45,7 +45,15 @@ TRIED: dict[str, tuple[str, ...]] = {
     ),
     "flips": ("", "--flip-probability 1 --vertical-flip-probability 0.5"),
     "colors": ("", "--photometric-distortion", "--color-jitter 0.4 10 0 0.5"),
-    "repeats": ("", "--repeat-threshold 0.9"),
+    "repeats": (
+        "",
+        "--repeat-threshold 0.9",
+        "--repeat-threshold 0.9 --repeat-rounds-up",
+        "--class-shares",
+        "--class-shares circle=3",
+    ),
+    "class names": ("", "--class-map circle=cross"),
+    "notes": ("", "--notes x"),
     "classes": ("", "--classes circle cross"),
     "workers": ("--workers 0", "--workers 1"),
     "bad images": ("", "--max-bad-images 0"),
@@ -54,5 +62,5 @@ TRIED: dict[str, tuple[str, ...]] = {
 }
 """By group, words of the command line that are tried for it."""
 
-OF_A_RUN = ("model", "batch", "iterations", "repeats", "classes")
+OF_A_RUN = ("model", "batch", "iterations", "repeats", "classes", "class names")
 """Groups that a resumed run must repeat: others are refused."""

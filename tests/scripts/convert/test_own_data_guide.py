@@ -89,8 +89,8 @@ def test_every_command_of_the_guide_does_what_it_says(tmp_path, monkeypatch, cap
         streams = capsys.readouterr()
         assert status == 0, (program, words, streams.out[-2000:], streams.err[-2000:])
         said[number, name] = streams.out
-    assert [name for _, name in said][:13] == [
-        *("check_dataset.py", "train.py", "predict.py", *["train.py"] * 4, "convert_voc.py", "convert_yolo.py"),
+    assert [name for _, name in said][:14] == [
+        *("check_dataset.py", "train.py", "predict.py", *["train.py"] * 5, "convert_voc.py", "convert_yolo.py"),
         *("check_dataset.py", "browse_dataset.py", "train.py", "predict.py"),
     ]
     assert "2 images" not in said[2, "predict.py"] and "YOLO in my_yolo: val, 1 image" in said[2, "predict.py"]
