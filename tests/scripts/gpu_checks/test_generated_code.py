@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from detection.models.backbones.resnet import ARCHITECTURES, Bottleneck, make_norm
+from detection.models.backbones.architectures import ARCHITECTURES
+from detection.models.backbones.resnet import Bottleneck, Convolutions, make_norm
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -18,8 +19,8 @@ def test_a_compiled_block_makes_as_few_passes_over_its_maps_as_it_did(script):
     kernels = []
     code = generated_code.GeneratedCode(kernels.extend)
     with generated_code.pretended_h100(), FakeTensorMode():
-        norm = partial(make_norm, "frozen_bn", True, 1e-5)
-        block = Bottleneck(256, 64, 1, ARCHITECTURES["resnet50"], norm)
+        convolutions = Convolutions(partial(make_norm, "frozen_bn", True, 1e-5))
+        block = Bottleneck(256, ARCHITECTURES["resnet50"].stages[0], 1, convolutions)
         script("gpu_checks.fake_device").move(block, torch.device("cpu"))
         code.compile(block, "block")
         x = torch.empty(2, 256, 64, 64, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
