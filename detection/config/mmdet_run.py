@@ -1,7 +1,6 @@
 """A whole configuration of MMDetection 3.x -> the settings of a run here.
 
-Every key that is known stands in a table: here, in detection.config.mmdet.model and in detection.config.mmdet.data. Any
-other key is an error.
+Every key that is known stands in a table, here or in detection.config.mmdet. Any other key is an error.
 """
 
 from __future__ import annotations
