@@ -18,7 +18,7 @@ from detection.models.backbones.fpn import FPN, LastMap
 from detection.models.backbones.resnet import ResNet, start_norms_at_one
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
 from detection.models.mask_head import MASK_ROI_SIZE, MASK_SIZE, MaskHead, mask_loss, mask_rois, mask_targets
-from detection.models.ops.feature_table import cell_table, windows_3x3
+from detection.models.ops.feature_table import TableGradient, cell_table, rows_of_table, shared_table, windows_3x3
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.selfcheck import check_kernels
 from detection.models.own.backbone import OwnBackbone
@@ -159,14 +159,14 @@ class FasterRCNN(nn.Module):
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)
             learned = anchor_targets(config, anchors, images.sizes, targets)
-        table = None
+        table = table_gradient = None
         if learned.sample.candidate is None:
             logits, deltas = sampled_logits, sampled_deltas = self.rpn(features)
         else:
             candidates = learned.sample.candidate
             windows = windows_3x3(candidates // self.rpn.anchors_per_cell, anchors.layout)
-            table = cell_table(features)
-            patches = table.index_select(0, windows.view(-1))
+            table, table_gradient = shared_table(cell_table(features))
+            patches = rows_of_table(table, windows.view(-1), table_gradient)
             # Before the pass without gradients: autocast keeps the parameters it casts, with their graph or without.
             sampled_logits, sampled_deltas = self.rpn.at_anchors(patches, candidates)
             with torch.no_grad():
@@ -180,14 +180,16 @@ class FasterRCNN(nn.Module):
             with _full_precision(images.pixels.device):
                 class_losses = functools.partial(self._class_losses, head, features)
                 rois = sample_rois(stage, boxes, valid, targets, stage=number, class_losses=class_losses)
-                pooled = self.pool(features, rois.boxes_xyxy, table)
+                pooled = self.pool(features, rois.boxes_xyxy, table, table_gradient)
             class_logits, box_deltas = head(pooled)
             with _full_precision(images.pixels.device):
                 loss_cls, loss_bbox = roi_losses(stage, class_logits, box_deltas, rois)
             of_stage = {"loss_cls": loss_cls, "loss_bbox": loss_bbox}
             if targets.masks is not None and config.has_masks:
                 image_size = (images.pixels.shape[2], images.pixels.shape[3])
-                of_stage["loss_mask"] = self._mask_loss(number, features, table, rois, targets.masks, image_size)
+                of_stage["loss_mask"] = self._mask_loss(
+                    number, features, table, table_gradient, rois, targets.masks, image_size
+                )
             if config.cascade_ious is None:
                 return losses | of_stage
             weight = config.cascade_loss_weights[number]
@@ -204,6 +206,7 @@ class FasterRCNN(nn.Module):
         number: int,
         features: Sequence[Tensor],
         table: Tensor | None,
+        table_gradient: TableGradient | None,
         rois: RoISample,
         masks: MaskBatch,
         image_size: tuple[int, int],
@@ -212,7 +215,7 @@ class FasterRCNN(nn.Module):
         with _full_precision(device):
             # Other devices would wait for the number.
             positives = mask_rois(stage, rois, trimmed=device.type == "cpu" and not self.fixed_shapes)
-            pooled = self.pool(features, positives.boxes_xyxy, table, mask=True)
+            pooled = self.pool(features, positives.boxes_xyxy, table, table_gradient, mask=True)
             learned = mask_targets(stage, positives, masks, image_size)
         logits = self.mask_heads[number](pooled, positives.labels.view(-1))
         with _full_precision(device):
@@ -344,7 +347,13 @@ class FasterRCNN(nn.Module):
             return self.pool(features, boxes_xyxy)
 
     def pool(
-        self, features: Sequence[Tensor], boxes_xyxy: Tensor, table: Tensor | None = None, *, mask: bool = False
+        self,
+        features: Sequence[Tensor],
+        boxes_xyxy: Tensor,
+        table: Tensor | None = None,
+        table_gradient: TableGradient | None = None,
+        *,
+        mask: bool = False,
     ) -> Tensor:
         """Boxes [B, R, 4] in pixels from the level of their size: [B * R, C, S, S]; see `RoIAlign`.
 
@@ -357,7 +366,8 @@ class FasterRCNN(nn.Module):
             )
         else:
             levels = torch.zeros_like(boxes_xyxy[..., 0], dtype=torch.int64)
-        return (self._mask_align if mask else self._roi_align)(features, boxes_xyxy, levels, table)
+        align = self._mask_align if mask else self._roi_align
+        return align(features, boxes_xyxy, levels, table, table_gradient)
 
 
 AnyDetector = FasterRCNN | OwnDetector

@@ -68,6 +68,8 @@ SWITCHES = {
     "triton-roi-align": Switch("RoIAlign as a Triton kernel", "cuda", {"roi_align": "operator"}),
     "finished-convolutions": Switch("bias, residual and ReLU after a convolution in one pass", "cuda",
                                     {"convolution": "torch"}),
+    "shared-table-gradient": Switch("one gradient of the feature table for the RPN and RoIAlign", "cuda",
+                                    {"table_gradient": "autograd"}),
 }  # fmt: skip
 
 

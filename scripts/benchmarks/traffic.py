@@ -7,7 +7,7 @@ import collections
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import CodeType, FrameType, SimpleNamespace
@@ -259,13 +259,16 @@ class _PooledFromTable(torch.autograd.Function):
     """The shapes, and the backward pass's passes over memory, of the kernel's own function."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, num_rois: int, size: int) -> Tensor:
-        ctx.shape, ctx.dtype = table.shape, table.dtype
+    def forward(ctx: Any, table: Tensor, num_rois: int, size: int, gradient_sum: Callable[[], Tensor] | None) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.gradient_sum = table.shape, table.dtype, gradient_sum
         return table.new_empty((num_rois, table.shape[1], size, size))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient.new_zeros(ctx.shape, dtype=torch.float32).to(ctx.dtype), None, None
+        if ctx.gradient_sum is not None:
+            ctx.gradient_sum()
+            return None, None, None, None
+        return gradient.new_zeros(ctx.shape, dtype=torch.float32).to(ctx.dtype), None, None, None
 
 
 class _Finished(torch.autograd.Function):
@@ -313,9 +316,11 @@ def _kernels(counter: TrafficCounter) -> Iterator[None]:
         counter.add(bytes_of((candidates, usable, best_index)))
         return best_iou, best_index, torch.empty_like(best_index)
 
-    def pool_from_table(table: Tensor, *geometry: Any, output_size: int, **settings: Any) -> Tensor:
+    def pool_from_table(
+        table: Tensor, *geometry: Any, output_size: int, gradient_sum: Callable[[], Tensor] | None, **settings: Any
+    ) -> Tensor:
         levels = geometry[-1]
-        pooled: Tensor = _PooledFromTable.apply(table, levels.numel(), output_size)
+        pooled: Tensor = _PooledFromTable.apply(table, levels.numel(), output_size, gradient_sum)
         counter.add(bytes_of((table, pooled)))
         return pooled
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.models.backbones.architectures import ARCHITECTURES, Architecture, Stage
-from detection.models.ops.conv import StandardizedConv2d, convolution, end_of_block, weight_of
+from detection.models.ops.conv import StandardizedConv2d, convolution, end_of_block, stem_convolution, weight_of
 
 NORMS: tuple[str, ...] = ("frozen_bn", "bn", "gn")
 Norm = Callable[[int], nn.Module]
@@ -70,8 +70,7 @@ def conv_norm(
         if residual is not None:
             return end_of_block(out, residual, relu=relu)
         return F.relu_(out) if relu else out
-    scale, shift = norm.scale_and_shift()
-    weight = weight_of(conv) * scale[:, None, None, None]
+    weight, shift = _folded(conv, norm)
     padding = cast("tuple[int, ...]", conv.padding)  # never one of the words that nn.Conv2d takes
     return convolution(
         x,
@@ -84,6 +83,12 @@ def conv_norm(
         relu=relu,
         residual=residual,
     )
+
+
+def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that is both."""
+    scale, shift = norm.scale_and_shift()
+    return weight_of(conv) * scale[:, None, None, None], shift
 
 
 def make_norm(kind: str, train_affine: bool, eps: float, channels: int) -> nn.Module:
@@ -280,6 +285,14 @@ class ResNet(nn.Module):
     def stages(self) -> list[nn.Module]:
         return [self.get_submodule(f"layer{stage}") for stage in self._numbers]
 
+    def _stem(self, x: Tensor) -> Tensor:
+        if self._pools_stem and isinstance(self.bn1, FrozenBatchNorm):
+            weight, shift = _folded(self.conv1, self.bn1)
+            padding = cast("tuple[int, ...]", self.conv1.padding)
+            return stem_convolution(x, weight, shift, stride=self.conv1.stride, padding=padding)
+        x = conv_norm(self.conv1, self.bn1, x, relu=True)
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1) if self._pools_stem else x
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Normalized images, float [B, 3, H, W], to C2..C5 (or C4): float [B, out_channels[i], H_i, W_i].
 
@@ -287,9 +300,7 @@ class ResNet(nn.Module):
         """
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and self.frozen_stages < 0):
-            x = conv_norm(self.conv1, self.bn1, x, relu=True)
-            if self._pools_stem:
-                x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+            x = self._stem(x)
         features = []
         for number, stage in enumerate(self.stages, 1):
             with torch.set_grad_enabled(grad and self.frozen_stages < number):

@@ -6,6 +6,7 @@
     roi_align          sparse_matrix    operator        triton
     convolution        torch            torch           triton (bias, residual and ReLU in one pass)
     mask_crops         trimmed          blocks          triton
+    table_gradient     autograd         autograd        shared (one float32 sum for all readers of the feature table)
 
 All of a row give the same results but for rounding.
 """
@@ -24,6 +25,7 @@ CPU = {
     "roi_align": "sparse_matrix",
     "convolution": "torch",
     "mask_crops": "trimmed",
+    "table_gradient": "autograd",
 }
 DEVICE = {
     "nms": "rounds",
@@ -31,8 +33,9 @@ DEVICE = {
     "roi_align": "operator",
     "convolution": "torch",
     "mask_crops": "blocks",
+    "table_gradient": "autograd",
 }
-TRITON = dict.fromkeys(CPU, "triton")
+TRITON = dict.fromkeys(CPU, "triton") | {"table_gradient": "shared"}
 
 
 class Verdict(NamedTuple):

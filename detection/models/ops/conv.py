@@ -61,6 +61,30 @@ def convolution(
     return F.relu_(out) if relu else out
 
 
+def stem_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor, *, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """F.conv2d(x, weight, bias, stride, padding), ReLU, and a 3x3 max pooling of stride 2 (padding 1).
+
+    Adding a bias and ReLU keep the order of numbers. Where they follow the pooling, they touch a quarter of the cells.
+    Both orders give the same bits if the convolution is rounded before its bias is added, as on a GPU.
+    """
+    if implementation_of("convolution", x.device) != "triton" or torch.is_grad_enabled():
+        return _pool(convolution(x, weight, bias, stride=stride, padding=padding, relu=True))
+    out = _pool(F.conv2d(x, weight, None, tuple(stride), tuple(padding)))
+    is_channels_last = out.is_contiguous(memory_format=torch.channels_last)
+    # A compiler fuses bias and ReLU itself.
+    if torch.compiler.is_compiling() or out.dtype == torch.float64 or not is_channels_last:
+        return F.relu_(out.add_(bias.to(out.dtype)[:, None, None]))
+    from detection.models.ops.triton.epilogue import finish_convolution
+
+    return finish_convolution(out, bias, None, relu=True)
+
+
+def _pool(maps: Tensor) -> Tensor:
+    return F.max_pool2d(maps, kernel_size=3, stride=2, padding=1)
+
+
 def end_of_block(out: Tensor, residual: Tensor, *, relu: bool) -> Tensor:
     """The sum with the residual, in the memory of `out`, then ReLU if that is asked for."""
     out = out.add_(residual)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detection.models.ops.backend import implementation_of
 from detection.models.ops.cpu.roi_align import FAR_OUTSIDE, Sampling, pooling_matrix, weighted_row_sums
-from detection.models.ops.feature_table import cell_table
+from detection.models.ops.feature_table import TableGradient, cell_table
 
 ROI_LEVELS = 4  # P2..P5; P6 serves the RPN only
 _EPS = 1e-6
@@ -43,22 +43,33 @@ class RoIAlign:
     strides: Sequence[int]
 
     def __call__(
-        self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor, table: Tensor | None = None
+        self,
+        features: Sequence[Tensor],
+        boxes_xyxy: Tensor,
+        levels: Tensor,
+        table: Tensor | None = None,
+        gradient: TableGradient | None = None,
     ) -> Tensor:
         """Boxes [B, R, 4] in pixels, each from the map of its level [B, R] among [B, C, H_l, W_l], P2 first.
 
-        table: `cell_table(features)` where it exists already. Gives [B * R, C, output_size, output_size] in the
-        features' dtype on the CPU and through Triton, float32 elsewhere. A box that is infinite or NaN gives zeros.
+        table: `cell_table(features)` where it exists already; gradient: what its readers add theirs to. Gives
+        [B * R, C, output_size, output_size] in the features' dtype on the CPU and through Triton, float32 elsewhere. A
+        box that is infinite or NaN gives zeros.
         """
         name = implementation_of("roi_align", boxes_xyxy.device)
         if name == "sparse_matrix":
             return self.by_sparse_matrix(features, boxes_xyxy, levels, table)
         if name == "triton" and features[0].dtype != torch.float64:
-            return self.by_triton(features, boxes_xyxy, levels, table)
+            return self.by_triton(features, boxes_xyxy, levels, table, gradient)
         return self.by_operator(features, boxes_xyxy, levels)
 
     def by_triton(
-        self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor, table: Tensor | None = None
+        self,
+        features: Sequence[Tensor],
+        boxes_xyxy: Tensor,
+        levels: Tensor,
+        table: Tensor | None = None,
+        gradient: TableGradient | None = None,
     ) -> Tensor:
         """From the table of cells, on a GPU."""
         from detection.models.ops.triton.roi_align import pool_from_table
@@ -72,6 +83,7 @@ class RoIAlign:
             output_size=self.output_size,
             sampling_ratio=self.sampling_ratio,
             aligned=self.aligned,
+            gradient_sum=None if gradient is None else gradient.sum,
         )
 
     def by_operator(self, features: Sequence[Tensor], boxes_xyxy: Tensor, levels: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from detection.models.backbones.resnet import (
     conv_norm,
     start_norms_at_one,
 )
+from detection.models.ops.backend import implementation
 
 TORCHVISION = {
     "resnet18": lambda: resnet.resnet18(),
@@ -172,6 +173,17 @@ def test_folding_leaves_output_and_every_gradient_as_they_are():
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_the_frozen_stem_is_the_same_where_it_pools_before_bias_and_relu():
+    torch.manual_seed(0)
+    stem = ResNet("resnet18", norm="frozen_bn", train_norm_affine=False, frozen_stages=0).double()
+    randomize(stem)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    expected = stem(x)
+    with implementation(convolution="triton"):
+        found = stem(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_fold_is_rounded_to_bf16_once():

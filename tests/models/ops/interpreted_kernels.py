@@ -16,7 +16,7 @@ from torch import Tensor
 from detection.models import ImageBatch, TargetBatch, build_model
 from detection.models.ops import nms, selfcheck
 from detection.models.ops.backend import TRITON, implementation
-from detection.models.ops.feature_table import cell_table
+from detection.models.ops.feature_table import cell_table, rows_of_table, shared_table
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.triton import epilogue
 from detection.models.ops.triton import mask_crops as mask_kernels
@@ -112,12 +112,20 @@ def pooled() -> dict[str, list[float]]:
             weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(4))
             (gradient,) = torch.autograd.grad((values * weights).sum(), table)
             results.append((values.detach(), gradient))
-        torch.use_deterministic_algorithms(True)
-        table = cell_table(maps).requires_grad_()
-        (in_order,) = torch.autograd.grad((pool.by_triton(maps, rois, levels, table) * weights).sum(), table)
-        torch.use_deterministic_algorithms(False)
         (values, gradient), (other_values, other_gradient) = results
-        found[f"in units, {ratio}, {aligned}"] = [0.0, float((in_order - other_gradient).abs().max())]
+        more = ((False, True), (True, True)) if aligned else ()
+        for is_deterministic, is_shared in ((True, False), *more):
+            torch.use_deterministic_algorithms(is_deterministic)
+            table = cell_table(maps).requires_grad_()
+            with implementation(table_gradient="shared" if is_shared else "autograd"):
+                cells, of_table = shared_table(table)
+            pooled_sum = (pool.by_triton(maps, rois, levels, cells, of_table) * weights).sum()
+            others_sum = (rows_of_table(cells, torch.arange(9), of_table) * 3).sum()
+            (of_both,) = torch.autograd.grad(pooled_sum + others_sum, table)
+            torch.use_deterministic_algorithms(False)
+            of_both[:9] -= 3
+            key = f"in units {is_deterministic}, shared {is_shared}, {ratio}, {aligned}"
+            found[key] = [0.0, float((of_both - other_gradient).abs().max())]
         found[f"{ratio}, {aligned}"] = [
             float((values - other_values).abs().max()),
             float((gradient - other_gradient).abs().max()),

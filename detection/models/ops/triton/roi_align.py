@@ -5,7 +5,7 @@ RoIAlign walks single channels of float32 maps with the channels first, which ha
 `RoIAlign` in `detection.models.ops.roi_align`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -129,12 +129,14 @@ def pool_from_table(
     output_size: int,
     sampling_ratio: int,
     aligned: bool,
+    gradient_sum: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """RoIs pooled to [B * R, C, output_size, output_size] in the table's dtype, differentiable by the table.
 
     table: `cell_table` of maps with `map_sizes` (height, width); strides: of those that RoIs come from, four at most.
-    boxes_xyxy: float32 [B, R, 4] in pixels; levels: int64 [B, R]. Settings as in `RoIAlign`. The sums of the gradient
-    are taken in no fixed order, unless algorithms are to be deterministic: then in whole numbers, which needs twice the
+    boxes_xyxy: float32 [B, R, 4] in pixels; levels: int64 [B, R]. Settings as in `RoIAlign`. gradient_sum: gives the
+    float32 tensor to which the gradient of the table is added; then autograd gets none. The sums of the gradient are
+    taken in no fixed order, unless algorithms are to be deterministic: then in whole numbers, which needs twice the
     memory for them.
     """
     num_images, num_rois = levels.shape
@@ -150,17 +152,26 @@ def pool_from_table(
         *(1 / strides[level] for level in used),
     )
     boxes, levels = boxes_xyxy.detach().contiguous(), levels.contiguous()
-    return _PoolFromTable.apply(table, boxes, levels, num_rois, geometry, (output_size, sampling_ratio, aligned))
+    settings = output_size, sampling_ratio, aligned
+    return _PoolFromTable.apply(table, boxes, levels, num_rois, geometry, settings, gradient_sum)
 
 
 class _PoolFromTable(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, table: Tensor, boxes: Tensor, levels: Tensor, num_rois: int, geometry: Any, settings: Any
+        ctx: Any,
+        table: Tensor,
+        boxes: Tensor,
+        levels: Tensor,
+        num_rois: int,
+        geometry: Any,
+        settings: Any,
+        gradient_sum: Callable[[], Tensor] | None,
     ) -> Tensor:
         table = table.contiguous()
         ctx.save_for_backward(boxes, levels)
         ctx.arguments, ctx.shape, ctx.dtype = (num_rois, geometry, settings), table.shape, table.dtype
+        ctx.gradient_sum = gradient_sum
         size = settings[0]
         pooled = table.new_empty((levels.numel(), table.shape[1], size, size))
         _launch(table, boxes, levels, pooled, None, *ctx.arguments)
@@ -171,15 +182,17 @@ class _PoolFromTable(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         boxes, levels = ctx.saved_tensors
         gradient = gradient.contiguous()
+        total = None if ctx.gradient_sum is None else ctx.gradient_sum()
         if not torch.are_deterministic_algorithms_enabled():
-            of_table = gradient.new_zeros(ctx.shape, dtype=torch.float32)
+            of_table = gradient.new_zeros(ctx.shape, dtype=torch.float32) if total is None else total
             _launch(of_table, boxes, levels, gradient, None, *ctx.arguments, backward=True)
-            return of_table.to(ctx.dtype), None, None, None, None, None
-        # Of a gradient that is not finite nothing finite comes back.
-        unit = _LARGEST / gradient.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
-        in_units = gradient.new_zeros(ctx.shape, dtype=torch.int64)
-        _launch(in_units, boxes, levels, gradient, unit, *ctx.arguments, backward=True)
-        return (in_units / unit).to(ctx.dtype), None, None, None, None, None
+        else:
+            # Of a gradient that is not finite nothing finite comes back.
+            unit = _LARGEST / gradient.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
+            in_units = gradient.new_zeros(ctx.shape, dtype=torch.int64)
+            _launch(in_units, boxes, levels, gradient, unit, *ctx.arguments, backward=True)
+            of_table = in_units / unit if total is None else total.add_(in_units / unit)
+        return None if total is not None else of_table.to(ctx.dtype), None, None, None, None, None, None
 
 
 def _launch(
