@@ -15,7 +15,7 @@ from data.loading.dataset import CocoDataset
 from data.loading.shared_buffers import SharedBuffers
 from data.loading.unreadable import UnreadableImage, fitted_size, replacement_candidates
 from data.transforms.copy_paste import MaskedObjects, chosen_objects, paste
-from data.transforms.geometry import scale_factors
+from data.transforms.geometry import mask_bounds, scale_factors
 
 Job = tuple[BatchPlan, int | None]
 """A plan, and the number of the shared buffer for its pixels and masks; None where there is none free."""
@@ -109,6 +109,11 @@ class BatchReader(Dataset):
                     every = self.dataset.bitmaps(index)
                     shown = plan.move_bitmaps(i, image.shape[:2], [every[row] for row in np.flatnonzero(usable)])
                     for row, (rectangle, bits) in zip(np.flatnonzero(usable), shown, strict=True):
+                        if plan.boxes_of_masks and not bits.any():
+                            boxes_xyxy[i, row], labels[i, row], valid[i, row] = 0, 0, False
+                            continue
+                        if plan.boxes_of_masks:
+                            boxes_xyxy[i, row] = np.array(mask_bounds(bits)) + rectangle[:2] * 2
                         rectangles[i, row] = rectangle
                         bitmaps.append(bits.reshape(-1))
         if all(np.may_share_memory(image, room) for image in images):

@@ -65,6 +65,8 @@ class LargeScaleJitter:
     """The factor is drawn uniformly between these."""
     min_visibility: float = 0.0
     """Part of a box's area that must be left by the crop, 0 to 1"""
+    boxes_of_masks: bool = False
+    """Boxes are the bounds of what the crop shows of the masks, as with MMDetection's recompute_bbox"""
 
     def edges(self, seed: int, epoch: int, words: np.ndarray) -> np.ndarray:
         """The side of the square that each image (words int64 [N]) is resized into: int64 [N]."""
@@ -88,6 +90,8 @@ class LargeScaleJitter:
         )
         if self.min_visibility > 0:
             text += f"; boxes of which less than {self.min_visibility:.0%} is left are dropped"
+        if self.boxes_of_masks:
+            text += "; boxes are the bounds of the cropped masks"
         return text
 
 
@@ -141,6 +145,7 @@ class Augmentation:
             vertical_flips=hash_uniform(seed, VERTICAL_FLIP_STREAM, epoch, words) < self.vertical_flip_probability,
             padded_size=(height, width),
             min_visibility=self.jitter.min_visibility if self.jitter is not None else 0.0,
+            boxes_of_masks=self.jitter is not None and self.jitter.boxes_of_masks,
         )
 
     def colors(self, words: np.ndarray, *, seed: int, epoch: int) -> tuple[ColorChange, ...] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.transforms.geometry import MIN_CROPPED_BOX_SIDE
+from data.transforms.geometry import MIN_CROPPED_BOX_SIDE, mask_bounds
 from data.transforms.hash_rng import PASTE_STREAM, hash_uniform, hash_words
 
 
@@ -74,7 +74,7 @@ def paste(own: MaskedObjects, others: MaskedObjects, size: tuple[int, int]) -> t
         if not left.any():
             continue
         kept.append(row)
-        before, after = _bounds(bits), _bounds(left)
+        before, after = mask_bounds(bits), mask_bounds(left)
         moved = np.array(after) != np.array(before)
         boxes[row] = np.where(moved, np.array(after) + (x, y, x, y), boxes[row])
         x1, y1, x2, y2 = after
@@ -96,12 +96,6 @@ def _cut(objects: MaskedObjects, size: tuple[int, int]) -> MaskedObjects:
             all_bits.append(inside)
     rows = np.array(kept, dtype=np.int64)
     return MaskedObjects(boxes[rows], objects.labels[rows], rectangles, all_bits)
-
-
-def _bounds(bits: np.ndarray) -> tuple[int, int, int, int]:
-    """x1, y1, x2, y2 of the ones in a mask that has some."""
-    columns, rows = (np.flatnonzero(bits.any(axis=axis)) for axis in (0, 1))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _joined(one: MaskedObjects, other: MaskedObjects) -> MaskedObjects:

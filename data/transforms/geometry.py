@@ -96,6 +96,12 @@ def crop_boxes(
     )
 
 
+def mask_bounds(bits: np.ndarray) -> tuple[int, int, int, int]:
+    """x1, y1, x2, y2 of the ones in a mask (uint8 or bool [h, w]) that has some."""
+    columns, rows = (np.flatnonzero(bits.any(axis=axis)) for axis in (0, 1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
     """Where N native images go: resized to scaled_sizes, cut from offsets to sizes, then flipped."""
@@ -114,6 +120,8 @@ class Geometry:
     """(height, width) of a batch of all these images"""
     min_visibility: float = 0.0
     """Part of a box's area that the crop must leave of it, 0 to 1"""
+    boxes_of_masks: bool = False
+    """Boxes are the bounds of what the crop shows of the masks; an object without a pixel there is gone"""
 
     def of_images(self, which: np.ndarray) -> "Geometry":
         """That of some of the images (int64 [n]), padded as all are."""

@@ -74,6 +74,10 @@ class AugmentationConfig:
     lsj_min_visibility: float = setting(
         0.0, COMMAND_LINE, "drop boxes of which the crop leaves a smaller part of the area", type=fraction
     )
+    lsj_boxes_of_masks: bool = setting(
+        False, COMMAND_LINE, "boxes are the bounds of the cropped masks, of models with masks"
+    )
+    """MMDetection's recompute_bbox."""
     copy_paste: bool = setting(
         False, COMMAND_LINE, "objects of another image on top of each image, with --lsj, of models with masks"
     )
@@ -187,6 +191,6 @@ def check_effect(config: AugmentationConfig, given: Mapping[str, Any], max_size:
         )
     if "repeat_rounds_up" in given and config.repeat_threshold is None:
         raise ConfigError("--repeat-rounds-up has no effect without --repeat-threshold: give that as well")
-    for name in ("lsj_range", "lsj_min_visibility", "copy_paste"):
+    for name in ("lsj_range", "lsj_min_visibility", "lsj_boxes_of_masks", "copy_paste"):
         if name in given and config.lsj is None:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect without --lsj: give --lsj as well")

@@ -122,13 +122,14 @@ def _parts(mode: str) -> Keys:
     }
 
 
+_OF_JITTER = ("lsj", "lsj_range", "lsj_boxes_of_masks")
 REPLACES = (
     (
         ("data_path", "dataset"),
         tuple(f"{split}_{what}" for split in ("train", "val", "test") for what in ("images", "annotations")),
     ),
-    (("train_min_sizes", "lsj"), ("train_scales", "train_scale_sampling", "lsj", "lsj_range")),
-    (("train_scales",), ("train_scale_sampling", "lsj", "lsj_range")),
+    (("train_min_sizes", "lsj"), ("train_scales", "train_scale_sampling", *_OF_JITTER)),
+    (("train_scales",), ("train_scale_sampling", *_OF_JITTER)),
 )
 """Options of the command line, and those settings of a file that they replace."""
 

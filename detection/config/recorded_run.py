@@ -21,7 +21,7 @@ _OF_THE_SCHEDULE = ("config_file", "cfg_options")
 _REPLACES = (
     *REPLACES,
     (("lsj",), ("train_min_sizes",)),
-    (("train_min_sizes", "train_scales"), ("lsj", "lsj_range", "lsj_min_visibility")),
+    (("train_min_sizes", "train_scales"), ("lsj_min_visibility", "copy_paste")),
     (("schedule",), ("overrides", "config_file", "cfg_options")),
     (("accumulate",), ("global_batch_size",)),
     (("fast",), ("cuda_graphs",)),

@@ -100,8 +100,10 @@ def preflight(
     if config.augmentation.augmentation is not None:
         imported(config.augmentation.augmentation)
     masks = has_masks(config, None)
-    if config.augmentation.copy_paste and not masks:
-        raise ConfigError(f"--copy-paste needs a model with masks, such as mask_rcnn_r50_fpn; not {config.model.model}")
+    for name in ("copy_paste", "lsj_boxes_of_masks"):
+        if getattr(config.augmentation, name) and not masks:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} needs a model with masks, such as mask_rcnn_r50_fpn; not {config.model.model}")
     found, data_lines = prepare_files(config.data, mode=config.mode, masks=masks)
     lines = [*config.config_notes, *data_lines]
     if schedule.amp == "fp16" and processes.device.type == "cpu":

@@ -191,9 +191,10 @@ def test_what_is_not_here_is_refused_with_key_and_source(option, message):
 JITTER = """
 _base_ = %r
 train_dataloader = dict(dataset=dict(pipeline=[
-    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=%s),
     dict(type='RandomResize', scale=(640, 640), ratio_range=(0.2, 1.5), keep_ratio=True),
-    dict(type='RandomCrop', crop_type='absolute_range', crop_size=(640, %d), allow_negative_crop=True),
+    dict(type='RandomCrop', crop_type='absolute_range', crop_size=(640, %d), allow_negative_crop=True,
+         recompute_bbox=True),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2)),
     dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]))
 model = dict(data_preprocessor=dict(batch_augments=[dict(type='BatchFixedSizePad', size=(%d, %d))]))
@@ -201,14 +202,16 @@ model = dict(data_preprocessor=dict(batch_augments=[dict(type='BatchFixedSizePad
 
 
 def test_resize_crop_and_padding_to_one_size_are_large_scale_jitter(tmp_path):
-    def jitter(crop, padded, *words):
-        (tmp_path / "mine.py").write_text(JITTER % (str(FASTER), crop, padded, padded))
+    def jitter(crop, padded, *words, base=FASTER):
+        (tmp_path / "mine.py").write_text(JITTER % (str(base), base is not FASTER, crop, padded, padded))
         return parsed(*words, path=tmp_path / "mine.py").augmentation
 
     found = jitter(640, 640)
     assert (found.lsj, found.lsj_range, found.train_scales) == (640, (0.2, 1.5), None)
+    assert not found.lsj_boxes_of_masks  # which theirs makes of masks alone
+    assert jitter(640, 640, base=FASTER.with_name("mask.py")).lsj_boxes_of_masks
     assert jitter(640, 640, "--train-min-sizes", "400").lsj is None
-    with pytest.raises(ConfigError, match=r"mine\.py, line 9: .*batch_augments.*with the size of its crop"):
+    with pytest.raises(ConfigError, match=r"mine\.py, line 10: .*batch_augments.*with the size of its crop"):
         jitter(640, 512)
     with pytest.raises(ConfigError, match=r"mine\.py, line 6: .*crop_size: .* must be one square here"):
         jitter(800, 640)

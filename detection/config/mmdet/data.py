@@ -155,7 +155,13 @@ def _large_scale_jitter(steps: Sequence[tuple[Place, dict[str, Any]]]) -> list[F
         raise at.at("crop_size").error("and the scale of the RandomResize before it must be one square here")
     if (low_high := resize["ratio_range"]) != tuple(sorted(low_high)):
         raise steps[first][0].at("ratio_range").unfit("must be a smaller and a larger number", low_high)
-    return [Found("lsj", size, at.at("crop_size")), Found("lsj_range", low_high, steps[first][0].at("ratio_range"))]
+    has_masks = any(step["type"] == "LoadAnnotations" and step["with_mask"] for _, step in steps)
+    return [
+        Found("lsj", size, at.at("crop_size")),
+        Found("lsj_range", low_high, steps[first][0].at("ratio_range")),
+        # Without masks it has no effect there either.
+        Found("lsj_boxes_of_masks", crop["recompute_bbox"] and has_masks, at.at("recompute_bbox")),
+    ]
 
 
 def _annotation_file(value: Any, place: Place) -> str:

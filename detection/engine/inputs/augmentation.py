@@ -18,7 +18,7 @@ def augmentation_of(config: AugmentationConfig, max_size: int) -> Augmentation:
     elif config.train_scales is not None:
         scales = ScaleSampling(config.train_scales, config.train_scale_sampling)
     if config.lsj is not None:
-        jitter = LargeScaleJitter(config.lsj, *config.lsj_range, config.lsj_min_visibility)
+        jitter = LargeScaleJitter(config.lsj, *config.lsj_range, config.lsj_min_visibility, config.lsj_boxes_of_masks)
     color: PhotometricDistortion | ColorJitter | None = None
     if config.photometric_distortion:
         color = PhotometricDistortion()

@@ -203,6 +203,25 @@ def test_an_object_that_is_hidden_as_a_whole_is_gone_and_one_in_part_has_a_small
     assert paste(square(0, 2, 1), on_top, (10, 4))[0].labels.tolist() == [1]
 
 
+def test_boxes_of_masks_are_the_bounds_of_what_the_crop_shows(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(SIZES, masks=True)
+    jitters = (LargeScaleJitter(64, 0.4, 1.6, boxes_of_masks=exact) for exact in (False, True))
+    loaders = (train_loader(dataset, batch_size=4, augmentation=Augmentation(jitter=each)) for each in jitters)
+    cut = gone = 0
+    for usual, exact in zip(*(loader.batches(0, 12) for loader in loaders), strict=True):
+        assert torch.equal(usual.pixels, exact.pixels)
+        for before, after in zip(in_full(usual), in_full(exact), strict=True):
+            for row in np.flatnonzero(before[3]):
+                ys, xs = np.nonzero(before[4][row])
+                assert bool(after[3][row]) == (len(ys) > 0)
+                gone += len(ys) == 0
+                if len(ys) > 0:
+                    bounds = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+                    assert after[1][row].tolist() == bounds and np.array_equal(before[4][row], after[4][row])
+                    cut += (before[1][row] - after[1][row]).abs().max() > 1.5
+    assert cut > 5 and gone > 0
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_copy_paste_is_the_same_on_any_number_of_processes(make_dataset: MakeDataset, world_size: int) -> None:
     dataset = make_dataset(SIZES, masks=True)

@@ -69,6 +69,7 @@ def test_a_model_with_masks_learns_and_is_judged_by_them_and_resumes_to_the_same
     start, start_and_kill, tmp_path, same_run, records_of
 ):
     words = ["--model", "tiny_mask", "--checkpoint-iterations", "1", "--set", "param_scheduler.0.end=2", "--val-loss"]
+    words += ["--lsj", "128", "--lsj-boxes-of-masks", "--copy-paste"]
     assert start(tmp_path / "whole", *words, "--workers", "1") == 0
     start_and_kill(4, tmp_path / "run", *words)
     assert run(parse_arguments(["--resume", str(tmp_path / "run")])) == 0
