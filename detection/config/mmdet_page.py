@@ -10,7 +10,10 @@ from detection.config.mmdet_run import read_run
 from detection.config.settings import ConfigError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "mmdetection_configs.md"
-FOLDERS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "gn", "gn+ws", "pascal_voc", "regnet", "resnet_strikes_back")
+FOLDERS = (
+    *("faster_rcnn", "mask_rcnn", "cascade_rcnn", "gn", "gn+ws", "lvis", "objects365", "pascal_voc", "regnet"),
+    *("resnet_strikes_back", "scratch", "selfsup_pretrain", "strong_baselines"),
+)
 OPENING = """# MMDetection's configurations here
 
 What `train.py --config FILE` says to each file of MMDetection 3.3.0's folders {folders}.

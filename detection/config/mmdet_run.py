@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.config.arg_types import NO_LIMIT
-from detection.config.mmdet.data import evaluator, loader
+from detection.config.mmdet.data import CLASSES_OF_FILE, evaluator, loader
 from detection.config.mmdet.keys import (
     NEAREST,
     OWN,
@@ -256,11 +256,13 @@ def _finish(found: dict[str, Found], mode: str) -> None:
         found["max_size"], found["min_size"] = (Found(n, v) for n, v in (("max_size", longer), ("min_size", shorter)))
     if scales is not None and scales.value == ((found["max_size"].value, found["min_size"].value),):
         del found["train_scales"], found["train_scale_sampling"]
-    classes, count = found["classes"], found.pop("num_classes")
-    if len(classes.value) != count.value:
+    known, count = found.pop("data set", None), found.pop("num_classes")
+    classes = known or found["classes"]
+    num_classes = CLASSES_OF_FILE[known.value] if known is not None else len(classes.value)
+    if num_classes != count.value:
         at = count.place or classes.place
         assert at is not None
-        message = f"is {count.value}, and the data sets have {len(classes.value)} classes; give the same, and"
+        message = f"is {count.value}, and the data sets have {num_classes} classes; give the same, and"
         message += " metainfo=dict(classes=(...)) in the data sets where they are not COCO's"
         raise ConfigError(str(at.error(message)))
     if mode != "test":

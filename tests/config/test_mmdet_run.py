@@ -217,6 +217,17 @@ def test_resize_crop_and_padding_to_one_size_are_large_scale_jitter(tmp_path):
         jitter(800, 640)
 
 
+@pytest.mark.parametrize(("kind", "num_classes"), [("LVISV1Dataset", 1203), ("Objects365V2Dataset", 365)])
+def test_a_data_set_of_known_size_has_the_classes_of_its_file(kind, num_classes):
+    def parse(count):
+        splits = [f"{split}_dataloader.dataset.type={kind}" for split in ("train", "val")]
+        return with_options(*splits, "val_evaluator.type=LVISMetric", f"model.roi_head.bbox_head.num_classes={count}")
+
+    assert parse(num_classes).data.classes is None
+    with pytest.raises(ConfigError, match=f"the data sets have {num_classes} classes"):
+        parse(80)
+
+
 def test_an_error_names_file_line_and_key_of_the_base_file(tmp_path):
     (tmp_path / "base.py").write_text(
         FASTER.read_text().replace('type="ResNet",', 'type="ResNet",\n        style="tf",')

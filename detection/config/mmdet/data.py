@@ -197,7 +197,8 @@ def _coco_dataset(split: str) -> dict[str, Keys]:
         "img_subdir": only("JPEGImages"),
         "filter_cfg": keyed(rules | {"bbox_min_size": (_min_box_side, None)}) if training else keys["filter_cfg"],
     }
-    return {"CocoDataset": keys, "VOCDataset": voc}
+    of_file = {**keys, "metainfo": only(None, hint="the classes are those of the file")}
+    return {"CocoDataset": keys, "VOCDataset": voc, **dict.fromkeys(CLASSES_OF_FILE, of_file)}
 
 
 def _min_box_side(value: Any, place: Place) -> Found | None:
@@ -252,11 +253,12 @@ def _dataset(split: str) -> Check:
         images, annotations = (Path(root) / name for name in (folder, found["ann_file"]))
         meta = found["metainfo"]
         at_classes = place.at("metainfo").at("classes") if meta else place.at("type")
+        classes = meta["classes"] if meta else _CLASSES.get(found["type"])
         return [
             *found_in(found),
             Found(f"{split}_images", (images,), place.at("data_prefix")),
             Found(f"{split}_annotations", (annotations,), place.at("ann_file")),
-            Found("classes", meta["classes"] if meta else VOC_CLASSES if is_voc else COCO_CLASSES, at_classes),
+            Found("classes" if classes else "data set", classes or found["type"], at_classes),
         ]
 
     return read
@@ -309,6 +311,7 @@ def evaluator(split: str) -> Check:
         "metric": only("bbox", ["bbox"], ["bbox", "segm"], hint="masks are evaluated where the model has them"),
         "format_only": only(False),
         "outfile_prefix": only(None),
+        "sort_categories": (flag, False),  # here they always are
         "proposal_nums": only([100, 300, 1000]),
         **{key: only(None) for key in ("iou_thrs", "metric_items", "prefix")},
         **_BACKEND,
@@ -321,7 +324,9 @@ def evaluator(split: str) -> Check:
         **{key: only(None) for key in ("scale_ranges", "prefix")},
         **idle("VOC evaluator"),
     }
-    kind: Check = typed({"CocoMetric": keys, "VOCMetric": voc}, hint="the other metrics are not supported")
+    # A file of LVIS is judged by LVIS's rules.
+    kinds = {"CocoMetric": keys, "LVISMetric": keys, "VOCMetric": voc}
+    kind: Check = typed(kinds, hint="the other metrics are not supported")
     return lambda value, place: several(kind, 1)(value, place) if isinstance(value, list) else kind(value, place)
 
 
@@ -341,3 +346,12 @@ _VOC_NAMES = (
 )
 VOC_CLASSES = tuple(_VOC_NAMES.split(","))
 """What VOCDataset takes."""
+_CLASSES = {"CocoDataset": COCO_CLASSES, "VOCDataset": VOC_CLASSES}
+CLASSES_OF_FILE = {
+    "LVISDataset": 1230,
+    "LVISV05Dataset": 1230,
+    "LVISV1Dataset": 1203,
+    "Objects365V1Dataset": 365,
+    "Objects365V2Dataset": 365,
+}
+"""Data sets whose classes are those of the file, by ascending id, and how many there are."""
