@@ -192,7 +192,7 @@ def to_ours(state: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor]
             continue
         if layout == "detectron2":
             our_name = _detectron2_block(our_name)
-        if layout == "mmdet":
+        if layout in ("mmdet", "backbone"):  # MMDetection's group norms
             our_name = re.sub(r"\.gn(\d)\.", r".bn\1.", our_name)
         ours[our_name], origin[our_name] = tensor, name
     if layout == "torchvision":

@@ -201,6 +201,18 @@ def test_batch_norms_of_a_file_do_not_get_into_group_norms(load):
     assert any("group norm" in note for note in report.notes)
 
 
+def test_a_backbone_alone_with_group_norms_is_loaded_by_mmdetections_names(load):
+    source, model = trained(norm="gn", standardize_weights=True), small(norm="gn", standardize_weights=True)
+    theirs = export_state_dict(source, "mmdet")
+    state = {name.removeprefix("backbone."): theirs[name] for name in theirs if name.startswith("backbone.")}
+    assert "layer1.0.gn1.weight" in state
+    before = snapshot(model)
+    report = load(model, state)
+    own = {name for name in before if name.startswith("backbone.")}
+    assert changed(before, model) == set(report.matched) == own and not report.unexpected
+    assert all(torch.equal(source.state_dict()[name], model.state_dict()[name]) for name in own)
+
+
 def test_a_file_of_which_nothing_fits_is_an_error_and_changes_nothing(load):
     model = small()
     before = snapshot(model)
