@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -x .venv/bin/python ]; then export PATH="$PWD/.venv/bin:$PATH"; fi
 
-# NAME: 8 GPUs x 2 images. NAME_1gpu: the same global batch of 16 on one GPU, in 8 micro-steps. NAME_1gpu_scaled: a
+# NAME: 8 GPUs x 2 images (mask_lsj: x 8). NAME_1gpu: the same global batch of 16 on one GPU, in 8 micro-steps. NAME_1gpu_scaled: a
 # global batch of 2, eight times the iterations, the learning rate scaled to an eighth.
 recipes=()
 declare -A options
@@ -27,6 +27,11 @@ for schedule in 1x 2x; do
     recipes+=("mask_$schedule" "mask_${schedule}_1gpu")
     options[mask_$schedule]="--schedule $schedule --model mask_rcnn_r50_fpn"
 done
+# MMDetection's 100 epochs with large-scale jitter, for a global batch of 64.
+recipes+=(mask_lsj mask_lsj_1gpu)
+options[mask_lsj]="--schedule 1x --model mask_rcnn_r50_fpn --lsj 1024 --lsj-boxes-of-masks --batch-size 8 --lr 0.1"
+options[mask_lsj]+=" --set optim_wrapper.optimizer.weight_decay=0.00004 --set param_scheduler.0.start_factor=0.067"
+options[mask_lsj]+=" --max-epochs 100 --set param_scheduler.1.end=100 --set param_scheduler.1.milestones=[88,96] --set auto_scale_lr.base_batch_size=64"
 # Newer ImageNet weights and AdamW. AdamW's rate does not scale with the batch: no scaled form.
 recipes+=(1x_adamw 1x_adamw_1gpu)
 options[1x_adamw]="--schedule schedules/schedule_1x_adamw.py --weights IMAGENET1K_V2"
