@@ -14,23 +14,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.coco.cache import Packed, keep_built, load_or_build, read_packed
-from data.coco.columns import AnnotationError, Section, kind_of, parse_coco, unreadable
-from data.coco.federated import NEGATIVE, NOT_EXHAUSTIVE, Federated
+from data.coco.cache import (
+    Packed,
+    UnusableFile,
+    is_packed,
+    keep_built,
+    load_or_build,
+    open_packed,
+    read_packed,
+    write_packed,
+)
+from data.coco.columns import AnnotationError, unreadable
+from data.coco.federated import Federated
+from data.coco.fields import OF_ANNOTATIONS, offsets_of, read_fields
 from data.coco.findings import MAX_PLACES, Finding, examples
-from data.coco.segmentations import Segmentations, pack
+from data.coco.known_files import KnownFiles
+from data.coco.segmentations import FAULTS, Segmentations
 
 MIN_TRAINED_SIDE = 32  # pixels; the min_size of MMDetection's COCO configurations
-_FAULTY: Any = object()
 Words = tuple[str, str, str]
 """By which a process of this machine finds annotations that another one has: file, key, and the cache's folder."""
 _TRAINED = "trained"
 """Marks the cache file of a training view."""
 _WITH_MASKS = ".masks"
 """Marks the cache file of annotations with outlines. Runs without masks have another, without them."""
+_SET = "set"
+"""The key of a file that stands in for a JSON file, wherever it is: write_annotations."""
+_WITHOUT_OUTLINES = "without_outlines"
 _OUTLINES, _FEDERATED = "segmentations.", "federated."
 _OF_IMAGES = ("image_ids", "widths", "heights")
-_OF_ANNOTATIONS = ("boxes_xywh", "areas", "labels", "crowd", "ignore", "annotation_ids")
 
 
 class Stored(NamedTuple):
@@ -176,7 +188,7 @@ class CocoAnnotations:
         folder, key = self.stored.folder, f"{self.stored.key}.{name}"
         kept = keep_built(folder, key, Path(self.source), lambda: _pack(make()))
         with kept.file:
-            return _unpack(self.source, kept.packed, Stored(folder, key, kept.packed.facts["digest"]))
+            return _unpack(self.source, kept.packed, folder, key)
 
     def _training_view(self) -> "CocoAnnotations":
         keep_image, keep = (
@@ -188,11 +200,11 @@ class CocoAnnotations:
         return replace(
             self,
             **{name: getattr(self, name)[keep_image] for name in _OF_IMAGES},
-            **{name: getattr(self, name)[keep] for name in _OF_ANNOTATIONS},
+            **{name: getattr(self, name)[keep] for name in OF_ANNOTATIONS},
             segmentations=self.segmentations and self.segmentations.take(keep),
             file_name_bytes=self.file_name_bytes[np.repeat(keep_image, name_lengths)],
-            file_name_offsets=_offsets(name_lengths[keep_image]),
-            offsets=_offsets(counts),
+            file_name_offsets=offsets_of(name_lengths[keep_image]),
+            offsets=offsets_of(counts),
         )
 
     def ignoring_below(self, side: float) -> "CocoAnnotations":
@@ -230,13 +242,13 @@ class CocoAnnotations:
     def of_labels(self, new_label: np.ndarray) -> "CocoAnnotations":
         """The annotations with other labels: new_label (int64 [K]) of each label, -1 for those to leave out."""
         keep = new_label[self.labels] >= 0
-        arrays = {name: getattr(self, name)[keep] for name in _OF_ANNOTATIONS}
+        arrays = {name: getattr(self, name)[keep] for name in OF_ANNOTATIONS}
         arrays["labels"] = new_label[arrays["labels"]]
         return replace(
             self,
             **arrays,
             segmentations=self.segmentations and self.segmentations.take(keep),
-            offsets=_offsets(np.bincount(self.image_indices[keep], minlength=len(self))),
+            offsets=offsets_of(np.bincount(self.image_indices[keep], minlength=len(self))),
         )
 
     def with_classes(self, wanted: Sequence[str]) -> "CocoAnnotations":
@@ -299,12 +311,17 @@ def read_coco(
 
     With cache_dir, the packed arrays are kept in a file there, and later calls map it for any annotation file of the
     same content. A folder that cannot be written to is a finding, no error.
+
+    A file of write_annotations is taken in place of the JSON file. It is mapped where it is.
     """
-    if cache_dir is None or not Path(file).is_file():
-        annotations = _read_file(Path(file), masks)
-    else:
+    path = Path(file)
+    if cache_dir is not None and path.is_file():
         with share_coco(file, cache_dir, masks=masks) as (annotations, _):
             pass
+    elif is_packed(path):
+        annotations = _read_packed_set(path, masks)
+    else:
+        annotations = _read_file(path, masks)
     return annotations if class_names is None else annotations.with_classes(class_names)
 
 
@@ -316,23 +333,28 @@ def share_coco(
 
     Inside the context, shared_coco maps the same memory with these words. So one process reads or parses for all.
     """
-    path = Path(file)
+    path, folder = Path(file), Path(cache_dir)
+    if is_packed(path):
+        yield _read_packed_set(path, masks, folder), (str(path), _SET, str(folder))
+        return
     try:
         variant = _WITH_MASKS if masks else ""
-        packed = load_or_build(path, Path(cache_dir), lambda: _pack(_read_file(path, masks)), variant)
+        packed = load_or_build(path, folder, lambda: _pack(_read_file(path, masks)), variant)
     except OSError as error:
         raise unreadable(path, error) from error
     with packed.file:
-        stored = Stored(Path(cache_dir), packed.key, packed.packed.facts["digest"])
-        annotations = _unpack(str(path), packed.packed, stored if packed.problem is None else None)
+        annotations = _unpack(str(path), packed.packed, folder if packed.problem is None else None, packed.key)
         if packed.problem is not None:
             finding = Finding.of("no-cache", folder=cache_dir, source=path, problem=packed.problem)
             annotations = replace(annotations, findings=(*annotations.findings, finding))
         yield annotations, (str(packed.path), packed.key, "" if annotations.stored is None else str(cache_dir))
 
 
-def shared_coco(file: str | Path, words: Words) -> CocoAnnotations | None:
-    """The annotations of `file` that another process shares; None where it cannot be reached (another container)."""
+def shared_coco(file: str | Path, words: Words, *, masks: bool = False) -> CocoAnnotations | None:
+    """The annotations of `file` that another process shares; None where it cannot be reached (another container).
+
+    masks: as share_coco was given.
+    """
     path, key, folder = words
     try:
         # Another container's process of that number may have a pipe there, which this shall not wait for.
@@ -341,153 +363,57 @@ def shared_coco(file: str | Path, words: Words) -> CocoAnnotations | None:
             packed = read_packed(shared, key, is_sound=True)
     except OSError:
         return None
-    if packed is None:
-        return None
-    return _unpack(str(file), packed, Stored(Path(folder), key, packed.facts["digest"]) if folder else None)
+    return None if packed is None else _unpack(str(file), packed, Path(folder) if folder else None, key, masks)
+
+
+def write_annotations(annotations: CocoAnnotations, path: Path) -> None:
+    """Writes a file that read_coco takes in place of the JSON file that these are read of: data/coco/cache.py has its
+    layout. The same annotations give the same bytes.
+    """
+    annotations = replace(annotations, findings=tuple(one for one in annotations.findings if one.code != "no-cache"))
+    packed = _pack(annotations)
+    del packed.facts["source"]
+    if annotations.segmentations is not None:
+        findings = tuple(finding for finding in annotations.findings if finding.code not in FAULTS)
+        without = _pack(replace(annotations, segmentations=None, findings=findings)).facts
+        packed.facts[_WITHOUT_OUTLINES] = {key: without[key] for key in ("findings", "digest")}
+    write_packed(path, packed, _SET)
+
+
+def _read_packed_set(path: Path, masks: bool, cache_dir: Path | None = None) -> CocoAnnotations:
+    try:
+        packed, file = open_packed(path, _SET, None if cache_dir is None else KnownFiles(cache_dir))
+        with file:
+            return _unpack(str(path), packed, cache_dir, _SET, masks)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnusableFile as error:
+        raise AnnotationError(
+            f"{path}: {error}. Copy it again from where the set was packed, or pack it again: scripts/pack_dataset.py"
+        ) from error
 
 
 def find_fatal(file: str | Path) -> list[Finding]:
     """Why read_coco refuses `file`: the first fault of every column, not only of the first faulty one. Empty for a
     file that it reads.
     """
-    _, errors = _read_columns(Path(file), masks=False)
+    errors: Sequence[AnnotationError] = []
+    if is_packed(Path(file)):
+        try:
+            _read_packed_set(Path(file), masks=False)
+        except AnnotationError as error:
+            errors = [error]
+    else:
+        _, errors = read_fields(Path(file), masks=False)
     messages = dict.fromkeys(str(error).rstrip(".") for error in errors)
     return [Finding.of("unusable-annotations", message=message) for message in messages]
 
 
 def _read_file(path: Path, masks: bool) -> CocoAnnotations:
-    annotations, errors = _read_columns(path, masks)
-    if annotations is None:
+    fields, errors = read_fields(path, masks)
+    if fields is None:
         raise errors[0]
-    return annotations
-
-
-def _read_columns(path: Path, masks: bool) -> tuple[CocoAnnotations | None, list[AnnotationError]]:
-    """The file with all its categories as classes; None where there are errors, the first one of each column."""
-    errors: list[AnnotationError] = []
-
-    def checked(read: Callable[..., Any], *arguments: Any) -> Any:
-        """What `read` gives; _FAULTY where it fails, or one of the arguments did."""
-        if any(argument is _FAULTY for argument in arguments):
-            return _FAULTY
-        try:
-            return read(*arguments)
-        except AnnotationError as error:
-            errors.append(error)
-            return _FAULTY
-
-    content = checked(parse_coco, path, masks)
-    if content is _FAULTY:
-        return None, errors
-    checked(_require_sections, path, content)
-    # Of an empty list _require_sections has said all.
-    categories = checked(_section, path, content, "categories", masks) or _FAULTY
-    category_ids = checked(Section.unique_ids, categories)
-    named = checked(_read_categories, categories, category_ids, checked(Section.take, categories, "name"))
-    images = checked(_section, path, content, "images", masks) or _FAULTY
-    image_ids = checked(Section.unique_ids, images)
-    widths, heights, _, names = (
-        checked(Section.take, images, key) for key in ("width", "height", "decodable", "file_name")
-    )
-    federated = checked(_federated, images, image_ids, categories, category_ids)
-
-    annotations = checked(_section, path, content, "annotations", masks)
-    annotation_ids = checked(Section.unique_ids, annotations)
-    image_indices = checked(Section.references, annotations, "image_id", image_ids, "images")
-    labels = checked(Section.references, annotations, "category_id", checked(np.sort, category_ids), "categories")
-    columns = ("bbox", "area", "iscrowd", "ignore")
-    boxes_xywh, areas, crowd, ignore = (checked(Section.take, annotations, key) for key in columns)
-    if errors:
-        return None, errors
-
-    remarks = {key: annotations.take(key) for key in ("no-area", "no-iscrowd", "crowd-without-rle")}
-    no_area = remarks["no-area"]
-    areas[no_area] = boxes_xywh[no_area, 2] * boxes_xywh[no_area, 3]
-    segmentations = None
-    if masks:
-        sides = widths[image_indices], heights[image_indices]
-        segmentations, faults = pack(annotations.take("segmentation"), *sides)
-        remarks |= faults
-    findings = [
-        Finding.of(code, [f"annotation id {i}" for i in places], count=int(which.sum()), source=path)
-        for code, which in remarks.items()
-        if (places := annotation_ids[which][:MAX_PLACES].tolist())
-    ]
-    if (annotation_ids == 0).any():
-        findings.append(Finding.of("annotation-id-0", source=path))
-    offsets = _offsets(np.bincount(image_indices, minlength=len(image_ids)))
-    of_annotations = dict(zip(_OF_ANNOTATIONS, (boxes_xywh, areas, labels, crowd, ignore, annotation_ids), strict=True))
-    del boxes_xywh, areas, labels, crowd, ignore, annotation_ids  # each is let go as it is sorted
-    if (np.diff(image_indices) < 0).any():
-        order = np.argsort(image_indices, kind="stable")
-        segmentations = segmentations and segmentations.take(order)
-        for name in _OF_ANNOTATIONS:
-            of_annotations[name] = of_annotations[name][order]
-    read = CocoAnnotations(
-        source=str(path),
-        image_ids=image_ids,
-        widths=widths,
-        heights=heights,
-        file_name_bytes=names[0],
-        file_name_offsets=_offsets(names[1]),
-        offsets=offsets,
-        **of_annotations,
-        category_ids=named[0],
-        class_names=named[1],
-        segmentations=segmentations,
-        federated=federated,
-        findings=tuple(findings),
-    )
-    return read, errors
-
-
-def _section(path: Path, content: dict[str, Any], name: str, masks: bool) -> Section:
-    """The list of that name; one without records where the file has none."""
-    found = content.get(name, [])
-    if not isinstance(found, Section):
-        if found and name != "annotations" or name == "annotations" and name in content:
-            raise AnnotationError(
-                f'{path}: "{name}" is {kind_of(found)}, expected a list of objects. Write the file in the COCO format.'
-            )
-        found = Section(path, name, masks)
-    return found.whole()
-
-
-def _federated(
-    images: Section, image_ids: np.ndarray, categories: Section, category_ids: np.ndarray
-) -> Federated | None:
-    """None where no image has "neg_category_ids"; where one has, all need both lists."""
-    if not images.has(NEGATIVE, list):
-        return None
-    frequencies = zip(category_ids.tolist(), categories.take("frequency"), strict=True)
-    return Federated.of(image_ids, images.take(NEGATIVE), images.take(NOT_EXHAUSTIVE), frequencies)
-
-
-def _require_sections(path: Path, content: dict[str, Any]) -> None:
-    for section in ("images", "categories"):
-        found = content.get(section)
-        if isinstance(found, Section) and not len(found):
-            raise AnnotationError(f'{path}: has no "{section}": the list is empty. Give a file with {section} in it.')
-        if not found:
-            raise AnnotationError(
-                f'{path}: has no "{section}". Expected COCO\'s format, an object of "images", "annotations" and '
-                '"categories": is this the right file?'
-            )
-
-
-def _read_categories(section: Section, ids: np.ndarray, names: list[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Ids and names of the categories, by ascending id."""
-    id_of: dict[str, int] = {}
-    for index, (category_id, name) in enumerate(zip(ids.tolist(), names, strict=True)):
-        if name in id_of:
-            section.fail(
-                index,
-                f"the name {name!r} is taken by category id {id_of[name]} already",
-                "Give every category a name of its own, or join the two.",
-            )
-        id_of[name] = category_id
-    ordered = sorted(id_of, key=lambda name: id_of[name])
-    return tuple(id_of[name] for name in ordered), tuple(ordered)
+    return CocoAnnotations(str(path), **fields)
 
 
 def _pack(annotations: CocoAnnotations) -> Packed:
@@ -501,16 +427,20 @@ def _pack(annotations: CocoAnnotations) -> Packed:
     return Packed(arrays, facts | {"findings": findings, "digest": annotations.digest()})
 
 
-def _unpack(source: str, packed: Packed, stored: Stored | None) -> CocoAnnotations:
-    apart = {"source", "digest"}
-    facts: dict[str, Any] = {name: tuple(values) for name, values in packed.facts.items() if name not in apart}
-    facts["findings"] = tuple(
-        Finding.of(code, places, count=count, source=source) for code, places, count in facts["findings"]
-    )
-    arrays = dict(packed.arrays)
+def _unpack(source: str, packed: Packed, cache_dir: Path | None, key: str, masks: bool = True) -> CocoAnnotations:
+    """cache_dir, key: of the file that they are in, for what is computed of them to be kept there. masks: whether
+    outlines are wanted, where they are."""
+    given, arrays = dict(packed.facts), dict(packed.arrays)
+    without = given.pop(_WITHOUT_OUTLINES, {})
     outlines, federated = (
         {name.removeprefix(prefix): arrays.pop(name) for name in list(arrays) if name.startswith(prefix)}
         for prefix in (_OUTLINES, _FEDERATED)
+    )
+    if not masks:
+        outlines, given = {}, given | without
+    facts: dict[str, Any] = {name: tuple(values) for name, values in given.items() if name not in ("source", "digest")}
+    facts["findings"] = tuple(
+        Finding.of(code, places, count=count, source=source) for code, places, count in facts["findings"]
     )
     annotations = CocoAnnotations(
         source=source,
@@ -518,7 +448,11 @@ def _unpack(source: str, packed: Packed, stored: Stored | None) -> CocoAnnotatio
         federated=Federated(**federated) if federated else None,
         **(facts | arrays),
     )
-    object.__setattr__(annotations, "stored", stored)  # a field that dataclasses.replace does not take along
+    if key == _SET:
+        key = packed.checksum + (_WITH_MASKS if masks else "")
+    # A field that dataclasses.replace does not take along.
+    stored = None if cache_dir is None else Stored(cache_dir, key, given["digest"])
+    object.__setattr__(annotations, "stored", stored)
     return annotations
 
 
@@ -527,7 +461,3 @@ def _arrays(annotations: CocoAnnotations) -> dict[str, np.ndarray]:
     arrays = {name: value for name, value in vars(annotations).items() if isinstance(value, np.ndarray)}
     outlines = annotations.segmentations.arrays() if annotations.segmentations is not None else {}
     return arrays | {_OUTLINES + name: value for name, value in outlines.items()}
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])

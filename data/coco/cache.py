@@ -28,7 +28,8 @@ import numpy as np
 from data.coco.known_files import KnownFiles
 from data.errors import DataError
 
-MAGIC = b"packed annotations 6\n"  # another number whenever what is stored changes its meaning
+_KIND = b"packed annotations "
+MAGIC = _KIND + b"6\n"  # another number whenever what is stored changes its meaning
 ALIGNMENT = 64
 PATIENCE_SECONDS = 600.0
 """How long a program waits for another one that packs the same file, before it does so itself."""
@@ -44,6 +45,12 @@ class Packed(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     facts: dict[str, Any]
+    checksum: str = ""
+    """Of those read from a file, the SHA-256 of its header, and so of all of it"""
+
+
+class UnusableFile(Exception):
+    """Why packed arrays cannot be read."""
 
 
 class PackedFile(NamedTuple):
@@ -91,50 +98,92 @@ def keep_built(folder: Path, key: str, source: Path, build: Callable[[], Packed]
 
     key: says what it is made of, and how. source: the file that messages name.
     """
-    path = folder / f"{key}.packed"
-    found = _open(path, key)
+    path, known = folder / f"{key}.packed", KnownFiles(folder)
+    found = _open(path, key, known)
     if found is not None:
         return PackedFile(*found, key, None)
     built = problem = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with one_builder(source, path, "packs"):
-            found = _open(path, key)
+            found = _open(path, key, known)
             if found is None:
                 built = build()
                 write_packed(path, built, key)
-                KnownFiles(folder).keep_own(path, key)
-                found = _open(path, key)
+                known.keep_own(path, key)
+                found = _open(path, key, known)
     except OSError as error:
         problem = error
     return PackedFile(*(found or _in_memory(built or build(), key)), key, problem)
 
 
-def read_packed(file: BinaryIO, key: str | None, *, is_sound: bool = False) -> Packed | None:
-    """The arrays of the file, mapped read-only; None for one of another key, or that is not whole.
+def is_packed(path: Path) -> bool:
+    """Whether the file begins as one of packed arrays does, of whatever version."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_KIND)) == _KIND
+    except (OSError, ValueError):  # a path with a NUL
+        return False
 
-    key: None takes any. is_sound: the arrays were checked, so that the header's own checksum will do.
+
+def open_packed(path: Path, key: str, known: KnownFiles | None) -> tuple[Packed, BinaryIO]:
+    """The arrays of a file, checked and mapped, and the open file.
+
+    known: where it is kept that the file is sound; None to read all of it.
+
+    Raises OSError, and UnusableFile for one of another key, or that is not whole.
+    """
+    file = path.open("rb")
+    try:
+        if known is None:
+            return map_packed(file, key), file
+        is_sound = known.recall(path, "sound", CHECKED_FOR_SECONDS) == key
+        with known.keeping(path, "sound") as kept:
+            packed = map_packed(file, key, is_sound=is_sound)
+            if not is_sound:
+                kept.append(key)
+        return packed, file
+    except BaseException:
+        file.close()
+        raise
+
+
+def map_packed(file: BinaryIO, key: str, *, is_sound: bool = False) -> Packed:
+    """The arrays of the file, mapped read-only.
+
+    is_sound: the arrays were checked, so that the header's own checksum will do.
+
+    Raises UnusableFile for one of another key, or that is not whole.
     """
     try:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError):  # mmap's word for an empty file
-        return None
+    except (OSError, ValueError) as error:  # ValueError is mmap's word for an empty file
+        raise UnusableFile("is empty") from error
+    if content[: len(MAGIC)] != MAGIC:
+        is_other = content[: len(_KIND)] == _KIND
+        raise UnusableFile("was packed by another version of this program" if is_other else "is no packed file")
     end = len(content) - _SHA_BYTES - 8
-    if content[: len(MAGIC)] != MAGIC or end < len(MAGIC):
-        return None
-    start = end - int.from_bytes(content[end : end + 8], "little")
+    start = end - int.from_bytes(content[end : end + 8], "little") if end >= len(MAGIC) else -1
     if start < 0 or hashlib.sha256(content[start : end + 8]).digest() != content[end + 8 :]:
-        return None
+        raise UnusableFile("is cut off or damaged")
     header = json.loads(content[start:end])
-    if header["key"] != key and key is not None:
-        return None
+    if header["key"] != key:
+        raise UnusableFile("is of the cache, and not of a packed set")
     if not is_sound and _sha256(file, start) != header["sha256"]:
-        return None
+        raise UnusableFile("is damaged: its SHA-256 is not the one it was packed with")
     arrays = {}
     for name, dtype, shape, offset in header["arrays"]:
         array = np.frombuffer(content, dtype=dtype, count=int(np.prod(shape, dtype=np.int64)), offset=offset)
         arrays[name] = array.reshape(shape)
-    return Packed(arrays, header["facts"])
+    return Packed(arrays, header["facts"], content[end + 8 :].hex())
+
+
+def read_packed(file: BinaryIO, key: str, *, is_sound: bool = False) -> Packed | None:
+    """Like map_packed; None for a file of another key, or that is not whole."""
+    try:
+        return map_packed(file, key, is_sound=is_sound)
+    except UnusableFile:
+        return None
 
 
 def write_packed(path: Path, packed: Packed, key: str) -> None:
@@ -180,21 +229,11 @@ def _built(source: Path, digest: str, build: Callable[[], Packed]) -> Packed:
     return built
 
 
-def _open(path: Path, key: str) -> tuple[Packed, BinaryIO] | None:
+def _open(path: Path, key: str, known: KnownFiles) -> tuple[Packed, BinaryIO] | None:
     try:
-        file = path.open("rb")
-    except OSError:
+        return open_packed(path, key, known)
+    except (OSError, UnusableFile):
         return None
-    known = KnownFiles(path.parent)
-    is_sound = known.recall(path, "sound", CHECKED_FOR_SECONDS) == key
-    with known.keeping(path, "sound") as kept:
-        packed = read_packed(file, key, is_sound=is_sound)
-        if packed is not None and not is_sound:
-            kept.append(key)
-    if packed is None:
-        file.close()
-        return None
-    return packed, file
 
 
 def _in_memory(packed: Packed, key: str) -> tuple[Packed, BinaryIO]:

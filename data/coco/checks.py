@@ -93,7 +93,7 @@ def check_annotations(
     if looks_like_xyxy(annotations):
         findings.append(Finding.of("xyxy-boxes", source=source))
 
-    used = set(annotations.labels.tolist())
+    used = set(np.flatnonzero(np.bincount(annotations.labels)).tolist())
     classes = zip(annotations.class_names, annotations.category_ids, strict=True)
     unused = [f"{name!r} (category id {number})" for label, (name, number) in enumerate(classes) if label not in used]
     if unused:

@@ -18,6 +18,8 @@ MAX_RING_COORDINATE = 1e5
 """Pixels. pycocotools walks along each edge in steps of a fifth of a pixel, in 32 bits."""
 HUNDREDTHS = 100.0
 IS_RLE = -1
+FAULTS = ("polygon-points", "polygon-numbers", "rle-unusable", "polygon-outside", "polygon-without-area", "no-outline")
+"""Codes of the findings about outlines"""
 
 
 class Bitmap(NamedTuple):
@@ -160,7 +162,7 @@ def pack(given: list[Any], widths: np.ndarray, heights: np.ndarray) -> tuple[Seg
     MMDetection leaves them out; rings outside of the image or without area stay, and fill nothing.
     """
     count = len(given)
-    faults = {code: np.zeros(count, dtype=bool) for code in ("polygon-points", "polygon-numbers", "rle-unusable")}
+    faults = {code: np.zeros(count, dtype=bool) for code in FAULTS[:3]}
     owners: list[int] = []
     rings: list[array[float]] = []
     rle_owners: list[int] = []
@@ -208,7 +210,7 @@ def _without_pixels(
     coordinates: np.ndarray, lengths: np.ndarray, owner: np.ndarray, widths: np.ndarray, heights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Annotations with a ring outside of the image, or without area: bool [M] by the finding's code."""
-    faults = {code: np.zeros(len(widths), dtype=bool) for code in ("polygon-outside", "polygon-without-area")}
+    faults = {code: np.zeros(len(widths), dtype=bool) for code in FAULTS[3:5]}
     if not len(lengths):
         return faults
     starts = (np.cumsum(lengths) - lengths) // 2

@@ -18,6 +18,7 @@ import json
 import os
 import posixpath
 import tarfile
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Shards:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ShardsError(
                 f"{folder}: the index of the shards ({FACTS}, {INDEX}) cannot be read: {error}. "
-                "Copy both again from where the set was packed, or pack it again: scripts/pack_images.py"
+                "Copy both again from where the set was packed, or pack it again: scripts/pack_dataset.py"
             ) from error
         self._open: OrderedDict[int, Callable[[int, int], bytes]] = OrderedDict()
         self._owner = os.getpid()
@@ -222,6 +223,64 @@ def packed_content(path: Path) -> bytes | None:
     return None
 
 
+class ShardWriter:
+    """Writes images into shards of a new folder, one after the other; the same images give the same bytes.
+
+    The index is written last, by `close`: a folder without shards.json is one that was not packed to its end.
+    """
+
+    def __init__(self, target: Path, shard_bytes: int) -> None:
+        """Raises ShardsError where `target` has something in it."""
+        target.mkdir(parents=True, exist_ok=True)
+        if any(target.iterdir()):
+            raise ShardsError(f"{target}: is not empty. Give a new folder, or delete what is there")
+        self._target, self._shard_bytes = target, shard_bytes
+        self._shards: list[dict[str, Any]] = []
+        self._rows = array("Q")
+        self._file: _HashedFile | None = None
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, name: str, content: bytes) -> None:
+        """Writes an image file. Raises OSError where the disk is full."""
+        if self._tar is None or self._file is None or self._file.length + len(content) > self._shard_bytes:
+            self._end()
+            self._file = _HashedFile(self._target / f"shard-{len(self._shards):06d}.tar")
+            self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = len(content), 0o644
+        self._tar.addfile(member, io.BytesIO(content))
+        padded = -(-len(content) // _BLOCK) * _BLOCK
+        self._rows.extend((_key(name), len(self._shards), len(content), self._file.length - padded))
+
+    def close(self) -> Shards:
+        """Writes the index. Raises ShardsError where an image was given twice."""
+        self._end()
+        columns = np.frombuffer(self._rows, dtype=np.uint64).reshape(-1, 4)
+        index = np.empty(len(columns), dtype=ROW)
+        index["key"], index["shard"], index["size"], index["offset"] = columns[np.argsort(columns[:, 0])].T
+        twice = np.flatnonzero(index["key"][1:] == index["key"][:-1])
+        if len(twice):
+            raise ShardsError(f"{self._target}: {len(twice)} images were given twice. Give each file once")
+        np.save(self._target / INDEX, index)
+        facts = {
+            "version": VERSION,
+            "location": None,
+            "num_images": len(index),
+            "index_sha256": hashlib.sha256((self._target / INDEX).read_bytes()).hexdigest(),
+            "shards": self._shards,
+        }
+        _write_facts(self._target, facts)
+        return Shards(self._target)
+
+    def _end(self) -> None:
+        if self._tar is not None and self._file is not None:
+            self._tar.close()
+            self._shards.append(
+                {"name": self._file.path.name, "bytes": self._file.length, "sha256": self._file.close()}
+            )
+            self._tar = None
+
+
 def pack_images(
     source: Path,
     names: Iterable[str],
@@ -230,59 +289,22 @@ def pack_images(
     shard_bytes: int = 1 << 30,
     progress: Callable[[int], object] = lambda number: None,
 ) -> Shards:
-    """Writes the image files `names` (relative to `source`) into shards, in this order; the same files give the same
-    bytes.
-
-    The index is written last: a folder without shards.json is one that was not packed to its end.
+    """Writes the image files `names` (relative to `source`, files or shards) into shards, in this order.
 
     Raises ShardsError where `target` has something in it, and where an image is missing or is given twice; OSError
     where the disk is full.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    if any(target.iterdir()):
-        raise ShardsError(f"{target}: is not empty. Give a new folder, or delete what is there")
-    shards: list[dict[str, Any]] = []
-    rows: list[tuple[int, int, int, int]] = []
-    file: _HashedFile | None = None
-    tar: tarfile.TarFile | None = None
-
-    def end() -> None:
-        if tar is not None and file is not None:
-            tar.close()
-            shards.append({"name": file.path.name, "bytes": file.length, "sha256": file.close()})
-
+    writer, packed = ShardWriter(target, shard_bytes), open_shards(source)
     for name in names:
         try:
-            content = (source / name).read_bytes()
+            content = (source / name).read_bytes() if packed is None else packed.content(name)
         except OSError as error:
             raise ShardsError(
                 f"{source / name}: cannot be read: {error.strerror}. Is this the right folder?"
             ) from error
-        if tar is None or file is None or file.length + len(content) > shard_bytes:
-            end()
-            file = _HashedFile(target / f"shard-{len(shards):06d}.tar")
-            tar = tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
-        member = tarfile.TarInfo(name)
-        member.size, member.mode = len(content), 0o644
-        tar.addfile(member, io.BytesIO(content))
-        padded = -(-len(content) // _BLOCK) * _BLOCK
-        rows.append((_key(name), len(shards), len(content), file.length - padded))
+        writer.add(name, content)
         progress(1)
-    end()
-    index = np.sort(np.array(rows, dtype=ROW), order="key")
-    twice = np.flatnonzero(index["key"][1:] == index["key"][:-1])
-    if len(twice):
-        raise ShardsError(f"{source}: {len(twice)} images are given twice. Give each file once")
-    np.save(target / INDEX, index)
-    facts = {
-        "version": VERSION,
-        "location": None,
-        "num_images": len(index),
-        "index_sha256": hashlib.sha256((target / INDEX).read_bytes()).hexdigest(),
-        "shards": shards,
-    }
-    _write_facts(target, facts)
-    return Shards(target)
+    return writer.close()
 
 
 def relocate(folder: Path, location: str | None) -> None:

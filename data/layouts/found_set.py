@@ -22,6 +22,7 @@ from data.convert.write import write_coco_set
 from data.convert.yolo import YOLO_TEXTS, find_yolo, yolo_set
 from data.images.files import IMAGE_SUFFIXES, walk
 from data.layouts.coco_folder import coco_set, write_contents
+from data.layouts.packed_set import read_set
 from data.layouts.recognition import CONVERTERS, FORMATS, ROBOFLOW_FILE, LayoutError, Reading, inner_folder, recognize
 
 VERSION = 2  # another number whenever equal folders would give other files
@@ -65,13 +66,19 @@ def find_set(
 ) -> FoundSet:
     """The splits of a folder in any known layout.
 
-    COCO files serve as they are, unless classes or splits have to change. Everything else is converted as
-    scripts/convert_*.py do, into a folder of the cache that is named for the content: the same again costs only reading
-    the labels, and a changed label or image is converted anew. Of several programs that start at once, one converts.
+    A packed set serves as it is, and so do COCO files, unless classes or splits have to change. Everything else is
+    converted as scripts/convert_*.py do, into a folder of the cache that is named for the content: the same again costs
+    only reading the labels, and a changed label or image is converted anew. Of several programs that start at once, one
+    converts.
 
-    Raises LayoutError, ConversionError, AnnotationError or MissingDataset: what was found, and what to do.
+    Raises LayoutError, ConversionError, AnnotationError, PackedSetError or MissingDataset: what was found, and what to
+    do.
     """
     root = Path(folder)
+    if (packed := read_set(root)) is not None:
+        if wanted.val_fraction is not None:
+            raise ConversionError(f"{root} is packed with its splits: give --val-fraction to scripts/pack_dataset.py")
+        return FoundSet(f"a packed set in {root}", packed)
     incomplete: MissingDataset | None = None
     standard = standard_layout(root)
     if standard.train_annotations.is_file() or standard.val_annotations.is_file():

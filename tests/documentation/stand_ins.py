@@ -38,15 +38,20 @@ DONE_BY = {
         "tests/scripts/fault_injection/test_fault_test.py",
         '"--merge"',
     ),
-    "python3 scripts/pack_images.py pack datasets/coco/train2017 packed/train2017": (
-        "tests/scripts/test_pack_images.py",
-        '"pack"',
+    "python3 scripts/pack_dataset.py pack datasets/coco packed/coco": ("tests/scripts/test_pack_dataset.py", '"pack"'),
+    "python3 train.py --schedule 1x --data-path packed/coco": (
+        "tests/engine/inputs/test_shards_training.py",
+        '"--data-path"',
     ),
-    "python3 scripts/pack_images.py locate packed/train2017 s3://bucket/train2017": (
-        "tests/scripts/test_pack_images.py",
+    "python3 scripts/pack_dataset.py images datasets/coco/train2017 packed/train2017": (
+        "tests/scripts/test_pack_dataset.py",
+        '"images"',
+    ),
+    "python3 scripts/pack_dataset.py locate packed/coco/train s3://bucket/train": (
+        "tests/scripts/test_pack_dataset.py",
         '"locate"',
     ),
-    "python3 scripts/pack_images.py check packed/train2017": ("tests/scripts/test_pack_images.py", '"check"'),
+    "python3 scripts/pack_dataset.py check packed/coco": ("tests/scripts/test_pack_dataset.py", '"check"'),
     # 20 GB. The test has a server of small archives.
     "python3 scripts/download_coco.py --data-path datasets/coco": (
         "tests/scripts/test_download_coco.py",

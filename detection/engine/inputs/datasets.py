@@ -227,7 +227,7 @@ def read_annotations(
             for path in files.annotations:
                 if path not in read:
                     # Another command line may name another file; that they agree is checked later.
-                    annotations = shared_coco(path, words[str(path)]) if str(path) in words else None
+                    annotations = shared_coco(path, words[str(path)], masks=masks) if str(path) in words else None
                     read[path] = annotations or read_coco(path, masks=masks, cache_dir=cache_folder())
 
         here, words = run_on_each_node(processes, share)

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import data.coco.annotations
 import data.coco.cache
+import data.coco.fields
 from data.coco.annotations import AnnotationError, read_coco, share_coco, shared_coco
 from data.coco.cache import MAGIC, Packed, read_packed, write_packed
 from data.errors import DataError
@@ -42,10 +42,8 @@ def store(path, width):
 def parses(monkeypatch):
     """The calls of the JSON parser."""
     calls = []
-    real = data.coco.annotations.parse_coco
-    monkeypatch.setattr(
-        data.coco.annotations, "parse_coco", lambda path, masks: (calls.append(path), real(path, masks))[1]
-    )
+    real = data.coco.fields.parse_coco
+    monkeypatch.setattr(data.coco.fields, "parse_coco", lambda path, masks: (calls.append(path), real(path, masks))[1])
     return calls
 
 
@@ -111,10 +109,8 @@ def test_copies_of_a_file_share_a_cache_file_and_findings_name_the_copy_that_is_
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_kept(file, tmp_path, monkeypatch):
-    real = data.coco.annotations.parse_coco
-    monkeypatch.setattr(
-        data.coco.annotations, "parse_coco", lambda path, masks: (real(path), store(path, width=101))[0]
-    )
+    real = data.coco.fields.parse_coco
+    monkeypatch.setattr(data.coco.fields, "parse_coco", lambda path, masks: (real(path), store(path, width=101))[0])
     with pytest.raises(DataError, match=r"instances.json: was changed while it was read"):
         read_coco(file, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").glob("*.packed")) == []
@@ -236,7 +232,7 @@ def _pack_for_ever(file, cache, begun):
         begun.set()
         time.sleep(600)
 
-    data.coco.annotations.parse_coco = parse
+    data.coco.fields.parse_coco = parse
     read_coco(file, cache_dir=cache)
 
 
@@ -273,8 +269,8 @@ def test_a_builder_that_does_not_end_is_named_and_waited_for_no_longer_than_the_
 
 def _report_shared(file, words, queue):
     calls = []
-    real = data.coco.annotations.parse_coco
-    data.coco.annotations.parse_coco = lambda path, masks: (calls.append(path), real(path, masks))[1]
+    real = data.coco.fields.parse_coco
+    data.coco.fields.parse_coco = lambda path, masks: (calls.append(path), real(path, masks))[1]
     annotations = shared_coco(file, words)
     queue.put((annotations.digest(), annotations.source, annotations.findings, len(calls)))
 
@@ -304,8 +300,8 @@ def test_words_of_another_container_lead_to_nothing(file, tmp_path):
 
 def _count_parses(file, cache, barrier, queue):
     calls = []
-    real = data.coco.annotations.parse_coco
-    data.coco.annotations.parse_coco = lambda path, masks: (calls.append(path), real(path, masks))[1]
+    real = data.coco.fields.parse_coco
+    data.coco.fields.parse_coco = lambda path, masks: (calls.append(path), real(path, masks))[1]
     barrier.wait()
     queue.put((len(calls), read_coco(file, cache_dir=cache).digest(), len(calls)))
 

@@ -139,7 +139,7 @@ def test_the_caches_of_runs_with_and_without_masks_are_two_files_of_which_proces
     sizes = []
     for _ in range(2):  # made, then found
         with share_coco(file, tmp_path / "cache", masks=True) as (annotations, words):
-            elsewhere = shared_coco(file, words)
+            elsewhere = shared_coco(file, words, masks=True)
         for read in (annotations, elsewhere):
             assert read.digest() == direct.digest() != plain.digest()
             for name, array in read.segmentations.arrays().items():

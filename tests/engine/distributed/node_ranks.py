@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import data.coco.annotations
+import data.coco.fields
 from data import CocoAnnotations
 from detection.config import parse_arguments
 from detection.engine import RunError, run
@@ -138,7 +138,7 @@ def main() -> None:
             f"--{split}-annotations",
             str(own / f"{split}.json"),
         ]
-    data.coco.annotations.parse_coco = counted("parse", data.coco.annotations.parse_coco)
+    data.coco.fields.parse_coco = counted("parse", data.coco.fields.parse_coco)
     processes = start_processes("cpu")
     if processes.rank == processes.node_main:
         own.mkdir()

@@ -1,27 +1,27 @@
-"""A training on shards, found in a folder as the images would be, has the bits of the one on files."""
+"""A training on a packed set, without the JSON files, has the bits of the one on files."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from data.images.files import IMAGE_SUFFIXES, walk
-from data.images.shards import pack_images
+from data import read_coco
+from data.layouts.found_set import find_set
+from data.layouts.packed_set import write_set
 from detection.engine import RunError
 
 
 @pytest.fixture
 def packed_set(shapes_set, tmp_path) -> Path:
-    root = tmp_path / "shapes"
-    shutil.copytree(shapes_set / "annotations", root / "annotations")
-    for split in ("train2017", "val2017"):
-        images = shapes_set / split
-        names = [path.relative_to(images).as_posix() for path in walk(images, IMAGE_SUFFIXES)]
-        pack_images(images, names, root / split, shard_bytes=20_000)
-    return root
+    found = find_set(shapes_set, tmp_path / "cache").splits
+    splits = {name: (read_coco(files.annotations, masks=True), files.images) for name, files in found.items()}
+    write_set(tmp_path / "packed", splits, shard_bytes=20_000)
+    (tmp_path / "packed").rename(tmp_path / "shapes")
+    return tmp_path / "shapes"
 
 
-def test_shards_train_as_files_do_bit_for_bit(start, finished, packed_set, tmp_path, records_of, load, same_state):
+def test_a_packed_set_trains_as_files_do_to_the_bit(
+    start, finished, packed_set, tmp_path, records_of, load, same_state
+):
     assert start(tmp_path / "run", "--data-path", packed_set, "--workers", 2) == 0
     assert records_of(tmp_path / "run") == records_of(finished)
     first, second = (load(folder / "checkpoints" / "last.pt") for folder in (finished, tmp_path / "run"))
@@ -30,6 +30,6 @@ def test_shards_train_as_files_do_bit_for_bit(start, finished, packed_set, tmp_p
 
 
 def test_a_lost_shard_ends_the_start(start, packed_set, tmp_path):
-    (packed_set / "train2017" / "shard-000001.tar").unlink()
+    (packed_set / "train" / "shard-000001.tar").unlink()
     with pytest.raises(RunError, match=r"shard-000001\.tar is missing"):
         start(tmp_path / "run", "--data-path", packed_set)
