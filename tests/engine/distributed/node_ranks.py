@@ -84,7 +84,7 @@ def readings(processes: Processes, folder: Path, own: Path, words: list[str]) ->
     read("no locks", folder / "lockless")
     fcntl.flock = plain_flock
     if processes.rank == 1:
-        datasets.shared_coco = lambda file, words: None
+        datasets.shared_coco = lambda file, words, masks: None
     read("out of reach", folder / "home")
     datasets.shared_coco = plain_shared
     found["kept"] = [annotations.digest() for annotations in kept.values()]

@@ -20,13 +20,15 @@ def packed_set(shapes_set, tmp_path) -> Path:
 
 
 def test_a_packed_set_trains_as_files_do_to_the_bit(
-    start, finished, packed_set, tmp_path, records_of, load, same_state
+    start, finished, packed_set, shapes_set, tmp_path, records_of, load, same_state
 ):
     assert start(tmp_path / "run", "--data-path", packed_set, "--workers", 2) == 0
     assert records_of(tmp_path / "run") == records_of(finished)
     first, second = (load(folder / "checkpoints" / "last.pt") for folder in (finished, tmp_path / "run"))
     same_state(first["model"], second["model"])
     same_state(first["optimizer"], second["optimizer"])
+    # A resume takes either for the same data.
+    assert start(tmp_path / "run", "--data-path", shapes_set, "--workers", 2, "--resume") == 0
 
 
 def test_a_lost_shard_ends_the_start(start, packed_set, tmp_path):
