@@ -32,6 +32,7 @@ from data.coco.known_files import KnownFiles
 from data.coco.segmentations import FAULTS, Segmentations
 
 MIN_TRAINED_SIDE = 32  # pixels; the min_size of MMDetection's COCO configurations
+_IMAGES_AT_ONCE = 1 << 16
 Words = tuple[str, str, str]
 """By which a process of this machine finds annotations that another one has: file, key, and the cache's folder."""
 _TRAINED = "trained"
@@ -144,13 +145,21 @@ class CocoAnnotations:
         The rules are those of MMDetection 3.3 (CocoDataset.parse_data_info): `ignore` is set, the box does not
         overlap the image, a side is below 1 pixel, the area is not positive.
         """
-        x, y, w, h = self.boxes_xywh.T
-        overlap_w = np.minimum(x + w, self.widths[self.image_indices]) - np.maximum(x, 0)
-        overlap_h = np.minimum(y + h, self.heights[self.image_indices]) - np.maximum(y, 0)
+        outside, degenerate = np.zeros((2, self.num_boxes), dtype=bool)
+        for first in range(0, len(self), _IMAGES_AT_ONCE):
+            offsets = self.offsets[first : first + _IMAGES_AT_ONCE + 1]
+            rows, counts = slice(int(offsets[0]), int(offsets[-1])), np.diff(offsets)
+            widths, heights = (
+                np.repeat(sides[first : first + len(counts)], counts) for sides in (self.widths, self.heights)
+            )
+            x, y, w, h = self.boxes_xywh[rows].T
+            outside[rows] = np.minimum(x + w, widths) - np.maximum(x, 0) <= 0
+            outside[rows] |= np.minimum(y + h, heights) - np.maximum(y, 0) <= 0
+            degenerate[rows] = (w < 1) | (h < 1)
         return {
             "ignored-annotation": self.ignore,
-            "box-outside-image": (overlap_w <= 0) | (overlap_h <= 0),
-            "degenerate-box": (w < 1) | (h < 1),
+            "box-outside-image": outside,
+            "degenerate-box": degenerate,
             "no-area-of-object": self.areas <= 0,
         }
 
@@ -194,8 +203,8 @@ class CocoAnnotations:
         keep_image, keep = (
             ~np.logical_or.reduce(list(reasons.values())) for reasons in (self.images_not_trained(), self.not_trained())
         )
-        keep &= keep_image[self.image_indices]
-        counts = np.bincount(self.image_indices[keep], minlength=len(self))[keep_image]
+        keep &= np.repeat(keep_image, np.diff(self.offsets))
+        counts = np.diff(offsets_of(keep)[self.offsets])[keep_image]
         name_lengths = np.diff(self.file_name_offsets)
         return replace(
             self,

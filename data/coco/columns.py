@@ -5,10 +5,8 @@ numpy comparison), and only a column that fails is searched for the record to na
 annotations cost a fraction of what parsing them costs, and memory holds the columns alone.
 """
 
-import gc
 import reprlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from data.coco.federated import NEGATIVE, NOT_EXHAUSTIVE
-from data.coco.json_stream import JsonError, JsonStream
+from data.coco.json_stream import KINDS, JsonError, JsonStream, kind_of, record_decoder, without_garbage_collection
 from data.coco.segmentations import light
 from data.errors import DataError
 
@@ -25,6 +23,8 @@ MAX_IMAGE_PIXELS = 178_956_970  # what Pillow is willing to decode (Image.MAX_IM
 MAX_IMAGE_SIDE = 1_000_000  # pixels; far beyond what an image file can hold, far below what overflows
 MAX_COORDINATE = 1e9  # pixels; float32 and float64 sums of such values stay finite
 MAX_AREA = 1e18  # square pixels
+_LARGE_BYTES = 1 << 25  # above it, the C library asks the system for memory and gives it back
+_ROWS_AT_ONCE = 1 << 20
 
 
 class _Absent:
@@ -258,6 +258,39 @@ class Records:
             self.fail(place // per_record, f'"{key}" holds a number of {len(str(values[place]))} digits', remedy)
 
 
+class _Parts:
+    """A column as it comes. Arrays of some size have memory of their own, which the system gets back; many small ones
+    would leave holes that nothing else fits into."""
+
+    def __init__(self) -> None:
+        self._large: list[np.ndarray] = []
+        self._small: list[Any] = []
+        self._num_bytes = 0
+
+    def add(self, part: Any) -> None:
+        self._small.append(part)
+        self._num_bytes += part.nbytes if isinstance(part, np.ndarray) else 0
+        if self._num_bytes >= _LARGE_BYTES:
+            self._large.append(np.concatenate(self._small))
+            self._small, self._num_bytes = [], 0
+
+    def joined(self) -> Any:
+        """The whole column; its parts are let go one after the other."""
+        parts = [*self._large, *self._small]
+        self._large, self._small = [], []
+        if isinstance(parts[0], list):
+            return list(chain.from_iterable(parts))
+        if isinstance(parts[0], tuple):
+            return tuple(map(np.concatenate, zip(*parts, strict=True)))
+        whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+        end = len(whole)
+        while parts:
+            part = parts.pop()
+            whole[end - len(part) : end] = part
+            end -= len(part)
+        return whole
+
+
 class Section:
     """One list of the file as checked columns. What is wrong is raised when a column is taken, not when it is read."""
 
@@ -266,7 +299,7 @@ class Section:
         self._readers = dict(COLUMNS[name])
         if masks and name == "annotations":
             self._readers["segmentation"] = Records.outlines
-        self._parts: dict[str, list[Any]] = {key: [] for key in self._readers}
+        self._parts = {key: _Parts() for key in self._readers}
         self._faults: dict[str, RecordFault] = {}
         self._error: AnnotationError | None = None
         self._found: dict[str, set[type]] = {}
@@ -282,7 +315,7 @@ class Section:
         self._length += len(records)
         if self._error is not None:
             return
-        if set(map(type, records)) & _KINDS.keys() - {dict}:
+        if set(map(type, records)) & KINDS.keys() - {dict}:
             index = next(i for i, record in enumerate(records) if type(record) is not dict)
             self._error = AnnotationError(
                 f"{self._path}: {self._name}[{first + index}] is {kind_of(records[index])}, expected an object. "
@@ -292,7 +325,7 @@ class Section:
         part = Records(self._name, records, first, self._found)
         for key, read in self._readers.items():
             try:
-                self._parts[key].append(read(part))
+                self._parts[key].add(read(part))
             except RecordFault as fault:
                 if key in self._faults:
                     self._faults[key].count(fault)
@@ -312,16 +345,17 @@ class Section:
         """A column of COLUMNS, which is let go here."""
         if key in self._faults:
             raise self._faults[key].error(self._path, self._found)
-        parts = self._parts.pop(key) or [self._readers[key](Records(self._name, [], 0, {}))]
-        if isinstance(parts[0], list):
-            return list(chain.from_iterable(parts))
-        if isinstance(parts[0], tuple):
-            return tuple(map(np.concatenate, zip(*parts, strict=True)))
-        return np.concatenate(parts)
+        parts = self._parts.pop(key)
+        if not self._length:
+            parts.add(self._readers[key](Records(self._name, [], 0, {})))
+        return parts.joined()
 
     def unique_ids(self) -> np.ndarray:
         """The ids, which occur once each, int64 [n]."""
         values = self.take("id")
+        self._ids = values
+        if (values[1:] > values[:-1]).all():
+            return values
         order = np.argsort(values, kind="stable")
         repeated = np.flatnonzero(values[order][1:] == values[order][:-1])
         if len(repeated):
@@ -331,30 +365,30 @@ class Section:
                 f"the id is taken by {self._name}[{first}] already"
                 + (f" ({len(repeated):,} such records)" if len(repeated) > 1 else ""),
                 f"Give every one of the {self._name} an id of its own.",
-                identity=int(values[second]),
             )
-        self._ids = values
         return values
 
     def references(self, key: str, ids: np.ndarray, section: str) -> np.ndarray:
         """Index into `ids` (int64 [n], unique, any order) of what each record refers to; int64 [len(self)]."""
         values = self.take(key)
         order = np.argsort(ids)
-        places = order[np.minimum(np.searchsorted(ids, values, sorter=order), len(ids) - 1)]
-        bad = ids[places] != values
-        if bad.any():
-            index = int(np.argmax(bad))
+        num_bad, first, shown = 0, 0, 0
+        for start in range(0, len(values), _ROWS_AT_ONCE):
+            piece = values[start : start + _ROWS_AT_ONCE]
+            places = order[np.minimum(np.searchsorted(ids, piece, sorter=order), len(ids) - 1)]
+            bad = np.flatnonzero(ids[places] != piece)
+            if len(bad) and not num_bad:
+                first, shown = start + int(bad[0]), int(piece[bad[0]])
+            num_bad += len(bad)
+            piece[:] = places
+        if num_bad:
             remedy = f"Add it to the {section} or delete the annotation."
-            self.fail(index, f'"{key}" is {values[index]}, none of the {section}', remedy, int(bad.sum()))
-        return places
+            self.fail(first, f'"{key}" is {shown}, none of the {section}', remedy, num_bad)
+        return values
 
-    def fail(
-        self, index: int, problem: str, remedy: str, num_alike: int | None = None, identity: int | None = None
-    ) -> NoReturn:
-        """Raises the AnnotationError of record `index`. identity: its id, where the ids are not unique."""
-        if self._ids is not None:
-            identity = int(self._ids[index])
-        named = ABSENT if identity is None else identity
+    def fail(self, index: int, problem: str, remedy: str, num_alike: int | None = None) -> NoReturn:
+        """Raises the AnnotationError of record `index`."""
+        named = ABSENT if self._ids is None else int(self._ids[index])
         raise RecordFault(self._name, index, named, problem, remedy, num_alike).error(self._path, {})
 
 
@@ -403,7 +437,7 @@ def parse_coco(path: Path, masks: bool = False) -> dict[str, Any]:
     Raises AnnotationError for a file that is missing, unreadable, not JSON, or not an object.
     """
     try:
-        with path.open("rb") as file, _without_garbage_collection():
+        with path.open("rb") as file, without_garbage_collection():
             stream = JsonStream(file)
             if stream.peek() != "{":
                 content = stream.value()
@@ -416,7 +450,8 @@ def parse_coco(path: Path, masks: bool = False) -> dict[str, Any]:
             for name in stream.members():
                 if name in COLUMNS and stream.peek() == "[":
                     sections[name] = section = Section(path, name, masks)
-                    for records in stream.records(_decoder(name, masks)):
+                    unread = () if masks else ("segmentation",)
+                    for records in stream.records(record_decoder(_FIELDS[name], ABSENT, unread)):
                         section.add(records)
                 else:
                     sections[name] = stream.value()
@@ -441,17 +476,6 @@ def parse_coco(path: Path, masks: bool = False) -> dict[str, Any]:
         raise AnnotationError(f"{path}: holds a number that cannot be read: {error}. Export it again.") from None
 
 
-def _decoder(name: str, masks: bool) -> Callable[[str], list[Any]] | None:
-    """A faster way to read records of a section, as objects of the fields that count; None where it is missing."""
-    try:
-        import msgspec
-    except ImportError:
-        return None
-    kinds: dict[str, Any] = {"segmentation": Any if masks else msgspec.Raw}
-    fields = [(field, kinds.get(field, Any), ABSENT) for field in _FIELDS[name]]
-    return msgspec.json.Decoder(list[msgspec.defstruct(name, fields, gc=False)]).decode  # type: ignore[misc]
-
-
 def unreadable(path: Path, error: Exception) -> AnnotationError:
     """What to raise where the system does not let the file be read."""
     if isinstance(error, FileNotFoundError):
@@ -460,36 +484,13 @@ def unreadable(path: Path, error: Exception) -> AnnotationError:
     return AnnotationError(f"{path}: cannot be read: {reason}. Check the path and its permissions.")
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    # The parser makes millions of objects without a cycle; the collector would walk them over and over.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-_KINDS: dict[type, str] = {
-    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "an integer",
-    float: "a number with a fraction or exponent", type(None): "null",
-}  # fmt: skip
-
-
-def kind_of(value: Any) -> str:
-    """What JSON calls it, with its article."""
-    return _KINDS.get(type(value), type(value).__name__)
-
-
 def _none(values: list[Any]) -> np.ndarray:
     return np.zeros(len(values), dtype=bool)
 
 
 def _is_raw_object(value: Any) -> bool:
     """Whether it is JSON that was left as it is, of an object."""
-    return type(value) not in _KINDS and value is not ABSENT and bytes(memoryview(value)[:1]) == b"{"
+    return type(value) not in KINDS and value is not ABSENT and bytes(memoryview(value)[:1]) == b"{"
 
 
 def _names(types: set[type]) -> str:

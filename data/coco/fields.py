@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from data.coco.columns import AnnotationError, Section, kind_of, parse_coco
+from data.coco.columns import AnnotationError, Section, parse_coco
 from data.coco.federated import NEGATIVE, NOT_EXHAUSTIVE, Federated
 from data.coco.findings import MAX_PLACES, Finding
+from data.coco.json_stream import kind_of
 from data.coco.segmentations import pack
 
 OF_ANNOTATIONS = ("boxes_xywh", "areas", "labels", "crowd", "ignore", "annotation_ids")
