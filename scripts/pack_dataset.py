@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import checkout  # noqa: F401
 from data import read_coco
-from data.coco.cache import cache_folder
+from data.cache.packed_file import cache_folder
 from data.coco.checks import check_split
 from data.errors import DataError
 from data.images.files import IMAGE_SUFFIXES, walk

@@ -1,1 +1,1 @@
-"""COCO annotation files to validated flat arrays, their cache, checks, and COCO's own layout on disk."""
+"""COCO annotation files to validated flat arrays, checks, and COCO's own layout on disk."""

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.coco.cache import (
+from data.cache.known_files import KnownFiles
+from data.cache.packed_file import (
     Packed,
     UnusableFile,
     is_packed,
@@ -28,7 +29,6 @@ from data.coco.columns import AnnotationError, unreadable
 from data.coco.federated import Federated
 from data.coco.fields import OF_ANNOTATIONS, offsets_of, read_fields
 from data.coco.findings import MAX_PLACES, Finding, examples
-from data.coco.known_files import KnownFiles
 from data.coco.segmentations import FAULTS, Segmentations
 
 MIN_TRAINED_SIDE = 32  # pixels; the min_size of MMDetection's COCO configurations
@@ -376,8 +376,8 @@ def shared_coco(file: str | Path, words: Words, *, masks: bool = False) -> CocoA
 
 
 def write_annotations(annotations: CocoAnnotations, path: Path) -> None:
-    """Writes a file that read_coco takes in place of the JSON file that these are read of: data/coco/cache.py has its
-    layout. The same annotations give the same bytes.
+    """Writes a file that read_coco takes in place of the JSON file that these are read of. The same annotations give the
+    same bytes; data/cache/packed_file.py has the layout.
     """
     annotations = replace(annotations, findings=tuple(one for one in annotations.findings if one.code != "no-cache"))
     packed = _pack(annotations)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.cache.known_files import KnownFiles
 from data.coco.annotations import CocoAnnotations
 from data.coco.findings import MAX_PLACES, Finding, examples
-from data.coco.known_files import KnownFiles
 from data.images.shards import PackedEntry, ShardsError, open_shards
 
 CHECKS_VERSION = 1

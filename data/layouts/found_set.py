@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.coco.cache import one_builder
+from data.cache.packed_file import one_builder
 from data.coco.layout import MissingDataset, SplitFiles, coco_layout, standard_layout
 from data.convert.conversion import ConversionError, LabeledImage, Progress, Remarks
 from data.convert.files import read_class_file

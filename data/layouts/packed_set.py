@@ -1,7 +1,7 @@
 """A packed set: a folder with the annotations of each split as one file to map, and its images in shards.
 
     packed_set.json    {"version": 1, "splits": {"train": {"annotations": "train.packed", "images": "train"}, ...}}
-    train.packed       the annotations: data/coco/cache.py has the layout
+    train.packed       the annotations: data/cache/packed_file.py has the layout
     train/             the images: data/images/shards.py has the layout
     val.packed, val/, test.packed, test/
 

@@ -8,11 +8,14 @@ import numpy as np
 
 from data.coco.annotations import CocoAnnotations
 from data.coco.checks import image_entries
+from data.coco.fields import offsets_of
 from data.coco.merge import concatenate
 from data.coco.segmentations import Bitmap, Segmentations
 from data.errors import DataError
 from data.images.decode import ImageError, decode_image, read_image
 from data.images.shards import open_shards
+
+_BOXES_AT_ONCE = 1 << 20
 
 
 class DatasetError(DataError):
@@ -35,15 +38,20 @@ def kept_boxes(annotations: CocoAnnotations, masks: bool) -> dict[str, np.ndarra
             usable &= annotations.segmentations.present
             taken = annotations.segmentations.take(usable)
             rows = {"starts": taken.starts, "counts": taken.counts}
-        corners = annotations.boxes_xywh[usable]
-        corners[:, 2:] += corners[:, :2]
-        counts = np.bincount(annotations.image_indices[usable], minlength=len(annotations))
-        return rows | {
+        places = offsets_of(usable)
+        boxes_xyxy = np.empty((int(places[-1]), 4), dtype=np.float32)
+        for start in range(0, len(usable), _BOXES_AT_ONCE):
+            rows_here = slice(start, min(start + _BOXES_AT_ONCE, len(usable)))
+            corners = annotations.boxes_xywh[rows_here][usable[rows_here]]
+            corners[:, 2:] += corners[:, :2]
             # float64 sums rounded once, as MMDetection has them.
-            "boxes_xyxy": corners.astype(np.float32),
+            boxes_xyxy[places[rows_here.start] : places[rows_here.stop]] = corners
+        first_box = places[annotations.offsets]
+        return rows | {
+            "boxes_xyxy": boxes_xyxy,
             "labels": annotations.labels[usable],
-            "box_counts": counts,
-            "first_box": np.concatenate([[0], np.cumsum(counts)]),
+            "box_counts": np.diff(first_box),
+            "first_box": first_box,
         }
 
     return annotations.kept_arrays("masks" if masks else "boxes", make)

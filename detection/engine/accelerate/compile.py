@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from data.coco.cache import cache_folder
+from data.cache.packed_file import cache_folder
 from detection.models import FasterRCNN
 
 _P = ParamSpec("_P")

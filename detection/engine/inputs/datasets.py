@@ -20,8 +20,8 @@ from data import (
     make_shapes,
     read_coco,
 )
+from data.cache.packed_file import cache_folder
 from data.coco.annotations import Words, share_coco, shared_coco
-from data.coco.cache import cache_folder
 from data.coco.checks import check_copies
 from data.coco.findings import examples
 from data.coco.layout import SplitFiles

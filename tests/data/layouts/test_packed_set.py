@@ -5,8 +5,8 @@ import multiprocessing
 
 import pytest
 
+from data.cache.packed_file import MAGIC
 from data.coco.annotations import AnnotationError, find_fatal, read_coco, share_coco, shared_coco, write_annotations
-from data.coco.cache import MAGIC
 from data.convert.conversion import ConversionError
 from data.layouts.found_set import Wanted, find_set
 from data.layouts.packed_set import RECORD, PackedSetError, write_set

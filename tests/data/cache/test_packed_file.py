@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import data.coco.cache
+import data.cache.packed_file
 import data.coco.fields
+from data.cache.packed_file import MAGIC, Packed, read_packed, write_packed
 from data.coco.annotations import AnnotationError, read_coco, share_coco, shared_coco
-from data.coco.cache import MAGIC, Packed, read_packed, write_packed
 from data.errors import DataError
 from data.loading.dataset import kept_boxes
 
@@ -258,7 +258,7 @@ def test_a_killed_builder_keeps_nobody_waiting(file, tmp_path, builder, parses, 
 def test_a_builder_that_does_not_end_is_named_and_waited_for_no_longer_than_the_limit(
     file, tmp_path, builder, parses, capfd, monkeypatch
 ):
-    monkeypatch.setattr(data.coco.cache, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(data.cache.packed_file, "PATIENCE_SECONDS", 0.3)
     assert len(read_coco(file, cache_dir=tmp_path / "cache")) == 7
     assert len(parses) == 1
     said = capfd.readouterr().err

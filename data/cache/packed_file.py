@@ -6,7 +6,7 @@ So a file that was cut off, damaged or made by something else is recognized.
 
 The header is checked whenever a file is opened. The arrays are read through for their checksum once: that they were
 sound is kept, and counts until size, inode or times of the file change, for CHECKED_FOR_SECONDS at most. In the same
-way the SHA-256 of the annotation file is kept. See data/coco/known_files.py.
+way the SHA-256 of the annotation file is kept. See data/cache/known_files.py.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from data.coco.known_files import KnownFiles
+from data.cache.known_files import KnownFiles
 from data.errors import DataError
 
 _KIND = b"packed annotations "

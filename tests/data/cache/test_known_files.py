@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from data.coco.known_files import KnownFiles
+from data.cache.known_files import KnownFiles
 
 
 @pytest.fixture
