@@ -376,8 +376,8 @@ def shared_coco(file: str | Path, words: Words, *, masks: bool = False) -> CocoA
 
 
 def write_annotations(annotations: CocoAnnotations, path: Path) -> None:
-    """Writes a file that read_coco takes in place of the JSON file that these are read of. The same annotations give the
-    same bytes; data/cache/packed_file.py has the layout.
+    """Writes a file that read_coco takes in place of the JSON file. The same annotations give the same bytes;
+    data/cache/packed_file.py has the layout.
     """
     annotations = replace(annotations, findings=tuple(one for one in annotations.findings if one.code != "no-cache"))
     packed = _pack(annotations)
