@@ -1,5 +1,5 @@
-"""Compares the output directories of two or more runs: a table of their figures (those of the validation with the
-highest mAP), the settings that differ, and an image of loss, learning rate and mAP.
+"""Compares the output directories of two or more runs: a table of their figures (those of the best
+validation), the settings that differ, and an image of loss, learning rate and mAP.
 
     python scripts/compare_runs.py runs/a runs/b [runs/c ...] --png comparison.png
 """

@@ -23,7 +23,7 @@ from detection.engine.distributed.signals import STOPPED_EXIT_CODE, Interrupted,
 from detection.engine.evaluator import Evaluator, coco_evaluator, evaluate_set
 from detection.engine.inputs.augmentation import augmentation_of, sampling_of
 from detection.engine.inputs.bad_images import BadImages, TooManyBadImages
-from detection.engine.metrics.best import OF_CLASS, check_best_metric
+from detection.engine.metrics.best import check_best_metric
 from detection.engine.metrics.images import training_mosaic
 from detection.engine.metrics.logger import MetricLogger
 from detection.engine.metrics.step_metrics import NonFiniteLoss, StepMetrics
@@ -48,6 +48,7 @@ from detection.evaluation import METRIC_NAMES, metric_names
 from detection.models import AnyDetector, FasterRCNN, OwnDetector, is_own, model_config
 from detection.models.weights.files import BEST_WEIGHTS
 from detection.reporting import MetricsLog, TensorBoardLog, TrackedRun, TrackerFeed, tracker_named
+from detection.reporting.metrics_log import OF_CLASS
 from schedules import Schedule, unmatched_custom_keys
 
 

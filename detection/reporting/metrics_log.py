@@ -25,6 +25,9 @@ from detection.errors import DetectionError
 from detection.reporting.disk import sync_folder
 from detection.reporting.tables import UNDEFINED
 
+OF_CLASS = "AP/"
+"""Before a class's name: that class's AP."""
+LOSS = "loss"
 NONFINITE_KEY = "nonfinite"
 LINES_LOOKED_AT = 1000
 """At the end of a file that a resume continues: a killed run may have left there what is no record."""
@@ -223,6 +226,20 @@ def points_of(record: Mapping[str, Any]) -> dict[str, float]:
         of_set = points_of({"kind": kind, **figures})
         points |= {f"{kind}/{set_name}/{tag.partition('/')[2]}": value for tag, value in of_set.items()}
     return points if kind == "train" else {tag: value for tag, value in points.items() if value != UNDEFINED}
+
+
+def metric_of(metrics: Mapping[str, Any], name: str) -> float | None:
+    """The figure `name` of a validation's metrics, the loss negated: the higher the better. None where it is not
+    defined."""
+    if name == LOSS:
+        loss = metrics.get(LOSS, math.nan)
+        return None if math.isnan(loss) else -loss
+    set_name, _, of_set = name.partition("/")
+    if set_name in metrics.get("sets", {}):
+        return metric_of(metrics["sets"][set_name], of_set)
+    of_classes = metrics.get("per_class", {})
+    value = of_classes.get(name[len(OF_CLASS) :]) if name.startswith(OF_CLASS) else metrics.get(name)
+    return None if value is None or value < 0 or math.isnan(value) else float(value)
 
 
 def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

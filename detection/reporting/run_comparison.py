@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from detection.errors import DetectionError
-from detection.reporting.metrics_log import read_metrics
+from detection.reporting.metrics_log import metric_of, read_metrics
 from detection.reporting.tables import FIGURES, UNDEFINED, aligned, figure
 
 NUM_LAST_LOSSES = 100  # the loss of a table is the mean over so many of the last records
@@ -29,10 +29,16 @@ class Run:
     train: list[dict[str, Any]]
     val: list[dict[str, Any]]
 
+    @property
+    def best_metric(self) -> str:
+        """The figure that --best-metric named."""
+        return str(self.config.get("config", {}).get("train", {}).get("best_metric", "mAP"))
+
     def best(self) -> dict[str, Any] | None:
-        """The validation record with the highest mAP; None where no mAP is defined."""
-        defined = [record for record in self.val if record.get("mAP", UNDEFINED) != UNDEFINED]
-        return max(defined, key=lambda record: record["mAP"], default=None)
+        """The first of the validation records that are best by it; None where it is defined in none."""
+        values = [(metric_of(record, self.best_metric), record) for record in self.val]
+        defined = [(value, record) for value, record in values if value is not None]
+        return max(defined, key=lambda pair: pair[0], default=(None, None))[1]
 
 
 def read_runs(directories: Sequence[str | Path]) -> list[Run]:
@@ -60,6 +66,9 @@ def comparison_table(runs: Sequence[Run]) -> str:
         ]
         rows.append(row)
     table = "\n".join(aligned(rows, left_columns={0}))
+    for run in runs:
+        if run.best_metric != "mAP":
+            table += f"\nnote: the best epoch of {run.name} is that of {run.best_metric} (--best-metric)"
     sizes = {run.name: run.val[-1]["num_images"] for run in runs if run.val and "num_images" in run.val[-1]}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())

@@ -53,6 +53,17 @@ def test_the_table_shows_each_run_with_the_figures_of_its_best_validation(direct
     assert (second[0], second[1], second[4], second[5]) == ("b/run", "120", "3", "0.200")
 
 
+def test_the_best_validation_goes_by_the_run_s_own_metric(directories):
+    path = directories[0] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": {"train": {"best_metric": "loss"}}}))
+    with closing(MetricsLog(directories[0] / "metrics.jsonl")) as log:
+        for epoch, loss in enumerate((0.4, float("nan"), 0.2, 0.3), start=4):
+            log.write({"kind": "val", "epoch": epoch, "iteration": 50 * epoch, "mAP": 0.1, "loss": loss})
+    _, first, second, note = comparison_table(read_runs(directories)).splitlines()
+    assert (first.split()[4], second.split()[4]) == ("7", "3")
+    assert note == "note: the best epoch of a/run is that of loss (--best-metric)"
+
+
 def test_only_settings_that_differ_are_listed_also_those_of_one_run_alone(directories):
     lines = configuration_differences(read_runs(directories)).splitlines()
     assert [line.split() for line in lines] == [

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from detection.engine.metrics.best import LOSS, metric_of
 from detection.evaluation.html_page import Curve, fraction, html_page, line_chart, table
 from detection.evaluation.html_report import METRIC_MEANINGS
 from detection.reporting import Run, counted, duration
+from detection.reporting.metrics_log import LOSS
 from detection.reporting.run_comparison import NUM_LAST_LOSSES, flattened, series
 
 HEADLINE = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "mAP_r", "mAP_c", "mAP_f", "AR_100", "AR_300")
@@ -45,7 +45,7 @@ def run_page(run: Run, *, analysis: str = "", missing: Sequence[str] = ()) -> st
 
 
 def _headline(run: Run) -> str:
-    (best, metric), losses = _best(run), series(run.train, "loss")[1]
+    best, losses = run.best(), series(run.train, "loss")[1]
     heads, cells = ["iterations", "mean loss"], [f"{_iterations(run):,}", "–"]
     if len(losses):
         cells[1] = f"{losses[-NUM_LAST_LOSSES:].mean():.4f}"
@@ -54,17 +54,9 @@ def _headline(run: Run) -> str:
         cells += [str(best["epoch"] + 1), *(fraction(best[name]) for name in HEADLINE if name in best)]
     meanings = METRIC_MEANINGS | {
         "mean loss": f"mean over the last {min(NUM_LAST_LOSSES, len(losses))} iterations",
-        "best epoch": f"the validation with the best {metric}, of which best.pt has the weights",
+        "best epoch": f"the validation with the best {run.best_metric}, of which best.pt has the weights",
     }
     return table(heads, [cells], meanings=meanings)
-
-
-def _best(run: Run) -> tuple[dict[str, Any] | None, str]:
-    """The first of the best validations, None where there is none, and the figure that --best-metric named."""
-    metric = run.config.get("config", {}).get("train", {}).get("best_metric", "mAP")
-    values = [(metric_of(record, metric), record) for record in run.val]
-    defined = [(value, record) for value, record in values if value is not None]
-    return max(defined, key=lambda pair: pair[0], default=(None, None))[1], metric
 
 
 def _iterations(run: Run) -> int:
@@ -137,7 +129,7 @@ def _validations(run: Run) -> str:
     if not run.val:
         return "<p>No validation has been run.</p>"
     names = [name for name in (*METRIC_MEANINGS, LOSS) if any(name in record for record in run.val)]
-    best, _ = _best(run)
+    best = run.best()
     rows = [
         [
             f"{record['epoch'] + 1}{' (best)' if record is best else ''}",

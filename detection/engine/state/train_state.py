@@ -24,12 +24,12 @@ from data import CocoDataset, TrainLoader
 from detection.config.run_config import RunConfig
 from detection.engine.distributed.agreement import RunError
 from detection.engine.distributed.comm import Processes
-from detection.engine.metrics.best import metric_of
 from detection.engine.optim.amp import Precision
 from detection.engine.optim.ema import AveragedModel
 from detection.engine.optim.optimizer import load_optimizer_state, optimizer_state
 from detection.models import AnyDetector, OwnCodeError, model_from_config
 from detection.reporting import counted
+from detection.reporting.metrics_log import metric_of
 from schedules import Schedule
 
 Facts = dict[str, Any]

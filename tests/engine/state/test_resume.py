@@ -320,6 +320,20 @@ def test_patience_ends_a_run_after_the_same_validation_whether_it_was_killed_or_
     assert f"nothing is left to train: {said}" in capsys.readouterr().out
 
 
+def test_the_best_weights_by_the_loss_are_those_of_the_lowest(
+    start, start_and_kill, tmp_path, load, records_of, same_run
+):
+    words = ["--max-epochs", "4", "--lr", "0.3", "--set", "param_scheduler.0.end=1", "--best-metric", "loss"]
+    assert start(tmp_path / "whole", *words) == 0
+    losses = [record["loss"] for record in records_of(tmp_path / "whole", "val")]
+    best = load(tmp_path / "whole" / "checkpoints" / "best.pt")
+    assert best["iteration"] == 3 * (1 + losses.index(min(losses))) and losses.index(min(losses)) < 3
+    start_and_kill(8, tmp_path / "run", *words)
+    assert run(parse_arguments(["--resume", str(tmp_path / "run")])) == 0
+    same_run(tmp_path / "run", tmp_path / "whole")
+    assert load(tmp_path / "run" / "checkpoints" / "best.pt")["iteration"] == best["iteration"]
+
+
 def test_a_run_that_is_out_of_time_validates_saves_and_goes_on_with_more_hours(
     start, tmp_path, load, capsys, records_of
 ):
