@@ -71,7 +71,8 @@ def run_training(
     if acceleration.compile:
         # Each compiled part leaves its gradients at its end: smaller parts, so that they travel while others compute.
         assert isinstance(state.model, FasterRCNN)
-        compile_for_training(state.model, by_stage=processes.world_size > 1 and graphs is None)
+        by_stage = processes.world_size > 1 and graphs is None
+        compile_for_training(state.model, by_stage=by_stage, warn=console.warn)
     if (trial := _memory_trial(context, graphs=acceleration.graphs)) is not None:
         if acceleration.graphs and not acceleration.graphs_asked_for and not trial.fits_with_margin(state, loader):
             console.say(f"no CUDA graphs: with them less than {MARGIN:.0%} of the memory would be left")

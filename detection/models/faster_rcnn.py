@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from detection.models.anchors import AnchorGenerator, AnchorGrid
 from detection.models.backbones.architectures import ARCHITECTURES
-from detection.models.backbones.fpn import FPN, LastMap
+from detection.models.backbones.fpn import FPN, LastMap, size_of_p6
 from detection.models.backbones.resnet import ResNet, start_norms_at_one
 from detection.models.config import FasterRCNNConfig, ModelError, config_from_dict, model_config
+from detection.models.glue import Glue, at_anchors, backbone_features, pyramid_table, windows_of
 from detection.models.mask_head import MASK_ROI_SIZE, MASK_SIZE, MaskHead, mask_loss, mask_rois, mask_targets
-from detection.models.ops.feature_table import TableGradient, cell_table, rows_of_table, shared_table, windows_3x3
+from detection.models.ops.feature_table import (
+    TableGradient,
+    cell_table,
+    maps_of_table,
+    rows_of_table,
+    shared_table,
+)
 from detection.models.ops.roi_align import RoIAlign, roi_levels
 from detection.models.ops.selfcheck import check_kernels
 from detection.models.own.backbone import OwnBackbone
@@ -34,6 +41,8 @@ Targets = TargetBatch | Sequence[Mapping[str, Tensor]]
 Pass = Callable[[ImageBatch, TargetBatch | None], dict[str, Tensor]]
 Recorder = Callable[[Pass, ImageBatch, TargetBatch | None], dict[str, Tensor]]
 """Gives what a pass gives for a batch."""
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class FasterRCNN(nn.Module):
@@ -76,6 +85,8 @@ class FasterRCNN(nn.Module):
             RoIAlign(size, config.roi_sampling_ratio, config.roi_aligned, config.anchor_strides)
             for size in (config.roi_output_size, MASK_ROI_SIZE)
         )
+        self.glue = Glue()
+        """What a training step does between the dense parts."""
         self.fixed_shapes = False
         """Whether the mask head takes as many RoIs as can be in training, on the CPU too. Otherwise there it takes as
         many as are positive."""
@@ -144,6 +155,9 @@ class FasterRCNN(nn.Module):
         for _, part in self.dense_parts:
             part.compile(**torch_compile_kwargs)
 
+    def _glue(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
+        return self.glue.form_of(function, self.pixel_mean.device) if self.training else function
+
     @property
     def dense_parts(self) -> list[tuple[str, nn.Module]]:
         """What is compiled, each with what it is."""
@@ -152,28 +166,33 @@ class FasterRCNN(nn.Module):
         return parts + [("mask head", head) for head in self.mask_heads]
 
     def _losses(self, images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
-        return self._losses_of(self.extract_features(images), images, targets)
+        if self._glue(pyramid_table) is pyramid_table or not isinstance(self.fpn, FPN):
+            return self._losses_of(self.extract_features(images), None, images, targets)
+        return self._losses_of(*self._features_in_table(images), images, targets)
 
-    def _losses_of(self, features: tuple[Tensor, ...], images: ImageBatch, targets: TargetBatch) -> dict[str, Tensor]:
+    def _losses_of(
+        self, features: tuple[Tensor, ...], table: Tensor | None, images: ImageBatch, targets: TargetBatch
+    ) -> dict[str, Tensor]:
         config = self.config
         with _full_precision(images.pixels.device):
             anchors = self._anchors(images, features)
             learned = anchor_targets(config, anchors, images.sizes, targets)
-        table = table_gradient = None
+        table_gradient = None
         if learned.sample.candidate is None:
             logits, deltas = sampled_logits, sampled_deltas = self.rpn(features)
         else:
             candidates = learned.sample.candidate
-            windows = windows_3x3(candidates // self.rpn.anchors_per_cell, anchors.layout)
-            table, table_gradient = shared_table(cell_table(features))
+            windows = self._glue(windows_of)(candidates, self.rpn.anchors_per_cell, anchors.layout)
+            table, table_gradient = shared_table(cell_table(features) if table is None else table)
             patches = rows_of_table(table, windows.view(-1), table_gradient)
             # Before the pass without gradients: autocast keeps the parameters it casts, with their graph or without.
-            sampled_logits, sampled_deltas = self.rpn.at_anchors(patches, candidates)
+            sampled_logits, sampled_deltas = self._glue(at_anchors)(self.rpn, patches, candidates)
             with torch.no_grad():
                 logits, deltas = self.rpn(features)
         with _full_precision(images.pixels.device):
-            loss_rpn_cls, loss_rpn_bbox = rpn_losses(config, sampled_logits, sampled_deltas, learned)
-            proposals = select_proposals(config, logits, deltas, anchors, images.sizes, training=True)
+            loss_rpn_cls, loss_rpn_bbox = self._glue(rpn_losses)(config, sampled_logits, sampled_deltas, learned)
+            select = self._glue(select_proposals)
+            proposals = select(config, logits, deltas, anchors, images.sizes, training=True)
         losses = {"loss_rpn_cls": loss_rpn_cls, "loss_rpn_bbox": loss_rpn_bbox}
         boxes, valid = proposals.boxes_xyxy, proposals.valid
         for number, (head, stage) in enumerate(zip(self.roi_heads, config.stages, strict=True)):
@@ -183,7 +202,7 @@ class FasterRCNN(nn.Module):
                 pooled = self.pool(features, rois.boxes_xyxy, table, table_gradient)
             class_logits, box_deltas = head(pooled)
             with _full_precision(images.pixels.device):
-                loss_cls, loss_bbox = roi_losses(stage, class_logits, box_deltas, rois)
+                loss_cls, loss_bbox = self._glue(roi_losses)(stage, class_logits, box_deltas, rois)
             of_stage = {"loss_cls": loss_cls, "loss_bbox": loss_bbox}
             if targets.masks is not None and config.has_masks:
                 image_size = (images.pixels.shape[2], images.pixels.shape[3])
@@ -272,7 +291,7 @@ class FasterRCNN(nn.Module):
         outputs["valid"] = proposals.valid
         if self.config.has_masks:
             outputs |= {f"p{number}": feature for number, feature in enumerate(features)}
-        return outputs if targets is None else outputs | self._losses_of(features, images, targets)
+        return outputs if targets is None else outputs | self._losses_of(features, None, images, targets)
 
     def _found(self, outputs: Mapping[str, Tensor], sizes: Tensor) -> tuple[list[Detections], Tensor]:
         config, is_finite = self.config, outputs["is_finite"]
@@ -323,19 +342,19 @@ class FasterRCNN(nn.Module):
 
     def extract_features(self, images: ImageBatch) -> tuple[Tensor, ...]:
         """P2..P6, [B, fpn_channels, H_l, W_l], of images normalized and with zeros outside."""
-        return self.fpn(self.backbone(self._normalized(images)))
+        features: tuple[Tensor, ...] = self.fpn(self._backbone_maps(images))
+        return features
 
-    def _normalized(self, images: ImageBatch) -> Tensor:
-        pixels, sizes = images
-        rows = torch.arange(pixels.shape[2], device=pixels.device)
-        columns = torch.arange(pixels.shape[3], device=pixels.device)
-        below = rows >= sizes[:, :1]
-        beside = columns >= sizes[:, 1:]
-        outside = below[:, :, None] | beside[:, None, :]
-        if self.config.pixel_order == "bgr":
-            pixels = pixels.flip(1)
-        normalized = torch.sub(pixels, self.pixel_mean).div_(self.pixel_std)
-        return normalized.masked_fill_(outside[:, None], 0.0)
+    def _features_in_table(self, images: ImageBatch) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The same as views of their table of cells, and the table: compiled code writes the maps straight into it."""
+        maps = self._backbone_maps(images)
+        table = self._glue(pyramid_table)(self.fpn, maps)
+        sizes = [(each.shape[2], each.shape[3]) for each in maps]
+        return maps_of_table(table, len(images.sizes), [*sizes, size_of_p6(sizes[-1])]), table
+
+    def _backbone_maps(self, images: ImageBatch) -> tuple[Tensor, ...]:
+        is_bgr = self.config.pixel_order == "bgr"
+        return self._glue(backbone_features)(self.backbone, images, self.pixel_mean, self.pixel_std, is_bgr)
 
     def _anchors(self, images: ImageBatch, features: Sequence[Tensor]) -> AnchorGrid:
         height, width = images.pixels.shape[-2:]

@@ -14,7 +14,7 @@ from detection.models.config import FasterRCNNConfig
 from detection.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes, sides_above
 from detection.models.ops.conv import convolution
 from detection.models.ops.matcher import MaxIoUAssigner
-from detection.models.ops.nms import suppress_within_levels
+from detection.models.ops.nms import kept_within_levels
 from detection.models.samplers import RPN_STAGE, Sample, sample
 from detection.models.structures import TargetBatch
 
@@ -170,7 +170,7 @@ def select_proposals(
         boxes.append(decode_boxes(best_deltas, level_anchors[index], ANCHOR_STDS, clip_shrinking=config.clip_shrinking))
     candidate_scores = torch.cat(scores, dim=1)
     candidates = clip_boxes(torch.cat(boxes, dim=1), sizes)
-    keep = suppress_within_levels(
+    keep = kept_within_levels(
         candidates,
         candidate_scores,
         sides_above(candidates, config.proposal_min_size),

@@ -55,6 +55,8 @@ class Switch(NamedTuple):
     """The only type of device that has it"""
     implementations: Mapping[str, str] = {}
     """Operators of detection.models.ops.backend, and which implementation of them runs"""
+    of_compiled: bool = False
+    """Whether only a compiled step has it"""
 
 
 SWITCHES = {
@@ -70,6 +72,7 @@ SWITCHES = {
                                     {"convolution": "torch"}),
     "shared-table-gradient": Switch("one gradient of the feature table for the RPN and RoIAlign", "cuda",
                                     {"table_gradient": "autograd"}),
+    "compiled-glue": Switch("compiled code between the dense parts", "cuda", {"glue": "plain"}, of_compiled=True),
 }  # fmt: skip
 
 
@@ -165,7 +168,7 @@ class OurStep:
         load_weights(model, str(work.weights))
         self.model: FasterRCNN = model.to(work.device).to(memory_format=variant.memory_format)
         if variant.compiled:
-            compile_for_training(self.model, by_stage=False)
+            compile_for_training(self.model, by_stage=False, warn=self._refuse)
         schedule, processes = load_schedule("1x"), Processes(0, 0, 1, 1, work.device)
         guard = NonFiniteGuard(self.model, skips=False, gradient_may_overflow=variant.amp == "fp16")
         optimizer = build_optimizer(self.model, schedule)

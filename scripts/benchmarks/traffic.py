@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -37,6 +37,15 @@ _STAGE_OF: dict[CodeType, str] = {
 # They make no pass over memory.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "device", "_unsafe_view"}
 _ONLY_WRITE = {"zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "arange"}
+
+
+def _keep_best(*arguments: Any) -> Tensor:
+    from detection.models.ops.triton.nms import keep_best
+
+    return keep_best(*arguments)
+
+
+_OPERATORS = {"suppress_within_levels": nms.suppress, "keep_best": _keep_best}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +73,7 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     found, headers = {}, ["stage"]
     for kind, title in (("operators", "operators"), ("kernels", "with Triton")):
         say(f"counting {title}")
-        found[kind] = _count(arguments, kind == "kernels")
+        found[kind], _ = _count(arguments, kind == "kernels")
         headers += [f"{title}: calls", "GB", "TFLOP", "ms"]
     stages = [stage for stage in STAGES if any(stage in traffic for traffic in found.values())]
     rows = []
@@ -122,11 +131,10 @@ def _run_compiled(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, An
             row.gigabytes += kernel.num_bytes / 1e9
 
     say("compiling for an H100, which takes minutes")
-    code = GeneratedCode(count)
     with pretended_h100():
-        rest = _count(arguments, True, code)
+        rest, code = _count(arguments, True, count)
     if arguments.code is not None:
-        arguments.code.write_text("\n".join(code.source))
+        arguments.code.write_text("\n".join(code))
     nothing = Traffic()
     parts |= {f"{stage}, uncompiled": (row, nothing) for stage, row in rest.items()}
     whole = {}
@@ -175,7 +183,16 @@ class TrafficCounter(TorchDispatchMode):
     def __init__(self, bandwidth: float, rate: float) -> None:
         super().__init__()
         self.found: dict[str, Traffic] = collections.defaultdict(Traffic)
+        self.stage: str | None = None
+        """Of what comes next, where no frame tells it"""
         self._bandwidth, self._rate = bandwidth, rate
+
+    def call(self, stage: str, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        """Counts a function as part of the stage."""
+        self.stage = stage
+        with contextlib.nullcontext() if _get_current_dispatch_mode() is self else self:
+            function(*arguments)
+        self.stage = None
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -186,7 +203,7 @@ class TrafficCounter(TorchDispatchMode):
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code not in _STAGE_OF:
             frame = frame.f_back
-        row = self.found[BACKWARD if frame is None else _STAGE_OF[frame.f_code]]
+        row = self.found[self.stage or (BACKWARD if frame is None else _STAGE_OF[frame.f_code])]
         row.calls += 1
         row.gigabytes += num_bytes / 1e9
         row.teraflops += flops / 1e12
@@ -197,9 +214,9 @@ class TrafficCounter(TorchDispatchMode):
     ) -> Any:
         packet = func._overloadpacket
         name = packet.__name__
-        if name == "suppress_within_levels":
+        if name in _OPERATORS:
             with self:  # its operator has a fake of its own, which would hide what it consists of
-                return nms.suppress(*args)
+                return _OPERATORS[name](*args)
         if name in ("is_nonzero", "item", "_local_scalar_dense"):
             return True  # the rounds of suppression have settled at first; nothing else asks
         result = func(*args, **(kwargs or {}))
@@ -219,16 +236,21 @@ def bytes_of(values: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def _count(arguments: argparse.Namespace, with_kernels: bool, code: GeneratedCode | None = None) -> dict[str, Traffic]:
+def _count(
+    arguments: argparse.Namespace, with_kernels: bool, count: Callable[[Sequence[Kernel]], None] | None = None
+) -> tuple[dict[str, Traffic], list[str]]:
+    """What runs uncompiled, by stage. count: of a step that is compiled, called with generated kernels; their code."""
     # The compiler folds constants, which no tensor on a pretended GPU is good for.
-    device, mode = pretend_gpu() if code is None else (torch.device("cpu"), FakeTensorMode())
+    device, mode = pretend_gpu() if count is None else (torch.device("cpu"), FakeTensorMode())
     counter = TrafficCounter(arguments.bandwidth, arguments.rate)
     number, boxes = arguments.batch_size, arguments.boxes
     with mode, _kernels(counter) if with_kernels else contextlib.nullcontext():
         model = build_model(arguments.model).train()
         move(model, device)
+        code = None if count is None else GeneratedCode(count, counter.call)
         if code is not None:
             model.fixed_shapes = True
+            model.glue.compile(code.compiled)
             for name, part in model.dense_parts:
                 code.compile(part, name)
         pixels = torch.empty((number, 3, arguments.height, arguments.width), dtype=torch.uint8, device=device)
@@ -252,7 +274,7 @@ def _count(arguments: argparse.Namespace, with_kernels: bool, code: GeneratedCod
                 outputs = model.eval().fixed_outputs(images) if arguments.inference else model(images, targets)
             if not arguments.inference:
                 torch.stack(list(outputs.values())).sum().backward()
-    return dict(counter.found)
+    return dict(counter.found), [] if code is None else code.source
 
 
 class _PooledFromTable(torch.autograd.Function):

@@ -123,10 +123,13 @@ def _ablation_variants(arguments: argparse.Namespace, device: torch.device) -> d
         found["ours-fp32-cl"] = f"{precision} (float32 instead)"
     found[f"ours-{precision}"] = "channels-last"
     for name, switch in SWITCHES.items():
-        if switch.device in (None, device.type):
+        if switch.device in (None, device.type) and not switch.of_compiled:
             found[f"{full}-without-{name}"] = switch.text
     if arguments.compile:
         found[f"{full}-compile"] = "(with --compile added)"
+        for name, switch in SWITCHES.items():
+            if switch.of_compiled and switch.device in (None, device.type):
+                found[f"{full}-compile-without-{name}"] = f"{switch.text} (with --compile added)"
     return found
 
 

@@ -57,7 +57,8 @@ def plan(device: str, out: Path, work: Path) -> list[Part]:
     for name, switch in SWITCHES.items():
         if switch.device in (None, device):
             command = f"{step} --batch-size {sizes['16-images']} {rounds} --no-probes --ablation"
-            pair = f"--variants {whole} {whole}-without-{name}"
+            step_with = f"{whole}-compile" if switch.of_compiled else whole
+            pair = f"--variants {step_with} {step_with}-without-{name}"
             rows.append((f"without-{name}", f"training step without {switch.text}", _SWITCH_LIMIT, f"{command} {pair}"))
     rows += [
         (name, f"{(MEASURED[name].__doc__ or '').splitlines()[0]}", _CARD_LIMIT, f"{card} {name}") for name in MEASURED

@@ -187,6 +187,19 @@ def check_replay(device: torch.device) -> Figures:
     return figures
 
 
+def check_compiled(device: torch.device) -> Figures:
+    """A compiled step beside the step as it is written, with few boxes and with many; not generated code on a CPU."""
+    model = small_model(device)
+    plain = copy.deepcopy(model)
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    model.compile_dense_parts(dynamic=False, backend=backend)
+    model.glue.compile(lambda function, stage: torch.compile(function, dynamic=False, backend=backend))
+    batches = [random_batch(seed, device) for seed in (0, len(SIZES))]
+    as_written = passes(plain, batches, None, alone(device))
+    with nullcontext() if device.type == "cuda" else implementation(glue="compiled"):
+        return differences(passes(model, batches, None, alone(device)), as_written)
+
+
 def check_detection(device: torch.device) -> Figures:
     """Replayed detections beside those of the network as it is written."""
     problems: list[str] = []
@@ -261,6 +274,7 @@ def _one_of_two(rank: int, folder: str, kind: str) -> None:
 CHECKS: dict[str, Callable[[torch.device], Figures]] = {
     "kernels": check_kernels,
     "replay": check_replay,
+    "compiled": check_compiled,
     "detection": check_detection,
     "nccl": check_one_process_group,
     "two-processes": check_two_processes,

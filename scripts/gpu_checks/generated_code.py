@@ -57,18 +57,26 @@ class Kernel:
 class GeneratedCode:
     """Compiles modules for an H100, on fake tensors on the CPU, and runs nothing of it.
 
-    What is compiled gives empty tensors, and calls `count` with its kernels each time. Inductor decides, fuses and
+    What is compiled gives empty tensors, and calls `count` with its kernels each time, and `call` with the operators of
+    this project in it, which the compiler hands on, and empty tensors for their arguments. Inductor decides, fuses and
     writes as it does where there is such a GPU; only products are not padded, because it would time that.
     """
 
-    def __init__(self, count: Callable[[Sequence[Kernel]], None]) -> None:
+    def __init__(
+        self,
+        count: Callable[[Sequence[Kernel]], None],
+        call: Callable[[str, Callable[..., Any], Sequence[Any]], None] = lambda *_: None,
+    ) -> None:
         self.source: list[str] = []
         """Python and Triton, one text a graph"""
-        self._count = count
+        self._count, self._call = count, call
 
     def compile(self, module: nn.Module, name: str) -> None:
         """In place. name: of the stage; of a residual network's stages their number follows."""
         module.compile(backend=partial(self._compile, name), dynamic=False)
+
+    def compiled(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        return torch.compile(function, backend=partial(self._compile, name), dynamic=False)
 
     def _compile(self, name: str, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         return compile_fx(graph, inputs, inner_compile=partial(self._generate, name))
@@ -90,6 +98,11 @@ class GeneratedCode:
         def run(given: Sequence[Any]) -> list[Any]:
             given = list(given)
             self._count(kernels)
+            for node in graph.graph.nodes:
+                if _is_ours(node):
+                    self._call(
+                        name, node.target, fx.node.map_arg(node.args, lambda n: _empty_like(n.meta["val"], _HOST))
+                    )
             return [
                 given[places[node]] if node in places else node and _empty_like(node.meta["val"], _HOST)
                 for node in outputs
@@ -106,8 +119,14 @@ def _kernels(name: str, is_backward: bool, nodes: Sequence[Any]) -> Iterator[Ker
             continue
         origins = [origin for part in node.get_nodes() for origin in part.node.get_origins()]
         last = [getattr(origin.target, "overloadpacket", None) for origin in origins]
+        if node.is_extern() and any(map(_is_ours, origins)):
+            continue
         is_product = node.is_extern() and any(packet in flop_registry for packet in last)
         yield Kernel(_stage(name, origins), is_backward, is_product, num_bytes)
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "detection"
 
 
 def _stage(name: str, origins: Sequence[fx.Node]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from data.cache.packed_file import cache_folder
 from detection.models import FasterRCNN
@@ -19,17 +20,36 @@ _R = TypeVar("_R")
 _MOST_SHAPES = 32
 
 
-def compile_for_training(model: FasterRCNN, *, by_stage: bool) -> None:
-    """Compiles the dense parts, each padded size when it first occurs.
+def compile_for_training(model: FasterRCNN, *, by_stage: bool, warn: Callable[[str], None]) -> None:
+    """Compiles the dense parts, and what is between them, each padded size when it first occurs.
 
     The data side keeps the sizes few (data.loading.shape_buckets).
 
     Args:
         by_stage: the stages of the backbone are parts of their own.
+        warn: is told, once, that the compiler failed between the dense parts; from then on these run uncompiled.
     """
     prepare_compiler()
     model.backbone.compiled_by_stage = by_stage
     model.compile_dense_parts(dynamic=False)
+    model.glue.compile(lambda function, stage: _compiled_or_plain(function, model, warn))
+
+
+def _compiled_or_plain(function: Callable[_P, _R], model: FasterRCNN, warn: Callable[[str], None]) -> Callable[_P, _R]:
+    compiled = torch.compile(function, dynamic=False)
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            model.glue.leave_uncompiled()
+            cause = getattr(error, "inner_exception", error)
+            problem = next(iter(str(cause).splitlines()), type(cause).__name__)
+            warn(f"the compiler failed in {function.__name__}; only the dense parts run compiled: {problem}")
+        return function(*args, **kwargs)
+
+    return run
 
 
 def compile_for_evaluation(model: FasterRCNN) -> None:

@@ -44,6 +44,11 @@ def _norms(norm: str | None, count: int, channels: int) -> nn.ModuleList | None:
     return nn.ModuleList(nn.GroupNorm(GROUPS_OF_GROUP_NORM, channels) for _ in range(count))
 
 
+def size_of_p6(size_of_p5: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of every second row and column."""
+    return (size_of_p5[0] + 1) // 2, (size_of_p5[1] + 1) // 2
+
+
 class FPN(nn.Module):
     """Lateral 1x1 convolutions, nearest-neighbor enlargements from the top down, 3x3 output convolutions,
     and P6.

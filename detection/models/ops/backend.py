@@ -7,6 +7,7 @@
     convolution        torch            torch           triton (bias, residual and ReLU in one pass)
     mask_crops         trimmed          blocks          triton
     table_gradient     autograd         autograd        shared (one float32 sum for all readers of the feature table)
+    glue               plain            plain           compiled (with --compile: what is between the dense parts)
 
 All of a row give the same results but for rounding.
 """
@@ -26,6 +27,7 @@ CPU = {
     "convolution": "torch",
     "mask_crops": "trimmed",
     "table_gradient": "autograd",
+    "glue": "plain",
 }
 DEVICE = {
     "nms": "rounds",
@@ -34,8 +36,9 @@ DEVICE = {
     "convolution": "torch",
     "mask_crops": "blocks",
     "table_gradient": "autograd",
+    "glue": "plain",
 }
-TRITON = dict.fromkeys(CPU, "triton") | {"table_gradient": "shared"}
+TRITON = dict.fromkeys(CPU, "triton") | {"table_gradient": "shared", "glue": "compiled"}
 
 
 class Verdict(NamedTuple):

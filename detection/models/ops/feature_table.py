@@ -97,6 +97,15 @@ def cell_table(features: Sequence[Tensor]) -> Tensor:
     return torch.cat([*rows, rows[0].new_zeros(1, channels)])
 
 
+def maps_of_table(table: Tensor, num_images: int, map_sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """The maps [B, C, H_l, W_l] that a `cell_table` holds, as views of it."""
+    counts = [num_images * height * width for height, width in map_sizes]
+    levels = table[: sum(counts)].split(counts)
+    return tuple(
+        level.view(num_images, *size, -1).permute(0, 3, 1, 2) for level, size in zip(levels, map_sizes, strict=True)
+    )
+
+
 def level_layout(map_sizes: Sequence[tuple[int, int]]) -> Tensor:
     """First cell (of one image), height and width of each level: int64 [L, 3], on the CPU."""
     starts = [0]

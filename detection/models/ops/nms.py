@@ -53,6 +53,16 @@ def _(boxes_xyxy: Tensor, scores: Tensor, valid: Tensor, per_level: Sequence[int
     return torch.empty_like(valid)
 
 
+def kept_within_levels(
+    boxes_xyxy: Tensor, scores: Tensor, valid: Tensor, per_level: Sequence[int], iou_threshold: float
+) -> Tensor:
+    """As `suppress`, in a form that can be compiled."""
+    if torch.compiler.is_compiling() and implementation_of("nms", boxes_xyxy.device) == "triton":
+        # Whose shapes are fixed: what is around the kernels is compiled with the rest.
+        return suppress(boxes_xyxy, scores, valid, per_level, iou_threshold)
+    return suppress_within_levels(boxes_xyxy, scores, valid, per_level, iou_threshold)
+
+
 def level_by_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
     """As `in_rounds`, but boxes of ranking -inf may be kept: a call of torchvision's operator a level, on a CPU."""
     # The operator's time grows with the square of its boxes (0.4 s for two images at once, 0.1 s for their
@@ -86,9 +96,19 @@ def level_by_level(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou
 
 def by_triton(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
     """As `in_rounds`, in two kernels that need no rounds, and without the question."""
+    return _all_groups(boxes, ranking, per_level, iou_threshold, _keep_best_by_triton)
+
+
+@torch.library.custom_op("detection::keep_best", mutates_args=())
+def _keep_best_by_triton(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
     from detection.models.ops.triton.nms import keep_best
 
-    return _all_groups(boxes, ranking, per_level, iou_threshold, keep_best)
+    return keep_best(boxes, valid, threshold)
+
+
+@_keep_best_by_triton.register_fake
+def _(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    return torch.empty_like(valid)
 
 
 def in_rounds(boxes: Tensor, ranking: Tensor, per_level: Sequence[int], iou_threshold: float) -> Tensor:
@@ -121,14 +141,17 @@ def _all_groups(
     # Groups of boxes that can suppress each other: [B * levels, longest].
     ranked, order = torch.stack(padded_ranking, dim=1).flatten(0, 1).sort(dim=1, descending=True, stable=True)
     grouped = torch.stack(padded_boxes, dim=1).flatten(0, 1).gather(1, order[..., None].expand(-1, -1, 4))
-    # The operator compares float32 overlaps with a threshold in float64.
-    threshold = np.float32(iou_threshold)
-    if float(threshold) > iou_threshold:
-        threshold = np.nextafter(threshold, np.float32(-np.inf))
     # Not ">": a score that is not a number goes on, as with the operator.
-    keep = keep_best(grouped, ranked != -torch.inf, float(threshold))
+    keep = keep_best(grouped, ranked != -torch.inf, _float32_not_above(iou_threshold))
     keep = torch.zeros_like(keep).scatter_(1, order, keep).view(len(boxes), len(per_level), longest)
     return torch.cat([keep[:, level, :count] for level, count in enumerate(per_level)], dim=1)
+
+
+@torch.compiler.assume_constant_result
+def _float32_not_above(threshold: float) -> float:
+    """The largest float32 number up to a threshold: torchvision's operator compares overlaps with one in float64."""
+    rounded = np.float32(threshold)
+    return float(np.nextafter(rounded, np.float32(-np.inf)) if float(rounded) > threshold else rounded)
 
 
 def _rounds_until_settled(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:

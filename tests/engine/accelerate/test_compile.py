@@ -7,10 +7,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from detection.engine.accelerate import compile
+from detection.models import FasterRCNN, ImageBatch, TargetBatch, build_model
+from detection.models.ops.backend import implementation
 
 COMPILERS = [os.environ.get("CXX", "g++"), "g++", "clang++"]
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile wants a C++ compiler")
@@ -151,3 +156,26 @@ def test_two_processes_follow_the_losses_of_one_with_the_same_global_batch(
             # Four stages of the backbone, pyramid, RPN and RoI head.
             assert json.loads(out.splitlines()[-1])["traced"] >= 7
     assert_same_losses(tmp_path / "two", train(tmp_path / "one", "--max-epochs", "1", "--accumulate", "2"))
+
+
+def test_a_compiler_that_fails_between_the_dense_parts_is_told_once_and_not_used_there(monkeypatch):
+    torch.manual_seed(0)
+    model = build_model("faster_rcnn_r18_fpn", 3, fpn_channels=16, roi_hidden_channels=16, rpn_samples_per_image=16)
+    images = ImageBatch(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96]]))
+    boxes = torch.tensor([[[8.0, 8, 40, 44]]])
+    targets = TargetBatch(boxes, torch.tensor([[1]]), torch.tensor([[True]]), torch.tensor([5]))
+    expected = model(images, targets)
+
+    def fail(*_):
+        raise NotImplementedError("no such instruction")
+
+    monkeypatch.setattr(compile.torch, "compile", partial(torch.compile, backend=fail))
+    monkeypatch.setattr(FasterRCNN, "compile_dense_parts", lambda *_, **__: None)
+    told: list[str] = []
+    compile.compile_for_training(model, by_stage=False, warn=told.append)
+    with implementation(glue="compiled"):
+        for _ in range(2):
+            torch.testing.assert_close(model(images, targets), expected, rtol=1e-6, atol=1e-7)
+    (line,) = told
+    assert "the compiler failed in backbone_features; only the dense parts run compiled" in line
+    assert "no such instruction" in line

@@ -6,6 +6,7 @@ from detection.models.ops.backend import implementation
 from detection.models.ops.feature_table import (
     cell_table,
     level_layout,
+    maps_of_table,
     rows_of_table,
     shared_table,
     windows_3x3,
@@ -23,6 +24,8 @@ def test_windows_are_what_a_3x3_convolution_sees():
     patches = table[windows]  # [B, cells, 9, C]
     expected = [F.unfold(each, 3, padding=1).view(2, 3, 9, -1).permute(0, 3, 2, 1) for each in maps]
     assert torch.equal(patches, torch.cat(expected, dim=1))
+    for one, other in zip(maps_of_table(table, 2, sizes), maps, strict=True):
+        assert torch.equal(one, other) and one.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_readers_of_a_table_add_to_one_gradient_that_is_rounded_once():

@@ -6,11 +6,30 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from detection.models import model_config
+from detection.models.anchors import AnchorGenerator
 from detection.models.backbones.architectures import ARCHITECTURES
 from detection.models.backbones.resnet import Bottleneck, Convolutions, make_norm
+from detection.models.ops.backend import TRITON, implementation
+from detection.models.rpn import select_proposals
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
+
+
+def test_compiled_proposals_are_few_launches_around_suppression(script):
+    generated_code = script("gpu_checks.generated_code")
+    kernels, calls = [], []
+    code = generated_code.GeneratedCode(kernels.extend, lambda stage, operator, _: calls.append((stage, str(operator))))
+    config, device = model_config("faster_rcnn_r50_fpn"), torch.device("cpu")
+    with generated_code.pretended_h100(), FakeTensorMode(), implementation(**TRITON):
+        grid = AnchorGenerator(config)((320, 320), [(side, side) for side in (80, 40, 20, 10, 5)], device)
+        logits = torch.empty(2, len(grid.boxes_xyxy))
+        select = code.compiled(select_proposals, "proposals")
+        sizes = torch.empty(2, 2, dtype=torch.int64)
+        proposals = select(config, logits, torch.empty(*logits.shape, 4), grid, sizes, training=True)
+    assert proposals.boxes_xyxy.shape == (2, 1000, 4)
+    assert calls == [("proposals", "detection.keep_best.default")] and 10 < len(kernels) <= 27
 
 
 def test_a_compiled_block_makes_as_few_passes_over_its_maps_as_it_did(script):
