@@ -6,8 +6,9 @@
 
 pack takes any folder that train.py --data-path takes. It writes the annotations of each split as one file, which is
 opened at once whatever its size, and the images as tar shards with an index. The folder can be moved. images packs a
-folder of images alone. check reads everything and compares checksums. locate notes where the tar files are, if they do
-not stay beside the index: another folder, or an object store's address for fsspec.
+folder of images alone. unpack writes Hugging Face's Parquet files as a folder that pack and train.py take. check reads
+everything and compares checksums. locate notes where the tar files are, if they do not stay beside the index: another
+folder, or an object store's address for fsspec.
 
 Exit status: 0 done or sound, 1 something is wrong, 2 a wrong command.
 """
@@ -23,6 +24,7 @@ import checkout  # noqa: F401
 from data import read_coco
 from data.cache.packed_file import cache_folder
 from data.coco.checks import check_split
+from data.convert.parquet import unpack_parquet
 from data.errors import DataError
 from data.images.files import IMAGE_SUFFIXES, walk
 from data.images.shards import ShardsError, open_shards, pack_images, relocate
@@ -39,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     add_data_path(pack, without=("data_path", "classes"))
     images = commands.add_parser("images", help="write the shards of a folder of images")
     images.add_argument("images", type=Path, help="folder of images; those in folders below are taken too")
-    for command in (pack, images):
+    unpack = commands.add_parser("unpack", help="write the images and boxes of Parquet files as an imagefolder")
+    unpack.add_argument("parquet", type=Path, help="folder of Parquet files, as Hugging Face has them")
+    for command in (pack, images, unpack):
         command.add_argument("folder", type=Path, help="a new folder for what is written")
+    for command in (pack, images):
         command.add_argument("--shard-mb", type=int, default=1024, help="megabytes of a shard, about [1024]")
     check = commands.add_parser("check", help="read a packed set, or a folder of shards, and compare checksums")
     check.add_argument("folder", type=Path)
@@ -48,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     locate.add_argument("folder", type=Path, help="the folder with the index")
     locate.add_argument("location", help="a folder, an address for fsspec, or 'here'")
     arguments = parser.parse_args(argv)
-    does = {"pack": _pack, "images": _images, "check": _check, "locate": _locate}
+    does = {"pack": _pack, "images": _images, "unpack": _unpack, "check": _check, "locate": _locate}
     try:
         return does[arguments.command](arguments)
     except (DataError, OSError) as error:
@@ -95,6 +100,16 @@ def _images(arguments: argparse.Namespace) -> int:
             arguments.images, names, arguments.folder, shard_bytes=arguments.shard_mb << 20, progress=bar.update
         )
     print(f"{arguments.folder}: {len(shards):,} images in {shards.count} shards ({time.monotonic() - start:.1f} s)")
+    return 0
+
+
+def _unpack(arguments: argparse.Namespace) -> int:
+    start = time.monotonic()
+    with tqdm(unit="image", disable=None, leave=False) as bar:
+        counts = unpack_parquet(arguments.parquet, arguments.folder, bar.update)
+    parts = [f"{split} {count:,} images" for split, count in counts.items()]
+    print(f"{arguments.folder}: {'; '.join(parts)} ({time.monotonic() - start:.1f} s)")
+    print(f"check_dataset.py --data-path {arguments.folder}")
     return 0
 
 

@@ -37,7 +37,6 @@ OTHER_TOOLS = {
     "_annotations.createml.json": "CreateML",
     "via_region_data.json": "VGG Image Annotator",
     "metadata.csv": "an imagefolder without boxes, which only metadata.jsonl can hold",
-    "metadata.parquet": "an imagefolder in Parquet: write it as metadata.jsonl",
 }
 """Files of layouts that cannot be read."""
 
@@ -186,6 +185,8 @@ def _nothing_known(root: Path, files: Sequence[Path], data_format: str | None) -
               if any(file.name == name for file in files)]  # fmt: skip
     if suffixes.keys() & IMAGE_SUFFIXES and len(suffixes.keys() - IMAGE_SUFFIXES) == 0:
         lines.append("  There are images and no labels.")
+    if ".parquet" in suffixes:
+        lines.append(f"  Parquet files are unpacked first: scripts/pack_dataset.py unpack {root} FOLDER")
     lines += [
         "Read are: COCO's JSON files; YOLO's data.yaml, obj.data or class list with label files; Pascal VOC's XML",
         "files; LabelMe's JSON files; Hugging Face's metadata.jsonl with objects (docs/own_data.md has the table).",

@@ -7,7 +7,9 @@ from PIL import Image
 from data import read_coco
 from data.images.shards import open_shards
 from data.layouts.found_set import find_set
+from tests.data.convert.test_parquet import write_file
 from tests.data.layouts import exports
+from tests.data.layouts.exports import image
 
 
 def test_images_are_packed_checked_and_located(program, tmp_path, capsys):
@@ -68,3 +70,12 @@ def test_a_set_with_errors_is_not_packed(program, tmp_path, capsys, monkeypatch)
     assert program("pack_dataset", "pack", tmp_path / "set", tmp_path / "packed") == 1
     assert "image files are missing" in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
+
+
+def test_parquet_files_are_unpacked(program, tmp_path, capsys):
+    assert program("pack_dataset", "unpack", tmp_path, tmp_path / "folder") == 1
+    assert f"{tmp_path}: no Parquet files there" in capsys.readouterr().err
+    content = [image(tmp_path / "source" / "0.png", 0).read_bytes()]
+    write_file(tmp_path / "set" / "train.parquet", content)
+    assert program("pack_dataset", "unpack", tmp_path / "set", tmp_path / "folder") == 0
+    assert "folder: train 1 images" in capsys.readouterr().out
