@@ -53,6 +53,19 @@ def test_trackers_get_all_that_is_logged_and_a_broken_one_changes_nothing(argume
     assert recorder.ends == [True, True]
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_of_several_processes_the_main_one_alone_tells_trackers(ranks, program, arguments, tmp_path, records_of):
+    words = arguments(tmp_path / "run", "--max-epochs", "1")
+    with program("metrics/tracked_ranks.py", tmp_path, *words, ranks=ranks) as processes:
+        for process in processes:
+            assert (process.wait(timeout=300), process.stderr.read()) == (0, "")
+    assert sorted(file.name for file in tmp_path.glob("*.txt")) == ["0.txt"]
+    lines = (tmp_path / "0.txt").read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("start None", "finish True")
+    told = [int(line.split()[1]) for line in lines if line.startswith("scalars")]
+    assert told == [record["iteration"] for record in records_of(tmp_path / "run")]
+
+
 def test_a_tracker_that_is_not_installed_ends_the_run_before_it_begins(start, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(DetectionError, match="pip install wandb"):
