@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from detection.config import parse_arguments
-from schedules import load_schedule
+from schedules import load_schedule, with_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "reproduce_coco.sh"
@@ -40,9 +40,10 @@ def test_every_recipe_is_a_valid_command_with_the_batch_it_claims(monkeypatch):
         start = words.index("train.py")
         processes = int(words[1].removeprefix("--nproc_per_node=")) if words[0] == "torchrun" else 1
         config = parse_arguments(words[start + 1 :])
-        schedule = load_schedule(config.train.schedule)
+        overrides = dict(text.split("=", 1) for text in config.train.overrides)
+        schedule, _ = with_overrides(load_schedule(config.train.schedule), overrides)
         global_batch = processes * config.train.batch_size * (config.train.accumulate or 1)
-        assert schedule.name in name or schedule.name == "schedule_1x_adamw", name
+        assert schedule.name in name or schedule.name == "schedule_1x_adamw" or name.startswith("mask_lsj"), name
         # Where the batch is not the schedule's, the learning rate follows it.
         assert (global_batch == schedule.base_batch_size) != config.train.auto_scale_lr, name
         directories.add(config.output_dir)
