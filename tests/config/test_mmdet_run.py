@@ -49,6 +49,16 @@ def test_a_cascade_with_masks_has_a_mask_head_for_each_stage(tmp_path):
     assert parameters_of(config) == PARAMETERS["cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py"]
 
 
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [("model.train_cfg.rcnn.0.sampler", "OHEMSampler"), ("model.roi_head.bbox_head.0", "Shared4Conv1FCBBoxHead")],
+)
+def test_a_kind_of_one_stage_alone_is_refused(key, kind):
+    with pytest.raises(ConfigError, match="here the two are one setting"):
+        with_options(f"{key}.type={kind}", path=CASCADE)
+    assert with_options(*(f"{key.replace('0', str(n))}.type={kind}" for n in range(3)), path=CASCADE)
+
+
 def test_data_schedule_and_runtime_arrive_in_their_settings():
     config = with_options("resume=True", "default_hooks.checkpoint.max_keep_ckpts=-1", "work_dir=mine", path=CASCADE)
     data, train, output = config.data, config.train, config.output

@@ -141,6 +141,8 @@ _CONV_BOX_HEAD_KEYS: Keys = {
     "conv_out_channels": to("model.fpn_channels", whole(1, 4096), 256),
 }
 _BOX_HEADS: dict[str, Keys] = {"Shared2FCBBoxHead": _BOX_HEAD_KEYS, "Shared4Conv1FCBBoxHead": _CONV_BOX_HEAD_KEYS}
+_LAYERS = {"Shared2FCBBoxHead": (0, 2), "Shared4Conv1FCBBoxHead": (4, 1)}
+"""How many convolutions and hidden layers each has."""
 
 
 def _box_head(value: Any, place: Place, kinds: Mapping[str, Keys] = _BOX_HEADS) -> Any:
@@ -149,9 +151,10 @@ def _box_head(value: Any, place: Place, kinds: Mapping[str, Keys] = _BOX_HEADS) 
     if found["reg_decoded_bbox"] != (kind in _OVERLAP_LOSSES):
         message = f"{kind} compares {'boxes' if kind in _OVERLAP_LOSSES else 'deltas'}; give reg_decoded_bbox="
         raise place.at("loss_bbox").at("type").error(f"{message}{kind in _OVERLAP_LOSSES} beside it")
-    if found["type"] == "Shared4Conv1FCBBoxHead":
+    # Each kind says so: the stages of a cascade must have the same.
+    if (layers := _LAYERS.get(found["type"])) is not None:
         at = place.at("type")
-        found["layers"] = [Found("model.roi_num_convs", 4, at), Found("model.roi_num_hidden", 1, at)]
+        found["layers"] = [Found("model.roi_num_convs", layers[0], at), Found("model.roi_num_hidden", layers[1], at)]
     return found
 
 

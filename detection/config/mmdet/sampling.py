@@ -55,8 +55,11 @@ def _sampler(prefix: str, adds_boxes: bool) -> Check:
 
     def read(value: Any, place: Place) -> Any:
         found = read_typed(value, place, kinds, hint=f" (the others are not supported; {NEAREST}RandomSampler)")
-        is_ohem = found["type"] == "OHEMSampler"
-        return [found, Found("model.roi_sampler", "ohem", place.at("type"))] if is_ohem else found
+        if prefix == "rpn":
+            return found
+        # Each kind says so: the stages of a cascade must have the same.
+        name = "ohem" if found["type"] == "OHEMSampler" else "random"
+        return [found, Found("model.roi_sampler", name, place.at("type"))]
 
     return read
 
