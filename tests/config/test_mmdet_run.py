@@ -227,6 +227,29 @@ def test_resize_crop_and_padding_to_one_size_are_large_scale_jitter(tmp_path):
         jitter(800, 640)
 
 
+PIPELINE = """
+_base_ = %r
+train_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True), %s]))
+"""
+RESIZE, PACK = "dict(type='Resize', scale=(600, 400), keep_ratio=True)", "dict(type='PackDetInputs')"
+ACROSS, DOWN = (f"dict(type='RandomFlip', prob=0.5, direction='{each}')" for each in ("horizontal", "vertical"))
+
+
+def with_transforms(path, *transforms):
+    path.write_text(PIPELINE % (str(FASTER), ", ".join(transforms)))
+    return parsed(path=path).augmentation
+
+
+def test_flips_are_one_of_each_direction_behind_the_resize(tmp_path):
+    found = with_transforms(tmp_path / "c.py", RESIZE, ACROSS, DOWN, PACK)
+    assert (found.flip_probability, found.vertical_flip_probability) == (0.5, 0.5)
+    with pytest.raises(ConfigError, match="two RandomFlip of one direction"):
+        with_transforms(tmp_path / "c.py", RESIZE, ACROSS, ACROSS, PACK)
+    with pytest.raises(ConfigError, match="RandomFlip in another place"):
+        with_transforms(tmp_path / "c.py", RESIZE, ACROSS, PACK, DOWN)
+
+
 @pytest.mark.parametrize(("kind", "num_classes"), [("LVISV1Dataset", 1203), ("Objects365V2Dataset", 365)])
 def test_a_data_set_of_known_size_has_the_classes_of_its_file(kind, num_classes):
     def parse(count):

@@ -112,8 +112,11 @@ def _pipeline(training: bool) -> Check:
         known = names if training else sorted(names, key=order.index)  # theirs loads the boxes after the resize
         if tuple(each for each in known if each != "RandomFlip") != tuple(e for e in order if e != "RandomFlip"):
             raise place.error(f"is {' '.join(names)}; here it is {' '.join(order)}, each once and in this order")
-        if "RandomFlip" in names and names.index("RandomFlip") != 3:
+        flips = [step for step in found if isinstance(step, dict) and step["type"] == "RandomFlip"]
+        if names[3 : 3 + len(flips)] != ["RandomFlip"] * len(flips):
             raise place.error(f"has RandomFlip in another place than here: {' '.join(order)}")
+        if len({step["direction"] for step in flips}) < len(flips):
+            raise place.error("has two RandomFlip of one direction; make them one")
         at, resize = next(step for step in steps if step[1]["type"] in _RESIZES)
         if not training:
             longer, shorter = resize["scale"]
@@ -126,11 +129,10 @@ def _pipeline(training: bool) -> Check:
             found += [Found("train_scales", scales, at), Found("train_scale_sampling", sampling, at)]
         elif not any(isinstance(each, Found) and each.name == "lsj" for each in found):
             raise at.at("ratio_range").error("is done with a RandomCrop behind it alone, as large-scale jitter")
-        flips = {"horizontal": 0.0, "vertical": 0.0}
-        flips |= {step["direction"]: step["prob"] for step in found if isinstance(step, dict) and "prob" in step}
+        chances = {"horizontal": 0.0, "vertical": 0.0} | {step["direction"]: step["prob"] for step in flips}
         found += [
-            Found("flip_probability", flips["horizontal"], place),
-            Found("vertical_flip_probability", flips["vertical"], place),
+            Found("flip_probability", chances["horizontal"], place),
+            Found("vertical_flip_probability", chances["vertical"], place),
         ]
         return found
 
