@@ -250,6 +250,14 @@ def test_flips_are_one_of_each_direction_behind_the_resize(tmp_path):
         with_transforms(tmp_path / "c.py", RESIZE, ACROSS, PACK, DOWN)
 
 
+def test_a_random_resize_of_one_scale_needs_ratios(tmp_path):
+    resize = "dict(type='RandomResize', scale=%s, keep_ratio=True)"
+    found = with_transforms(tmp_path / "c.py", resize % "[(600, 400), (600, 500)]", ACROSS, PACK)
+    assert (found.train_scales, found.train_scale_sampling) == (((600, 400), (600, 500)), "range")
+    with pytest.raises(ConfigError, match=r"pipeline\.2\.scale: must be two scales where there is no ratio_range"):
+        with_transforms(tmp_path / "c.py", resize % "(600, 400)", ACROSS, PACK)
+
+
 @pytest.mark.parametrize(("kind", "num_classes"), [("LVISV1Dataset", 1203), ("Objects365V2Dataset", 365)])
 def test_a_data_set_of_known_size_has_the_classes_of_its_file(kind, num_classes):
     def parse(count):

@@ -124,6 +124,8 @@ def _pipeline(training: bool) -> Check:
             return found
         scales = resize["scales"] if "scales" in resize else resize["scale"]
         if resize.get("ratio_range") is None:
+            if resize["type"] == "RandomResize" and _is_scale(scales):
+                raise at.at("scale").unfit("must be two scales where there is no ratio_range", scales)
             scales = (scales,) if resize["type"] == "Resize" else scales
             sampling = "range" if resize["type"] == "RandomResize" else "choice"
             found += [Found("train_scales", scales, at), Found("train_scale_sampling", sampling, at)]
