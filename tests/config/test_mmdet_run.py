@@ -106,6 +106,15 @@ def test_several_data_sets_and_what_repeats_them_become_settings(tmp_path):
         several(tmp_path / "c.py", wrapper="dict(type='ConcatDataset', datasets=[%s])")
 
 
+@pytest.mark.parametrize(
+    "wrapper",
+    ["dict(type='RepeatDataset', times=3, dataset=%s)", "dict(type='ClassBalancedDataset', oversample_thr=0.01, dataset=%s)"],
+)
+def test_a_wrapper_round_another_of_its_kind_is_refused(tmp_path, wrapper):
+    with pytest.raises(ConfigError, match="is round another one; make them one"):
+        several(tmp_path / "c.py", wrapper=wrapper.replace("%s", wrapper))
+
+
 CHANGES = [
     ("model.backbone.norm_eval=False", lambda c: c.model.norm == "bn"),
     ("model.backbone.norm_cfg.requires_grad=False", lambda c: ("train_norm_affine", False) in c.model.settings),

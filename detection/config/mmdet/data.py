@@ -240,8 +240,11 @@ def _dataset(split: str) -> Check:
         kind = dictionary(value, place).get("type")
         if split == "train" and kind in _WRAPPERS:
             keys = {**_WRAPPERS[kind], "dataset": read, "lazy_init": idle("dataset")["lazy_init"]}
-            more = [Found("repeat_rounds_up", True, place)] if kind == "ClassBalancedDataset" else []
-            return [*found_in(read_typed(value, place, {kind: keys})), *more]
+            found = list(found_in(read_typed(value, place, {kind: keys})))
+            name = "repeat_threshold" if kind == "ClassBalancedDataset" else "repeat_times"
+            if [each.name for each in found if isinstance(each, Found)].count(name) > 1:
+                raise place.at("type").error(f"{kind} is round another one; make them one")
+            return [*found, *([Found("repeat_rounds_up", True, place)] if kind == "ClassBalancedDataset" else [])]
         if kind == "ConcatDataset":
             return _joined(read_typed(value, place, {kind: {**_CONCAT, "datasets": several(one)}})["datasets"])
         return one(value, place)
