@@ -238,7 +238,7 @@ def _dataset(split: str) -> Check:
 
     def read(value: Any, place: Place) -> list[Found | Idle]:
         kind = dictionary(value, place).get("type")
-        if split == "train" and kind in _WRAPPERS:
+        if split == "train" and isinstance(kind, str) and kind in _WRAPPERS:
             keys = {**_WRAPPERS[kind], "dataset": read, "lazy_init": idle("dataset")["lazy_init"]}
             found = list(found_in(read_typed(value, place, {kind: keys})))
             name = "repeat_threshold" if kind == "ClassBalancedDataset" else "repeat_times"

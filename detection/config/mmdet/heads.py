@@ -58,7 +58,7 @@ _OF_DELTAS = _box_loss("model.roi_loss_beta", _HEAD_WEIGHT)
 def _head_box_loss(value: Any, place: Place) -> Any:
     """A loss of deltas, or of decoded boxes."""
     kind = dictionary(value, place).get("type")
-    if kind not in _OVERLAP_LOSSES:
+    if not isinstance(kind, str) or kind not in _OVERLAP_LOSSES:
         return [_OF_DELTAS(value, place), Found("model.roi_box_loss", "l1", place)]
     name, own = _OVERLAP_LOSSES[kind]
     found = read_typed(value, place, {kind: {**own, "loss_weight": _HEAD_WEIGHT, "reduction": only("mean")}})
