@@ -132,6 +132,7 @@ CHANGES = [
     ),
     ("model.train_cfg.rcnn.sampler.type=OHEMSampler", lambda c: ("roi_sampler", "ohem") in c.model.settings),
     ("model.test_cfg.rcnn.nms.type=soft_nms", lambda c: ("soft_nms", "linear") in c.model.settings),
+    ("model.backbone.zero_init_residual=False", lambda c: ("zero_last_norms", False) in c.model.settings),
     ("model.backbone.init_cfg=None", lambda c: c.model.weights == "none"),
     ("load_from=https://host/weights.pth", lambda c: c.model.weights == "https://host/weights.pth"),
     ("load_from=theirs.pth", lambda c: c.model.weights == "theirs.pth"),

@@ -43,6 +43,8 @@ _STAGED: Keys = {
     "stage_with_dcn": only([False] * 4),
     "conv_cfg": CONVS["conv_cfg"],
     **{key: only(None) for key in ("dcn", "plugins", "pretrained")},
+    # Where weights are loaded, these decide.
+    "zero_init_residual": to("model.zero_last_norms", flag, True),
     **idle("backbone"),
 }
 """What ResNets and RegNets have in common."""

@@ -45,10 +45,7 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
         **_all("pad_mask mask_pad_value pad_seg seg_pad_value", OWN),
         **_all("non_blocking boxtype2tensor", OWN),
     },
-    "backbone": {
-        "with_cp": "it saves memory and changes no value",
-        "zero_init_residual": "the starting weights decide",
-    },
+    "backbone": {"with_cp": "it saves memory and changes no value"},
     "nms": {"split_thr": "it saves memory and changes no value"},
 }
 """Keys that change nothing here, by section, and why. Printed once at the start of a run."""
