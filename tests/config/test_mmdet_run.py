@@ -59,6 +59,18 @@ def test_a_kind_of_one_stage_alone_is_refused(key, kind):
     assert with_options(*(f"{key.replace('0', str(n))}.type={kind}" for n in range(3)), path=CASCADE)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_list_of_parts_has_one_of_each_stage(tmp_path, count):
+    text = "_base_ = %r\npart = _base_.model['roi_head']['bbox_roi_extractor']\n"
+    text += "model = dict(roi_head=dict(bbox_roi_extractor=[part] * %d))\n"
+    (tmp_path / "mine.py").write_text(text % (str(CASCADE), count))
+    if count == 3:
+        assert parsed(path=tmp_path / "mine.py").model == parsed(path=CASCADE).model
+        return
+    with pytest.raises(ConfigError, match="bbox_roi_extractor: is of 2 stages, and roi_head.num_stages is 3"):
+        parsed(path=tmp_path / "mine.py")
+
+
 def test_data_schedule_and_runtime_arrive_in_their_settings():
     config = with_options("resume=True", "default_hooks.checkpoint.max_keep_ckpts=-1", "work_dir=mine", path=CASCADE)
     data, train, output = config.data, config.train, config.output

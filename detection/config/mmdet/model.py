@@ -127,6 +127,11 @@ def _require_stages(model: Mapping[str, Any], place: Place) -> None:
     if model["roi_head"]["type"] != "CascadeRoIHead":
         return
     num_stages = model["roi_head"]["num_stages"]
+    for key in ("bbox_roi_extractor", "mask_roi_extractor", "mask_head"):
+        given = model["roi_head"][key]
+        if isinstance(given, tuple) and len(given) != num_stages:
+            message = f"is of {len(given)} stages, and roi_head.num_stages is {num_stages}; give one of each stage"
+            raise place.at("roi_head").at(key).error(message)
     settings = united(found_in(model))
     lengths = {"model.cascade_ious": 1, "model.cascade_delta_stds": 4, "model.cascade_loss_weights": 1}
     for name, numbers in lengths.items():
