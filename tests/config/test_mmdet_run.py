@@ -238,7 +238,9 @@ model = dict(data_preprocessor=dict(batch_augments=[dict(type='BatchFixedSizePad
 def test_resize_crop_and_padding_to_one_size_are_large_scale_jitter(tmp_path):
     def jitter(crop, padded, *words, base=FASTER):
         (tmp_path / "mine.py").write_text(JITTER % (str(base), base is not FASTER, crop, padded, padded))
-        return parsed(*words, path=tmp_path / "mine.py").augmentation
+        config = parsed(*words, path=tmp_path / "mine.py")
+        assert any("no other comes in its place: train_dataloader" in line for line in config.config_notes)
+        return config.augmentation
 
     found = jitter(640, 640)
     assert (found.lsj, found.lsj_range, found.train_scales) == (640, (0.2, 1.5), None)

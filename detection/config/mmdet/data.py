@@ -145,7 +145,10 @@ def _is_scale(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(type(each) is int for each in value)
 
 
-def _large_scale_jitter(steps: Sequence[tuple[Place, dict[str, Any]]]) -> list[Found]:
+_STAYS = "an image stays whatever the crop leaves of its boxes, as with False, and no other comes in its place"
+
+
+def _large_scale_jitter(steps: Sequence[tuple[Place, dict[str, Any]]]) -> list[Found | Idle]:
     """The settings of RandomResize with a range of ratios, RandomCrop and FilterAnnotations behind each other."""
     names = [step["type"] for _, step in steps]
     first = names.index("RandomCrop") - 1
@@ -159,12 +162,14 @@ def _large_scale_jitter(steps: Sequence[tuple[Place, dict[str, Any]]]) -> list[F
         raise at.at("crop_size").error("and the scale of the RandomResize before it must be one square here")
     if (low_high := resize["ratio_range"]) != tuple(sorted(low_high)):
         raise steps[first][0].at("ratio_range").unfit("must be a smaller and a larger number", low_high)
+    at_filter, rule = steps[first + 2]
     has_masks = any(step["type"] == "LoadAnnotations" and step["with_mask"] for _, step in steps)
     return [
         Found("lsj", size, at.at("crop_size")),
         Found("lsj_range", low_high, steps[first][0].at("ratio_range")),
         # Without masks it has no effect there either.
         Found("lsj_boxes_of_masks", crop["recompute_bbox"] and has_masks, at.at("recompute_bbox")),
+        *([Idle(_STAYS, at_filter.at("keep_empty"))] if rule["keep_empty"] else []),
     ]
 
 
