@@ -346,6 +346,19 @@ def test_weights_that_are_not_fetched_matter_neither_with_others_nor_on_a_resume
         parsed(*other)
 
 
+@pytest.mark.skipif(not wheel_configs().is_dir(), reason="MMDET_CONFIGS names no folder: mmdet/.mim/configs of a wheel")
+def test_the_head_of_c4_has_the_norm_of_the_backbone():
+    path = wheel_configs() / "faster_rcnn" / "faster-rcnn_r50-caffe_c4-1x_coco.py"
+    assert parsed("--weights", "any.pth", path=path).model.norm == "frozen_bn"
+    for option, key in (
+        ("model.roi_head.shared_head.norm_cfg.requires_grad=True", "shared_head.norm_cfg"),
+        ("model.backbone.norm_cfg.type=SyncBN", "shared_head.norm_cfg"),
+        ("model.backbone.norm_eval=False", "backbone.norm_eval"),
+    ):
+        with pytest.raises(ConfigError, match=f"{key}: must be .*one norm here"):
+            parsed("--weights", "any.pth", "--cfg-options", option, path=path)
+
+
 def test_a_name_that_a_file_gives_to_a_value_of_its_own_is_no_key(tmp_path):
     (tmp_path / "mine.py").write_text(FASTER.read_text() + "\nnorm_cfg = conv_cfg = dict(type='GN')\nimage_size = 3\n")
     assert parsed(path=tmp_path / "mine.py").model == parsed().model

@@ -98,10 +98,16 @@ def model_of(value: Any, place: Place) -> list[Found | Idle]:
 
 def _require_same_stage(model: Mapping[str, Any], place: Place) -> None:
     """The head's stage is one of the backbone's."""
+    head, backbone = model["roi_head"]["shared_head"], model["backbone"]
+    at = place.at("roi_head").at("shared_head")
     for key in ("depth", "style"):
-        if model["roi_head"]["shared_head"][key] != model["backbone"][key]:
-            message = f"must be the backbone's, {model['backbone'][key]!r}"
-            raise place.at("roi_head").at("shared_head").at(key).unfit(message, model["roi_head"]["shared_head"][key])
+        if head[key] != backbone[key]:
+            raise at.at(key).unfit(f"must be the backbone's, {backbone[key]!r}", head[key])
+    norms = [(each["norm_cfg"]["type"], each["norm_cfg"].get("requires_grad")) for each in (head, backbone)]
+    if norms[0] != norms[1]:
+        raise at.at("norm_cfg").error("must be that of the backbone: the two stages have one norm here")
+    if not backbone["norm_eval"]:
+        raise place.at("backbone").at("norm_eval").error("must be True, as in the head's stage: the two have one norm here")
 
 
 def _has_masks(roi_head: Mapping[str, Any], place: Place) -> bool:
