@@ -99,9 +99,7 @@ def _stripped(stored: StoredWeights, arguments: argparse.Namespace) -> dict[str,
         raise WeightsError(f"{arguments.input} has no detection head; a detector cannot be made of it")
     num_classes = len(stored.state[classifier_names(heads[0])[0]]) - 1
     names, ids = _categories(stored, arguments.categories, num_classes)
-    torchvision = stored.layout == "torchvision"
-    ours = "cascade_rcnn_r50_fpn" if len(heads) > 1 else "faster_rcnn_r50_fpn"
-    name = arguments.model or ("fasterrcnn_resnet50_fpn" if torchvision else ours)
+    name = arguments.model or _default_model(stored, len(heads) > 1)
     overrides = {"stride_in_1x1": True} if stored.stride_in_1x1 else {}
     model = build_model(name, num_classes, **overrides)
     report = load_weights(model, arguments.input)
@@ -114,6 +112,16 @@ def _stripped(stored: StoredWeights, arguments: argparse.Namespace) -> dict[str,
         category_ids=ids,
         preprocessing={"min_size": arguments.min_size, "max_size": arguments.max_size},
     )
+
+
+def _default_model(stored: StoredWeights, is_cascade: bool) -> str:
+    """The R50-FPN of the project the file is from, with masks where it has them."""
+    has_masks = any(name.startswith("mask_head.") for name in stored.origin)
+    if stored.layout == "torchvision":
+        return "maskrcnn_resnet50_fpn" if has_masks else "fasterrcnn_resnet50_fpn"
+    if has_masks:
+        return "cascade_mask_rcnn_r50_fpn" if is_cascade else "mask_rcnn_r50_fpn"
+    return "cascade_rcnn_r50_fpn" if is_cascade else "faster_rcnn_r50_fpn"
 
 
 def _meta(stored: StoredWeights) -> dict[str, Any]:

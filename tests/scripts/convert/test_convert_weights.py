@@ -80,6 +80,23 @@ def test_foreign_weights_become_a_detector_and_the_same_weights_again(name, layo
     assert same(again["state_dict"] if layout == "mmdet" else again, state)
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("mask_rcnn_r50_fpn", "mmdet"),
+        ("cascade_mask_rcnn_r50_fpn", "mmdet"),
+        ("maskrcnn_resnet50_fpn", "torchvision"),
+    ],
+)
+def test_the_masks_of_foreign_weights_stay_where_no_model_is_named(name, layout, convert, tmp_path):
+    model = build_model(name, 3)
+    torch.save(export_state_dict(model, layout), tmp_path / "theirs.pth")
+    (tmp_path / "categories.json").write_text(json.dumps(CATEGORIES))
+    options = ("--to", "ours", "--categories", tmp_path / "categories.json", "--output", tmp_path / "detector.pt")
+    assert convert(tmp_path / "theirs.pth", *options) == 0
+    assert same(load_detector(tmp_path / "detector.pt").model.state_dict(), model.state_dict())
+
+
 def test_an_existing_file_is_kept_unless_told_otherwise(convert, tmp_path, capsys):
     model = built("faster_rcnn_r18_fpn")
     torch.save(stripped_file(model.state_dict(), **settings(model)), tmp_path / "detector.pt")
