@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from checkout import program_parser
+from checkout import exit_status, program_parser
 from data import read_image
 from detection.evaluation import BACKENDS, LVIS_METRIC_NAMES, METRIC_NAMES
 from detection.evaluation.analysis import analyze_results
@@ -22,6 +22,10 @@ from detection.reporting import MetricsError, read_metrics
 
 
 def main(argv: list[str] | None = None) -> int:
+    return exit_status(lambda: _analyze(argv), ValueError, OSError)
+
+
+def _analyze(argv: list[str] | None) -> int:
     parser = program_parser(__doc__)
     add = parser.add_argument
     add("--annotations", required=True, metavar="FILE", help="COCO annotations with boxes")
@@ -39,19 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     if images is not None and not images.is_dir():
         print(f"error: --images {images}: there is no such folder", file=sys.stderr)
         return 2
-    try:
-        analysis = analyze_results(
-            arguments.annotations,
-            arguments.results,
-            backend=arguments.backend,
-            score_threshold=arguments.score_threshold,
-            num_worst_images=arguments.worst,
-            num_run=number_run(Path(arguments.results)),
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+    analysis = analyze_results(
+        arguments.annotations,
+        arguments.results,
+        backend=arguments.backend,
+        score_threshold=arguments.score_threshold,
+        num_worst_images=arguments.worst,
+        num_run=number_run(Path(arguments.results)),
+    )
     worst = [image["file_name"] for image in analysis["worst_images"]]
     if images is not None and worst and not any((images / name).is_file() for name in worst):
         print(f"error: --images {images} holds none of the images to show, for instance {worst[0]}", file=sys.stderr)

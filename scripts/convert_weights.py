@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             content = {"meta": _meta(stored), "state_dict": state} if arguments.to == "mmdet" else state
         with whole_file(arguments.output) as partial:
             torch.save(content, partial)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for note in stored.notes:

@@ -170,3 +170,6 @@ def test_the_program_ends_with_one_line_about_what_is_wrong(case, tmp_path):
     assert missing.returncode == 2 and "no such results file" in missing.stderr and "Traceback" not in missing.stderr
     other = run_program("--annotations", case[0], "--results", case[1], "--images", tmp_path)
     assert other.returncode == 2 and "holds none of the images to show" in other.stderr
+    for options in (("--results", tmp_path), ("--results", case[1], "--output-dir", case[1])):
+        done = run_program("--annotations", case[0], *options)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

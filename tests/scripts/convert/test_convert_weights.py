@@ -110,6 +110,13 @@ def test_an_existing_file_is_kept_unless_told_otherwise(convert, tmp_path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["detector.pt", "out.pth"]
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(convert, tmp_path, capsys):
+    model = built("faster_rcnn_r18_fpn")
+    torch.save(stripped_file(model.state_dict(), **settings(model)), tmp_path / "detector.pt")
+    assert convert(tmp_path / "detector.pt", "--to", "mmdet", "--output", tmp_path / "detector.pt" / "out.pth") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_the_file_can_be_converted_in_place(convert, tmp_path):
     model = built("faster_rcnn_r18_fpn")
     torch.save(stripped_file(model.state_dict(), **settings(model)), tmp_path / "detector.pt")
