@@ -155,6 +155,7 @@ class CocoEvaluator:
         metrics: dict[str, Any] = dict(figures_of(self.accumulated, truth))
         metrics["per_class"] = dict(zip(truth.class_names, per_class_ap(self.accumulated), strict=True))
         if detections.masks is not None and truth.masks is not None:
+            _check_sizes(truth, detections)
             of_masks = self.accumulated_masks = accumulate(self.backend, truth, detections, masks=True)
             metrics |= {SEGM + name: value for name, value in figures_of(of_masks, truth).items()}
             metrics[f"{SEGM}per_class"] = dict(zip(truth.class_names, per_class_ap(of_masks), strict=True))
@@ -179,6 +180,22 @@ class CocoEvaluator:
                 " evaluate against the annotations that the images were loaded from"
             )
         return unique
+
+
+def _check_sizes(truth: GroundTruth, detections: Detections) -> None:
+    """Masks of another size than those of their image have no overlap with any, and nothing would tell."""
+    assert truth.masks is not None and detections.masks is not None
+    sizes = np.zeros((len(truth.image_ids), 2), np.int64)
+    sizes[truth.box_images] = truth.masks.sizes
+    expected, found = sizes[truth.places_of(detections)[0]], detections.masks.sizes
+    wrong = np.flatnonzero((expected > 0).all(axis=1) & (expected != found).any(axis=1))
+    if len(wrong):
+        first = wrong[0]
+        raise EvaluationError(
+            f"{len(wrong)} masks are not of the size of their image, the first on image"
+            f" {detections.image_ids[first]}: {found[first, 1]} x {found[first, 0]} pixels, and {truth.source} says"
+            f" {expected[first, 1]} x {expected[first, 0]}. Give masks at the size of the images as they are stored."
+        )
 
 
 def evaluate_results(

@@ -20,6 +20,7 @@ from detection.evaluation import (
     METRIC_NAMES,
     CocoEvaluator,
     Detections,
+    EvaluationError,
     ResultsError,
     evaluate_results,
     read_results,
@@ -184,6 +185,17 @@ def test_results_whose_runs_do_not_fill_the_image_are_refused_with_their_entry(t
     (tmp_path / "r.json").write_text(json.dumps([good, good | {"segmentation": {"size": [2, 3], "counts": counts}}]))
     with pytest.raises(ResultsError, match=r"entry 1 .*segmentation is .*fill the image"):
         read_results(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "auto"])
+def test_masks_of_another_size_than_their_image_are_refused(tmp_path, backend):
+    seed = next(s for s in range(20) if json.loads(random_case(np.random.default_rng(s), tmp_path)[1].read_text()))
+    annotations, results = random_case(np.random.default_rng(seed), tmp_path)
+    rows = json.loads(results.read_text())
+    smaller = {"size": [HEIGHT // 2, WIDTH // 2], "counts": [0, HEIGHT * WIDTH // 4]}
+    results.write_text(json.dumps([*rows, rows[0] | {"segmentation": smaller}]))
+    with pytest.raises(EvaluationError, match=rf"1 masks .* image {rows[0]['image_id']}: 40 x 30 pixels, .* 80 x 60"):
+        evaluate_results(annotations, results, backend)
 
 
 def test_an_annotation_without_an_outline_is_judged_by_its_box_with_a_note(tmp_path):
