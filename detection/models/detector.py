@@ -122,7 +122,8 @@ def load_pixels(source: ImageInput) -> Tensor:
             f"an array of {source.dtype} with the shape {list(source.shape)} is no image; "
             "expected uint8 [height, width, 3], RGB"
         )
-    return torch.from_numpy(np.ascontiguousarray(source.transpose(2, 0, 1)))
+    # A copy: numpy calls a mirrored array of one column contiguous, and its negative stride stays.
+    return torch.from_numpy(source.transpose(2, 0, 1).copy())
 
 
 def _from_pil(image: Image.Image) -> Tensor:

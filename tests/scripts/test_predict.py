@@ -263,6 +263,11 @@ def test_test_time_augmentation_finds_the_same_in_a_image_and_its_mirror_image(p
     assert plain != one
 
 
+def test_an_image_of_one_column_is_looked_at_mirrored_too(predict, tmp_path):
+    Image.new("RGB", (1, 40)).save(tmp_path / "thin.png")
+    assert predict("--json", tmp_path / "found.json", "--tta", tmp_path / "thin.png") == 0
+
+
 def test_patterns_take_the_images_that_fit_each_once(predict, photos, tmp_path):
     (photos / "notes.txt").write_text("no image")
     options = ["--output-dir", tmp_path / "out", f"{photos}/*", f"{photos}/**/*.jpg", photos / "a.jpg"]
