@@ -85,10 +85,12 @@ def distinct_names(files: Sequence[Path]) -> list[str]:
 
 
 class ProtectedFiles:
-    """Input files that no output may replace, under whatever name (links, upper and lower case) it comes."""
+    """Input files that no output may replace, under whatever name (links, upper and lower case) it comes. Those that are
+    not there, as images in shards, are passed over."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._files = {(status.st_dev, status.st_ino): file for file in files for status in [file.stat()]}
+        there = (file for file in files if file.exists())
+        self._files = {(status.st_dev, status.st_ino): file for file in there for status in [file.stat()]}
 
     def check(self, target: Path) -> None:
         """Raises ImageFilesError where writing `target` would overwrite an input."""

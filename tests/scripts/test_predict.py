@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from data import read_coco
+from data import make_shapes, read_coco
 from detection.models import load_detector, paste_masks
 
 CLASS_NAMES = ["person", "race car", "cat"]
@@ -266,6 +266,18 @@ def test_test_time_augmentation_finds_the_same_in_a_image_and_its_mirror_image(p
 def test_an_image_of_one_column_is_looked_at_mirrored_too(predict, tmp_path):
     Image.new("RGB", (1, 40)).save(tmp_path / "thin.png")
     assert predict("--json", tmp_path / "found.json", "--tta", tmp_path / "thin.png") == 0
+
+
+def test_the_images_of_a_packed_set_are_found_and_one_that_is_missing_is_passed_over(predict, program, tmp_path, capsys):
+    make_shapes(tmp_path / "set", num_train=2, num_val=2)
+    assert program("pack_dataset", "pack", tmp_path / "set", tmp_path / "packed") == 0
+    options = ["--classes", "cat", "--min-score", 0, "--output-dir"]
+    assert predict("--data-path", tmp_path / "packed", *options, tmp_path / "a") == 0
+    assert len(list((tmp_path / "a").iterdir())) == 2
+    next((tmp_path / "set" / "val2017").iterdir()).unlink()
+    capsys.readouterr()
+    assert predict("--data-path", tmp_path / "set", *options, tmp_path / "b") == 1
+    assert "1 of 2 images could not be read" in capsys.readouterr().err
 
 
 def test_patterns_take_the_images_that_fit_each_once(predict, photos, tmp_path):
