@@ -138,13 +138,15 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
         mask_results = mask_results_path(arguments.json)
         protected.check(mask_results)
         if not arguments.overwrite:
-            for path in filter(None, (arguments.json, images_list, mask_results)):
+            for path in filter(None, (arguments.json, images_list)):
                 refuse_existing(path)
 
     detector = load_detector(
         arguments.weights, _device(arguments.device), own_code=(arguments.model, arguments.backbone)
     )
     if arguments.json is not None and detector.model.config.has_masks:
+        if not arguments.overwrite:
+            refuse_existing(mask_results)
         outputs.append(mask_results)
     labels = None if arguments.classes is None else find_labels(arguments.classes.split(","), detector.class_names)
     if arguments.save_masks is not None and not detector.model.config.has_masks:

@@ -203,6 +203,17 @@ def test_what_an_earlier_call_wrote_is_replaced_only_when_asked(predict, photos,
     assert json.loads((tmp_path / "r.json").read_text())
 
 
+def test_a_file_of_masks_stands_in_the_way_of_a_detector_with_masks_alone(
+    predict, program, detector_content, photos, tmp_path
+):
+    settings = SMALL | {"has_masks": False}
+    torch.save(detector_content("faster_rcnn_r18_fpn", 0, CLASS_NAMES, CATEGORY_IDS, **settings), tmp_path / "boxes.pt")
+    (tmp_path / "r_segm.json").write_text("mine")
+    assert predict("--json", tmp_path / "r.json", photos) == 2
+    assert program("predict", "--weights", tmp_path / "boxes.pt", "--json", tmp_path / "r.json", photos) == 0
+    assert (tmp_path / "r_segm.json").read_text() == "mine"
+
+
 def test_images_go_to_a_folder_of_their_own_where_nothing_is_said(predict, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert predict(photos / "b.png") == 0
