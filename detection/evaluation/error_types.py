@@ -15,12 +15,13 @@ import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
 from data.coco.run_lengths import RunLengths
+from detection.evaluation.federated import MAX_DETECTIONS as MAX_DETECTIONS_OF_LVIS
 from detection.evaluation.ground_truth import GroundTruth
 from detection.evaluation.results import Detections
 
 Shapes = npt.NDArray[np.float64] | RunLengths
 """Boxes xywh [n, 4], or masks"""
-MAX_DETECTIONS = 100  # per image and class, as COCOeval's last limit
+MAX_DETECTIONS = 100  # per image and class, as COCOeval's last limit; LVIS's counts those of all classes
 NONE = -1
 
 
@@ -77,7 +78,8 @@ def sort_outcomes(
     kinds = np.full(len(detections), Outcome.IGNORED, np.int8)
     targets = np.full(len(detections), NONE, np.int64)
     matched = np.zeros(truth.num_boxes, bool)
-    order = _surest_first_by_image(images, labels, detections.scores)
+    most = MAX_DETECTIONS if truth.federated is None else MAX_DETECTIONS_OF_LVIS
+    order = _surest_first_by_image(images, labels, detections.scores, most)
     box_order = np.argsort(truth.box_images, kind="stable")
     places = np.arange(len(truth.image_ids) + 1)
     row_bounds = np.searchsorted(images[order], places)
@@ -111,14 +113,14 @@ def sort_outcomes(
 
 
 def _surest_first_by_image(
-    images: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], scores: npt.NDArray[np.floating[Any]]
+    images: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], scores: npt.NDArray[np.floating[Any]], most: int
 ) -> npt.NDArray[np.int64]:
-    """Rows ordered by image and falling score, ties as they come, the 100 surest of each image and class."""
+    """Rows ordered by image and falling score, ties as they come, the `most` surest of each image and class."""
     by_class = np.lexsort((-scores, labels, images))
     groups = np.stack([images[by_class], labels[by_class]])
     starts = np.flatnonzero(np.diff(groups, prepend=NONE).any(axis=0))
     ranks = np.arange(len(by_class)) - np.repeat(starts, np.diff(starts, append=len(by_class)))
-    kept = np.sort(by_class[ranks < MAX_DETECTIONS])
+    kept = np.sort(by_class[ranks < most])
     return kept[np.lexsort((-scores[kept], images[kept]))]
 
 

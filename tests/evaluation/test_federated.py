@@ -21,6 +21,7 @@ from detection.evaluation import (
     metric_names,
     read_results,
 )
+from detection.evaluation.analysis import analyze_results
 
 needs_hotcoco = pytest.mark.skipif(
     importlib.util.find_spec("hotcoco") is None, reason="the optional package hotcoco is not installed"
@@ -156,6 +157,26 @@ def test_an_image_is_judged_for_the_classes_it_was_searched_for(tmp_path):
     evaluator = CocoEvaluator(tmp_path / "a.json")
     metrics = evaluator.evaluate(read_results(tmp_path / "r.json"))
     assert metrics["mAP"] < 0.6 and set(METRIC_NAMES) < set(metrics)
+
+
+def test_the_analysis_counts_more_than_a_hundred_detections_of_a_class_in_an_image(tmp_path):
+    boxes = [[10 * number, 0, 8, 40] for number in range(150)]
+    image = {"id": 1, "file_name": "a.jpg", "height": 600, "width": 2000}
+    annotations = [
+        {"id": number, "image_id": 1, "category_id": 1, "bbox": box, "area": 320}
+        for number, box in enumerate(boxes, start=1)
+    ]
+    content = {
+        "images": [image | {"neg_category_ids": [], "not_exhaustive_category_ids": []}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "a", "frequency": "f"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    rows = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5} for box in boxes]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    analysis = analyze_results(tmp_path / "a.json", tmp_path / "r.json")
+    assert analysis["errors"]["AP_50"] == analysis["metrics"]["mAP_50"] == 1.0
+    assert analysis["errors"]["counts"]["missed"] == 0
 
 
 def test_the_start_tells_what_pycocotools_will_cost_on_a_large_set(tmp_path):
