@@ -85,8 +85,10 @@ def distinct_names(files: Sequence[Path]) -> list[str]:
 
 
 class ProtectedFiles:
-    """Input files that no output may replace, under whatever name (links, upper and lower case) it comes. Those that are
-    not there, as images in shards, are passed over."""
+    """Input files that no output may replace, under whatever name (links, upper and lower case) it comes.
+
+    Those that are not there, as images in shards, are passed over.
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
         there = (file for file in files if file.exists())

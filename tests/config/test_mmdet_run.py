@@ -120,7 +120,10 @@ def test_several_data_sets_and_what_repeats_them_become_settings(tmp_path):
 
 @pytest.mark.parametrize(
     "wrapper",
-    ["dict(type='RepeatDataset', times=3, dataset=%s)", "dict(type='ClassBalancedDataset', oversample_thr=0.01, dataset=%s)"],
+    [
+        "dict(type='RepeatDataset', times=3, dataset=%s)",
+        "dict(type='ClassBalancedDataset', oversample_thr=0.01, dataset=%s)",
+    ],
 )
 def test_a_wrapper_round_another_of_its_kind_is_refused(tmp_path, wrapper):
     with pytest.raises(ConfigError, match="is round another one; make them one"):

@@ -279,7 +279,7 @@ def test_an_image_of_one_column_is_looked_at_mirrored_too(predict, tmp_path):
     assert predict("--json", tmp_path / "found.json", "--tta", tmp_path / "thin.png") == 0
 
 
-def test_the_images_of_a_packed_set_are_found_and_one_that_is_missing_is_passed_over(predict, program, tmp_path, capsys):
+def test_images_of_a_packed_set_are_found_and_a_missing_one_is_passed_over(predict, program, tmp_path, capsys):
     make_shapes(tmp_path / "set", num_train=2, num_val=2)
     assert program("pack_dataset", "pack", tmp_path / "set", tmp_path / "packed") == 0
     options = ["--classes", "cat", "--min-score", 0, "--output-dir"]

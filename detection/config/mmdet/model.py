@@ -107,7 +107,11 @@ def _require_same_stage(model: Mapping[str, Any], place: Place) -> None:
     if norms[0] != norms[1]:
         raise at.at("norm_cfg").error("must be that of the backbone: the two stages have one norm here")
     if not backbone["norm_eval"]:
-        raise place.at("backbone").at("norm_eval").error("must be True, as in the head's stage: the two have one norm here")
+        raise (
+            place.at("backbone")
+            .at("norm_eval")
+            .error("must be True, as in the head's stage: the two have one norm here")
+        )
 
 
 def _has_masks(roi_head: Mapping[str, Any], place: Place) -> bool:
