@@ -74,13 +74,19 @@ class Shards:
         try:
             facts = json.loads((folder / FACTS).read_bytes())
             if facts["version"] != VERSION:
-                raise ShardsError(f"{folder / FACTS}: is of version {facts['version']}, this program reads {VERSION}")
+                raise ShardsError(
+                    f"{folder / FACTS}: is of version {facts['version']}, this program reads {VERSION}: update it"
+                )
             self._shards: list[dict[str, Any]] = facts["shards"]
-            self.location: str = facts["location"] or str(folder)
+            if not all(each.keys() >= {"name", "bytes", "sha256"} for each in self._shards):
+                raise ValueError("a shard lacks its name, its bytes or its SHA-256")
+            self.location: str = os.fspath(facts["location"] or folder)
             self._rows = np.load(folder / INDEX, mmap_mode="r")
             if self._rows.dtype != ROW or len(self._rows) != facts["num_images"]:
                 raise ValueError(f"{len(self._rows)} rows for {facts['num_images']} images")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except ShardsError:
+            raise
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardsError(
                 f"{folder}: the index of the shards ({FACTS}, {INDEX}) cannot be read: {error}. "
                 "Copy both again from where the set was packed, or pack it again: scripts/pack_dataset.py"

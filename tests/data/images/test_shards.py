@@ -112,21 +112,32 @@ def test_lost_and_damaged_shards_are_findings_that_name_them(images, packed):
     assert "shard-000000.tar has" in str(finding) and "shard-000001.tar is missing" in str(finding)
 
 
-@pytest.mark.parametrize("damage", ["no index", "short index", "another version", "no facts"])
+CHANGED_FACTS = {
+    "another version": {"version": 9},
+    "shards without size": {"shards": [{"name": "shard-000000.tar"}]},
+    "shards that are none": {"shards": [1]},
+    "location that is none": {"location": 5},
+}
+
+
+@pytest.mark.parametrize("damage", ["no index", "short index", "empty index", "no facts", *CHANGED_FACTS])
 def test_an_index_that_cannot_be_read_is_a_finding(images, packed, damage):
     if damage == "no index":
         (packed / "shards.npy").unlink()
     elif damage == "short index":
         (packed / "shards.npy").write_bytes((packed / "shards.npy").read_bytes()[:-30])
-    elif damage == "another version":
+    elif damage == "empty index":
+        (packed / "shards.npy").write_bytes(b"")
+    elif damage in CHANGED_FACTS:
         (packed / "shards.json").write_text(
-            json.dumps(json.loads((packed / "shards.json").read_text()) | {"version": 9})
+            json.dumps(json.loads((packed / "shards.json").read_text()) | CHANGED_FACTS[damage])
         )
     else:
         (packed / "shards.json").write_text("[]")
     annotations = read_coco(images.parent / "annotations" / "instances_train2017.json")
     (finding,) = check_files(annotations, packed)
     assert finding.code == "unusable-shards" and "shards" in str(finding)
+    assert ("Copy both again" in str(finding)) == (damage != "another version")
 
 
 def test_nothing_is_overwritten_and_an_unfinished_pack_is_no_set(images, tmp_path):
