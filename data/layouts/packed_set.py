@@ -12,6 +12,7 @@ ones. packed_set.json is written last: a folder without it was not packed to its
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def write_set(
     for name, (read, images) in splits.items():
         write_annotations(read, target / f"{name}.packed")
         if with_images:
-            names = dict.fromkeys(read.file_name(index) for index in range(len(read)))
+            # An image may be named as a.jpg and as ./a.jpg.
+            names = dict.fromkeys(posixpath.normpath(read.file_name(index)) for index in range(len(read)))
             pack_images(images, names, target / name, shard_bytes=shard_bytes, progress=progress)
         entries[name] = {
             "annotations": f"{name}.packed",

@@ -7,9 +7,10 @@ import pytest
 
 from data.cache.packed_file import MAGIC
 from data.coco.annotations import AnnotationError, find_fatal, read_coco, share_coco, shared_coco, write_annotations
+from data.coco.checks import check_files
 from data.convert.conversion import ConversionError
 from data.layouts.found_set import Wanted, find_set
-from data.layouts.packed_set import RECORD, PackedSetError, write_set
+from data.layouts.packed_set import RECORD, PackedSetError, damaged, write_set
 from tests.data.layouts import exports
 
 
@@ -107,6 +108,20 @@ def test_images_that_were_not_packed_stay_where_they_are(packed_set, tmp_path):
     (tmp_path / "set").rename(tmp_path / "elsewhere")
     with pytest.raises(PackedSetError, match="val2017: is missing|train2017: is missing"):
         find_set(tmp_path / "annotations_only", tmp_path / "cache")
+
+
+def test_an_image_that_is_named_in_two_ways_is_packed_once(tmp_path):
+    exports.coco_own(tmp_path / "set")
+    found = find_set(tmp_path / "set", tmp_path / "cache").splits["train"]
+    content = json.loads(found.annotations.read_text())
+    first = content["images"][0]
+    content["images"].append(first | {"id": 1000, "file_name": f"./{first['file_name']}"})
+    found.annotations.write_text(json.dumps(content))
+    read = read_coco(found.annotations, masks=True)
+    write_set(tmp_path / "packed", {"train": (read, found.images)})
+    (packed,) = find_set(tmp_path / "packed", tmp_path / "cache").splits.values()
+    assert [finding.code for finding in check_files(read_coco(packed.annotations), packed.images)] == ["repeated-file"]
+    assert not damaged(tmp_path / "packed")
 
 
 def test_a_set_that_cannot_be_opened_is_named(packed_set, tmp_path):
