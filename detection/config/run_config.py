@@ -75,7 +75,9 @@ def names_of(paths: Sequence[Path]) -> tuple[str, ...]:
             folder = folder.parent
         folders.append(folder.name)
     names = folders if len(set(folders)) == len(folders) else [path.stem for path in paths]
-    return tuple(name if names.count(name) == 1 else f"{name}_{i + 1}" for i, name in enumerate(names))
+    while len(set(names)) < len(names):
+        names = [name if names.count(name) == 1 else f"{name}_{i + 1}" for i, name in enumerate(names)]
+    return tuple(names)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 
 from detection.config import ConfigError, RunConfig, parse_arguments
 from detection.config.options_page import PAGE, options_page
+from detection.config.run_config import names_of
 from detection.config.settings import settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +178,18 @@ def test_options_are_not_abbreviated():
 )
 def test_the_output_directory_is_named_for_model_schedule_and_set(words: str, folder: str):
     assert parse_arguments(words.split()).output_dir == Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/coins", "b/keys"], ("coins", "keys")),
+        (["a/coins", "b/coins"], ("coins_1", "coins_2")),
+        (["a/x", "b/x", "c/x_1"], ("x_1_1", "x_2", "x_1_3")),
+    ],
+)
+def test_every_set_has_a_name_of_its_own(paths: list[str], names: tuple[str, ...]):
+    assert names_of([Path(path) for path in paths]) == names
 
 
 def test_the_configuration_is_plain_types_for_json():
