@@ -15,6 +15,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from data.coco.columns import MAX_COORDINATE
 from data.convert.conversion import (
     SHARED_TEXTS,
     ConversionError,
@@ -161,11 +162,12 @@ def _shapes(shapes: Any) -> Iterator[tuple[str, Any, str, list[tuple[Decimal, De
     """Label, group, kind and points of each shape. Raises ValueError, KeyError or TypeError where it is none."""
     for shape in shapes:
         points = [(Decimal(x), Decimal(y)) for x, y in shape["points"]]
-        if not all(value.is_finite() for point in points for value in point):
-            raise ValueError("points that are no numbers")
+        if not all(value.is_finite() and -MAX_COORDINATE <= value <= MAX_COORDINATE for p in points for value in p):
+            raise ValueError("points that are no numbers, or beyond any image")
         label, group = shape["label"], shape.get("group_id")
-        if not isinstance(label, str) or not label or not isinstance(group, int | str | None):
+        if not isinstance(label, str) or not label.strip() or "\0" in label or not isinstance(group, int | str | None):
             raise ValueError(f"label {label!r:.40}, group_id {group!r:.40}")
+        label.encode()  # half a surrogate pair is no text
         yield label, group, str(shape.get("shape_type") or "polygon"), points
 
 

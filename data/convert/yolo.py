@@ -292,7 +292,7 @@ def _parse_line(
     if not 0 <= index < len(class_names) or index != int(index):
         last = len(class_names) - 1
         raise LeftOut("unknown-class", f"{place}: class {words[0]}, and the class list goes from 0 to {last}")
-    if max(map(abs, values)) > MAX_FRACTION:
+    if not all(-MAX_FRACTION <= value <= MAX_FRACTION for value in values):  # abs fails on 1e99999999
         raise LeftOut("not-fractions", f"{place}: {line.strip()[:60]!r}")
     ring: Ring = ()
     if is_polygon:

@@ -81,6 +81,18 @@ def test_an_image_without_a_file_is_background(read, tmp_path):
         ({"text": '{"shapes": [{"label": "a", "points": [[1]]}], "imagePath": "a.jpg"}'}, "faulty-file"),
         ({"text": '{"shapes": [{"label": "a", "points": [[1, NaN]]}], "imagePath": "a.jpg"}'}, "faulty-file"),
         ({"text": '{"shapes": [{"label": 1, "points": [[1, 1]]}], "imagePath": "a.jpg"}'}, "faulty-file"),
+        *(
+            ({"text": json.dumps({"shapes": [shape(label=label)], "imagePath": "a.jpg"})}, "faulty-file")
+            for label in (" ", "a\0b", "\ud800")
+        ),
+        *(
+            (
+                {"text": json.dumps({"shapes": [shape(kind=kind)], "imagePath": "a.jpg"}).replace("14", far)},
+                "faulty-file",
+            )
+            for kind in ("polygon", "circle")
+            for far in ("1e30", "1e999999", "-1e99999999", "1" + "0" * 400)
+        ),
         ({"text": '{"shapes": 1, "imagePath": "a.jpg"'}, "faulty-file"),
     ],
 )

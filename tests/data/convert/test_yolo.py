@@ -96,6 +96,7 @@ def test_rounding_at_the_edge_is_not_worth_a_remark(read):
         ("0.5 0.5 0.5 0.1 0.1", "unknown-class", "class 0.5"),
         ("1e999999999 0.5 0.5 0.1 0.1", "unknown-class", "class 1e999999999"),
         ("0 320 240 20 20", "not-fractions", "'0 320 240 20 20'"),
+        ("0 0.5 0.5 1e99999999 0.1", "not-fractions", "1e99999999"),
     ],
 )
 def test_what_cannot_be_put_right_is_named_with_file_and_line_and_leaves_the_image_out(read, line, code, said):
