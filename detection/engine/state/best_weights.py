@@ -32,7 +32,8 @@ def write_best_weights(target: Path, state: Mapping[str, Any]) -> None:
     content |= {
         "iteration": state["iteration"],
         "epoch": state["best_epoch"],
-        "metric": {ending["best_metric"]: ending["best_value"]} if ending.get("best_value") is not None else {},
+        # The best value of the loss is kept negated: the higher the better.
+        "metric": {ending["best_metric"]: abs(ending["best_value"])} if ending.get("best_value") is not None else {},
         "averaged": state["ema"] is not None,
         "data_digest": state["run"]["data_digest"],
         "program": f"detection-harness {_version()}",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import read_coco
-from detection.engine.state.best_weights import complete_best_weights
+from detection.engine.state.best_weights import complete_best_weights, write_best_weights
 from detection.engine.state.checkpoint import BEST, LAST
 from detection.engine.state.checkpoint_store import CheckpointStore
 from detection.models import load_detector
@@ -55,6 +55,14 @@ def test_what_a_kill_left_behind_best_is_made_again(left, tmp_path):
     assert described(target)["iteration"] == 2
     assert read_safetensors(target)[0]["w"].unique().tolist() == [2.0]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [target.name]
+
+
+def test_the_metric_is_the_figure_of_the_validation(tmp_path):
+    for metric, value, said in (("mAP_50", 0.5, 0.5), ("loss", -1.25, 1.25)):
+        write_best_weights(
+            tmp_path / "w", state_at(1, best_epoch=1, ending={"best_metric": metric, "best_value": value})
+        )
+        assert described(tmp_path / "w")["metric"] == {metric: said}
 
 
 def test_without_a_best_the_last_weights_are_taken(tmp_path):
