@@ -316,9 +316,10 @@ def _encoded(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decoded(record: dict[str, Any]) -> dict[str, Any]:
     for key, text in record.pop(NONFINITE_KEY, {}).items():
-        outer, _, inner = key.partition("/")
-        if inner:
-            record[outer][inner] = float(text)
-        else:
-            record[outer] = float(text)
+        holder, name = record, key
+        # The name of a class may have a slash of its own.
+        while name not in holder:
+            outer, _, name = name.partition("/")
+            holder = holder[outer]
+        holder[name] = float(text)
     return record

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from detection.reporting import MetricsError, MetricsLog, read_metrics
+from detection.reporting import MetricsError, MetricsLog, points_of, read_metrics
 
 
 @pytest.fixture
@@ -66,6 +66,17 @@ def test_nan_and_infinity_are_written_for_strict_json_readers_and_read_back(path
     assert first == {key: value for key, value in written.items() if key != "loss"}
     assert math.isnan(second["per_class"]["a/b"])
     assert second["per_class"]["c"] == 0.5
+
+
+def test_nan_and_infinity_of_several_sets_are_read_back(path):
+    write(path, {"kind": "val", "iteration": 0, "sets": {"a": {"mAP": math.inf, "per_class": {"x/y": -math.inf}}}})
+    (record,) = read_metrics(path)
+    assert record == {
+        "kind": "val",
+        "iteration": 0,
+        "sets": {"a": {"mAP": math.inf, "per_class": {"x/y": -math.inf}}},
+    }
+    assert points_of(record) == {"val/a/mAP": math.inf, "val/a/AP/x/y": -math.inf}
 
 
 def test_numbers_of_numpy_and_torch_are_written_as_plain_numbers(path):
