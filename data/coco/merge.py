@@ -22,15 +22,10 @@ def joint_classes(
 
     class_map: other names that classes of any file get. meant: names that are different classes however alike.
 
-    Raises AnnotationError for one of several files that is LVIS's, where names differ only in case, blanks or other
-    signs and neither `class_map` nor `meant` says what is meant, and where no file has a class that is mapped.
+    Raises AnnotationError where names differ only in case, blanks or other signs and neither `class_map` nor `meant`
+    says what is meant, and where no file has a class that is mapped.
     """
     class_map = class_map or {}
-    if len(sets) > 1 and (federated := [each.source for each in sets if each.federated is not None]):
-        raise AnnotationError(
-            f"{federated[0]}: its images were searched for some classes each (LVIS), by which several sets cannot be "
-            "judged together: give it alone"
-        )
     before = dict.fromkeys(name for each in sets for name in each.class_names)
     for name in class_map:
         if name not in before:
@@ -53,6 +48,15 @@ def joint_classes(
                 f"is: --class-map {others} makes them one class, --class-map {each} keeps them apart"
             )
     return names
+
+
+def require_one_kind(sets: Sequence[CocoAnnotations]) -> None:
+    """Raises AnnotationError for one of several files that is LVIS's."""
+    if len(sets) > 1 and (federated := [each.source for each in sets if each.federated is not None]):
+        raise AnnotationError(
+            f"{federated[0]}: its images were searched for some classes each (LVIS), by which several sets cannot be "
+            "judged together: give it alone"
+        )
 
 
 def _first_with(name: str, sets: Sequence[CocoAnnotations], class_map: Mapping[str, str]) -> str:

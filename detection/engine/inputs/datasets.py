@@ -25,7 +25,7 @@ from data.coco.annotations import Words, share_coco, shared_coco
 from data.coco.checks import check_copies
 from data.coco.findings import examples
 from data.coco.layout import SplitFiles
-from data.coco.merge import into_classes, joint_classes
+from data.coco.merge import into_classes, joint_classes, require_one_kind
 from data.layouts.found_set import LISTED, FoundSet, Wanted, find_set
 from data.loading.dataset import kept_boxes
 from detection.config.run_config import DataConfig, names_of
@@ -243,6 +243,8 @@ def _labeled(
     config: DataConfig, files: DatasetFiles, read: Mapping[Path, CocoAnnotations]
 ) -> dict[Path, CocoAnnotations]:
     """The annotations with the labels that a model learns."""
+    for of_split in (files.train, files.val, files.test):
+        require_one_kind([read[split.annotations] for split in of_split])
     leading = files.train or files.val or files.test
     if len(leading) == 1 and not config.class_map:
         return {path: _of_own_classes(config, files, annotations) for path, annotations in read.items()}

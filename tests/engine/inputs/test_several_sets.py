@@ -111,6 +111,20 @@ def test_what_cannot_be_merged_or_shared_is_named(more, message, start, words, t
         start(tmp_path / "run", *given, "--dry-run")
 
 
+@pytest.mark.parametrize("lvis_first", [True, False])
+def test_several_validation_sets_of_which_one_is_lvis_are_refused(lvis_first, shapes_set, start, tmp_path):
+    names, images = "annotations/instances_{}2017.json", shapes_set / "val2017"
+    content = json.loads((shapes_set / names.format("val")).read_text())
+    for image in content["images"]:
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    lvis, plain = tmp_path / "lvis.json", shapes_set / names.format("val")
+    lvis.write_text(json.dumps(content))
+    words = ["--train-images", shapes_set / "train2017", "--train-annotations", shapes_set / names.format("train")]
+    words += ["--val-images", images, images, "--val-annotations", *([lvis, plain] if lvis_first else [plain, lvis])]
+    with pytest.raises(RunError, match=r"lvis\.json: its images were searched for some classes each \(LVIS\)"):
+        start(tmp_path / "run", *map(str, words), "--dry-run")
+
+
 def test_files_and_shares_that_do_not_fit_are_refused_by_the_command_line():
     pairs = ["--train-images", "a", "--train-annotations", "a.json", "b.json"]
     with pytest.raises(ConfigError, match="--train-images names 1 folders and --train-annotations 2 files"):
