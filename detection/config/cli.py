@@ -270,6 +270,15 @@ def _check_options(config: RunConfig, given: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{flag} is for the folder of --data-path: give that in place of the files, or leave {flag} away"
             )
+    augmentation = config.augmentation
+    named = {
+        "--class-map": [pair.partition("=")[0] for pair in data.class_map],
+        "--class-shares": [pair.rpartition("=")[0] for pair in augmentation.class_shares or ()],
+        "--set-shares": [pair.rpartition("=")[0] for pair in augmentation.set_shares or ()],
+    }
+    for flag, names in named.items():
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"{flag} names {twice[0]!r} twice: give it once")
     num_sets = len(data.train_annotations or data.folders)
     if config.augmentation.set_shares is not None and num_sets == 1:
         raise ConfigError("--set-shares is for several data sets, and there is one: leave it away")

@@ -131,6 +131,9 @@ def test_files_and_shares_that_do_not_fit_are_refused_by_the_command_line():
         parse_arguments(pairs)
     with pytest.raises(ConfigError, match="--set-shares is for several data sets, and there is one"):
         parse_arguments(["--data-path", "a", "--set-shares", "a=1"])
+    for flag in ("--class-map", "--class-shares", "--set-shares"):
+        with pytest.raises(ConfigError, match=f"{flag} names 'a' twice"):
+            parse_arguments(["--data-path", "a", "b", flag, "a=1", "b=1", "a=2"])
 
 
 def test_lists_of_vocs_image_sets_are_sets_with_all_classes_and_vocs_metric(start, records_of, tmp_path, monkeypatch):
