@@ -350,14 +350,14 @@ def outline(mask: np.ndarray) -> tuple[tuple[int, ...], ...]:
     ends: dict[tuple[int, int], list[tuple[int, int]]] = {}
     # The edges of the pixels, each as long as the border is straight, with the mask on its right.
     for steps, turned in ((np.diff(padded, axis=0)[:, 1:-1], False), (np.diff(padded, axis=1)[1:-1].T, True)):
-        for line, values in enumerate(steps):
-            changes = np.flatnonzero(np.diff(values, prepend=0, append=0))
-            for first, last in zip(changes[:-1].tolist(), changes[1:].tolist(), strict=True):
-                if values[first]:
-                    forward = (values[first] > 0) != turned
-                    start, end = (first, last) if forward else (last, first)
-                    corners = ((line, start), (line, end)) if turned else ((start, line), (end, line))
-                    ends.setdefault(corners[0], []).append(corners[1])
+        lines, places = np.nonzero(np.diff(steps, axis=1, prepend=0, append=0))
+        runs = zip(lines[:-1].tolist(), lines[1:].tolist(), places[:-1].tolist(), places[1:].tolist(), strict=True)
+        for line, next_line, first, last in runs:
+            if line == next_line and steps[line, first]:
+                forward = (steps[line, first] > 0) != turned
+                start, end = (first, last) if forward else (last, first)
+                corners = ((line, start), (line, end)) if turned else ((start, line), (end, line))
+                ends.setdefault(corners[0], []).append(corners[1])
     loops = []
     while ends:
         start = min(ends)
