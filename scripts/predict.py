@@ -130,6 +130,8 @@ def _predict(arguments: argparse.Namespace, console: Console) -> int:
     protected = ProtectedFiles([*files, *others])
     images_list = None
     if arguments.json is not None:
+        if arguments.json.is_dir():
+            raise PredictionError(f"--json {arguments.json}: is a folder; name a file")
         protected.check(arguments.json)
         if arguments.annotations is None:
             images_list = arguments.json.with_name(f"{arguments.json.stem}_images.json")

@@ -22,8 +22,8 @@ def joint_classes(
 
     class_map: other names that classes of any file get. meant: names that are different classes however alike.
 
-    Raises AnnotationError where names differ only in case, blanks or other signs and neither `class_map` nor `meant`
-    says what is meant, and where no file has a class that is mapped.
+    Raises AnnotationError where `class_map` joins classes of LVIS's, where names differ only in case, blanks or other
+    signs and neither `class_map` nor `meant` says what is meant, and where no file has a class that is mapped.
     """
     class_map = class_map or {}
     before = dict.fromkeys(name for each in sets for name in each.class_names)
@@ -35,6 +35,13 @@ def joint_classes(
                 + (f" (did you mean {near[0]!r}?)" if near else f"; there are {examples(map(repr, before))}")
             )
     names = tuple(dict.fromkeys(class_map.get(name, name) for name in before))
+    for file in sets:
+        mapped = {class_map.get(name, name) for name in file.class_names}
+        if file.federated is not None and len(mapped) < len(file.class_names):
+            raise AnnotationError(
+                f"{file.source}: says of each image which classes it was searched for (LVIS), so they cannot be "
+                "joined: leave --class-map away"
+            )
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault("".join(filter(str.isalnum, name.casefold())) or name, []).append(name)

@@ -115,7 +115,7 @@ def compressed(segmentation: Any, height: int, width: int) -> bytes | None:
     if isinstance(counts, list):
         if not all(type(count) is int and 0 <= count <= height * width for count in counts):
             return None
-        if sum(counts) != height * width:
+        if sum(counts) != height * width or height * width >= 2**32:
             return None
         return mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
     if isinstance(counts, str):

@@ -78,6 +78,8 @@ def find_set(
     if (packed := read_set(root)) is not None:
         if wanted.val_fraction is not None:
             raise ConversionError(f"{root} is packed with its splits: give --val-fraction to scripts/pack_dataset.py")
+        if wanted.data_format is not None:
+            raise ConversionError(f"{root} is a packed set: leave --data-format away")
         return FoundSet(f"a packed set in {root}", packed)
     incomplete: MissingDataset | None = None
     standard = standard_layout(root)

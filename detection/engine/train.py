@@ -439,7 +439,15 @@ def _open_logger(context: RunContext, components: Components, progress: Progress
         write_json(output.config, record)
         describe = partial(_describe, context, schedule, configuration_text(record))
         trackers = _tracker_feeds(context, record, progress.iteration)
-        logger = MetricLogger(console, log, board, describe=describe, best_epoch=progress.best_epoch, trackers=trackers)
+        logger = MetricLogger(
+            console,
+            log,
+            board,
+            describe=describe,
+            best_epoch=progress.best_epoch,
+            best_metric=progress.ending.best_metric,
+            trackers=trackers,
+        )
         logger.flush()
         output.mark_as_begun(context.processes.nodes)
     except OSError as error:

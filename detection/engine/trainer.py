@@ -187,4 +187,7 @@ class Trainer:
     def save(self, names: list[str]) -> None:
         """Write a checkpoint, with the figures up to here."""
         self.write_log()
+        if self.budget is not None:
+            ending = self.state.progress.ending
+            ending.seconds = self.budget.counted(ending.seconds)
         self.checkpoints.save(self.state, names)

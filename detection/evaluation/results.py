@@ -207,7 +207,7 @@ def _write_rows(path: str | os.PathLike[str], count: int, rows: Iterator[str]) -
 def read_results(path: str | os.PathLike[str]) -> Detections:
     """Reads a COCO results file of any program, of boxes or of masks; other keys are passed over.
 
-    Entries without "bbox" have a "segmentation" of run lengths. Their boxes are those round the masks.
+    Entries may have a "segmentation" of run lengths; without "bbox", their boxes are those round the masks.
 
     Returns:
         Detections in float64, rows in the file's order.
@@ -233,9 +233,10 @@ def read_results(path: str | os.PathLike[str]) -> Detections:
     if not rows:
         return Detections.empty()
     masks = None
-    if isinstance(rows[0], dict) and "bbox" not in rows[0] and "segmentation" in rows[0]:
+    first = rows[0] if isinstance(rows[0], dict) else {}
+    if isinstance(first.get("segmentation"), dict) or ("segmentation" in first and "bbox" not in first):
         masks = _masks_of(source, rows)
-        rows = [row | {"bbox": box} for row, box in zip(rows, masks.boxes_xywh().tolist(), strict=True)]
+        rows = [{"bbox": box} | row for row, box in zip(rows, masks.boxes_xywh().tolist(), strict=True)]
     try:
         arrays = [np.array([row[key] for row in rows]) for key in RESULT_KEYS]
         image_ids, category_ids, boxes, scores = (array.astype(np.float64) for array in arrays)

@@ -1,4 +1,4 @@
-"""Memory of the main process and of its workers, epoch after epoch; and how long workers take to start."""
+"""Memory of the main process and of its workers, epoch after epoch, or of many processes that have one set."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkout  # noqa: F401
 from benchmarks.figures import BenchmarkError, Say, add_common_arguments, format_table, in_own_process
-from benchmarks.scenes import draw_sizes, write_annotations, write_images
+from benchmarks.scenes import draw_sizes, write_annotations, write_boxes, write_images
 from data import CocoDataset, TrainLoader, read_coco
+from data.coco.annotations import share_coco, shared_coco
 
 OURS, PEER = "ours", "a list of dicts"
 _NUM_FILES = 24
 _DRAWN_IMAGES = 2000
 """What these hold is repeated."""
+_SHARED_SIZE, _BATCHES, _SMALL_SET = (400, 400), 4, 1000
+"""Of a set that many processes share: its images, what is taken of it, and the set it is compared with"""
 _SIZE = (96, 72)  # of the images: what is watched is the list, not the decoder
 
 
@@ -36,12 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listed", type=int, default=20000, help="images listed, a few files over and over; train2017: 118000 [20000]"
     )
+    text = "instead: N processes of one machine, each with --workers, share a set, as those of a training do"
+    parser.add_argument("--processes", type=int, metavar="N", help=text)
+    parser.add_argument("--boxes-per-image", type=float, default=7.3, help="with --processes; Objects365: 14.7 [7.3]")
     text = "the memory of so many instances' polygons of 24 vertices instead, COCO's mean; train2017: 860001"
     parser.add_argument("--polygons", type=int, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     """The figures for the JSON file, and the tables."""
+    if arguments.processes is not None and arguments.processes < 1:
+        raise BenchmarkError("--processes: give 1 or more")
     if arguments.workers < 1 or arguments.epochs < 1:
         raise BenchmarkError("memory is watched over 1 or more epochs of 1 or more workers")
     if memory_of(os.getpid()) is None:
@@ -49,6 +57,8 @@ def run(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
     if arguments.polygons is not None:
         return _polygons(arguments.polygons, say)
     torch.set_num_threads(1)
+    if arguments.processes is not None:
+        return _processes(arguments, say)
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         say("making images and a long list of them")
         file = write_images(Path(name), [_SIZE] * _NUM_FILES, seed=0)
@@ -163,6 +173,86 @@ def _describe(figures: dict[str, Any]) -> str:
             cells.append([str(number), *main, *workers, f"{one['pss_together']:.1f}"])
         texts += ["", f"{name}: MB after each epoch (pss: shared pages by their part)", format_table(headers, cells)]
     return "\n".join(texts)
+
+
+def _processes(arguments: argparse.Namespace, say: Say) -> tuple[dict[str, Any], str]:
+    """What each of the processes of a machine has to itself, when all train on one set, and on a small one."""
+    sets = [_share(arguments, size, say) for size in (min(_SMALL_SET, arguments.listed), arguments.listed)]
+    figures = {"device": "cpu", "workers": arguments.workers, "sets": sets}
+    return figures, _describe_processes(figures)
+
+
+def _share(arguments: argparse.Namespace, num_images: int, say: Say) -> dict[str, Any]:
+    number = arguments.processes
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
+        say(f"making annotations of {num_images:,} images")
+        write_images(Path(name), [_SHARED_SIZE] * _NUM_FILES, seed=0)
+        file, cache = Path(name) / "large.json", Path(name) / "cache"
+        num_boxes = write_boxes(
+            file,
+            [_SHARED_SIZE] * num_images,
+            arguments.boxes_per_image,
+            file_name=lambda image: f"{image % _NUM_FILES + 1}.jpg",
+        )
+        say("reading them once")
+        in_own_process(_read_into_cache, file, cache)
+        context = multiprocessing.get_context("fork")
+        said, barrier = context.SimpleQueue(), context.Barrier(number)
+        with share_coco(file, cache) as (_, words):
+            started = [
+                context.Process(target=_one_of, args=(rank, arguments, file, words, barrier, said))
+                for rank in range(number)
+            ]
+            for process in started:
+                process.start()
+            say(f"{number} processes with {arguments.workers} workers each")
+            for process in started:
+                process.join()
+        if failed := [process.exitcode for process in started if process.exitcode]:
+            raise BenchmarkError(f"{len(failed)} of {number} processes failed")
+        return {"images": num_images, "boxes": num_boxes, "processes": [said.get() for _ in started]}
+
+
+def _read_into_cache(file: Path, cache: Path) -> None:
+    CocoDataset(file.parent, read_coco(file, cache_dir=cache), training=True)
+
+
+def _one_of(rank: int, arguments: argparse.Namespace, file: Path, words: Any, barrier: Any, said: Any) -> None:
+    annotations = shared_coco(file, words)
+    assert annotations is not None
+    dataset = CocoDataset(file.parent, annotations, training=True)
+    loader = TrainLoader(
+        dataset,
+        min_size=64,
+        max_size=96,
+        batch_size=arguments.batch_size,
+        seed=0,
+        rank=rank,
+        world_size=arguments.processes,
+        workers=arguments.workers,
+    )
+    for _ in loader.batches(0, _BATCHES):
+        pass
+    gc.collect()
+    barrier.wait()
+    memory = _memory()
+    barrier.wait()  # all have looked before one ends
+    loader.close()
+    said.put(memory)
+
+
+def _describe_processes(figures: dict[str, Any]) -> str:
+    headers = ["images", "boxes", "private, a process", "private, a worker", "pss of all together"]
+    rows = []
+    for one in figures["sets"]:
+        processes = one["processes"]
+        main = [each["main"]["private"] for each in processes]
+        workers = [worker["private"] for each in processes for worker in each["workers"]]
+        cells = [f"{min(of):.1f} to {max(of):.1f}" for of in (main, workers)]
+        together = sum(each["pss_together"] for each in processes)
+        rows.append([f"{one['images']:,}", f"{one['boxes']:,}", *cells, f"{together:,.0f}"])
+    title = f"{len(processes)} processes with {figures['workers']} workers each, after {_BATCHES} batches, MB"
+    return f"{title}\n{format_table(headers, rows)}"
 
 
 def _polygons(instances: int, say: Say) -> tuple[dict[str, Any], str]:

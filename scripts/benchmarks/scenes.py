@@ -119,17 +119,25 @@ def write_annotations(
     return content
 
 
-def write_boxes(file: Path, sizes: Sequence[tuple[int, int]], boxes_per_image: float, num_classes: int = 365) -> int:
+def write_boxes(
+    file: Path,
+    sizes: Sequence[tuple[int, int]],
+    boxes_per_image: float,
+    num_classes: int = 365,
+    file_name: Callable[[int], str] = lambda number: f"v1/patch{number % 51}/objects365_v1_{number:08}.jpg",
+) -> int:
     """COCO annotations without polygons for images of the given (width, height), written as they are drawn: of any
-    number of images. The number of boxes, of which every image has one or more; their order is none."""
+    number of images. The number of boxes, of which every image has one or more; their order is none.
+
+    file_name: of each image by its number, from 1.
+    """
     rng = np.random.default_rng(0)
     image_ids = np.repeat(np.arange(1, len(sizes) + 1), 1 + rng.poisson(boxes_per_image - 1, len(sizes)))
     rng.shuffle(image_ids)
     with file.open("w") as out:
         out.write('{"images": [')
         for number, (width, height) in enumerate(sizes, start=1):
-            name = f"v1/patch{number % 51}/objects365_v1_{number:08}.jpg"
-            image = {"id": number, "file_name": name, "width": width, "height": height}
+            image = {"id": number, "file_name": file_name(number), "width": width, "height": height}
             out.write((", " if number > 1 else "") + json.dumps(image))
         out.write('], "annotations": [')
         for start in range(0, len(image_ids), 100_000):

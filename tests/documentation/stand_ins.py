@@ -142,7 +142,9 @@ ADDED: dict[str, str | Callable[[list[str]], str]] = {
     "scripts/benchmark.py data": "--pictures 4 --repeats 1",
     "scripts/benchmark.py eval": "--images 20 --detections 5 --repeats 1",
     "scripts/benchmark.py memory": lambda words: (
-        "--polygons 60" if "--polygons" in words else "--listed 32 --epochs 1 --repeats 1"
+        "--polygons 60"
+        if "--polygons" in words
+        else "--listed 32 --epochs 1 --repeats 1" + (" --processes 2 --workers 1" if "--processes" in words else "")
     ),
     "scripts/benchmark.py padding": "--pictures 200",
     "scripts/benchmark.py startup": "--repeats 1 --annotation-images 50",

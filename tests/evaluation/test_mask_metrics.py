@@ -187,6 +187,25 @@ def test_results_whose_runs_do_not_fill_the_image_are_refused_with_their_entry(t
         read_results(tmp_path / "r.json")
 
 
+def test_results_with_a_box_and_a_mask_in_a_row_are_judged_by_both(tmp_path):
+    annotations, results = random_case(np.random.default_rng(3), tmp_path)
+    rows = json.loads(results.read_text())
+    boxes = [{**row, "bbox": list(mask.toBbox(row["segmentation"]))} for row in rows]
+    (tmp_path / "both.json").write_text(json.dumps(boxes))
+    assert rows and evaluate_results(annotations, tmp_path / "both.json") == evaluate_results(annotations, results)
+    boxes = [{**row, "bbox": [0, 0, 1, 1]} for row in rows]
+    (tmp_path / "both.json").write_text(json.dumps(boxes))
+    assert read_results(tmp_path / "both.json").boxes_xywh.tolist() == [[0, 0, 1, 1]] * len(rows)
+
+
+def test_a_run_longer_than_the_format_can_hold_is_refused(tmp_path):
+    huge = {"size": [2**17, 2**16], "counts": [2**33]}
+    row = {"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": huge}
+    (tmp_path / "r.json").write_text(json.dumps([row]))
+    with pytest.raises(ResultsError, match="entry 0"):
+        read_results(tmp_path / "r.json")
+
+
 @pytest.mark.parametrize("backend", ["pycocotools", "auto"])
 def test_masks_of_another_size_than_their_image_are_refused(tmp_path, backend):
     seed = next(s for s in range(20) if json.loads(random_case(np.random.default_rng(s), tmp_path)[1].read_text()))

@@ -179,6 +179,12 @@ def test_no_input_is_ever_overwritten(predict, weights, photos, tmp_path, capsys
     assert content_of(photos) == before and weights.read_bytes() == weights_before
 
 
+def test_a_folder_is_no_file_for_results_also_to_overwrite(predict, photos, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    assert predict("--json", tmp_path / "results", "--overwrite", photos) == 2
+    assert "results: is a folder; name a file" in capsys.readouterr().err
+
+
 def test_what_an_earlier_call_wrote_is_not_taken_as_input(predict, photos):
     for _ in range(2):
         assert predict("--output-dir", photos / "out", "--overwrite", photos, f"{photos}/**") == 0

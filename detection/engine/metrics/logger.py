@@ -22,6 +22,7 @@ from detection.reporting import (
     summary_table,
     validation_table,
 )
+from detection.reporting.metrics_log import metric_of
 
 _MAX_FAILED_WRITES = 3
 
@@ -37,6 +38,7 @@ class MetricLogger:
         *,
         describe: Callable[[TensorBoardLog], None] = lambda board: None,
         best_epoch: int | None = None,
+        best_metric: str = "mAP",
         trackers: Sequence[TrackerFeed] = (),
     ) -> None:
         """
@@ -44,6 +46,7 @@ class MetricLogger:
             log, board: on the main process of a run that trains; None elsewhere.
             describe: writes what describes the run into a log that does not have it yet.
             best_epoch: of the run so far, counted from 1. None: what `log` holds is not compared with what comes.
+            best_metric: of a validation, which says whether it is the best.
             trackers: get every figure and image besides.
         """
         self.console = console
@@ -62,6 +65,7 @@ class MetricLogger:
         self._on_board(self._complete)
         self._last_validation: dict[str, Any] | None = None
         self._best_validation: dict[str, Any] | None = None
+        self._best_metric = best_metric
         if log is not None and best_epoch is not None:
             for record in log.validations():
                 self._remember(record)
@@ -166,7 +170,9 @@ class MetricLogger:
 
     def _remember(self, record: dict[str, Any]) -> None:
         self._last_validation = record
-        if self._best_validation is None or record["mAP"] > self._best_validation["mAP"]:
+        best = None if self._best_validation is None else metric_of(self._best_validation, self._best_metric)
+        value = metric_of(record, self._best_metric)
+        if self._best_validation is None or (value is not None and (best is None or value > best)):
             self._best_validation = record
 
     def _track(self, record: dict[str, Any]) -> None:

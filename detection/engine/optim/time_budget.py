@@ -27,13 +27,17 @@ class TimeBudget:
         """How long the last validation took: the time for one is kept back."""
         self._validation_seconds = seconds
 
+    def counted(self, seconds: float) -> float:
+        """The seconds until now, from those at the last call of this or of `left`."""
+        now = self._clock()
+        seconds, self._counted = seconds + now - self._counted, now
+        return seconds
+
     def left(self, iteration: int, seconds: float) -> tuple[float, int | None]:
         """After `iteration` iterations, and `seconds` at the last call: the seconds until now, and how many more
         iterations fit into the hours (None: the pace is not known yet). Collective.
         """
-        now = self._clock()
-        seconds, kept_back = self._processes.broadcast((seconds + now - self._counted, self._validation_seconds))
-        self._counted = now
+        seconds, kept_back = self._processes.broadcast((self.counted(seconds), self._validation_seconds))
         # The first iterations are slower than the rest. Until there are others, they are all that is known.
         self._paced = [*self._paced[:2], (iteration, seconds)]
         first, began = self._paced[1 if len(self._paced) == 3 else 0]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data import AnnotationError, read_coco
+from data.coco.merge import joint_classes
 from tests.data.coco.valid import VALID
 
 
@@ -45,3 +46,11 @@ def test_what_is_no_list_of_ids_is_refused_by_name(tmp_path, value):
     file = written(tmp_path / "lvis.json", not_exhaustive_category_ids=value)
     with pytest.raises(AnnotationError, match=r"images\[0\] \(id 7\).*not_exhaustive_category_ids"):
         read_coco(file)
+
+
+def test_classes_of_lvis_cannot_be_joined_but_renamed(tmp_path):
+    read = read_coco(written(tmp_path / "lvis.json"))
+    one, other = read.class_names[:2]
+    assert joint_classes([read], {one: "another"})[0] == "another"
+    with pytest.raises(AnnotationError, match=r"lvis\.json: .*searched for \(LVIS\).*leave --class-map away"):
+        joint_classes([read], {one: other})

@@ -141,3 +141,9 @@ def test_a_set_that_cannot_be_opened_is_named(packed_set, tmp_path):
     (packed_set / "val.packed").unlink()
     with pytest.raises(PackedSetError, match=r"val\.packed: is missing"):
         find_set(packed_set, tmp_path / "cache")
+
+
+def test_a_packed_set_has_one_layout_and_its_own_splits(packed_set, tmp_path):
+    for wanted, option in ((Wanted("yolo"), "--data-format"), (Wanted(val_fraction=0.5), "--val-fraction")):
+        with pytest.raises(ConversionError, match=option):
+            find_set(packed_set, tmp_path / "cache", wanted)

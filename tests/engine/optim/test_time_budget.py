@@ -52,6 +52,15 @@ def test_the_learning_rate_drops_as_often_and_as_low_in_the_time_that_there_is(p
     assert 0.05 < sum(rate == pytest.approx(0.1 * full) for rate in rates[300:]) / len(rates) < 0.4
 
 
+def test_the_time_between_two_plans_is_counted_once():
+    now, processes = [0.0], Alone()
+    budget = TimeBudget(1, processes, clock=lambda: now[0])
+    now[0] = 30.0
+    seconds = budget.counted(100.0)  # as a checkpoint after a validation has it
+    now[0] = 50.0
+    assert (seconds, budget.left(4, seconds)[0], budget.counted(150.0)) == (130.0, 150.0, 150.0)
+
+
 def test_hours_that_suffice_change_nothing():
     schedule = load_schedule("1x")
     assert run(Progress(), 10, lambda i: 1.0) == [schedule.learning_rate(i, PER_EPOCH) for i in range(12 * PER_EPOCH)]

@@ -151,6 +151,18 @@ def test_memory_is_watched_epoch_by_epoch(measured):
 
 
 @pytest.mark.slow
+def test_memory_of_processes_that_share_a_set_is_compared_with_a_small_set(measured, capsys):
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("the system does not tell the memory of processes")
+    record = measured("memory", "--processes", 2, "--workers", 1, "--listed", 1200, "--batch-size", 2)
+    assert [one["images"] for one in record["sets"]] == [1000, 1200]
+    for one in record["sets"]:
+        assert [len(process["workers"]) for process in one["processes"]] == [1, 1]
+        assert all(0 < process["main"]["private"] < process["main"]["rss"] for process in one["processes"])
+    assert "2 processes with 1 workers each" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_eval_compares_all_twelve_figures_with_pycocotools(measured, in_this_process):
     in_this_process("eval")
     record = measured("eval", "--images", 12, "--detections", 20)
