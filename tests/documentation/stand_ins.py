@@ -130,7 +130,14 @@ def _reproduce(words: list[str]) -> str:
 
 # Programs that run as the page has them.
 UNCHANGED = {
-    *("pytest", "source", "scripts/analyze_results.py", "scripts/browse_dataset.py", "scripts/check_dataset.py"),
+    *(
+        "pytest",
+        "timeit",
+        "source",
+        "scripts/analyze_results.py",
+        "scripts/browse_dataset.py",
+        "scripts/check_dataset.py",
+    ),
     *("scripts/compare_runs.py", "scripts/convert_weights.py", "scripts/export.py", "scripts/plot_schedule.py"),
     "scripts/report.py",
     "scripts/two_node_test.sh",
@@ -177,8 +184,8 @@ def program_key(command: Command) -> str:
     words = command.words
     if words[0] in ("source", "sbatch"):
         return words[0] if words[0] == "source" else words[1]
-    if "pytest" in words:
-        return "pytest"
+    if module := {"pytest", "timeit"} & set(words):
+        return module.pop()
     is_benchmark = command.program == "scripts/benchmark.py"
     return f"{command.program} {command.arguments[0]}" if is_benchmark else command.program
 
