@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from checkout import program_parser
+from detection.config.cli import model_setting
 from detection.export.files import whole_file
 from detection.models import MODELS, build_model, load_weights
 from detection.models.weights.files import WeightsError
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     group = parser.add_argument_group("for --to ours, where the input is not ours and does not tell")
     group.add_argument("--model", choices=sorted(MODELS), help="default: the R50-FPN of the project the file is from")
+    text = "a field of the model, as train.py takes it, such as norm=gn or fpn_norm=gn; may be given again"
+    group.add_argument("--model-set", metavar="KEY=VALUE", action="append", default=[], help=text)
     group.add_argument("--categories", metavar="FILE", type=Path, help="COCO annotations: names and ids of the classes")
     group.add_argument("--min-size", metavar="N", type=int, default=800, help="shorter side of the input (default 800)")
     group.add_argument(
@@ -100,11 +103,15 @@ def _stripped(stored: StoredWeights, arguments: argparse.Namespace) -> dict[str,
     num_classes = len(stored.state[classifier_names(heads[0])[0]]) - 1
     names, ids = _categories(stored, arguments.categories, num_classes)
     name = arguments.model or _default_model(stored, len(heads) > 1)
-    overrides = {"stride_in_1x1": True} if stored.stride_in_1x1 else {}
+    overrides: dict[str, Any] = {"stride_in_1x1": True} if stored.stride_in_1x1 else {}
+    overrides |= dict(map(model_setting, arguments.model_set))
     model = build_model(name, num_classes, **overrides)
     report = load_weights(model, arguments.input)
     if report.missing or report.reshaped:
-        raise WeightsError(f"{arguments.input} is not the whole of a {name}; choose another --model\n{report.table()}")
+        raise WeightsError(
+            f"{arguments.input} is not the whole of a {name}; choose another --model, or say with --model-set what is "
+            f"different, such as norm=gn\n{report.table()}"
+        )
     return stripped_file(
         model.state_dict(),
         model_config=dataclasses.asdict(model.config),

@@ -116,7 +116,7 @@ class Shards:
         paths = [str(self.folder / shard["name"]) for shard in self._shards]
         columns = found.tolist(), rows["shard"].tolist(), rows["size"].tolist()
         for name, row, shard, size in zip(names, *columns, strict=True):
-            yield PackedEntry(f"{paths[shard]}/{name}", size) if row >= 0 else None
+            yield PackedEntry(f"{paths[shard]}/{name}", size) if row >= 0 and shard < len(paths) else None
 
     def content(self, name: str) -> bytes:
         """The bytes of an image file.
@@ -129,6 +129,8 @@ class Shards:
             raise FileNotFoundError(2, f"not in the shards of {self.folder}")
         row = self._rows[place]
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
+        if shard >= len(self._shards):
+            raise OSError(5, f"the index of {self.folder} is damaged: copy it again")
         content = self._reader(shard)(offset, size)
         if len(content) != size:
             raise OSError(5, f"shard {self._shards[shard]['name']} ends before byte {offset + size:,}: copy it again")

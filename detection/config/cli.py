@@ -106,7 +106,7 @@ def parse_arguments(argv: Sequence[str] | None = None, *, raises: bool = False) 
     if "val_only" in given and "test_only" in given:
         raise ConfigError("--val-only and --test-only exclude each other: give one of them")
     given["mode"] = "val" if "val_only" in given else "test" if "test_only" in given else "train"
-    given["settings"] = tuple(_model_setting(text) for text in given.get("settings", ()))
+    given["settings"] = tuple(model_setting(text) for text in given.get("settings", ()))
     for text in given.get("set", ()):
         if "=" not in text:
             raise ConfigError(f"--set {text}: write it as KEY=VALUE, e.g. --set optim_wrapper.optimizer.weight_decay=0")
@@ -194,7 +194,8 @@ def _record(path: str | Path | None) -> Path | None:
     return file if file.suffix == ".json" and (path.suffix == ".json" or file.is_file()) else None
 
 
-def _model_setting(text: str) -> tuple[str, Any]:
+def model_setting(text: str) -> tuple[str, Any]:
+    """Name and value of a field of the model, of the text behind --model-set. Raises ConfigError."""
     key, equals, value = text.partition("=")
     try:
         if not equals:

@@ -140,6 +140,16 @@ def test_an_index_that_cannot_be_read_is_a_finding(images, packed, damage):
     assert ("Copy both again" in str(finding)) == (damage != "another version")
 
 
+def test_an_index_that_names_a_shard_too_many_fails_where_it_is_read(images, packed):
+    rows = np.load(packed / "shards.npy")
+    rows["shard"] = 99
+    np.save(packed / "shards.npy", rows)
+    shards = open_shards(packed)
+    with pytest.raises(OSError, match="the index of .* is damaged: copy it again"):
+        shards.content(names_of(images)[0])
+    assert list(shards.entries(names_of(images)[:2])) == [None, None]
+
+
 def test_nothing_is_overwritten_and_an_unfinished_pack_is_no_set(images, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine.txt").touch()

@@ -97,6 +97,18 @@ def test_the_masks_of_foreign_weights_stay_where_no_model_is_named(name, layout,
     assert same(load_detector(tmp_path / "detector.pt").model.state_dict(), model.state_dict())
 
 
+def test_weights_of_a_model_with_other_settings_become_a_detector_with_these(convert, tmp_path, capsys):
+    model = build_model("faster_rcnn_r18_fpn", 3, fpn_channels=64, roi_hidden_channels=16, fpn_norm="gn")
+    state = export_state_dict(model, "mmdet")
+    torch.save({"state_dict": state, "meta": {"CLASSES": ("cat", "dog", "bird")}}, tmp_path / "gn.pth")
+    words = [tmp_path / "gn.pth", "--to", "ours", "--output", tmp_path / "a.pt", "--model", "faster_rcnn_r18_fpn"]
+    words += ["--model-set", "fpn_channels=64", "--model-set", "roi_hidden_channels=16"]
+    assert convert(*words) == 2
+    assert "--model-set what is different, such as norm=gn" in capsys.readouterr().err
+    assert convert(*words, "--model-set", "fpn_norm=gn") == 0
+    assert same(load_detector(tmp_path / "a.pt").model.state_dict(), model.state_dict())
+
+
 def test_an_existing_file_is_kept_unless_told_otherwise(convert, tmp_path, capsys):
     model = built("faster_rcnn_r18_fpn")
     torch.save(stripped_file(model.state_dict(), **settings(model)), tmp_path / "detector.pt")
