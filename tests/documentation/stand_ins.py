@@ -146,7 +146,9 @@ UNCHANGED = {
 ADDED: dict[str, str | Callable[[list[str]], str]] = {
     "train.py": _train,
     "docs/slurm/train_1x.sbatch": f"{SHORT_TRAINING} {SMALL_MODEL} --max-epochs 1",
-    "scripts/benchmark.py data": "--pictures 4 --repeats 1",
+    "scripts/benchmark.py data": lambda words: (
+        "--small-files 50 --repeats 1" if "--small-files" in words else "--pictures 4 --repeats 1"
+    ),
     "scripts/benchmark.py eval": "--images 20 --detections 5 --repeats 1",
     "scripts/benchmark.py memory": lambda words: (
         "--polygons 60"
