@@ -36,7 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="FILE", type=Path, help="the file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     group = parser.add_argument_group("for --to ours, where the input is not ours and does not tell")
-    group.add_argument("--model", choices=sorted(MODELS), help="default: the R50-FPN of the project the file is from")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        choices=sorted(MODELS),
+        help="as train.py takes it; default: the R50-FPN of the project the file is from",
+    )
     text = "a field of the model, as train.py takes it, such as norm=gn or fpn_norm=gn; may be given again"
     group.add_argument("--model-set", metavar="KEY=VALUE", action="append", default=[], help=text)
     group.add_argument("--categories", metavar="FILE", type=Path, help="COCO annotations: names and ids of the classes")

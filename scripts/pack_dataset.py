@@ -86,7 +86,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         )
     parts = [f"{name} {len(one):,} images, {one.num_boxes:,} boxes" for name, (one, _) in splits.items()]
     print(f"{arguments.folder}: {'; '.join(parts)} ({time.monotonic() - start:.1f} s)")
-    print(f"train.py --data-path {arguments.folder}")
+    print(f"python3 train.py --data-path {arguments.folder}")
     return 0
 
 
@@ -109,7 +109,7 @@ def _unpack(arguments: argparse.Namespace) -> int:
         counts = unpack_parquet(arguments.parquet, arguments.folder, bar.update)
     parts = [f"{split} {count:,} images" for split, count in counts.items()]
     print(f"{arguments.folder}: {'; '.join(parts)} ({time.monotonic() - start:.1f} s)")
-    print(f"check_dataset.py --data-path {arguments.folder}")
+    print(f"python3 scripts/check_dataset.py --data-path {arguments.folder}")
     return 0
 
 

@@ -101,10 +101,20 @@ def _read(file: Path) -> tuple[list[str] | None, Iterator[Mapping[str, Any]]]:
             f"{file}: has no column {' and no column '.join(sorted(missing))}, but {held}. Rename the columns with the "
             "images and their objects"
         )
-    features = json.loads((opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    columns = features.get("info", {}).get("features", {}).get("objects", {})
-    batches = opened.iter_batches(batch_size=ROWS_AT_ONCE, columns=["image", "objects"])
-    return _class_label(columns), (row for batch in batches for row in batch.to_pylist())
+    try:
+        features = json.loads((opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        names = _class_label(features.get("info", {}).get("features", {}).get("objects", {}))
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ConversionError(f"{file}: what it says of its columns cannot be read: {error!r}") from error
+    return names, _rows(file, opened)
+
+
+def _rows(file: Path, opened: Any) -> Iterator[Mapping[str, Any]]:
+    try:
+        for batch in opened.iter_batches(batch_size=ROWS_AT_ONCE, columns=["image", "objects"]):
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{file}: cannot be read to its end: {error}. Download it again") from error
 
 
 def _class_label(feature: Any) -> list[str] | None:
@@ -124,17 +134,22 @@ def _unpack_row(row: Mapping[str, Any], folder: Path, number: int, place: str) -
     if content is None or not isinstance(objects, dict | list):
         raise ConversionError(f"{place}: is no image with its bytes and objects. Mend or leave out the row")
     name = PurePosixPath(str(image.get("path") or "").replace("\\", "/")).name
-    if Path(name).suffix.lower() not in IMAGE_SUFFIXES or name.startswith(".") or (folder / name).exists():
+    is_name = Path(name).suffix.lower() in IMAGE_SUFFIXES and name[0] != "." and "\0" not in name and len(name) < 100
+    if not is_name or (folder / name).exists():
         try:
             with Image.open(io.BytesIO(content)) as read:
                 suffix = SUFFIX_OF_FORMAT[str(read.format)]
         except (OSError, KeyError) as error:
             raise ConversionError(f"{place}: is no image: {error}. Mend or leave out the row") from error
         name = f"{number:08d}{suffix}"
+        while (folder / name).exists():  # another image is called by this number
+            name = f"_{name}"
     with (folder / name).open("xb") as file:
         file.write(content)
     if isinstance(objects, dict):
         return name, _of_boxes(objects)
+    if not all(isinstance(one, dict) for one in objects):
+        raise ConversionError(f"{place}: its objects have no bbox. Mend or leave out the row")
     return name, [_of_boxes(one) for one in objects]
 
 

@@ -58,13 +58,13 @@ def pictures(tmp_path):
 @pytest.mark.parametrize("objects", OBJECTS)
 def test_parquet_files_become_a_folder_that_is_trained_on(objects, pictures, tmp_path):
     # Names may be missing, come twice, or lead out of the folder.
-    names = ["a.png", "a.png", None, "../../b.png"]
+    names = ["00000002.png", "00000002.png", "a\0.png", "../../b.png"]
     write_file(tmp_path / "set" / "data" / "train-00000-of-00002.parquet", pictures[:4], objects, image_names=names)
     write_file(tmp_path / "set" / "data" / "train-00001-of-00002.parquet", pictures[4:5], objects)
     write_file(tmp_path / "set" / "default" / "validation" / "0000.parquet", pictures[5:], objects)
     assert unpack_parquet(tmp_path / "set", tmp_path / "new" / "folder") == {"train": 5, "val": 2}
     folder = tmp_path / "new" / "folder"
-    written = ["a.png", "00000001.png", "00000002.png", "b.png", "00000004.png"]
+    written = ["00000002.png", "00000001.png", "_00000002.png", "b.png", "00000004.png"]
     assert [(folder / "train" / name).read_bytes() for name in written] == pictures[:5]
     found = find_set(folder, tmp_path / "cache")
     train, val = (read_coco(found.splits[name].annotations) for name in ("train", "val"))
@@ -84,6 +84,11 @@ def _damaged(path):
     path.write_bytes(path.read_bytes()[:-9])
 
 
+def _cut_inside(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + bytes(200) + content[240:])  # a page; the end, with the schema, is whole
+
+
 def _without_objects(path):
     pq.write_table(pa.table({"image": [1], "text": ["x"]}), path)
 
@@ -93,6 +98,7 @@ def _without_objects(path):
     [
         (lambda path: path.unlink(), "set: no Parquet files there"),
         (_damaged, "train.parquet: cannot be read"),
+        (_cut_inside, "train.parquet: cannot be read to its end"),
         (_without_objects, "train.parquet: has no column objects, but image, text"),
         (lambda path: write_file(path, [None]), "train.parquet, row 0: is no image with its bytes"),
         (lambda path: write_file(path, [b"no image"]), "train.parquet, row 0: is no image"),

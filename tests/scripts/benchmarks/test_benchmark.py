@@ -18,6 +18,11 @@ SMALL = ["--min-size", "64", "--max-size", "96", "--batch-size", "1", "--repeats
 TOY = [*SMALL, "--threads", "1"]
 
 
+needs_memory_of_processes = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell the memory of processes"
+)
+
+
 @pytest.fixture
 def measured(script, tmp_path):
     """measured("data", *options): the JSON record of a run."""
@@ -139,9 +144,8 @@ def test_the_peers_chains_give_the_batches_of_the_trainings_they_stand_for(scrip
 
 
 @pytest.mark.slow
+@needs_memory_of_processes
 def test_memory_is_watched_epoch_by_epoch(measured):
-    if not Path("/proc/self/smaps_rollup").exists():
-        pytest.skip("the system does not tell the memory of processes")
     record = measured("memory", "--epochs", 2, "--workers", 1, "--listed", 40)
     for name in ("ours", "a list of dicts"):
         epochs = record[name]["epochs"]
@@ -151,9 +155,8 @@ def test_memory_is_watched_epoch_by_epoch(measured):
 
 
 @pytest.mark.slow
+@needs_memory_of_processes
 def test_memory_of_processes_that_share_a_set_is_compared_with_a_small_set(measured, capsys):
-    if not Path("/proc/self/smaps_rollup").exists():
-        pytest.skip("the system does not tell the memory of processes")
     record = measured("memory", "--processes", 2, "--workers", 1, "--listed", 1200, "--batch-size", 2)
     assert [one["images"] for one in record["sets"]] == [1000, 1200]
     for one in record["sets"]:

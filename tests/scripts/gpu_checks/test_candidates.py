@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_the_commands_of_all_parts_fit_their_programs(script, tmp_path, device, monkeypatch):
     candidates, variant = script("gpu_checks.candidates"), script("benchmarks.steps").Variant
-    monkeypatch.setattr(candidates.shutil, "which", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(candidates.shutil, "which", lambda name: f"bin/{name}")
     parts = candidates.plan(device, tmp_path / "out", tmp_path / "work")
     assert len({part.name for part in parts}) == len({part.record for part in parts}) == len(parts)
     for part in parts:
